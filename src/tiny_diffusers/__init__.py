@@ -1,0 +1,42 @@
+"""
+tiny-diffusers: train, sample, measure, compare and share generative models of small images with diffusers.
+
+Names are imported when first used, so `import tiny_diffusers` costs no more than what is asked of it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_MODULES = {
+    "TinyPipeline": "pipelines.pipeline_tiny",
+    "TinyConditionalPipeline": "pipelines.pipeline_tiny_conditional",
+    "TinyInterpolationPipeline": "pipelines.pipeline_tiny_interpolation",
+    "TinyDDPMScheduler": "schedulers.scheduling_tiny_ddpm",
+    "TinyDDIMScheduler": "schedulers.scheduling_tiny_ddim",
+    "TinyUNet2DModel": "models.unet_tiny",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+if TYPE_CHECKING:
+    from .models.unet_tiny import TinyUNet2DModel
+    from .pipelines.pipeline_tiny import TinyPipeline
+    from .pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+    from .pipelines.pipeline_tiny_interpolation import TinyInterpolationPipeline
+    from .schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
+    from .schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
