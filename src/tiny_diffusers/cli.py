@@ -1,0 +1,359 @@
+"""
+The command line: `tiny-diffusers COMMAND ...`.
+
+A command is two functions side by side, `add_COMMAND`, which declares its arguments, and the one that runs it; `main`
+finds it in `COMMANDS`. torch and diffusers are imported by what runs, so that `--help` answers at once.
+"""
+
+import argparse
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError, unknown
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+# --scheduler -> the name of its class; this package's where it has it, and diffusers' otherwise
+SCHEDULERS = {
+    "ddim": "TinyDDIMScheduler",
+    "ddpm": "TinyDDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpm_single": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
+MAX_ROW = 16  # images of one class beside each other in a grid
+
+
+def add_sample(commands) -> None:
+    parser = commands.add_parser("sample", help="draw samples from a checkpoint", allow_abbrev=False)
+    _add_pipeline_arguments(parser)
+    parser.add_argument("--num_images", type=_positive, default=64, help="default: 64")
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
+    parser.add_argument("--batch_size", type=_positive, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--class_labels",
+        type=_comma_separated,
+        help="names or ids, such as cat,frog: the images are shared out evenly among them, in this order",
+    )
+    _add_output_argument(parser, "samples.png", "one picture of all images, or numbered PNGs in a folder")
+    parser.set_defaults(run=sample)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Each image has a generator of its own, so that none depends on the batch size."""
+    import torch
+
+    from .plots import image_grid
+
+    output = _prepare_output(args.output)
+    pipe = _load_pipeline(args, "TinyPipeline")
+    options = _call_options(pipe, args, "num_inference_steps", "eta", "class_labels", "guidance_scale")
+    labels = options.pop("class_labels", None)
+    if labels is not None:
+        if len(labels) > args.num_images:
+            raise UserError(
+                f"--num_images {args.num_images} is less than the {len(labels)} --class_labels: give more."
+            )
+        labels = [labels[i * len(labels) // args.num_images] for i in range(args.num_images)]
+
+    images = []
+    began = time.perf_counter()
+    for start in range(0, args.num_images, args.batch_size):
+        stop = min(start + args.batch_size, args.num_images)
+        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {args.num_images}")
+        generator = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(start, stop)]
+        if labels is not None:
+            options["class_labels"] = labels[start:stop]
+        images += pipe(batch_size=stop - start, generator=generator, **options).images
+    seconds = time.perf_counter() - began
+
+    if output.is_dir():
+        _save_numbered(images, output)
+    else:
+        image_grid(images, **_class_rows(labels)).save(output)
+    print(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+
+
+def _class_rows(labels: list[str] | None) -> dict:
+    """How a grid shows classes, where its rows can be of one class each: its columns and the rows' labels."""
+    if labels is None:
+        return {}
+    per_class = labels.count(labels[0])
+    columns = next((n for n in range(min(per_class, MAX_ROW), 1, -1) if per_class % n == 0), None)
+    rows = [set(labels[i : i + columns]) for i in range(0, len(labels), columns)] if columns else []
+    if not rows or any(len(row) > 1 for row in rows):
+        return {}
+    return {"columns": columns, "row_labels": [row.pop() for row in rows]}
+
+
+def add_interpolate(commands) -> None:
+    parser = commands.add_parser("interpolate", help="walk from one sample to another", allow_abbrev=False)
+    _add_pipeline_arguments(parser)
+    parser.add_argument("--seeds", type=_two_seeds, default=(0, 1), help="of the two ends (default: 0,1)")
+    parser.add_argument(
+        "--num_frames", type=int, default=16, help="images on the way, its ends among them (default: 16)"
+    )
+    parser.add_argument(
+        "--class_labels", type=_comma_separated, help="a name or id for the whole way, or one for each end: cat,frog"
+    )
+    _add_output_argument(
+        parser, "interpolation.gif", "an animation (.gif), one picture of all frames, or numbered PNGs in a folder"
+    )
+    parser.set_defaults(run=interpolate)
+
+
+def interpolate(args: argparse.Namespace) -> None:
+    from diffusers.utils import export_to_gif
+    from PIL import Image
+
+    from .plots import image_grid
+
+    output = _prepare_output(args.output)
+    pipe = _load_pipeline(args, "TinyInterpolationPipeline")
+    options = _call_options(pipe, args, "num_inference_steps", "eta", "class_labels", "guidance_scale")
+    frames = pipe(seeds=args.seeds, num_frames=args.num_frames, **options).images
+
+    if output.is_dir():
+        _save_numbered(frames, output)
+    elif output.suffix.lower() == ".gif":
+        width, height = frames[0].size
+        scale = max(1, FRAME_SIDE // max(width, height))
+        frames = [frame.resize((width * scale, height * scale), Image.Resampling.NEAREST) for frame in frames]
+        export_to_gif(frames, str(output))
+    else:
+        image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
+    print(f"{len(frames)} frames: {output}")
+
+
+def add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="save a checkpoint with the code that it needs, for those who have only diffusers",
+        allow_abbrev=False,
+    )
+    _add_checkpoint_argument(parser)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to save it")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> None:
+    """The card, the pictures and the log come along, where the checkpoint is a folder that has them."""
+    from . import hub
+
+    source = Path(args.checkpoint)
+    if source.exists() and args.directory.exists() and source.samefile(args.directory):
+        raise UserError(f"'{args.directory}' is the checkpoint itself: give another folder to export it to.")
+    _prepare_output(f"{args.directory}/")
+    pipe = _from_pretrained("TinyPipeline", args)
+    hub.export(pipe, args.directory, with_code=True)
+    if source.is_dir():
+        for pattern in ("README.md", "*.png", "*.jsonl"):
+            for file in source.glob(pattern):
+                shutil.copyfile(file, args.directory / file.name)
+    print(f"exported to {args.directory}")
+
+
+def add_push(commands) -> None:
+    parser = commands.add_parser("push", help="push a checkpoint's folder to the Hub", allow_abbrev=False)
+    parser.add_argument("directory", metavar="DIR", help="the folder that a run or a pipeline was saved in")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="where to push; made if it doesn't exist")
+    parser.add_argument("--private", action="store_true", help="keep a repository that is made here private")
+    parser.set_defaults(run=push)
+
+
+def push(args: argparse.Namespace) -> None:
+    """The token is the one of `hf auth login` or `HF_TOKEN`: a flag for it would be kept in the shell's history."""
+    from . import hub
+
+    print(hub.push(args.directory, args.repo_id, private=args.private))
+
+
+COMMANDS = (add_sample, add_interpolate, add_export, add_push)
+
+
+def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or owner/name on the Hub")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that the checkpoint brings; read it first"
+    )
+
+
+def _add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_argument(parser)
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help=f"one of {', '.join(SCHEDULERS)} (default: the one saved with the checkpoint)",
+    )
+    parser.add_argument("--eta", type=float, help="noise of DDIM: 0 has none, 1 has as much as DDPM (default: 0)")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="1: the plain conditional model, above: more like its class, 0: no class"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 where the hardware has it, otherwise float32"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator that there is)")
+
+
+def _add_output_argument(parser: argparse.ArgumentParser, default: str, help: str) -> None:
+    parser.add_argument("--output", default=default, help=f"{help}: NAME.png, DIR/ (default: {default})")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _two_seeds(text: str) -> tuple[int, int]:
+    try:
+        first, second = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not two whole numbers, such as 0,1") from None
+    return first, second
+
+
+def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipeline":
+    """The pipeline on its device, in its number format, with the scheduler that was asked for."""
+    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
+        raise unknown("--scheduler", args.scheduler, SCHEDULERS)
+
+    import diffusers
+    import torch
+
+    import tiny_diffusers
+
+    from . import hardware
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(hardware.physical_cores())
+    try:
+        device = torch.device(args.device) if args.device else hardware.default_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise UserError(f"--device {args.device} can't be used here: {_first_line(error)}") from error
+    dtype = hardware.default_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.dtype == "auto" and dtype != torch.float32:
+        print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)
+
+    pipe = _from_pretrained(class_name, args).to(device, dtype)
+    if args.scheduler is not None:
+        name = SCHEDULERS[args.scheduler]
+        scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(memory_format=torch.channels_last)  # what convolutions compute in, so that none converts
+    return pipe
+
+
+def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPipeline":
+    from diffusers.utils import logging
+
+    import tiny_diffusers
+
+    logging.disable_progress_bar()  # of the loading, which is short
+    logging.set_verbosity_error()  # no word on the keys of our schedulers that another one has no use for
+    try:
+        return getattr(tiny_diffusers, class_name).from_pretrained(
+            args.checkpoint, trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:
+        raise UserError(
+            f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
+            f"on the Hub ({_first_line(error)})."
+        ) from error
+
+
+def _call_options(pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
+    """Those of the named arguments that were given, all of which the pipeline's call must know."""
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = inspect.signature(pipe.__call__).parameters
+    for name in options:
+        if name not in known:
+            raise UserError(f"--{name} means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out.")
+    return options
+
+
+def _prepare_output(text: str) -> Path:
+    """
+    Makes the folder that the output goes into (`text` itself where it ends in a slash, has no suffix or is a folder
+    already) and refuses now what could not be written after the work is done.
+    """
+    path = Path(text)
+    is_folder = text.endswith(("/", os.sep)) or not path.suffix or path.is_dir()
+    if not is_folder and path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise unknown("picture format", path.suffix, PICTURE_SUFFIXES)
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"'{folder}' can't be written to ({error.strerror}): give another place.") from error
+    return path
+
+
+def _save_numbered(images: list["Image.Image"], folder: Path) -> None:
+    digits = max(5, len(str(len(images) - 1)))
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:0{digits}}.png")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The arguments. Defaults to the process's.
+
+    Returns:
+        `int`: The exit status: 0, or 2 where what was asked for can't be done, which one line on stderr explains. What
+        is not the user's mistake raises.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tiny-diffusers",
+        description="Sample from and share generative models of small images.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:  # UserError, and what pipelines and schedulers raise for arguments they can't take
+        print("tiny-diffusers: error:", *str(error).split(), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

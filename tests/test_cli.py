@@ -1,0 +1,250 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers.utils import logging
+from PIL import Image
+
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, cli, hub
+
+
+def tiny_unet(**kwargs):
+    torch.manual_seed(0)
+    unet = TinyUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention=("none", "full"),
+        **kwargs,
+    )
+    for parameter in unet.parameters():  # a fresh network's last layer is zero, and any two would draw alike
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    TinyPipeline(tiny_unet(), TinyDDIMScheduler(beta_schedule="cosine")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conditional_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    unet = tiny_unet(num_class_embeds=3)
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "dog", 2: "frog"})
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def process_state(monkeypatch):
+    """The command line sets what belongs to the whole process: as it was for the tests that follow."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # leaves torch's threads alone
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def sample(checkpoint, output, *arguments):
+    """Runs `sample` in the exact number format with few steps; returns the images of the folder `output`."""
+    options = ["--num_inference_steps", 3, "--dtype", "float32", "--device", "cpu", "--output", f"{output}/"]
+    assert run("sample", checkpoint, *options, *arguments) == 0
+    files = sorted(output.iterdir())
+    assert [file.name for file in files] == [f"{i:05}.png" for i in range(len(files))]
+    return [np.asarray(Image.open(file)) for file in files]
+
+
+def error_line(capsys, *arguments):
+    assert run(*arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("tiny-diffusers: error: ")
+    return lines[-1]
+
+
+class TestSample:
+    def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, checkpoint, tmp_path):
+        images = sample(checkpoint, tmp_path / "a", "--num_images", 3, "--seed", 5)
+        pipe = TinyPipeline.from_pretrained(checkpoint)
+        for i, image in enumerate(images):
+            generator = torch.Generator().manual_seed(5 + i)
+            expected = pipe(generator=generator, num_inference_steps=3).images[0]
+            np.testing.assert_allclose(image, np.asarray(expected), atol=1)
+
+    def test_no_image_depends_on_the_batch_size(self, checkpoint, tmp_path):
+        arguments = ("--num_images", 5, "--scheduler", "ddpm")  # its noise at each step is drawn per image too
+        one, two = (sample(checkpoint, tmp_path / str(b), *arguments, "--batch_size", b) for b in (5, 2))
+        np.testing.assert_allclose(one, two, atol=1)
+        assert len(np.unique(one, axis=0)) == 5
+
+    def test_a_picture_shows_all_images_enlarged(self, checkpoint, tmp_path, capsys):
+        output = tmp_path / "new folder" / "samples.png"
+        arguments = ("--num_images", 4, "--num_inference_steps", 2, "--output", output)
+        assert run("sample", checkpoint, *arguments) == 0
+        with Image.open(output) as picture:
+            assert picture.mode == "L" and 512 <= picture.width <= 1024
+        assert str(output) in capsys.readouterr().out
+
+    @pytest.mark.parametrize("name", cli.SCHEDULERS)
+    def test_every_scheduler_samples(self, checkpoint, tmp_path, name):
+        images = sample(checkpoint, tmp_path / name, "--num_images", 2, "--scheduler", name)
+        assert len(images) == 2
+
+    def test_the_scheduler_is_the_one_asked_for(self, checkpoint, tmp_path):
+        pipe = TinyPipeline.from_pretrained(checkpoint)
+        for name, scheduler in (("dpm", DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler)):
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+            (image,) = sample(checkpoint, tmp_path / name, "--num_images", 1, "--scheduler", name)
+            expected = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=3).images[0]
+            np.testing.assert_allclose(image, np.asarray(expected), atol=1)
+
+    def test_classes_share_the_images_evenly_and_in_order(self, conditional_checkpoint, tmp_path):
+        arguments = ("--num_images", 4, "--class_labels", "frog, 0", "--guidance_scale", 2)
+        images = sample(conditional_checkpoint, tmp_path / "a", *arguments)
+        pipe = TinyPipeline.from_pretrained(conditional_checkpoint)
+        generator = [torch.Generator().manual_seed(i) for i in range(4)]
+        expected = pipe(
+            class_labels=[2, 2, 0, 0],
+            guidance_scale=2.0,
+            generator=generator,
+            num_inference_steps=3,
+            output_type="pil",
+        ).images
+        np.testing.assert_allclose(images, [np.asarray(image) for image in expected], atol=1)
+
+    def test_the_rows_of_a_grid_are_named_where_each_is_of_one_class(self):
+        assert cli._class_rows(None) == {}
+        assert cli._class_rows(["cat"] * 4 + ["frog"] * 4) == {"columns": 4, "row_labels": ["cat", "frog"]}
+        rows = cli._class_rows(["cat"] * 32 + ["frog"] * 32)
+        assert rows == {"columns": 16, "row_labels": ["cat", "cat", "frog", "frog"]}
+        assert cli._class_rows(["cat"] * 5 + ["dog"] * 4 + ["frog"] * 4) == {}
+
+    def test_bad_input_is_one_line_before_any_work(self, checkpoint, conditional_checkpoint, tmp_path, capsys):
+        def line(*arguments):
+            return error_line(capsys, "sample", *arguments)
+
+        assert "Did you mean 'heun'" in line(checkpoint, "--scheduler", "huen")
+        assert "nowhere" in line(tmp_path / "nowhere")
+        assert "model_index.json" in line(tmp_path)
+        assert "--class_labels means nothing" in line(checkpoint, "--class_labels", "cat")
+        assert "Did you mean 'cat'" in line(conditional_checkpoint, "--class_labels", "catt")
+        assert "needs `class_labels`" in line(conditional_checkpoint)
+        few = line(conditional_checkpoint, "--class_labels", "cat,dog", "--num_images", 1)
+        assert "--num_images 1 is less than the 2 --class_labels" in few
+        assert "num_inference_steps" in line(checkpoint, "--num_inference_steps", 0)
+        assert "eta" in line(checkpoint, "--eta", 2)
+        assert "--device" in line(checkpoint, "--device", "nothing")
+        assert "'.xyz'" in line(checkpoint, "--output", tmp_path / "samples.xyz")
+        (tmp_path / "file").touch()
+        assert "can't be written to" in line(checkpoint, "--output", tmp_path / "file" / "samples.png")
+
+    @pytest.mark.parametrize("option", [("--num_images", "0"), ("--batch_size", "x"), ("--dtype", "int8")])
+    def test_an_impossible_value_is_refused_by_its_flag(self, checkpoint, capsys, option):
+        with pytest.raises(SystemExit) as leaving:
+            run("sample", checkpoint, *option)
+        assert leaving.value.code == 2 and option[0] in capsys.readouterr().err
+
+    def test_what_is_not_the_users_mistake_keeps_its_traceback(self, checkpoint, tmp_path, monkeypatch):
+        def fail(self, *args, **kwargs):
+            raise RuntimeError("a fault")
+
+        monkeypatch.setattr(TinyPipeline, "__call__", fail)
+        with pytest.raises(RuntimeError, match="a fault"):
+            run("sample", checkpoint, "--output", tmp_path / "samples.png")
+
+    def test_the_number_format_that_is_chosen_is_said(self, checkpoint, tmp_path, monkeypatch, capsys):
+        from tiny_diffusers import hardware
+
+        monkeypatch.setattr(hardware, "default_dtype", lambda device: torch.bfloat16)
+        arguments = ("--num_images", 1, "--num_inference_steps", 1, "--output", tmp_path / "a.png", "--device", "cpu")
+        assert run("sample", checkpoint, *arguments) == 0
+        assert "bfloat16, which cpu has" in capsys.readouterr().err
+        assert run("sample", checkpoint, *arguments, "--dtype", "float32") == 0
+        assert "bfloat16" not in capsys.readouterr().err
+
+
+class TestInterpolate:
+    ARGUMENTS = ("--num_inference_steps", 3, "--dtype", "float32", "--device", "cpu")
+
+    def test_its_ends_are_the_samples_of_its_seeds(self, checkpoint, tmp_path):
+        output = tmp_path / "frames"
+        arguments = ("--seeds", "3,8", "--num_frames", 5, "--output", f"{output}/")
+        assert run("interpolate", checkpoint, *self.ARGUMENTS, *arguments) == 0
+        frames = [np.asarray(Image.open(file)) for file in sorted(output.iterdir())]
+        assert len(frames) == 5
+        for frame, seed in ((frames[0], 3), (frames[-1], 8)):
+            (image,) = sample(checkpoint, tmp_path / str(seed), "--num_images", 1, "--seed", seed)
+            np.testing.assert_allclose(frame, image, atol=1)
+
+    def test_an_animation_has_every_frame_enlarged(self, checkpoint, tmp_path):
+        output = tmp_path / "walk.gif"
+        assert run("interpolate", checkpoint, *self.ARGUMENTS, "--num_frames", 4, "--output", output) == 0
+        with Image.open(output) as animation:
+            assert animation.n_frames == 4 and animation.size == (256, 256)
+
+    def test_a_picture_has_the_frames_in_a_row(self, checkpoint, tmp_path):
+        output = tmp_path / "walk.png"
+        assert run("interpolate", checkpoint, *self.ARGUMENTS, "--num_frames", 4, "--output", output) == 0
+        with Image.open(output) as picture:
+            assert picture.width > 3 * picture.height
+
+    def test_it_walks_between_classes(self, conditional_checkpoint, tmp_path):
+        output = tmp_path / "walk.png"
+        arguments = ("--seeds", "0,0", "--class_labels", "cat,frog", "--num_frames", 3, "--output", f"{output}")
+        assert run("interpolate", conditional_checkpoint, *self.ARGUMENTS, *arguments) == 0
+
+    def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
+        output = ("--output", tmp_path / "a.gif")
+        assert "num_frames" in error_line(capsys, "interpolate", checkpoint, "--num_frames", 1, *output)
+        with pytest.raises(SystemExit):
+            run("interpolate", checkpoint, "--seeds", "1")
+        assert "'1' is not two whole numbers" in capsys.readouterr().err
+
+
+class TestExportAndPush:
+    def test_export_lays_the_code_and_takes_the_card_along(self, checkpoint, tmp_path):
+        (checkpoint / "README.md").write_text("a card")
+        assert run("export", checkpoint, tmp_path / "exported") == 0
+        assert (tmp_path / "exported" / "unet" / "unet_tiny.py").is_file()
+        assert (tmp_path / "exported" / "README.md").read_text() == "a card"
+
+    def test_a_checkpoint_is_not_exported_onto_itself(self, checkpoint, capsys):
+        assert "is the checkpoint itself" in error_line(capsys, "export", checkpoint, checkpoint)
+
+    def test_push_hands_over_to_the_hub(self, monkeypatch, capsys):
+        monkeypatch.setattr(hub, "push", lambda *args, **kwargs: f"{args} {kwargs}")
+        assert run("push", "runs/digits", "me/digits", "--private") == 0
+        assert capsys.readouterr().out == "('runs/digits', 'me/digits') {'private': True}\n"
+
+    def test_a_failed_push_is_one_line(self, tmp_path, capsys):
+        assert "no model_index.json" in error_line(capsys, "push", tmp_path, "me/digits")
+
+
+def test_help_needs_neither_torch_nor_diffusers():
+    script = (
+        "import sys, tiny_diffusers.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("sample", "interpolate", "export", "push"):
+        assert command in done.stdout
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "tiny_diffusers.cli"], capture_output=True, text=True)
+    assert done.returncode == 2 and "COMMAND" in done.stderr

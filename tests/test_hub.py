@@ -1,0 +1,393 @@
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, hub
+from tiny_diffusers.errors import UserError
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as a push and a download of small files need. It has one repository."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def respond(self, content, status=200, **headers):
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, self.headers.get("Authorization"), body))
+        if self.headers.get("Authorization") != "Bearer hf_good":
+            self.respond({"error": "Invalid username or password."}, status=401)
+        elif self.path == "/api/repos/create":
+            self.respond({"url": f"{self.server.url}/me/tiny"})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            self.respond({"files": files})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.respond({"commitUrl": f"{self.server.url}/me/tiny/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.respond({})
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        files = self.server.files
+        if "/resolve/" in path:
+            name = path.split("/resolve/")[1].split("/", 1)[1]
+            if name in files:
+                etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
+                self.respond(files[name], ETag=etag, X_Repo_Commit=COMMIT)
+            else:
+                self.respond(b"", status=404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        elif "/tree/" in path:
+            self.respond([{"type": "file", "path": n, "size": len(c), "oid": COMMIT} for n, c in files.items()])
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            self.respond({"id": "me/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.files = [], {}
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def tiny_pipeline(**kwargs):
+    torch.manual_seed(0)
+    unet = TinyUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention=("none", "full"),
+        **kwargs,
+    )
+    for parameter in unet.parameters():  # a fresh network's last layer is zero, and any two would draw alike
+        torch.nn.init.normal_(parameter, std=0.1)
+    scheduler = TinyDDIMScheduler(beta_schedule="cosine", prediction_type="v_prediction")
+    return TinyPipeline(unet, scheduler)
+
+
+def stock_pipeline():
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        attention_head_dim=8,
+    )
+    return TinyPipeline(unet, TinyDDIMScheduler())
+
+
+def draw(pipe, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(i) for i in range(3)]
+    return pipe(batch_size=3, generator=generator, num_inference_steps=4, output_type="np", **kwargs).images
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A checkpoint with its code, as a run leaves it, and the images that its pipeline draws."""
+    pipe = tiny_pipeline()
+    directory = hub.export(pipe, tmp_path_factory.mktemp("exported"))
+    for name in ("samples.png", "loss_curves.png"):
+        (directory / name).write_bytes(b"")
+    return directory, draw(pipe)
+
+
+def write_card(directory, **kwargs):
+    arguments = {
+        "model_name": "Digits",
+        "command": "accelerate launch train_scripts/train_unconditional.py --seed 0",
+        "settings": {"learning_rate": 1e-3, "seed": 0},
+        "data": {"name": "digits", "split": "train", "images": 1797, "notes": ["2 broken files skipped", "grey"]},
+    }
+    path = hub.write_card(directory, **{**arguments, **kwargs})
+    assert path == directory / "README.md"
+    return ModelCard.load(path)
+
+
+class TestExport:
+    def test_every_class_lies_where_the_index_says_with_what_it_imports(self, exported):
+        directory, _ = exported
+        index = json.loads((directory / "model_index.json").read_text())
+        assert index["_class_name"] == ["pipeline_tiny", "TinyPipeline"]
+        assert index["unet"] == ["unet_tiny", "TinyUNet2DModel"]
+        assert index["scheduler"] == ["scheduling_tiny_ddim", "TinyDDIMScheduler"]
+        code = {path.relative_to(directory).as_posix() for path in directory.rglob("*.py")}
+        assert code == {
+            "pipeline_tiny.py",
+            "unet/unet_tiny.py",
+            "scheduler/scheduling_tiny_ddim.py",
+            "scheduler/scheduling_tiny_common.py",
+        }
+
+    def test_this_package_loads_it_without_running_its_code(self, exported):
+        directory, images = exported
+        pipe = TinyPipeline.from_pretrained(directory)
+        assert type(pipe) is TinyPipeline and type(pipe.unet) is TinyUNet2DModel
+        np.testing.assert_array_equal(draw(pipe), images)
+
+    def test_without_code_it_is_what_the_pipeline_saves(self, tmp_path):
+        pipe = tiny_pipeline()
+        hub.export(pipe, tmp_path / "exported", with_code=False)
+        pipe.save_pretrained(tmp_path / "saved")
+        for path in (tmp_path / "saved").rglob("*.*"):
+            assert path.read_bytes() == (tmp_path / "exported" / path.relative_to(tmp_path / "saved")).read_bytes()
+
+    def test_a_pipeline_of_stock_classes_needs_no_code_and_gets_none(self, tmp_path):
+        from diffusers import DiffusionPipeline
+
+        pipe = stock_pipeline()
+        hub.export(pipe, tmp_path)
+        assert not list(tmp_path.rglob("*.py"))
+        assert type(DiffusionPipeline.from_pretrained(tmp_path)).__module__.startswith("diffusers.")
+
+    def test_a_pipeline_of_ours_around_a_stock_network_has_its_own_code_laid(self, tmp_path):
+        from diffusers import UNet2DModel
+
+        stock = stock_pipeline()
+        unet = UNet2DModel.from_config(stock.unet.config, num_class_embeds=3)
+        hub.export(TinyConditionalPipeline(unet, stock.scheduler), tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["_class_name"] == ["pipeline_tiny_conditional", "TinyConditionalPipeline"]
+        assert index["unet"] == ["diffusers", "UNet2DModel"]
+        assert {"pipeline_tiny_conditional.py", "pipeline_tiny.py"} <= {path.name for path in tmp_path.glob("*.py")}
+        assert not list((tmp_path / "unet").glob("*.py"))
+        assert type(TinyPipeline.from_pretrained(tmp_path)) is TinyConditionalPipeline
+
+    def test_diffusers_alone_loads_it_from_a_folder_and_from_the_hub(self, exported, fake_hub, tmp_path):
+        """In a process where this package can't be imported, the same images to 1e-5."""
+        directory, images = exported
+        pipe = TinyConditionalPipeline(
+            tiny_pipeline(num_class_embeds=2).unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "frog"}
+        )
+        call = {"class_labels": ["cat", "frog", "cat"], "guidance_scale": 3.0}
+        hub.push(hub.export(pipe, tmp_path / "conditional"), "me/tiny", token="hf_good")
+        jobs = [(str(directory), {}), ("me/tiny", call)]
+        script = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tiny_diffusers":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+torch.set_num_threads(1)
+for i, (source, call) in enumerate(json.loads(sys.argv[1])):
+    pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+    generator = [torch.Generator().manual_seed(i) for i in range(3)]
+    np.save(f"{i}.npy", pipe(batch_size=3, generator=generator, num_inference_steps=4, output_type="np", **call).images)
+assert not any(name.split(".")[0] == "tiny_diffusers" for name in sys.modules)
+"""
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": fake_hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+            "HF_MODULES_CACHE": str(tmp_path / "home" / "modules"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        command = [sys.executable, "-c", script, json.dumps(jobs)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_allclose(np.load(tmp_path / "0.npy"), images, atol=1e-5)
+        np.testing.assert_allclose(np.load(tmp_path / "1.npy"), draw(pipe, **call), atol=1e-5)
+
+
+class TestCard:
+    def test_the_hub_reads_its_metadata(self, exported):
+        card = write_card(
+            exported[0],
+            data={"name": "ylecun/mnist", "split": "train"},
+            license="apache-2.0",
+            base_model="me/other",
+        )
+        assert card.data.library_name == "diffusers"
+        assert card.data.pipeline_tag == "unconditional-image-generation"
+        assert {"tiny-diffusers", "diffusion"} <= set(card.data.tags)
+        assert card.data.datasets == ["ylecun/mnist"]
+        assert card.data.license == "apache-2.0"
+        assert card.data.base_model == "me/other"
+
+    @pytest.mark.parametrize("name", ["digits", "../data/mnist", "/data/mnist", "C:\\data\\mnist", "a/b/c"])
+    def test_data_that_is_not_on_the_hub_stays_out_of_the_metadata(self, exported, name):
+        card = write_card(exported[0], data={"name": name})
+        assert card.data.datasets is None and card.data.license is None and card.data.base_model is None
+        assert f"| name | {name} |" in card.text
+
+    def test_a_folder_is_no_hub_id_though_it_looks_like_one(self, exported, tmp_path, monkeypatch):
+        (tmp_path / "data" / "mnist").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert write_card(exported[0], data={"name": "data/mnist"}).data.datasets is None
+
+    def test_it_says_what_the_model_is_and_how_it_was_made(self, exported):
+        directory, _ = exported
+        (directory / "checkpoint-100").mkdir()  # what resumes a run is no part of the model
+        shutil.copyfile(directory / "unet" / WEIGHTS, directory / "checkpoint-100" / "model.safetensors")
+        text = write_card(directory, results={"held for a digit": "81 % of 500 samples, 50 DDIM steps"}).text
+        parameters = sum(p.numel() for p in TinyPipeline.from_pretrained(directory).unet.parameters())
+        assert f"`TinyUNet2DModel`, {parameters / 1e6:.2f} M parameters" in text
+        assert "unconditional diffusion model of 8x8 grey images" in text and "`v_prediction`" in text
+        assert "accelerate launch train_scripts/train_unconditional.py --seed 0" in text
+        assert "| learning_rate | 0.001 |" in text
+        assert "| notes | 2 broken files skipped; grey |" in text
+        assert "| held for a digit | 81 % of 500 samples, 50 DDIM steps |" in text
+        assert "](samples.png)" in text and "](loss_curves.png)" in text
+        assert "What it is not good for" in text
+
+    def test_how_it_loads_is_what_the_folder_allows(self, exported, tmp_path):
+        def card_of(pipe, name, with_code):
+            return write_card(hub.export(pipe, tmp_path / name, with_code=with_code), hub_model_id="me/tiny").text
+
+        ours = 'TinyPipeline.from_pretrained("me/tiny")'
+        stock, with_code = (
+            f'DiffusionPipeline.from_pretrained("me/tiny"{end})' for end in ("", ", trust_remote_code=True")
+        )
+        texts = {
+            "stock": card_of(stock_pipeline(), "stock", True),
+            "code": card_of(tiny_pipeline(), "code", True),
+            "bare": card_of(tiny_pipeline(), "bare", False),
+        }
+        assert all(ours in text for text in texts.values())
+        assert [name for name, text in texts.items() if stock in text] == ["stock"]
+        assert [name for name, text in texts.items() if with_code in text] == ["code"]
+        assert "samples.png)" not in texts["bare"]  # there is no such picture in that folder
+
+    def test_the_examples_of_a_model_with_classes_name_some(self, tmp_path):
+        unet = tiny_pipeline(num_class_embeds=2).unet
+        pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "frog"})
+        text = write_card(hub.export(pipe, tmp_path)).text
+        assert "A class-conditional diffusion model" in text
+        assert "pipe(class_labels=['cat', 'frog'], guidance_scale=3.0)" in text
+        assert '--class_labels "cat,frog" --guidance_scale 3 --output' in text
+
+    def test_no_token_gets_into_it(self, exported):
+        for form in ("--hub_token hf_secret", "--hub_token=hf_secret"):
+            text = write_card(
+                exported[0], command=f"train.py {form} --seed 0", settings={"hub_token": "hf_secret"}
+            ).text
+            assert "hf_secret" not in text and "--seed 0" in text
+
+    def test_a_value_cannot_break_its_table(self, exported):
+        text = write_card(exported[0], settings={"a|b": "c|d\ne", "none": None}).text
+        assert "| a\\|b | c\\|d e |\n| none | None |\n" in text
+
+    def test_a_folder_without_a_checkpoint_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="no model_index.json"):
+            write_card(tmp_path)
+
+
+class TestPush:
+    def test_what_the_model_needs_is_pushed_and_what_only_this_machine_needs_is_not(
+        self, exported, fake_hub, tmp_path
+    ):
+        directory = hub.export(tiny_pipeline(), tmp_path)
+        write_card(directory)
+        card = (directory / "README.md").read_text(encoding="utf-8")
+        kept = {path.relative_to(directory).as_posix() for path in directory.rglob("*.*") if path.is_file()}
+        for name in (
+            "checkpoint-100/state.safetensors",
+            "checkpoint-best/unet/config.json",
+            "logs/run/events.1",
+            "data.lock",
+            ".cache/x",
+            "unet/.hidden",
+            "unet/__pycache__/unet_tiny.cpython-311.pyc",
+        ):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(b"x")
+
+        url = hub.push(directory, "me/tiny", token="hf_good", private=True)
+
+        assert url == f"{fake_hub.url}/me/tiny/commit/{COMMIT}"
+        assert fake_hub.files.keys() == kept
+        assert fake_hub.files["unet/unet_tiny.py"] == (directory / "unet" / "unet_tiny.py").read_bytes()
+        path, _, body = fake_hub.requests[0]
+        assert path == "/api/repos/create"
+        asked = json.loads(body)
+        assert (asked["organization"], asked["name"]) == ("me", "tiny")
+        assert asked.get("private") or asked["visibility"] == "private"  # the older and the newer spelling
+        # the pushed card loads the model by its name there, and the one on disk is as it was
+        assert 'TinyPipeline.from_pretrained("me/tiny")' in fake_hub.files["README.md"].decode()
+        assert (directory / "README.md").read_text(encoding="utf-8") == card
+        assert 'TinyPipeline.from_pretrained("path/to/this/folder")' in card
+
+    @pytest.mark.parametrize("fault", ["token", "network", "name"])
+    def test_a_failed_push_keeps_the_folder_and_says_how_to_push_later(self, exported, fake_hub, monkeypatch, fault):
+        directory, _ = exported
+        before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        if fault == "network":
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        repo_id = "me/no/such/name" if fault == "name" else "me/tiny"
+        with pytest.raises(UserError) as refusal:
+            hub.push(directory, repo_id, token="hf_bad" if fault == "token" else "hf_good")
+        assert f"tiny-diffusers push {directory} {repo_id}" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+        assert not fake_hub.files
+
+    def test_a_name_alone_is_completed_with_its_owner(self, exported, fake_hub):
+        write_card(exported[0])
+        assert hub.push(exported[0], "tiny", token="hf_good").startswith(f"{fake_hub.url}/me/tiny/")
+        assert any(path == "/api/models/me/tiny/commit/main" for path, _, _ in fake_hub.requests)
+        assert 'from_pretrained("me/tiny")' in fake_hub.files["README.md"].decode()
+
+    def test_a_folder_without_a_checkpoint_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="no model_index.json"):
+            hub.push(tmp_path, "me/tiny")
