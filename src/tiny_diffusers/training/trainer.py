@@ -1,0 +1,787 @@
+"""
+The one training loop, on accelerate, that all families share.
+
+What a run computes depends on its configuration and seed alone: every random draw is a function of (seed, step, image),
+so a stopped run goes on as if nothing had happened, and several processes compute what one would.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, load_images, normalize
+from ..errors import UserError, unknown
+from ..hardware import default_device, default_dtype, physical_cores
+from . import checkpoints
+from .arguments import TrainingArguments, command_line, save_arguments
+from .draws import DataOrder, Draws, make_generator
+from .ema import EMA
+
+
+# What a run leaves in its folder, beside its components' folders; --overwrite_output_dir deletes these and no more.
+_RUN_FILES = ("config.yaml", "run.json", "train_log.jsonl", "model_index.json", "README.md", "*.png", "*.gif", "*.py")
+_AUGMENTATIONS = ("random_flip", "random_crop_padding", "color_jitter", "cutout")
+_MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
+
+
+@dataclass
+class Batch:
+    """
+    What a family's loss is computed from.
+
+    Attributes:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): float32 in [-1, 1], augmented.
+        labels (`torch.Tensor` of shape `(B,)`, *optional*): int64; the null class where the label was dropped.
+        draws ([`Draws`]): The random numbers of these images in this step.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    draws: Draws
+
+
+class Family:
+    """
+    What a family of models adds to the loop. A train script defines one.
+
+    Attributes:
+        name (`str`): The family's name, as it stands in a card and in the default output folder.
+        modules (`dict[str, nn.Module]`): The networks that are trained, each with an optimiser of its own, by the
+            names that the pipeline gives them.
+        null_label (`int`, *optional*): The label that stands for no label.
+        label_dropout (`float`): Share of the labels that the loop replaces by `null_label`.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    null_label: int | None = None
+    label_dropout: float = 0.0
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+        """
+        Yields (name of a module, its scalar loss) in the order in which the modules are stepped. The loop
+        back-propagates and steps before it asks for the next.
+        """
+        raise NotImplementedError
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        """The loss of each image, `(B,)`."""
+        raise NotImplementedError
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> Any:
+        """The pipeline around (averaged) networks, which is what is saved."""
+        raise NotImplementedError
+
+    def sample(self, pipeline: Any, num_images: int, seed: int) -> tuple[list, dict]:
+        """Sample images for a grid: (PIL images, keyword arguments for [`plots.image_grid`])."""
+        raise NotImplementedError
+
+
+def launch(main: Callable[[], None]) -> int:
+    """Runs a script's `main` and returns the exit status: a user's mistake is one line and 2, with no traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def start(arguments: TrainingArguments) -> Accelerator:
+    """
+    Sets up this process: its threads, its device, its number format, its trackers.
+
+    Raises:
+        UserError: If a tracker or a number format is not known or not to be had here.
+    """
+    # accelerate's launcher leaves OMP_NUM_THREADS=1, which idles all cores but one.
+    threads = arguments.num_threads or max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    arguments.num_threads = threads
+
+    trackers = [name for name in arguments.report_to.replace(" ", "").split(",") if name not in ("", "none")]
+    for name in trackers:
+        if name not in ("tensorboard", "wandb", "trackio"):
+            raise unknown("--report_to", name, ["tensorboard", "wandb", "trackio", "none"])
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise UserError(f"--report_to {name}: it is not installed; pip install {name}.") from error
+
+    formats = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    if arguments.mixed_precision == "auto":
+        arguments.mixed_precision = formats[default_dtype(default_device())]
+    if arguments.mixed_precision not in formats.values():
+        raise unknown("--mixed_precision", arguments.mixed_precision, ["auto", *formats.values()])
+    try:
+        return Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            log_with=trackers or None,
+            project_dir=Path(arguments.output_dir or "runs") / arguments.logging_dir,
+        )
+    except ValueError as error:  # such as fp16 without a GPU
+        raise UserError(f"--mixed_precision {arguments.mixed_precision}: {error}") from error
+
+
+def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_labels: bool = False) -> ImageData:
+    """The images that the arguments name; decoded by one process, read from its cache by the others."""
+    with accelerator.local_main_process_first():
+        data = load_images(
+            arguments.dataset_name,
+            dataset_config_name=arguments.dataset_config_name,
+            train_data_dir=arguments.train_data_dir,
+            split=arguments.split,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            resolution=arguments.resolution,
+            center_crop=arguments.center_crop,
+            classes=arguments.classes,
+            max_samples=arguments.max_train_samples,
+            cache_dir=arguments.cache_dir,
+            require_labels=require_labels,
+        )
+    arguments.resolution = data.images.shape[-1]
+    return data
+
+
+class Trainer:
+    """
+    One run.
+
+    Args:
+        arguments ([`TrainingArguments`]): The run's settings.
+        accelerator (`Accelerator`): From [`start`].
+        data ([`ImageData`]): From [`load_data`].
+        family ([`Family`]): What is trained.
+    """
+
+    def __init__(self, arguments: TrainingArguments, accelerator: Accelerator, data: ImageData, family: Family):
+        self.arguments, self.accelerator, self.data, self.family = arguments, accelerator, data, family
+        self.device = accelerator.device
+        name = Path(arguments.train_data_dir or data.name).name
+        self.output_dir = Path(arguments.output_dir or f"runs/{family.name}-{name}")
+        arguments.output_dir = str(self.output_dir)
+
+        self.train_data, self.validation_data = data, None
+        if arguments.validation_split > 0:
+            self.train_data, self.validation_data = held_out(data, arguments.validation_split, arguments.seed)
+        self.order = DataOrder(arguments.seed, len(self.train_data))
+        settings = {name: getattr(arguments, name) for name in _AUGMENTATIONS}
+        self.augmentation = {name: value for name, value in settings.items() if value}
+
+        self.global_batch = (
+            arguments.train_batch_size * accelerator.num_processes * arguments.gradient_accumulation_steps
+        )
+        self.steps_per_epoch = len(self.train_data) / self.global_batch
+        self.step, self.max_steps = 0, arguments.max_train_steps
+        self.sums: dict[str, torch.Tensor] = {}  # running sums of what the next log line averages
+        self.skipped, self.bad_steps = 0, 0
+        self.best: dict[str, float] | None = None
+        self.bad_validations = 0
+        self.stop_signal: int | None = None
+
+        self._claim_output_dir()
+        self._build()
+
+    # ---------------------------------------------------------------------------------------------- setting up
+
+    def _claim_output_dir(self) -> None:
+        """Makes the folder, takes its lock, and refuses one that holds another run."""
+        if not self.accelerator.is_main_process:
+            return
+        arguments, output_dir = self.arguments, self.output_dir
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            # The operating system drops the lock with the process, so that a killed run leaves none behind.
+            self.lock = filelock.FileLock(output_dir / ".lock")
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f"--output_dir: another process is training into {output_dir}.") from error
+        except OSError as error:
+            raise UserError(f"--output_dir: cannot write to {output_dir} ({error.strerror}).") from error
+
+        holds_run = any((output_dir / name).exists() for name in ("config.yaml", "model_index.json"))
+        if holds_run and arguments.overwrite_output_dir and not arguments.resume_from_checkpoint:
+            leftovers = [path for pattern in _RUN_FILES for path in output_dir.glob(pattern)]
+            for path in [*leftovers, *checkpoints.list_checkpoints(output_dir)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif holds_run and not arguments.resume_from_checkpoint:
+            raise UserError(
+                f"--output_dir: {output_dir} holds another run; continue it with --resume_from_checkpoint latest, "
+                "replace it with --overwrite_output_dir, or name another folder."
+            )
+
+        weights = sum(p.numel() * 4 for module in self.family.modules.values() for p in module.parameters())
+        needed = 4 * weights * ((arguments.checkpoints_total_limit or 10) + 1)  # weights, average, two moments
+        free = shutil.disk_usage(output_dir).free
+        if free < needed:
+            raise UserError(
+                f"--output_dir: {output_dir} has {free / 1e6:,.0f} MB free and the checkpoints need up to "
+                f"{needed / 1e6:,.0f} MB; free some, or lower --checkpoints_total_limit."
+            )
+
+    def _build(self) -> None:
+        """The optimisers, averages and learning rates around the family's networks."""
+        arguments, accelerator = self.arguments, self.accelerator
+        learning_rate = arguments.learning_rate * (self.global_batch if arguments.scale_lr else 1)
+        betas = (arguments.adam_beta1, arguments.adam_beta2)
+        fused = self.device.type in ("cpu", "cuda")
+        makers = {
+            "adamw": lambda p: torch.optim.AdamW(
+                p, learning_rate, betas, arguments.adam_epsilon, arguments.adam_weight_decay, fused=fused
+            ),
+            "adam": lambda p: torch.optim.Adam(
+                p, learning_rate, betas, arguments.adam_epsilon, arguments.adam_weight_decay, fused=fused
+            ),
+            "sgd": lambda p: torch.optim.SGD(
+                p, learning_rate, betas[0], weight_decay=arguments.adam_weight_decay, fused=fused
+            ),
+        }
+        if arguments.optimizer not in makers:
+            raise unknown("--optimizer", arguments.optimizer, makers)
+
+        self.modules, self.optimizers, self.averages = {}, {}, {}
+        for name, module in self.family.modules.items():
+            module.to(self.device, memory_format=torch.channels_last)
+            if arguments.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
+            if arguments.compile:
+                module.compile_repeated_blocks()
+            if arguments.use_ema:
+                self.averages[name] = EMA(
+                    module,
+                    arguments.ema_max_decay,
+                    arguments.ema_inv_gamma,
+                    arguments.ema_power,
+                    arguments.ema_start_step or 0,
+                )
+            optimizer = makers[arguments.optimizer](module.parameters())
+            self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
+
+    def _build_lr_schedulers(self) -> None:
+        from diffusers.optimization import SchedulerType, get_scheduler
+
+        arguments = self.arguments
+        if arguments.lr_scheduler not in [kind.value for kind in SchedulerType]:
+            raise unknown("--lr_scheduler", arguments.lr_scheduler, [kind.value for kind in SchedulerType])
+        self.lr_schedulers = {
+            name: get_scheduler(
+                arguments.lr_scheduler,
+                optimizer.optimizer,
+                num_warmup_steps=min(arguments.lr_warmup_steps, self.max_steps // 10),
+                num_training_steps=self.max_steps,
+            )
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def _settle_steps(self) -> None:
+        """The number of steps of this run, fixed before the first of them is taken."""
+        arguments = self.arguments
+        if self.max_steps is None and arguments.max_train_minutes is not None:
+            self.max_steps = self._steps_in(60 * arguments.max_train_minutes)
+        if self.max_steps is None:
+            self.max_steps = math.ceil(arguments.num_epochs * self.steps_per_epoch)
+        arguments.max_train_steps = self.max_steps
+        self.validation_steps = arguments.validation_steps or max(1, self.max_steps // 20)
+
+    def _steps_in(self, seconds: float) -> int:
+        """How many steps fit into `seconds`, by the speed of some trial steps, whose effect is undone."""
+        trial_seconds = min(15.0, 0.04 * seconds)
+        tensors = [t for m in [*self.modules.values(), *self._networks().values()] for t in m.state_dict().values()]
+        before = [tensor.clone() for tensor in tensors]
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+
+        began, times = time.perf_counter(), []
+        while len(times) < 8 or time.perf_counter() - began < trial_seconds:
+            step_began = time.perf_counter()
+            self._optimize(len(times))
+            self._update_averages(len(times))
+            self._synchronize()
+            times.append(time.perf_counter() - step_began)
+        validation_began = time.perf_counter()
+        self._validate()
+        validation = time.perf_counter() - validation_began
+
+        for tensor, saved in zip(tensors, before, strict=True):
+            tensor.copy_(saved)
+        for optimizer in self.optimizers.values():
+            optimizer.optimizer.state.clear()
+        if scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self.sums.clear()
+
+        steady = sorted(times[3:])
+        seconds_left = seconds - (time.perf_counter() - began) - 20 * validation
+        steps = max(1, int(seconds_left / steady[len(steady) // 2]))
+        return int(self._broadcast(steps))
+
+    # ------------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> None:
+        """Trains to the end, or until a signal, an early stop, or losses that are not finite; then saves."""
+        arguments, accelerator = self.arguments, self.accelerator
+        resumed = self._find_resume()
+        self._settle_steps()
+        self._build_lr_schedulers()
+        if resumed:
+            self._load_checkpoint(resumed)
+        if accelerator.is_main_process:
+            self._write_run_files()
+            self._trim_log()
+        self._say_what_runs()
+        if accelerator.trackers or accelerator.log_with:
+            accelerator.init_trackers("tiny-diffusers", config=_scalars(vars(arguments)))
+
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._loop()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.stop_signal is not None:
+            if accelerator.is_main_process:
+                print(f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True)
+            raise SystemExit(128 + self.stop_signal)
+        self._finish()
+
+    def _loop(self) -> None:
+        arguments, accelerator = self.arguments, self.accelerator
+        bar = tqdm(
+            initial=self.step,
+            total=self.max_steps,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+        began, first = time.perf_counter(), self.step
+        last_grid_epoch = last_save_epoch = int(self.step / self.steps_per_epoch)
+        while self.step < self.max_steps and not self._stopped_early():
+            self._train_step()
+            bar.update()
+            if self.step % arguments.logging_steps == 0 or self.step == self.max_steps:
+                values = self._log_training()
+                rate = (self.step - first) * self.global_batch / (time.perf_counter() - began)
+                bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {rate:.0f} images/s", refresh=False)
+                accelerator.log({"images_per_second": rate}, step=self.step)
+
+            improved = False
+            if self.validation_data is not None and (
+                self.step % self.validation_steps == 0 or self.step == self.max_steps
+            ):
+                improved = self._log_validation()
+            epoch = int(self.step / self.steps_per_epoch)
+            if arguments.save_images_epochs and epoch - last_grid_epoch >= arguments.save_images_epochs:
+                last_grid_epoch = epoch
+                if self.step < self.max_steps and accelerator.is_main_process:
+                    self._save_grid(self.output_dir / "samples" / f"step-{self.step:07d}.png")
+            if arguments.save_model_epochs and epoch - last_save_epoch >= arguments.save_model_epochs:
+                last_save_epoch = epoch
+                if accelerator.is_main_process:
+                    self._save_pipeline()
+
+            self._agree_on_signals()
+            keep_best = improved and arguments.early_stopping_patience is not None
+            due = self.step % arguments.checkpointing_steps == 0 and not self.bad_steps
+            if keep_best or due or self.stop_signal:
+                self._save_checkpoint()
+            if self.stop_signal:
+                break
+        bar.close()
+        self.seconds = time.perf_counter() - began
+
+    def _train_step(self) -> None:
+        """One step of the run: every network's update, its average, its learning rate."""
+        finite = self._optimize(self.step)
+        self.step += 1
+        for lr_scheduler in self.lr_schedulers.values():
+            lr_scheduler.step()
+        if finite:
+            self.bad_steps = 0
+            self._update_averages(self.step)
+            return
+        self.skipped += 1
+        self.bad_steps += 1
+        self.sums.clear()
+        if self.accelerator.is_main_process:
+            self._append_log({"step": self.step, "skipped": "the loss or a gradient is not finite"})
+        if self.bad_steps >= _MAX_BAD_STEPS:
+            last = [path.name for path in checkpoints.list_checkpoints(self.output_dir)][-1:] or ["none"]
+            raise UserError(
+                f"the loss or its gradient was not finite in {_MAX_BAD_STEPS} steps in a row, up to step {self.step}; "
+                f"lower --learning_rate, or use --mixed_precision no. The last good checkpoint: {last[0]}."
+            )
+
+    def _optimize(self, step: int) -> bool:
+        """Steps every optimiser on the batch of `step`; one whose gradient is not finite is left out. Were all finite?"""
+        arguments, accelerator = self.arguments, self.accelerator
+        # Layer dropout is the one draw left to torch's own generators: a function of (seed, step, rank).
+        torch.manual_seed(make_generator(arguments.seed, step, "dropout", accelerator.process_index).initial_seed())
+        prefix = {name: "" if len(self.modules) == 1 else f"{name}_" for name in self.modules}
+        all_finite = True
+        for micro_batch in range(arguments.gradient_accumulation_steps):
+            with accelerator.accumulate(*self.modules.values()):
+                batch = self._batch(step, micro_batch)
+                for name, loss in self.family.losses(self.modules, batch):
+                    accelerator.backward(loss)
+                    self._add(f"{prefix[name]}loss", loss.detach())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(self.modules[name].parameters(), arguments.max_grad_norm)
+                        norm = loss.detach() if norm is None else norm  # DeepSpeed clips by itself and tells nothing
+                        self._add(f"{prefix[name]}grad_norm", norm)
+                        finite = bool(torch.isfinite(norm))
+                        all_finite &= finite
+                        # A gradient scaler (float16) sees that by itself, and must, to lower its scale.
+                        if finite or accelerator.scaler is not None:
+                            self.optimizers[name].step()
+                    self.optimizers[name].zero_grad()
+        return all_finite
+
+    def _update_averages(self, step: int) -> None:
+        for name, average in self.averages.items():
+            average.update(self.accelerator.unwrap_model(self.modules[name]), step)
+
+    def _batch(self, step: int, micro_batch: int) -> Batch:
+        accelerator, size = self.accelerator, self.arguments.train_batch_size
+        first = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
+        rows = range(first, first + size)
+        offset = step * self.global_batch
+        indices = self.order(range(offset + rows.start, offset + rows.stop))
+        return self._assemble(self.train_data, indices, Draws(self.arguments.seed, step, rows, self.device), True)
+
+    def _assemble(self, data: ImageData, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
+        images = normalize(data.images[indices].to(self.device, non_blocking=True))
+        if training and self.augmentation:
+            images = augment(images, draws.uniform("augment", AUGMENT_DRAWS), **self.augmentation)
+        labels = None
+        if data.labels is not None and self.family.null_label is not None:
+            labels = data.labels[indices].to(self.device, non_blocking=True)
+            if training and self.family.label_dropout > 0:
+                dropped = draws.uniform("label_dropout") < self.family.label_dropout
+                labels = labels.masked_fill(dropped, self.family.null_label)
+        return Batch(images, labels, draws)
+
+    # ---------------------------------------------------------------------------------------------- measuring
+
+    def _add(self, key: str, value: torch.Tensor) -> None:
+        total, count = self.sums.get(key, (0.0, 0))
+        self.sums[key] = (total + value.double(), count + 1)
+
+    def _log_training(self) -> dict[str, float]:
+        """Writes the means since the last line; returns them."""
+        means = {key: (total / count).float().to(self.device) for key, (total, count) in self.sums.items()}
+        values = {key: float(self.accelerator.reduce(mean, "mean")) for key, mean in means.items()}
+        self.sums.clear()
+        learning_rate = next(iter(self.lr_schedulers.values())).get_last_lr()[0]
+        line = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **values, "lr": learning_rate}
+        if self.accelerator.is_main_process:
+            self._append_log(line)
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+        return values
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss of the averaged networks on the held-out images, always with the same noise and timesteps."""
+        networks = self._networks()
+        data, size = self.validation_data, self.arguments.train_batch_size
+        total = torch.zeros((), dtype=torch.float64)
+        count = min(len(data), self.arguments.max_validation_samples) if data is not None else 0
+        for start in range(self.accelerator.process_index * size, count, size * self.accelerator.num_processes):
+            rows = range(start, min(start + size, count))
+            draws = Draws(self.arguments.seed, "validation", rows, self.device)
+            with self.accelerator.autocast():
+                batch = self._assemble(data, torch.arange(rows.start, rows.stop), draws, False)
+                total += self.family.validation_loss(networks, batch).double().sum().cpu()
+        total = self.accelerator.reduce(total.float().to(self.device), "sum")
+        return float(total) / max(1, count)
+
+    def _log_validation(self) -> bool:
+        """Measures and logs the validation loss; whether it is the best so far."""
+        loss = self._validate()
+        improved = self.best is None or loss < self.best["val_loss"]
+        if improved:
+            self.best = {"step": self.step, "val_loss": loss}
+        self.bad_validations = 0 if improved else self.bad_validations + 1
+        if self.accelerator.is_main_process:
+            self._append_log({"step": self.step, "val_loss": loss})
+        self.accelerator.log({"val_loss": loss}, step=self.step)
+        return improved
+
+    def _stopped_early(self) -> bool:
+        patience = self.arguments.early_stopping_patience
+        return patience is not None and self.bad_validations >= patience
+
+    def _append_log(self, line: dict[str, Any]) -> None:
+        with (self.output_dir / "train_log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def _trim_log(self) -> None:
+        """Drops what a killed run wrote after the checkpoint that is resumed, so that no step is logged twice."""
+        path = self.output_dir / "train_log.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except (ValueError, KeyError, TypeError):  # the half line of a kill
+                break
+            kept.append(line + "\n")
+        path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
+        os.replace(path.with_suffix(".part"), path)
+
+    # ------------------------------------------------------------------------------------------- stop and go on
+
+    def _find_resume(self) -> Path | None:
+        arguments = self.arguments
+        if not arguments.resume_from_checkpoint:
+            return None
+        checkpoint = checkpoints.find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, self._warn)
+        config = self.output_dir / "config.yaml"
+        earlier = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.exists() else {}
+        if self.max_steps is None and arguments.max_train_minutes is not None:
+            self.max_steps = earlier.get("max_train_steps")
+        # What may differ without a word: where things go and how often they are looked at.
+        free = (
+            "resume",
+            "output",
+            "overwrite",
+            "checkpoint",
+            "save_",
+            "log",
+            "report",
+            "hub",
+            "push",
+            "max_train",
+            "config",
+        )
+        for name, value in vars(arguments).items():
+            if name in earlier and earlier[name] != value and not name.startswith(free):
+                self._warn(f"--{name} is {value}, but was {earlier[name]} in the run that is resumed.")
+        if checkpoint is None:
+            self._warn(f"there is no checkpoint in {self.output_dir} yet: the run starts at step 0.")
+        return checkpoint
+
+    def _save_checkpoint(self) -> None:
+        """Publishes `checkpoint-N`: networks, averages, optimisers, and where the run stands."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+
+        def write(folder: Path) -> None:
+            for name, module in self.modules.items():
+                accelerator.unwrap_model(module).save_pretrained(folder / name)
+                if name in self.averages:
+                    self.averages[name].module.save_pretrained(folder / f"{name}_ema")
+                checkpoints.save_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
+            state = {
+                "step": self.step,
+                "sums": {key: [float(total), count] for key, (total, count) in self.sums.items()},
+                "skipped": self.skipped,
+                "bad_steps": self.bad_steps,
+                "best": self.best,
+                "bad_validations": self.bad_validations,
+                "lr_schedulers": {name: s.state_dict() for name, s in self.lr_schedulers.items()},
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            }
+            (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+        try:
+            checkpoints.publish(self.output_dir / f"checkpoint-{self.step}", write)
+        except OSError as error:
+            last = [path.name for path in checkpoints.list_checkpoints(self.output_dir)][-1:] or ["none"]
+            raise UserError(
+                f"checkpoint-{self.step} could not be written to {self.output_dir} ({error.strerror or error}); earlier "
+                f"ones are intact, the last is {last[0]}. Make room and go on with --resume_from_checkpoint latest."
+            ) from error
+        keep = self.output_dir / f"checkpoint-{self.best['step']}" if self.best else None
+        checkpoints.prune(self.output_dir, self.arguments.checkpoints_total_limit, keep)
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        weights = "diffusion_pytorch_model.safetensors"
+        for name, module in self.modules.items():
+            self.accelerator.unwrap_model(module).load_state_dict(load_file(folder / name / weights))
+            if name in self.averages:
+                self.averages[name].module.load_state_dict(load_file(folder / f"{name}_ema" / weights))
+            checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
+        state = json.loads((folder / "state.json").read_text())
+        for name, lr_scheduler in self.lr_schedulers.items():
+            lr_scheduler.load_state_dict(state["lr_schedulers"][name])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped, self.bad_steps = state["step"], state["skipped"], state["bad_steps"]
+        self.best, self.bad_validations = state["best"], state["bad_validations"]
+        self.sums = {
+            key: (torch.tensor(total, dtype=torch.float64), count) for key, (total, count) in state["sums"].items()
+        }
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+
+    def _agree_on_signals(self) -> None:
+        """If any process was told to stop, all are; else one would wait for the others for ever."""
+        if self.accelerator.num_processes > 1:
+            signals = self.accelerator.gather(torch.tensor([self.stop_signal or 0], device=self.device))
+            self.stop_signal = int(signals.max()) or None
+
+    # ------------------------------------------------------------------------------------------- what it leaves
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The networks as they are saved: averaged, or as they are where no average is kept."""
+        return {
+            name: self.averages[name].module if name in self.averages else self.accelerator.unwrap_model(module)
+            for name, module in self.modules.items()
+        }
+
+    def _finish(self) -> None:
+        """Saves the pipeline, the pictures and the card, and pushes them if asked to."""
+        accelerator, arguments = self.accelerator, self.arguments
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if self._stopped_early():
+                best = self.output_dir / f"checkpoint-{self.best['step']}"
+                print(f"early stop at step {self.step}: the best validation loss was at step {self.best['step']}.")
+                if best.is_dir() and checkpoints.damage(best) is None:
+                    self._load_checkpoint(best)
+            from .. import hub, plots
+
+            self._save_pipeline()
+            self._save_grid(self.output_dir / "samples.png")
+            plots.loss_curves(self.output_dir / "train_log.jsonl", self.output_dir / "loss_curves.png")
+            hub.write_card(
+                self.output_dir,
+                model_name=arguments.hub_model_id or self.output_dir.name,
+                command=command_line(arguments),
+                settings=_scalars(vars(arguments)),
+                data=self._data_facts(),
+                hub_model_id=arguments.hub_model_id,
+                license=arguments.license,
+                base_model=arguments.pretrained_model_name_or_path,
+            )
+            print(f"saved to {self.output_dir}: look at {self.output_dir / 'samples.png'}", flush=True)
+            if arguments.push_to_hub:
+                repo_id = arguments.hub_model_id or self.output_dir.name
+                hub.push(self.output_dir, repo_id, token=arguments.hub_token, private=arguments.hub_private_repo)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            self.lock.release()
+
+    def _save_pipeline(self) -> None:
+        from .. import hub
+
+        hub.export(self.family.pipeline(self._networks()), self.output_dir)
+
+    def _save_grid(self, path: Path) -> None:
+        """Samples from a copy of the networks, cast once to the format that the hardware multiplies fastest."""
+        import copy
+
+        from .. import plots
+
+        dtype = default_dtype(self.device)
+        networks = {name: copy.deepcopy(module).to(dtype).eval() for name, module in self._networks().items()}
+        pipeline = self.family.pipeline(networks)
+        pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not sys.stderr.isatty())
+        images, options = self.family.sample(pipeline, self.arguments.eval_batch_size, self.arguments.seed)
+        path.parent.mkdir(exist_ok=True)
+        plots.image_grid(images, **options).save(path)
+
+    def _write_run_files(self) -> None:
+        """The run's settings, as a recipe that makes it again, and what they met on this machine."""
+        save_arguments(
+            self.arguments, self.output_dir / "config.yaml", skip=("resume_from_checkpoint", "overwrite_output_dir")
+        )
+        facts = {
+            "command": command_line(self.arguments),
+            "data": self._data_facts(),
+            "parameters": {name: _count(module) for name, module in self.family.modules.items()},
+            "device": str(self.device),
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "global_batch": self.global_batch,
+            "versions": {
+                "tiny-diffusers": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        (self.output_dir / "run.json").write_text(json.dumps(facts, indent=2))
+
+    def _data_facts(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": data.name,
+            "split": data.split,
+            "images": len(data),
+            "held_out": len(self.validation_data) if self.validation_data is not None else 0,
+            "shape": list(data.images.shape[1:]),
+            "classes": list(data.id2label.values()) if data.id2label else None,
+            "fingerprint": data.fingerprint,
+            "notes": data.notes,
+        }
+
+    def _say_what_runs(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        data, arguments = self.data, self.arguments
+        for note in data.notes:
+            print(f"data: {note}")
+        parameters = ", ".join(f"{name} {_count(module) / 1e6:.2f} M" for name, module in self.family.modules.items())
+        print(
+            f"{self.family.name}: {len(self.train_data):,} images {tuple(data.images.shape[1:])} of {data.name}, "
+            f"{self.max_steps:,} steps of {self.global_batch}; {parameters} parameters"
+        )
+        print(
+            f"on {self.device} x {self.accelerator.num_processes}, {torch.get_num_threads()} threads, "
+            f"mixed precision {arguments.mixed_precision}, channels-last, into {self.output_dir}",
+            flush=True,
+        )
+
+    def _warn(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def _broadcast(self, value: float) -> float:
+        """The main process's value, on every process."""
+        from accelerate.utils import broadcast
+
+        return float(broadcast(torch.tensor(float(value), device=self.device)))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers and cards take them: numbers and words, no secrets."""
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+        for key, value in values.items()
+        if key != "hub_token"
+    }

@@ -1,0 +1,82 @@
+"""
+Has the digits model learned, and not copied?
+
+    python tests/benchmarks/check_digits.py runs/ddpm-digits [--num_images 500] [--num_inference_steps 50]
+
+A calibrated support vector classifier, fitted on 70 % of the real digits, judges samples: the share that it holds for
+some digit with a probability over 0.8, the share of each class, and the share that is nearer to a training image than
+0.3 grey levels of 16 (no held-out real digit is nearer than 0.42). Prints the figures as JSON, adds them to the model's
+card with `--write_card`, and exits with 1 if they fall short.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+
+def nearest(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Mean absolute difference to the nearest reference, `(N,)`, of images `(N, D)` and references `(M, D)`."""
+    return np.array([np.abs(references - image).mean(1).min() for image in images])
+
+
+def judge(samples: np.ndarray) -> dict:
+    """The figures for samples `(N, 64)` in grey levels 0 to 16."""
+    digits = load_digits()
+    train, held_out, train_labels, _ = train_test_split(digits.data, digits.target, train_size=0.7, random_state=0)
+    classifier = CalibratedClassifierCV(SVC(gamma=0.001), ensemble=False).fit(train, train_labels)
+    probabilities = classifier.predict_proba(samples)
+    classes = np.bincount(probabilities.argmax(1), minlength=10) / len(samples)
+    distances = nearest(samples, digits.data)
+    return {
+        "num_images": len(samples),
+        "held for a digit": round(float((probabilities.max(1) > 0.8).mean()), 4),
+        "real held-out digits held for a digit": round(
+            float((classifier.predict_proba(held_out).max(1) > 0.8).mean()), 4
+        ),
+        "least share of a class": round(float(classes.min()), 4),
+        "classes": [round(float(share), 4) for share in classes],
+        "nearer to a training image than 0.3": round(float((distances < 0.3).mean()), 4),
+        "least distance to a training image": round(float(distances.min()), 3),
+        "least distance of a held-out digit to the others": round(float(nearest(held_out, train).min()), 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--write_card", action="store_true", help="Add the figures to the checkpoint's card.")
+    args = parser.parse_args()
+
+    from tiny_diffusers import TinyPipeline
+
+    pipe = TinyPipeline.from_pretrained(args.checkpoint)
+    images = pipe(
+        batch_size=args.num_images,
+        generator=torch.Generator().manual_seed(args.seed),
+        num_inference_steps=args.num_inference_steps,
+        output_type="np",
+    ).images  # (N, 8, 8, 1) in [0, 1]
+    figures = judge(images.reshape(len(images), -1) * 16)
+    print(json.dumps(figures, indent=2))
+
+    passed = (
+        figures["held for a digit"] >= 0.75
+        and figures["least share of a class"] >= 0.04
+        and figures["nearer to a training image than 0.3"] <= 0.01
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The way from images to a shared model, and every mistake on it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiny_diffusers import TinyPipeline
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.train_scripts import train_unconditional
+from tiny_diffusers.training.trainer import Trainer, launch
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_what_a_run_leaves(train, read_log):
+    folder = train()
+    for name in ("model_index.json", "samples.png", "train_log.jsonl", "loss_curves.png", "README.md", "config.yaml"):
+        assert (folder / name).is_file(), name
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+    log = read_log(folder)
+    assert [line["step"] for line in log if "loss" in line] == [2, 4, 6]
+    assert any("val_loss" in line for line in log)
+    pipe = TinyPipeline.from_pretrained(folder)
+    assert pipe(num_inference_steps=2).images[0].mode == "L"
+
+
+def test_the_averaged_weights_are_what_is_saved(train):
+    folder = train()
+    saved = load_file(folder / "unet" / WEIGHTS)
+    average = load_file(folder / "checkpoint-6" / "unet_ema" / WEIGHTS)
+    trained = load_file(folder / "checkpoint-6" / "unet" / WEIGHTS)
+    assert all(torch.equal(saved[key], average[key]) for key in saved)
+    assert any(not torch.equal(saved[key], trained[key]) for key in saved)
+
+
+def test_same_seed_same_weights_and_samples_to_the_bit(train):
+    one, two, other = train(name="one"), train(name="two"), train("--seed", "1", name="other")
+    assert (one / "unet" / WEIGHTS).read_bytes() == (two / "unet" / WEIGHTS).read_bytes()
+    assert (one / "samples.png").read_bytes() == (two / "samples.png").read_bytes()
+    assert (one / "train_log.jsonl").read_bytes() == (two / "train_log.jsonl").read_bytes()
+    assert (one / "unet" / WEIGHTS).read_bytes() != (other / "unet" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, stopped_at):
+    options = ("--dropout", "0.1", "--random_flip", "--gradient_accumulation_steps", "2")
+    whole = train(*options, name="whole")
+
+    step = Trainer._train_step
+
+    def killed_after(self):
+        step(self)
+        if self.step == stopped_at:
+            self.stop_signal = 15
+
+    monkeypatch.setattr(Trainer, "_train_step", killed_after)
+    with pytest.raises(SystemExit):
+        train(*options, name="resumed")
+    monkeypatch.undo()
+    resumed = train(*options, "--resume_from_checkpoint", "latest", name="resumed")
+
+    for name in ("unet/" + WEIGHTS, "train_log.jsonl", "samples.png", f"checkpoint-6/unet/{WEIGHTS}"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    for name in ("unet_ema/" + WEIGHTS, "unet_optimizer/optimizer.safetensors"):
+        ours, theirs = load_file(whole / "checkpoint-6" / name), load_file(resumed / "checkpoint-6" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(train, read_log):
+    folder = train(steps=4)
+    with (folder / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+    train("--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in read_log(folder) if "loss" in line] == [2, 4, 6]
+
+
+def test_minutes_settle_into_steps_that_reproduce_the_run(train, monkeypatch):
+    monkeypatch.setattr(Trainer, "_broadcast", lambda self, value: 5)
+    timed = train("--max_train_minutes", "0.01", steps=None, name="timed")
+    steps = train(steps=5, name="steps")
+    assert "max_train_steps: 5" in (timed / "config.yaml").read_text()
+    assert (timed / "unet" / WEIGHTS).read_bytes() == (steps / "unet" / WEIGHTS).read_bytes()
+
+
+def test_fine_tuning_starts_from_the_other_models_weights(train):
+    first = train(name="first")
+    second = train("--pretrained_model_name_or_path", str(first), "--learning_rate", "0", name="second")
+    a, b = load_file(first / "unet" / WEIGHTS), load_file(second / "unet" / WEIGHTS)
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
+    from diffusers import DDIMPipeline, DiffusionPipeline, UNet2DModel
+
+    config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
+    folder = train("--model_config_name_or_path", str(tmp_path / "config.json"))
+
+    stock = DiffusionPipeline.from_pretrained(folder)
+    assert type(stock) is DDIMPipeline and type(stock.unet) is UNet2DModel
+    ours = TinyPipeline.from_pretrained(folder)
+    images = [
+        pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+        for pipe in (stock, ours)
+    ]
+    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
+
+
+def test_timesteps_are_drawn_for_each_image(train, monkeypatch):
+    from tiny_diffusers.schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
+
+    seen = []
+    loss = TinyDDIMScheduler.training_loss
+    monkeypatch.setattr(
+        TinyDDIMScheduler,
+        "training_loss",
+        lambda self, output, sample, noise, timesteps, **kw: (
+            seen.append(timesteps) or loss(self, output, sample, noise, timesteps, **kw)
+        ),
+    )
+    train("--validation_split", "0")
+    assert all(len(set(timesteps.tolist())) > 1 for timesteps in seen)
+
+
+def test_early_stopping_saves_the_best_weights(train, read_log, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.7])
+    monkeypatch.setattr(Trainer, "_validate", lambda self: next(losses))
+    folder = train("--early_stopping_patience", "2", "--validation_steps", "1", "--checkpoints_total_limit", "1")
+    assert [line["step"] for line in read_log(folder) if "val_loss" in line] == [1, 2, 3, 4]
+    saved = load_file(folder / "unet" / WEIGHTS)
+    best = load_file(folder / "checkpoint-2" / "unet_ema" / WEIGHTS)
+    assert all(torch.equal(saved[key], best[key]) for key in saved)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_stop_the_run(train, read_log, monkeypatch):
+    from tiny_diffusers.training.diffusion import Diffusion
+
+    losses, bad = Diffusion.losses, {3}
+
+    def sometimes_bad(self, modules, batch):
+        for name, loss in losses(self, modules, batch):
+            yield name, loss * float("nan") if batch.draws.step in bad else loss
+
+    monkeypatch.setattr(Diffusion, "losses", sometimes_bad)
+    folder = train(name="one")
+    assert [line["step"] for line in read_log(folder) if "skipped" in line] == [4]
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "unet" / WEIGHTS).values())
+
+    bad.update(range(4, 20))
+    with pytest.raises(UserError, match="10 steps in a row.*checkpoint-2"):
+        train(steps=20, name="many")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--ddpm_beta_schedule", "cosin"], ["cosin", "cosine"]),
+        (["--loss_type", "hubert"], ["hubert", "huber"]),
+        (["--prediction_type", "epsilom"], ["epsilom", "epsilon"]),
+        (["--lr_scheduler", "cosin"], ["cosin", "cosine"]),
+        (["--mixed_precision", "bf61"], ["bf61", "bf16"]),
+        (["--report_to", "tensorbord"], ["tensorbord", "tensorboard"]),
+        (["--optimizer", "adamm"], ["adamm", "adam"]),
+        (["--norm_num_groups", "3"], ["3", "8"]),
+        (["--resolution", "9"], ["9"]),
+        (["--dataset_name", "no/such/folder"], ["no/such/folder"]),
+        (["--classes", "11"], ["11"]),
+        (["--split", "trian"], ["trian", "train"]),
+        (["--model_config_name_or_path", "nowhere.json"], ["nowhere.json"]),
+        (["--pretrained_model_name_or_path", "no/such/folder/here"], ["no/such/folder/here"]),
+        (["--resume_from_checkpoint", "checkpoint-7"], ["checkpoint-7"]),
+    ],
+)
+def test_each_mistake_is_one_line_before_training(train, argv, words):
+    with pytest.raises(UserError) as error:
+        train(*argv)
+    assert "\n" not in str(error.value).strip()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_folder_that_holds_another_run_is_refused(train):
+    folder = train()
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        train()
+    (folder / "mine.txt").write_text("keep")
+    train("--overwrite_output_dir")
+    assert (folder / "mine.txt").exists()
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(train, tmp_path):
+    import filelock
+
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another process"):
+        train()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(train, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="run"):
+        train()
+
+
+def test_exit_status(tmp_path, capsys):
+    assert launch(lambda: train_unconditional.main(["--loss_type", "hubert", "--output_dir", str(tmp_path)])) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_as_a_process(tmp_path):
+    script = train_unconditional.__file__
+    result = subprocess.run([sys.executable, script, "--seeed", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "--seed" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_colour_and_range_survive_training(train, tmp_path):
+    """A model that has seen one picture only gives that picture back: no channel swapped, no range shifted."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4], image[:, 4:] = (250, 120, 10), (20, 60, 220)
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.fromarray(image).save(tmp_path / "images" / f"{name}.png")
+    folder = train(
+        *("--dataset_name", str(tmp_path / "images"), "--validation_split", "0"),
+        *("--block_out_channels", "16", "32", "--learning_rate", "3e-3", "--train_batch_size", "16"),
+        *("--ema_max_decay", "0.9", "--checkpointing_steps", "1000"),
+        steps=150,
+    )
+    pipe = TinyPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    samples = pipe(batch_size=4, generator=generator, num_inference_steps=20, output_type="np").images
+    assert np.abs(samples - image / 255).mean() < 0.1
