@@ -1,0 +1,225 @@
+"""
+What the pipelines with classes share: labels in every form that a user may give them, and classifier-free guidance.
+
+This file travels with checkpoints: it imports nothing but numpy, torch and diffusers.
+"""
+
+import contextlib
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+
+
+ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor
+
+
+class ClassConditioningMixin:
+    """
+    Class labels and classifier-free guidance for a [`DiffusionPipeline`] around a network with classes.
+
+    A network embeds each class as one row of a table. One of this project's has `num_class_embeds` = K classes and
+    K + 1 rows, of which row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all, and the
+    pipeline's `null_class_id` says which of them, if any, is the null class.
+    """
+
+    def _register_classes(
+        self, id2label: dict[int, str] | None, null_class_id: int | None, class_dropout_prob: float | None
+    ):
+        """Puts what is known of the classes into the pipeline's config, once it fits the network."""
+        rows = self._num_rows
+        if rows == 0:
+            null_class_id = None
+        elif null_class_id is not None:
+            if not -rows <= null_class_id < rows:
+                raise ValueError(
+                    f"`null_class_id` must be one of the network's {rows} rows, 0 to {rows - 1}, or None for a network "
+                    f"without a null class, got {null_class_id}."
+                )
+            null_class_id %= rows
+        self.register_to_config(null_class_id=null_class_id, class_dropout_prob=class_dropout_prob)
+
+        if id2label is not None:
+            id2label = {int(class_id): str(name) for class_id, name in id2label.items()}
+            unknown = sorted(set(id2label) - set(self._class_ids))
+            if unknown:
+                raise ValueError(
+                    f"`id2label` names {unknown}, which {'is' if len(unknown) == 1 else 'are'} no class of the "
+                    f"network's: its classes are {self._allowed_classes} and its null class is {null_class_id}."
+                )
+            if len(set(id2label.values())) < len(id2label):
+                raise ValueError(f"`id2label` gives one name to several classes: {id2label}.")
+        self.register_to_config(id2label=id2label)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale w of the last call, which a callback may change as `pipeline._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def _num_rows(self) -> int:
+        """The rows of the network's table of classes, the null class's among them; 0 where it has no classes."""
+        num_class_embeds = self.unet.config.get("num_class_embeds")
+        if num_class_embeds is None:
+            return 0
+        return num_class_embeds if isinstance(self._network, UNet2DModel) else num_class_embeds + 1
+
+    @property
+    def _class_ids(self) -> list[int]:
+        return [row for row in range(self._num_rows) if row != self.config.null_class_id]
+
+    @property
+    def _allowed_classes(self) -> str:
+        if self.config.get("id2label"):
+            return ", ".join(f"{class_id}: {name}" for class_id, name in self.config.id2label.items())
+        ids = self._class_ids
+        return f"{ids[0]} to {ids[-1]}" if ids else "none"
+
+    def _check_guidance(self, guidance_scale: float, guidance_interval: tuple[float, float]):
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
+        if self._num_rows and guidance_scale != 1 and self.config.null_class_id is None:
+            raise ValueError(
+                f"`guidance_scale` must be 1 for a network without a null class, got {guidance_scale}: train one with "
+                "label dropout for guidance."
+            )
+        if self._num_rows and guidance_scale != 1 and self.config.class_dropout_prob == 0:
+            warnings.warn(
+                f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, so its "
+                "null class is as it was initialised, and guidance leads away from nothing. Use 1, or train with "
+                "`--class_dropout_prob 0.1`.",
+                stacklevel=3,
+            )
+        start, end = guidance_interval
+        if not 0 <= start <= end <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval}."
+            )
+
+    def _encode_class_labels(
+        self, class_labels: ClassLabels | None, batch_size: int | None, guidance_scale: float
+    ) -> tuple[torch.Tensor | None, int]:
+        """
+        Labels as the network takes them, ids (B,) or mixing weights (B, rows) on the device (None for a network without
+        classes), and B: the number of labels, or `batch_size` where there is one label or none.
+        """
+        if class_labels is None:
+            batch_size = 1 if batch_size is None else batch_size
+            if self._num_rows == 0:
+                return None, batch_size
+            if guidance_scale != 0:
+                raise ValueError(
+                    f"The network needs `class_labels`: give classes of {self._allowed_classes}, or "
+                    "`guidance_scale=0` for unconditional samples."
+                )
+            labels = torch.tensor([self.config.null_class_id])
+        elif self._num_rows == 0:
+            raise ValueError("The network has no classes: leave out `class_labels`.")
+        else:
+            labels = self._to_rows(class_labels)
+
+        if len(labels) == 1 and batch_size is not None:
+            labels = labels.repeat_interleave(batch_size, dim=0)
+        elif batch_size not in (None, len(labels)):
+            raise ValueError(
+                f"`class_labels` needs one label, or one for each of {batch_size} images, got {len(labels)}."
+            )
+        return labels.to(self._execution_device), len(labels)
+
+    def _to_rows(self, class_labels: ClassLabels) -> torch.Tensor:
+        """Ids (B,) or mixing weights (B, rows) from whatever names them."""
+        if isinstance(class_labels, str):
+            class_labels = [class_labels]
+        if isinstance(class_labels, Sequence) and len(class_labels) > 0:
+            ids = [self._class_id(label) if isinstance(label, str) else label for label in class_labels]
+            class_labels = torch.stack([torch.as_tensor(label) for label in ids])
+        labels = torch.as_tensor(class_labels)
+
+        if labels.numel() == 0:
+            raise ValueError(f"`class_labels` is empty: give one label or more of {self._allowed_classes}.")
+        if labels.is_floating_point():
+            labels = labels.reshape(1, -1) if labels.ndim < 2 else labels
+            if labels.shape[1:] != (self._num_rows,) or not torch.isfinite(labels).all():
+                raise ValueError(
+                    f"Float `class_labels` are weights of the network's {self._num_rows} rows and must be finite and of "
+                    f"the shape (B, {self._num_rows}), got {tuple(labels.shape)}."
+                )
+            return labels.float()
+        labels = labels.reshape(-1).long()
+        unknown = sorted(set(labels.tolist()) - set(self._class_ids))
+        if unknown:
+            raise ValueError(f"Unknown class id {unknown}: the classes are {self._allowed_classes}.")
+        return labels
+
+    def _class_id(self, label: str) -> int:
+        label2id = {name: class_id for class_id, name in (self.config.id2label or {}).items()}
+        if label in label2id:
+            return label2id[label]
+        if label.isdecimal():
+            return int(label)
+        near = difflib.get_close_matches(label, label2id, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"Unknown class '{label}': the classes are {self._allowed_classes}.{hint}")
+
+    def _guided(
+        self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
+    ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        """
+        The network under guidance, as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null),
+        [Ho & Salimans](https://huggingface.co/papers/2207.12598), eq. 6, with w for their 1 + w; outside the interval
+        w = 1.
+        """
+        self._guidance_scale = guidance_scale
+        null = None
+        if labels is not None and self.config.null_class_id is not None:
+            null = torch.full((len(labels),), self.config.null_class_id, device=labels.device)
+            if labels.is_floating_point():
+                null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
+        both = None if null is None else torch.cat([labels, null])
+        start, end = guidance_interval
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
+            w = self.guidance_scale if start <= step / self.num_timesteps < end else 1.0
+            if w == 1 or null is None:
+                return self._predict(sample, timestep, labels)
+            if w == 0:
+                return self._predict(sample, timestep, null)
+            channels = sample.shape[1]
+            conditional, unconditional = self._predict(torch.cat([sample, sample]), timestep, both).chunk(2)
+            mean = w * conditional[:, :channels] + (1 - w) * unconditional[:, :channels]
+            return torch.cat([mean, conditional[:, channels:]], dim=1)
+
+        return predict
+
+    def _predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        mixes = class_labels is not None and class_labels.is_floating_point()
+        if mixes and isinstance(self._network, UNet2DModel):
+            with _mixing_rows(self._network.class_embedding):
+                return super()._predict(sample, timestep, class_labels)
+        return super()._predict(sample, timestep, class_labels)
+
+
+@contextlib.contextmanager
+def _mixing_rows(embedding: torch.nn.Embedding):
+    """Lets a table that is looked up by ids, (B,) -> (B, D), be given weights of its rows, (B, rows) -> (B, D)."""
+    given = []
+
+    def look_up_all(module: torch.nn.Module, args: tuple) -> torch.Tensor:
+        given.append(args[0])
+        return torch.arange(module.num_embeddings, device=args[0].device)
+
+    def mix(module: torch.nn.Module, args: tuple, rows: torch.Tensor) -> torch.Tensor:
+        return given.pop().to(rows.dtype) @ rows  # (B, rows) @ (rows, D)
+
+    handles = [embedding.register_forward_pre_hook(look_up_all), embedding.register_forward_hook(mix)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,317 @@
+import json
+import os
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+)
+from safetensors.torch import load_file, save_file
+
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDDIMScheduler,
+    TinyDDPMScheduler,
+    TinyInterpolationPipeline,
+    TinyPipeline,
+    TinyUNet2DModel,
+)
+
+
+NAMES = {0: "cat", 1: "dog", 2: "frog"}
+
+
+@pytest.fixture(params=["stock", "tiny"])
+def unet(request, make_unet):
+    return make_unet(stock=request.param == "stock", classes=3)
+
+
+@pytest.fixture
+def saved(make_unet, tmp_path):
+    """The folder of an unconditional checkpoint with our network."""
+    TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(read(path) | changes))
+
+
+def images(pipe, *labels, **arguments) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"} | arguments
+    return pipe(*labels, generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+# ------------------------------------------------------------------------------------------------------ the front door
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config"),
+    [
+        (TinyDDIMScheduler, {"beta_schedule": "cosine", "prediction_type": "v_prediction"}),
+        (TinyDDPMScheduler, {"beta_schedule": "sigmoid", "loss_type": "huber"}),
+        (DPMSolverMultistepScheduler, {}),
+    ],
+)
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_saved_pipeline_comes_back_as_it_was(make_unet, tmp_path, stock, scheduler, config):
+    pipe = TinyPipeline(make_unet(stock=stock), scheduler(**config))
+    pipe.save_pretrained(tmp_path)
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    assert (
+        type(loaded) is TinyPipeline and type(loaded.scheduler) is scheduler and type(loaded.unet) is type(pipe.unet)
+    )
+    for name, value in config.items():
+        assert loaded.scheduler.config[name] == pipe.scheduler.config[name], (name, value)
+    assert loaded.unet.dtype == torch.float32 and not loaded.unet.training
+    np.testing.assert_array_equal(images(loaded), images(pipe))
+
+
+def test_the_front_door_returns_the_class_that_the_checkpoint_names(unet, tmp_path):
+    for pipeline_class in (TinyConditionalPipeline, TinyInterpolationPipeline):
+        folder = tmp_path / pipeline_class.__name__
+        pipeline_class(unet, TinyDDIMScheduler(), id2label=NAMES, null_class_id=None).save_pretrained(folder)
+        loaded = TinyPipeline.from_pretrained(folder)
+        assert type(loaded) is pipeline_class
+        assert loaded.config.id2label == NAMES and loaded.config.null_class_id is None
+
+
+def test_a_subclass_loads_itself(unet, tmp_path):
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
+    pipe.save_pretrained(tmp_path)
+    loaded = TinyInterpolationPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is TinyInterpolationPipeline and loaded.config.id2label == NAMES
+    renamed = TinyPipeline.from_pretrained(tmp_path, id2label={0: "tiger"})
+    assert renamed.config.id2label == {0: "tiger"}
+
+
+def test_a_conditional_pipeline_comes_back_as_it_was(unet, tmp_path):
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
+    pipe.save_pretrained(tmp_path)
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    assert loaded.config.null_class_id == 3
+    for labels in (["cat", "frog"], [1, 1]):
+        np.testing.assert_array_equal(
+            images(loaded, labels, guidance_scale=2.0), images(pipe, labels, guidance_scale=2.0)
+        )
+
+
+def test_pipelines_are_made_from_one_another(unet):
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
+    walk = TinyInterpolationPipeline.from_pipe(pipe)
+    assert walk.unet is pipe.unet and walk.config.id2label == NAMES
+
+
+def test_components_can_be_given(saved, make_unet):
+    unet, scheduler = make_unet(stock=False), TinyDDPMScheduler()
+    loaded = TinyPipeline.from_pretrained(saved, unet=unet, scheduler=scheduler)
+    assert loaded.unet is unet and loaded.scheduler is scheduler
+
+
+def test_precision_is_float32_unless_asked(make_unet, tmp_path):
+    TinyPipeline(make_unet(stock=False).half(), TinyDDIMScheduler()).save_pretrained(tmp_path)
+    assert TinyPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
+    assert TinyPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_a_hub_id_is_loaded_from_the_cache_of_the_hub(saved, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("hub")
+    repository, commit = cache / "models--me--digits", "0" * 40
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    loaded = TinyPipeline.from_pretrained("me/digits", cache_dir=cache, local_files_only=True)
+    assert type(loaded) is TinyPipeline and loaded.name_or_path == "me/digits"
+    np.testing.assert_array_equal(images(loaded), images(TinyPipeline.from_pretrained(saved)))
+
+
+def test_a_variant_is_loaded(make_unet, tmp_path):
+    pipe = TinyPipeline(make_unet(stock=False), TinyDDIMScheduler())
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    np.testing.assert_array_equal(images(TinyPipeline.from_pretrained(tmp_path, variant="fp16")), images(pipe))
+    with pytest.raises(ValueError, match="variant=ema"):
+        TinyPipeline.from_pretrained(tmp_path, variant="ema")
+
+
+# -------------------------------------------------------------------------------------------------- stock, both ways
+
+
+@pytest.mark.parametrize(("ours", "stock"), [(TinyDDIMScheduler, DDIMScheduler), (TinyDDPMScheduler, DDPMScheduler)])
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine", "sigmoid", "quadratic"])
+def test_stock_diffusers_loads_a_stock_network_s_checkpoint_and_samples_the_same(
+    make_unet, tmp_path, ours, stock, beta_schedule
+):
+    pipe = TinyPipeline(make_unet(), ours(beta_schedule=beta_schedule, loss_type="huber"))
+    pipe.save_pretrained(tmp_path)
+    index = read(tmp_path / "model_index.json")
+    assert index["_class_name"] == "DDIMPipeline" and index["scheduler"] == ["diffusers", stock.__name__]
+    config = read(tmp_path / "scheduler" / "scheduler_config.json")
+    assert config["_class_name"] == stock.__name__ and config["loss_type"] == "huber"
+
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is DDIMPipeline
+    pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config)
+    np.testing.assert_allclose(images(loaded), images(pipe), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "ours"),
+    [(DDIMPipeline, DDIMScheduler, TinyDDIMScheduler), (DDPMPipeline, DDPMScheduler, TinyDDPMScheduler)],
+)
+def test_a_stock_checkpoint_becomes_ours(make_unet, tmp_path, pipeline, scheduler, ours):
+    stock = pipeline(make_unet(), scheduler(beta_schedule="scaled_linear"))
+    stock.save_pretrained(tmp_path)
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is TinyPipeline and type(loaded.scheduler) is ours
+    np.testing.assert_allclose(images(loaded), images(stock), atol=1e-5)
+
+
+def test_stock_diffusers_loads_the_components_of_a_conditional_checkpoint(make_unet, tmp_path):
+    TinyConditionalPipeline(make_unet(classes=3), TinyDDIMScheduler(), id2label=NAMES).save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is DDIMPipeline and loaded.unet.config.num_class_embeds == 4
+
+
+def test_a_checkpoint_holds_what_stock_diffusers_writes(make_unet, tmp_path):
+    TinyPipeline(make_unet(), TinyDDIMScheduler()).save_pretrained(tmp_path / "ours")
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path / "stock")
+    files = [
+        sorted(str(path.relative_to(tmp_path / kind)) for path in (tmp_path / kind).rglob("*"))
+        for kind in ("ours", "stock")
+    ]
+    assert files[0] == files[1]
+    assert set(read(tmp_path / "ours" / "model_index.json")) == set(read(tmp_path / "stock" / "model_index.json"))
+
+
+# ------------------------------------------------------------------------------------------------ code and its trust
+
+
+def test_our_classes_need_no_trust_whatever_module_the_index_names(saved):
+    for unet_module in ("unet_tiny", "diffusers_modules.local.unet_tiny", "no.such.module", "subprocess"):
+        edit(
+            saved / "model_index.json",
+            _class_name=["pipeline_tiny", "TinyPipeline"],
+            unet=[unet_module, "TinyUNet2DModel"],
+            scheduler=["scheduling_tiny_ddim", "TinyDDIMScheduler"],
+        )
+        loaded = TinyPipeline.from_pretrained(saved)
+        assert type(loaded) is TinyPipeline
+        assert type(loaded.unet) is TinyUNet2DModel and type(loaded.scheduler) is TinyDDIMScheduler
+
+
+def test_code_beside_the_weights_is_not_run_for_our_classes(saved):
+    marker = saved / "ran"
+    for path in ("pipeline_tiny.py", "unet/unet_tiny.py"):
+        (saved / path).write_text(f"open({str(marker)!r}, 'w')\n")
+    edit(
+        saved / "model_index.json",
+        _class_name=["pipeline_tiny", "TinyPipeline"],
+        unet=["unet_tiny", "TinyUNet2DModel"],
+    )
+    TinyPipeline.from_pretrained(saved)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unet": ["subprocess", "Popen"]},
+        {"unet": ["unet_mine", "MyUNet"]},
+        {"unet": ["os", "TinyVirus"]},
+        {"unet": ["diffusers", "DiffusionPipeline"]},
+        {"unet": ["diffusers", "no_such_class"]},
+        {"unet": ["transformers", "AutoModel"]},
+        {"unet": ["tiny_diffusers", "TinyPipeline"]},
+        {"../evil": ["diffusers", "UNet2DModel"]},
+        {"/evil": ["diffusers", "UNet2DModel"]},
+        {"unet": ["diffusers"]},
+        {"_class_name": "StableDiffusionPipeline"},
+        {"_class_name": ["pipeline_mine", "MyPipeline"]},
+        {"_class_name": "TinyDDIMScheduler"},
+        {"_class_name": None},
+    ],
+)
+def test_what_is_neither_ours_nor_diffusers_is_refused(saved, changes):
+    marker = saved / "ran"
+    for path in ("pipeline_mine.py", "unet/unet_mine.py"):
+        (saved / path).write_text(f"open({str(marker)!r}, 'w')\n")
+    edit(saved / "model_index.json", **changes)
+    with pytest.raises(ValueError, match="model_index.json|only networks|no pipeline of ours") as error:
+        TinyPipeline.from_pretrained(saved)
+    assert "\n" not in str(error.value) and not marker.exists()
+
+
+def test_a_file_that_poses_as_a_library_is_refused(make_unet, tmp_path):
+    TinyPipeline(make_unet(), TinyDDIMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusers.py").write_text("")
+    with pytest.raises(ValueError, match="poses as the library"):
+        TinyPipeline.from_pretrained(tmp_path)
+
+
+def test_trusted_code_is_run(saved, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(
+        diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+    )
+    (saved / "pipeline_mine.py").write_text(
+        "from diffusers import DDIMPipeline\n\n\nclass MyPipeline(DDIMPipeline):\n    mine = True\n"
+    )
+    edit(saved / "model_index.json", _class_name=["pipeline_mine", "MyPipeline"])
+    assert TinyPipeline.from_pretrained(saved, trust_remote_code=True).mine
+
+
+def test_pickled_weights_run_no_code(saved):
+    class Virus:
+        def __reduce__(self):
+            return open, (str(saved / "ran"), "w")
+
+    os.remove(saved / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save({"weight": Virus()}, saved / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError):
+        TinyPipeline.from_pretrained(saved)
+    assert not (saved / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    for given in (tmp_path / "nowhere", "no such name", "../a/b/c"):
+        with pytest.raises(ValueError, match="neither a folder nor a model that can be had from the Hub") as error:
+            TinyPipeline.from_pretrained(given)
+        assert str(given) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="neither a folder nor a model"):
+        TinyPipeline.from_pretrained("me/nothing-of-that-name", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no model_index.json"):
+        TinyPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"_class_name": 3}'])
+def test_a_damaged_index_is_named(saved, content):
+    (saved / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match="model_index.json|no pipeline of ours"):
+        TinyPipeline.from_pretrained(saved)
+
+
+def test_missing_weights_are_named(saved):
+    path = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="unet lacks 1 weights, conv_in.weight"):
+        TinyPipeline.from_pretrained(saved)

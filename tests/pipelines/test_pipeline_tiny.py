@@ -1,0 +1,355 @@
+import inspect
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, ImagePipelineOutput, ModelMixin
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler, TinyPipeline
+
+
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+def generators(count: int, first: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(first, first + count)]
+
+
+@pytest.fixture(params=["stock", "tiny"])
+def pipe(request, make_unet, quiet):
+    return quiet(TinyPipeline(make_unet(stock=request.param == "stock"), TinyDDIMScheduler()))
+
+
+class OneImageNetwork(ModelMixin, ConfigMixin):
+    """The ideal noise predictor for data that is one grey image x_0: eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+
+    @register_to_config
+    def __init__(self, sample_size=(4, 6), in_channels=1):
+        super().__init__()
+        self.x_0 = torch.nn.Parameter(torch.tensor(0.5))
+        # Solvers ask between the trained timesteps too: log-SNR linear there, as they take it.
+        self.log_snr = torch.logit(TinyDDIMScheduler().alphas_cumprod.double())
+
+    def forward(self, sample, timestep):
+        low = timestep.long()
+        high = (low + 1).clamp(max=len(self.log_snr) - 1)
+        abar = torch.sigmoid(torch.lerp(self.log_snr[low], self.log_snr[high], timestep.double() - low)).float()
+        return UNet2DOutput(sample=(sample - abar**0.5 * self.x_0) / (1 - abar) ** 0.5)
+
+
+# --------------------------------------------------------------------------------------------- what comes out
+
+
+def test_stock_pipeline_gives_the_same_images(make_unet, quiet):
+    unet, scheduler = make_unet(), DDIMScheduler()
+    ours, stock = quiet(TinyPipeline(unet, scheduler)), quiet(DDIMPipeline(unet, scheduler))
+    for eta in (0.0, 1.0):
+        arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": eta, "output_type": "np"}
+        images = ours(generator=generators(2), **arguments).images
+        np.testing.assert_allclose(images, stock(generator=generators(2), **arguments).images, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_output_types_are_one_image_in_three_forms(make_unet, quiet, channels, mode):
+    pipe = quiet(TinyPipeline(make_unet(channels=channels, sample_size=(8, 16)), TinyDDIMScheduler()))
+    pil, array, tensor = (
+        pipe(2, generators(2), num_inference_steps=3, output_type=output_type).images
+        for output_type in ("pil", "np", "pt")
+    )
+    assert [image.mode for image in pil] == [mode, mode] and pil[0].size == (16, 8)
+    assert array.shape == (2, 8, 16, channels) and array.dtype == np.float32
+    assert array.min() >= 0 and array.max() <= 1
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(image) for image in pil]), (array.squeeze(-1 if channels == 1 else ()) * 255).round()
+    )
+
+
+def test_tuple_and_dict_are_equal(pipe):
+    output = pipe(generator=generators(1), num_inference_steps=3, output_type="np", return_intermediates=2)
+    images, intermediates = pipe(
+        generator=generators(1), num_inference_steps=3, output_type="np", return_intermediates=2, return_dict=False
+    )
+    assert isinstance(output, ImagePipelineOutput)
+    np.testing.assert_array_equal(output.images, images)
+    np.testing.assert_array_equal(output.intermediates[0].sample, intermediates[0].sample)
+    assert len(pipe(num_inference_steps=1, return_dict=False)) == 1
+
+
+@pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, TinyDDPMScheduler])
+def test_a_list_of_generators_makes_an_image_independent_of_its_batch(pipe, scheduler):
+    pipe.scheduler = scheduler()
+    batch = pipe(16, generators(16), num_inference_steps=5, eta=0.5, output_type="np").images
+    for i in (0, 7, 15):
+        alone = pipe(1, generators(1, first=i), num_inference_steps=5, eta=0.5, output_type="np").images
+        np.testing.assert_allclose(alone[0], batch[i], atol=1e-4)
+
+
+def test_one_seed_gives_one_image(pipe):
+    images = [
+        pipe(generator=torch.Generator().manual_seed(s), num_inference_steps=3, output_type="np")[0] for s in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(images[0], images[1])
+    assert np.abs(images[0] - images[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_given_latents_are_the_ones_that_the_generator_draws(pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    given = pipe(latents=latents, num_inference_steps=3, output_type="pt").images
+    drawn = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=3, output_type="pt").images
+    torch.testing.assert_close(given, drawn, rtol=0, atol=0)
+
+
+def test_a_network_in_low_precision_is_near_one_in_full(make_unet, quiet):
+    pipe = quiet(TinyPipeline(make_unet(), TinyDDIMScheduler()))
+    full = pipe(generator=generators(1), num_inference_steps=5, output_type="pt").images
+    pipe.to(torch.bfloat16)
+    low = pipe(generator=generators(1), num_inference_steps=5, output_type="pt").images
+    assert low.dtype == torch.float32 and pipe.unet.dtype == torch.bfloat16
+    assert (low - full).abs().mean() < 0.05
+    pipe.to(torch.float64)
+    assert pipe(num_inference_steps=2, output_type="np").images.dtype == np.float64
+
+
+# ------------------------------------------------------------------------------------------- any scheduler
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_stock_scheduler_finds_the_one_image_there_is(name, quiet):
+    scheduler = getattr(diffusers, name).from_config(TinyDDIMScheduler(clip_sample=False).config)
+    pipe = quiet(TinyPipeline(OneImageNetwork(), scheduler))
+    output = pipe(2, num_inference_steps=20, output_type="pt", return_intermediates=3)
+    # every x_0 prediction on the way is exact, whether the scheduler or the pipeline makes it
+    for intermediate in output.intermediates:
+        torch.testing.assert_close(
+            intermediate.pred_original_sample, torch.full((2, 1, 4, 6), 0.75), atol=5e-3, rtol=0
+        )
+    assert (output.images - 0.75).abs().mean() < 0.05
+    assert pipe.num_timesteps == len(scheduler.timesteps)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_x_0_is_predicted_for_solvers_that_do_not_tell(make_unet, quiet, name, prediction_type):
+    tiny = TinyDDIMScheduler(prediction_type=prediction_type)
+    pipe = quiet(TinyPipeline(make_unet(), getattr(diffusers, name).from_config(tiny.config)))
+    for timestep, x_t, x_0 in pipe(num_inference_steps=4, output_type="latent", return_intermediates=2).intermediates:
+        abar = tiny.alphas_cumprod[int(timestep)]
+        with torch.no_grad():
+            output = pipe.unet(x_t, timestep).sample
+        expected = {
+            "epsilon": (x_t - (1 - abar) ** 0.5 * output) / abar**0.5,
+            "sample": output,
+            "v_prediction": abar**0.5 * x_t - (1 - abar) ** 0.5 * output,
+        }[prediction_type]
+        torch.testing.assert_close(x_0, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_order_scheduler_evaluates_the_network_twice_a_step(pipe):
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe(num_inference_steps=4)
+    assert pipe.num_timesteps == 7
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TinyDDPM",
+        "TinyDDIM",
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+    ],
+)
+def test_a_learned_variance_is_used_or_left_out(make_unet, quiet, name):
+    tiny = TinyDDPMScheduler(variance_type="learned_range")
+    schedulers = {"TinyDDPM": tiny, "TinyDDIM": TinyDDIMScheduler.from_config(tiny.config)}
+    scheduler = schedulers.get(name) or getattr(diffusers, name).from_config(tiny.config)
+    pipe = quiet(TinyPipeline(make_unet(learned=True), scheduler))
+    output = pipe(2, num_inference_steps=3, output_type="pt", return_intermediates=2)
+    assert output.images.shape == output.intermediates[0].pred_original_sample.shape == (2, 1, 8, 8)
+
+
+def test_given_timesteps_are_the_ones_visited(pipe):
+    visited = []
+
+    def note(pipe, step, timestep, tensors):
+        visited.append(int(timestep))
+        return tensors
+
+    pipe(timesteps=[900, 300, 20], callback_on_step_end=note)
+    assert visited == [900, 300, 20]
+
+
+# ------------------------------------------------------------------------------------------------- the way
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 10])
+def test_intermediates_are_evenly_spaced_and_end_with_the_image(pipe, count):
+    output = pipe(2, generators(2), num_inference_steps=10, output_type="np", return_intermediates=count)
+    timesteps = [intermediate.timestep for intermediate in output.intermediates]
+    assert len(timesteps) == count and timesteps[-1] == 0
+    assert timesteps == sorted(timesteps, reverse=True)
+    if count > 1:
+        assert timesteps[0] == 900 and max(np.diff(timesteps)) - min(np.diff(timesteps)) <= 100
+        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        np.testing.assert_allclose(output.intermediates[0].sample[0, ..., 0], (noise[0, 0] / 2 + 0.5).clamp(0, 1))
+    np.testing.assert_allclose(output.intermediates[-1].pred_original_sample, output.images, atol=1e-6)
+
+
+def test_intermediates_come_in_the_output_type(pipe):
+    intermediate = pipe(2, num_inference_steps=2, return_intermediates=1).intermediates[0]
+    assert [image.mode for image in intermediate.pred_original_sample] == ["L", "L"]
+
+
+def test_a_callback_sees_and_changes_the_latents(pipe):
+    seen = []
+
+    def last_to_grey(pipe, step, timestep, tensors):
+        assert set(tensors) == set(pipe._callback_tensor_inputs)
+        seen.append(step)
+        if step == pipe.num_timesteps - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    images = pipe(num_inference_steps=3, output_type="np", callback_on_step_end=last_to_grey).images
+    assert seen == [0, 1, 2] and (images == 0.5).all()
+    latents = pipe(num_inference_steps=3, output_type="latent", callback_on_step_end=last_to_grey).images
+    assert latents.abs().sum() == 0
+    pipe(num_inference_steps=2, callback_on_step_end=lambda *a: a[-1], callback_on_step_end_tensor_inputs=[])
+
+
+def test_a_callback_can_end_the_sampling(pipe):
+    seen = []
+
+    def stop_after_two(pipe, step, timestep, tensors):
+        seen.append(step)
+        pipe._interrupt = step == 1
+        return tensors
+
+    pipe(num_inference_steps=5, callback_on_step_end=stop_after_two)
+    assert seen == [0, 1]
+    pipe(num_inference_steps=5)
+    assert not pipe.interrupt
+
+
+def test_a_callback_object_brings_its_tensors(pipe):
+    class Zero(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+
+    images = pipe(num_inference_steps=1, output_type="np", callback_on_step_end=Zero(cutoff_step_ratio=1.0)).images
+    assert (images == 0.5).all()
+
+
+def test_no_gradients_are_kept(pipe):
+    assert not pipe(num_inference_steps=1, output_type="pt").images.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------- a citizen
+
+
+def test_components_make_the_pipeline_again(pipe, quiet):
+    again = quiet(TinyPipeline(**pipe.components))
+    arguments = {"num_inference_steps": 2, "output_type": "np"}
+    np.testing.assert_array_equal(
+        again(generator=generators(1), **arguments).images, pipe(generator=generators(1), **arguments).images
+    )
+
+
+def test_arguments_are_named_and_defaulted_as_in_diffusers():
+    ours, stock = (inspect.signature(c.__call__).parameters for c in (TinyPipeline, DDIMPipeline))
+    for name in set(stock) - {"self", "use_clipped_model_output"}:
+        assert ours[name].default == stock[name].default
+
+
+def test_the_progress_bar_can_be_configured(make_unet, capsys):
+    pipe = TinyPipeline(make_unet(), TinyDDIMScheduler())
+    pipe.set_progress_bar_config(desc="denoising")
+    pipe(num_inference_steps=2)
+    assert "denoising" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps.*1 to 1000.*got 0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps.*1 to 1000.*got 1001"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps.*integer"),
+        ({"eta": -0.1}, "eta.*got -0.1"),
+        ({"eta": 1.1}, "eta.*got 1.1"),
+        ({"eta": float("nan")}, "eta.*got nan"),
+        ({"latents": torch.zeros(1, 1, 8, 9)}, r"latents.*\(1, 1, 8, 8\), got \(1, 1, 8, 9\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8)}, "latents.*shape"),
+        ({"batch_size": 3, "generator": generators(2)}, "got 2 for a batch of 3"),
+        ({"batch_size": 0}, "batch_size.*got 0"),
+        ({"output_type": "jpg"}, "output_type.*'pil', 'np', 'pt', 'latent', got 'jpg'"),
+        ({"timesteps": [10, 20]}, "timesteps.*decrease"),
+        ({"timesteps": [20, 20]}, "timesteps.*decrease"),
+        ({"timesteps": [1000, 20]}, "timesteps.*999"),
+        ({"timesteps": []}, "timesteps"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt"),
+        ({"return_intermediates": 0}, "return_intermediates.*got 0"),
+        ({"num_inference_steps": 3, "return_intermediates": 4}, "return_intermediates.*3 steps"),
+    ],
+)
+def test_bad_input_is_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipe(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_without_given_timesteps_is_named(pipe):
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="DDIMScheduler takes no list"):
+        pipe(timesteps=[20, 10])
+
+
+def test_a_stock_network_with_classes_is_sent_to_the_conditional_pipeline(make_unet):
+    with pytest.raises(ValueError, match="TinyConditionalPipeline"):
+        TinyPipeline(make_unet(classes=3), TinyDDIMScheduler())()
+
+
+def test_our_network_with_classes_samples_its_null_class(make_unet, quiet):
+    assert (
+        len(quiet(TinyPipeline(make_unet(stock=False, classes=3), TinyDDIMScheduler()))(2, num_inference_steps=2)[0])
+        == 2
+    )
+
+
+def test_a_network_without_a_size_is_refused(make_unet):
+    with pytest.raises(ValueError, match="sample_size"):
+        TinyPipeline(make_unet(sample_size=None), TinyDDIMScheduler())()
+
+
+def test_samples_that_are_not_finite_are_refused(pipe):
+    with torch.no_grad():
+        next(pipe.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: in torch.float32.*bfloat16"):
+        pipe(num_inference_steps=2)

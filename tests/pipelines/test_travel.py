@@ -1,0 +1,102 @@
+"""The files of the pipelines, schedulers and networks work where this package is not installed."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_diffusers.models
+import tiny_diffusers.pipelines
+import tiny_diffusers.schedulers
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyInterpolationPipeline, TinyPipeline, hub
+
+
+ROOMS = [
+    Path(room.__file__).parent for room in (tiny_diffusers.pipelines, tiny_diffusers.schedulers, tiny_diffusers.models)
+]
+FILES = [file for room in ROOMS for file in sorted(room.glob("*.py")) if file.name != "__init__.py"]
+ALLOWED = {"diffusers", "numpy", "PIL", "torch"} | sys.stdlib_module_names
+
+# Loads each folder in an environment without this package and writes its samples beside it.
+SAMPLE = """
+import json, sys
+sys.modules["tiny_diffusers"] = None
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+for folder, load, call in json.loads(sys.argv[1]):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **load)
+    images = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np", **call).images
+    np.save(folder + "/images.npy", images)
+    print(type(pipe).__name__)
+"""
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """The packages that a file imports, anywhere in it, and its siblings."""
+    packages, siblings = set(), set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and node.module, f"{file.name} imports from outside its folder"
+            siblings.add(node.module)
+    return packages, siblings
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_that_travels_takes_along_nothing_but_its_siblings(file):
+    packages, siblings = imports(file)
+    assert packages <= ALLOWED
+    for sibling in siblings:
+        assert imports(file.with_name(f"{sibling}.py"))[1] == set()
+
+
+def test_file_names_are_unique_across_the_rooms():
+    names = [file.name for file in FILES]
+    assert len(names) == len(set(names))
+
+
+def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_unet, quiet, tmp_path):
+    unets = {"stock": make_unet(classes=3), "tiny": make_unet(stock=False, classes=3)}
+    guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0}
+    plans = {
+        "unconditional": (TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()), {"batch_size": 2}),
+        "conditional": (TinyConditionalPipeline(unets["tiny"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
+        "around_stock": (TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
+        "walk": (
+            TinyInterpolationPipeline(unets["tiny"], TinyDDIMScheduler()),
+            {"seeds": [0, 1], "class_labels": [0, 2]},
+        ),
+    }
+    jobs = []
+    for name, (pipe, call) in plans.items():
+        hub.export(pipe, tmp_path / name)
+        jobs.append([str(tmp_path / name), {}, call])
+    # a stock checkpoint, under a pipeline of ours that is named as a file
+    stock_folder = tmp_path / "community"
+    pipe = TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"})
+    pipe.save_pretrained(stock_folder)
+    plans["community"] = (pipe, guided)
+    jobs.append([str(stock_folder), {"custom_pipeline": str(ROOMS[0] / "pipeline_tiny_conditional.py")}, guided])
+
+    ran = subprocess.run(
+        [sys.executable, "-c", SAMPLE, json.dumps(jobs)],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [type(pipe).__name__ for pipe, _ in plans.values()]
+    for name, (pipe, call) in plans.items():
+        arguments = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 4, "output_type": "np"}
+        here = quiet(pipe)(**arguments, **call).images
+        np.testing.assert_allclose(np.load(tmp_path / name / "images.npy"), here, atol=1e-5)
+        assert type(TinyPipeline.from_pretrained(tmp_path / name)) is type(pipe)
