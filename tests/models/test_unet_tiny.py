@@ -1,0 +1,428 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiny_diffusers.models import TinyUNet2DModel
+from tiny_diffusers.models.unet_tiny import (
+    PRESETS,
+    AttentionBlock,
+    GroupNormAct,
+    Layer,
+    ResidualBlock,
+    StandardizedConv2d,
+    TimeEmbedding,
+    _CPUAttention,
+)
+
+
+TINY = {"sample_size": 8, "block_out_channels": (8, 8), "layers_per_block": 1, "attention": ("none", "full")}
+K = 3  # classes
+
+# every option of the constructor, away from its default
+OPTIONS = [
+    {},
+    {"in_channels": 1, "out_channels": 2},
+    {"block_out_channels": (8, 16)},
+    {"layers_per_block": 2},
+    {"norm_num_groups": 1},
+    {"attention": "none", "mid_attention": "none"},
+    {"attention": "linear", "mid_attention": "linear"},
+    {"attention": "full", "attention_head_dim": 4},
+    {"dropout": 0.5},
+    {"patch_size": 2},
+    {"patch_size": 4},
+    {"weight_standardization": True},
+    {"skip_rescale": True},
+    {"time_embedding": "fourier"},
+    {"time_embedding": "learned", "num_train_timesteps": 20},
+    {"time_embedding_dim": 12},
+    {"act_fn": "gelu"},
+    {"downsample": "maxpool"},
+    {"upsample": "bilinear"},
+    {"upsample": "transposed"},
+    {"num_class_embeds": K},
+    {"num_class_embeds": K, "class_conditioning": "scale"},
+]
+
+
+def make(seed: int = 0, **options) -> TinyUNet2DModel:
+    """A network whose outputs are not zero: a new one's are, as its last convolutions are."""
+    torch.manual_seed(seed)
+    unet = TinyUNet2DModel(**{**TINY, **options})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return unet.eval()
+
+
+def images(unet: TinyUNet2DModel, batch_size: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    size = unet.config.sample_size
+    return torch.randn(batch_size, unet.config.in_channels, size, size, generator=generator)
+
+
+def ids(options: dict) -> str:
+    return ",".join(f"{name}={value}" for name, value in options.items()) or "defaults"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(options, tmp_path):
+    unet = make(**options)
+    sample, timesteps = images(unet), torch.tensor([3, 17])
+    labels = torch.tensor([0, K]) if "num_class_embeds" in options else None
+
+    output = unet(sample, timesteps, labels).sample
+    assert output.shape == (2, unet.config.out_channels, 8, 8)
+
+    unet.train()(sample, timesteps, labels).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
+
+    unet.eval().save_pretrained(tmp_path)
+    loaded = TinyUNet2DModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample, timesteps, labels).sample, output)
+    public = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    assert {name: loaded.config[name] for name in public} == public
+
+
+def test_a_new_network_predicts_zero_and_is_settled_by_the_seed():
+    torch.manual_seed(0)
+    first = TinyUNet2DModel(**TINY)
+    torch.manual_seed(0)
+    second = TinyUNet2DModel(**TINY)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first(images(first), 5).sample.abs().max() == 0
+
+
+def test_the_default_has_the_parameters_of_the_stock_network_of_its_size():
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        tiny = TinyUNet2DModel()
+        stock = UNet2DModel(
+            sample_size=32,
+            block_out_channels=(64, 128, 128),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )
+    assert sum(p.numel() for p in tiny.parameters()) == sum(p.numel() for p in stock.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_sizes_of_the_reports(name):
+    with torch.device("meta"):
+        unet = TinyUNet2DModel(**PRESETS[name])
+    millions = sum(p.numel() for p in unet.parameters()) / 1e6
+    stated = {
+        "weight-standardized-32": 171.39,
+        "weight-standardized-64": 171.39,
+        "self-attention-3-levels": 23.332729,
+        "self-attention-2-levels-half": 3.062531,
+    }
+    assert millions == pytest.approx(stated.get(name, millions), rel=0.02)
+
+
+# ---- how it is called
+
+
+def test_a_timestep_may_be_a_number_or_a_tensor():
+    unet = make()
+    sample = images(unet)
+    expected = unet(sample, torch.tensor([7, 7])).sample
+    for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7.0, 7.0])):
+        assert torch.equal(unet(sample, timestep).sample, expected)
+    assert not torch.equal(unet(sample, 8).sample, expected)
+    assert torch.equal(unet(sample, 7, return_dict=False)[0], expected)
+
+
+def test_an_image_does_not_depend_on_the_rest_of_its_batch():
+    unet = make(num_class_embeds=K)
+    sample, timesteps, labels = images(unet, 3), torch.tensor([1, 500, 999]), torch.tensor([0, 1, 3])
+    together = unet(sample, timesteps, labels).sample
+    apart = [unet(sample[i : i + 1], timesteps[i], labels[i : i + 1]).sample for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+def test_other_sizes_than_its_own_can_be_given():
+    unet = make()
+    assert unet(torch.randn(1, 3, 16, 4), 0).sample.shape == (1, 3, 16, 4)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_is_the_callers_and_does_not_change_the_values(memory_format, patch_size):
+    unet = make(patch_size=patch_size)
+    sample = images(unet)
+    expected = unet(sample, 3).sample
+    output = unet.to(memory_format=memory_format)(sample.contiguous(memory_format=memory_format), 3).sample
+    assert output.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_type_is_the_callers_whatever_the_weights_are_in(dtype):
+    unet = make(time_embedding="fourier")
+    sample = images(unet)
+    expected = unet(sample, 3).sample
+    output = unet.to(dtype)(sample, 3).sample
+    assert output.dtype == torch.float32
+    assert unet(sample.to(dtype), 3).sample.dtype == dtype
+    error = (output - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_autocast_is_near_float32_and_gives_gradients_in_float32():
+    unet = make(attention="full")
+    sample = images(unet)
+    expected = unet(sample, 3).sample
+    gradients = torch.autograd.grad(expected.square().sum(), list(unet.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = unet(sample, 3).sample
+    assert output.dtype == torch.float32
+    assert (output - expected).norm() / expected.norm() < 0.05
+    output.square().sum().backward()
+    for parameter, gradient in zip(unet.parameters(), gradients, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - gradient).norm() <= 0.15 * gradient.norm() + 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    unet = make(num_class_embeds=K, class_conditioning="scale", attention="full").train()
+    checkpointed = copy.deepcopy(unet)
+    checkpointed.enable_gradient_checkpointing()
+    assert checkpointed.is_gradient_checkpointing
+    for network in (unet, checkpointed):
+        network(images(network), 3, torch.tensor([0, 1])).sample.square().sum().backward()
+    for a, b in zip(unet.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("kind", ["full", "linear"])
+def test_a_layer_compiles_as_one_graph(kind):
+    torch.manual_seed(0)
+    residual = ResidualBlock(8, 16, 4, 4, "silu", 0.0, True, True, True)
+    layer = Layer(residual, AttentionBlock(16, kind, 8, 4, True))
+    inputs = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), layer(*inputs))
+
+
+def test_repeated_blocks_are_those_that_diffusers_compiles():
+    names = {type(module).__name__ for module in make().modules()}
+    assert set(TinyUNet2DModel._repeated_blocks) <= names
+    assert set(TinyUNet2DModel._no_split_modules) <= names
+
+
+# ---- classes
+
+
+@pytest.mark.parametrize("conditioning", ["add", "scale"])
+def test_the_last_row_is_no_class_and_floats_mix_the_rows(conditioning):
+    unet = make(num_class_embeds=K, class_conditioning=conditioning)
+    sample = images(unet)
+    labelled = [unet(sample, 3, torch.tensor([label] * 2)).sample for label in range(K + 1)]
+    assert torch.equal(unet(sample, 3).sample, labelled[K])
+    for label in range(K):
+        assert not torch.allclose(labelled[label], labelled[K])
+        one_hot = F.one_hot(torch.tensor([label] * 2), K + 1).float()
+        torch.testing.assert_close(unet(sample, 3, one_hot).sample, labelled[label])
+
+    def halfway(w):
+        return unet(sample, 3, torch.tensor([[1 - w, w, 0, 0]] * 2)).sample
+
+    assert (halfway(0.51) - halfway(0.49)).norm() < (halfway(1.0) - halfway(0.0)).norm()
+
+
+def test_a_scaling_class_multiplies_the_feature_map_and_the_time_is_added():
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, temb, cemb = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
+    a = block.conv1(block.norm1(x))
+    c, t = block.class_proj(cemb)[:, :, None, None], block.time_proj(temb)[:, :, None, None]
+    torch.testing.assert_close(block(x, temb, cemb), x + block.conv2(block.norm2(c * a + t)))
+
+
+# ---- its parts, against their equations
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 4]),
+    group_width=st.sampled_from([1, 3, 8, 16]),
+    size=st.integers(2, 9),
+    act_fn=st.sampled_from([None, "silu", "gelu"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    channels_last=st.booleans(),
+)
+def test_norm_is_group_norm_and_activation_to_the_rounding_of_its_type(
+    batch, groups, group_width, size, act_fn, dtype, channels_last
+):
+    channels = groups * group_width
+    generator = torch.Generator().manual_seed(channels * size)
+    norm = GroupNormAct(groups, channels, act_fn)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    torch.nn.init.normal_(norm.bias, generator=generator)
+    x = 1 + 2 * torch.randn(batch, channels, size, size, generator=generator)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    act = {None: lambda y: y, "silu": F.silu, "gelu": F.gelu}[act_fn]
+
+    def reference(x):
+        y = x.double().reshape(batch, groups, -1)
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        y = y.view(x.shape) * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+        return act(y)
+
+    x, y = x.requires_grad_(), x.double().requires_grad_()
+    norm = norm.double() if dtype == torch.float64 else norm
+    out, expected = norm(x), reference(y)
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+    direction = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
+    (gradient,) = torch.autograd.grad(out, x, direction)
+    (expected,) = torch.autograd.grad(expected, y, direction.double())
+    scale = expected.abs().max() + 1e-3
+    torch.testing.assert_close(gradient.double() / scale, expected / scale, rtol=0, atol=2 * tolerance)
+
+
+def test_attention_has_the_gradient_of_its_equation():
+    qkv = torch.randn(3, 7, 3, 2, 5, dtype=torch.float64, requires_grad=True)  # (B, L, 3, heads, d)
+    assert torch.autograd.gradcheck(_CPUAttention.apply, (qkv,))
+
+
+def test_attention_is_the_same_a_few_images_at_a_time(monkeypatch):
+    qkv = torch.randn(5, 16, 3, 2, 8, requires_grad=True)
+    direction = torch.randn(5, 16, 2, 8)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(_CPUAttention.apply(qkv), expected)
+    (expected,) = torch.autograd.grad(expected, qkv, direction)
+    monkeypatch.setattr(_CPUAttention, "ELEMENTS_AT_ONCE", 2 * 2 * 16 * 16)  # two images, and one left over
+    (gradient,) = torch.autograd.grad(_CPUAttention.apply(qkv), qkv, direction)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_linear_attention_is_its_equation_and_ignores_the_order_of_the_places():
+    block = AttentionBlock(8, "linear", 4, 2, False)
+    qkv = torch.randn(2, 9, 3, 2, 4)
+    expected = torch.empty(2, 9, 2, 4)
+    for b in range(2):
+        for head in range(2):
+            q, k, v = qkv[b, :, :, head].unbind(dim=1)  # (L, d) each
+            context = torch.softmax(k, dim=0).T @ v
+            expected[b, :, head] = torch.softmax(q, dim=1) @ context
+    torch.testing.assert_close(block.attend(qkv), expected)
+    order = torch.randperm(9)
+    torch.testing.assert_close(block.attend(qkv[:, order]), expected[:, order])
+
+
+def test_standardized_weights_have_mean_0_and_variance_1_over_fan_in():
+    torch.manual_seed(0)
+    conv = StandardizedConv2d(4, 6, 3, bias=False)
+    torch.nn.init.normal_(conv.weight, mean=5.0, std=3.0)
+    taps = torch.eye(36).view(36, 4, 3, 3)
+    weight = conv(taps).view(36, 6)  # each output is one weight
+    torch.testing.assert_close(weight.mean(0), torch.zeros(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.var(0, correction=0), torch.full((6,), 1 / 36), atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        scaled = copy.deepcopy(conv)
+        scaled.weight.mul_(2).add_(1)
+    torch.testing.assert_close(scaled(taps), conv(taps), atol=1e-5, rtol=1e-4)
+
+
+def test_sinusoidal_features_are_those_of_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    embedding = TimeEmbedding("sinusoidal", 16, 4, "silu", 1000)
+    timesteps = torch.tensor([0.0, 1.0, 499.5, 999.0])
+    expected = get_timestep_embedding(timesteps, 16, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(embedding.features(timesteps), expected, atol=1e-4, rtol=0)
+
+
+def test_fourier_frequencies_are_gaussian_and_survive_a_cast():
+    embedding = TimeEmbedding("fourier", 2000, 4, "silu", 1000)
+    t = 1e-3  # small enough that the sine is its angle
+    frequencies = embedding.features(torch.tensor([t]))[0, 1000:] / t * 1000 / (2 * math.pi)
+    assert frequencies.square().mean().sqrt() == pytest.approx(embedding.FOURIER_SCALE, rel=0.01)
+    kept = embedding.features(torch.tensor([999.0]))
+    assert torch.equal(embedding.to(torch.bfloat16).features(torch.tensor([999.0])), kept)
+
+
+def test_patches_are_pixel_unshuffle_and_back():
+    unet = make(patch_size=2)
+    inside = {}
+    unet.conv_in.register_forward_hook(lambda module, args, output: inside.update(x=args[0]))
+    sample = images(unet)
+    unet(sample, 0)
+    assert torch.equal(inside["x"], F.pixel_unshuffle(sample, 2))
+
+
+def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
+    torch.manual_seed(0)
+    kwargs = {"norm_num_groups": 2, "act_fn": "silu", "dropout": 0.0, "weight_standardization": False}
+    plain = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=False, class_scale=False)
+    rescaled = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=True, class_scale=False)
+    rescaled.load_state_dict(plain.state_dict())
+    x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+    torch.testing.assert_close(rescaled(x, temb) * math.sqrt(2), plain(x, temb))
+
+
+# ---- bad input: each is named before anything is allocated
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sample_size": 9}, "multiple of 2"),
+        ({"sample_size": 12, "patch_size": 4}, "multiple of 8"),
+        ({"norm_num_groups": 3}, "norm_num_groups 3 does not divide the width 8"),
+        ({"attention": ("none",)}, "1 entries for 2 levels"),
+        ({"attention": "fulll"}, "Did you mean 'full'"),
+        ({"mid_attention": "lineer"}, "Did you mean 'linear'"),
+        ({"time_embedding": "sinusoid"}, "Did you mean 'sinusoidal'"),
+        ({"act_fn": "relu"}, "one of silu, gelu"),
+        ({"downsample": "convolution"}, "one of conv, maxpool"),
+        ({"upsample": "bilinar"}, "Did you mean 'bilinear'"),
+        ({"class_conditioning": "added"}, "Did you mean 'add'"),
+        ({"patch_size": 3}, "one of 1, 2, 4"),
+        ({"attention_head_dim": 5}, "attention_head_dim 5 does not divide the width 8"),
+        ({"dropout": 1.5}, "dropout 1.5"),
+        ({"num_class_embeds": 0}, "num_class_embeds 0"),
+        ({"layers_per_block": 2.5}, "layers_per_block 2.5"),
+        ({"block_out_channels": (8, 10**9)}, "block_out_channels 1000000000"),
+        ({"block_out_channels": (4096, 4096), "layers_per_block": 32}, "parameters"),
+        ({"block_out_channels": (), "attention": ()}, "0 levels"),
+        ({"num_class_embeds": 10**12}, "num_class_embeds 1000000000000"),
+        ({"time_embedding": "learned", "num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TinyUNet2DModel(**{**TINY, **options})
+
+
+@pytest.mark.parametrize(
+    "options, args, message",
+    [
+        ({}, (torch.zeros(2, 1, 8, 8), 0), "takes \\(batch, 3"),
+        ({}, (torch.zeros(2, 3, 8, 9), 0), "multiples of 2"),
+        ({}, (torch.zeros(2, 3, 8, 8), torch.zeros(3)), "one for each of 2 images"),
+        ({}, (torch.zeros(2, 3, 8, 8), 0, torch.tensor([0, 1])), "without classes"),
+        ({"num_class_embeds": K}, (torch.zeros(2, 3, 8, 8), 0, torch.tensor([0, 4])), "class label 4 .* from 0 to 3"),
+        ({"num_class_embeds": K}, (torch.zeros(2, 3, 8, 8), 0, torch.tensor([-1, 0])), "class label -1"),
+        ({"num_class_embeds": K}, (torch.zeros(2, 3, 8, 8), 0, torch.tensor([0])), "shape \\(1,\\)"),
+        ({"num_class_embeds": K}, (torch.zeros(2, 3, 8, 8), 0, torch.zeros(2, K)), "shape \\(2, 4\\)"),
+        ({"time_embedding": "learned"}, (torch.zeros(2, 3, 8, 8), 1000), "timestep 1000 .* from 0 to 999"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(options, args, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)(*args)
