@@ -49,6 +49,25 @@ def judge(samples: np.ndarray) -> dict:
     }
 
 
+def write_card(folder: Path, args: argparse.Namespace, figures: dict) -> None:
+    """Writes the run's card again, with the figures and the command that measured them."""
+    import yaml
+
+    from tiny_diffusers import hub
+
+    facts = json.loads((folder / "run.json").read_text())
+    command = f"python tests/benchmarks/check_digits.py {folder.as_posix()} --seed {args.seed}"
+    hub.write_card(
+        folder,
+        model_name=folder.name,
+        command=facts["command"],
+        settings=yaml.safe_load((folder / "config.yaml").read_text()),
+        data=facts["data"],
+        license=yaml.safe_load((folder / "config.yaml").read_text())["license"],
+        results={"measured by": command, "inference steps (DDIM)": args.num_inference_steps, **figures},
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -69,6 +88,8 @@ def main() -> int:
     ).images  # (N, 8, 8, 1) in [0, 1]
     figures = judge(images.reshape(len(images), -1) * 16)
     print(json.dumps(figures, indent=2))
+    if args.write_card:
+        write_card(args.checkpoint, args, figures)
 
     passed = (
         figures["held for a digit"] >= 0.75
