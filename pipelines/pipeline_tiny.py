@@ -4,6 +4,7 @@
 This file travels with checkpoints: it imports nothing but numpy, PIL, torch and diffusers.
 """
 
+import glob
 import importlib
 import inspect
 import json
@@ -26,9 +27,12 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import snapshot_download
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
+
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 # Stock classes whose checkpoints are loaded into ours, which do the same and more.
 _OURS = {
@@ -38,6 +42,10 @@ _OURS = {
     "DDIMScheduler": "TinyDDIMScheduler",
     "DDPMScheduler": "TinyDDPMScheduler",
 }
+
+
+# What no config of a small image's model goes beyond: with more, a hostile one has layers built without end.
+_MAX_LAYERS, _MAX_SIDE, _MAX_SIZE = 64, 4096, 2**20
 
 
 class Intermediate(NamedTuple):
@@ -98,6 +106,7 @@ class TinyPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _network_name = "unet"  # the component that makes the images
     _callback_tensor_inputs = ["latents"]
 
     def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin):
@@ -201,7 +210,8 @@ class TinyPipeline(DiffusionPipeline):
     @property
     def _network(self) -> torch.nn.Module:
         """The network itself, out of what `torch.compile` wraps it in."""
-        return self.unet._orig_mod if is_compiled_module(self.unet) else self.unet
+        network = getattr(self, self._network_name)
+        return network._orig_mod if is_compiled_module(network) else network
 
     def _check_inputs(
         self,
@@ -213,8 +223,7 @@ class TinyPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...],
         return_intermediates: int | None,
     ):
-        if not _is_count(batch_size):
-            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size}.")
+        self._check_output(batch_size, output_type)
         num_train_timesteps = self.scheduler.config.num_train_timesteps
         if timesteps is not None:
             timesteps = [int(t) for t in timesteps]
@@ -235,8 +244,6 @@ class TinyPipeline(DiffusionPipeline):
             )
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"`eta` must lie in [0, 1], from 0 (DDIM) to 1 (DDPM), got {eta}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be one of 'pil', 'np', 'pt', 'latent', got {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -244,6 +251,12 @@ class TinyPipeline(DiffusionPipeline):
             )
         if return_intermediates is not None and not _is_count(return_intermediates):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
+
+    def _check_output(self, batch_size: int, output_type: str):
+        if not _is_count(batch_size):
+            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be one of 'pil', 'np', 'pt', 'latent', got {output_type!r}.")
 
     def _prepare_latents(
         self,
@@ -257,25 +270,44 @@ class TinyPipeline(DiffusionPipeline):
                 f"A list of generators needs one for each image: got {len(generator)} for a batch of {batch_size}."
             )
 
-        shape = (batch_size, *self._image_shape)
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (batch_size, *self._latents_shape)
+        dtype = torch.promote_types(self._network.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         if tuple(latents.shape) != shape:
-            raise ValueError(
-                f"`latents` must have the shape (batch_size, channels, height, width) = {shape}, "
-                f"got {tuple(latents.shape)}."
-            )
+            raise ValueError(f"`latents` must have the shape (batch size first) {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, dtype)
+
+    @property
+    def _latents_shape(self) -> tuple[int, ...]:
+        """What an image begins with."""
+        return self._image_shape
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
-        size = self.unet.config.sample_size
+        size = self._network.config.sample_size
         if size is None:
             raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self._network.config.in_channels, height, width
+
+    def _preprocess(self, images: Images, batch_size: int | None) -> torch.Tensor:
+        """Images in any form to (B, C, H, W) in [-1, 1]."""
+        channels, height, width = self._image_shape
+        processor = VaeImageProcessor(
+            vae_scale_factor=1,
+            vae_latent_channels=0,  # images of four channels are no latents
+            do_convert_rgb=channels == 3,
+            do_convert_grayscale=channels == 1,
+        )
+        sample = processor.preprocess(images, height, width)
+        if sample.shape[1:] != self._image_shape or len(sample) != (batch_size or len(sample)):
+            raise ValueError(
+                f"`images` must be {batch_size or 'B'} images of the shape (C, H, W) = {self._image_shape}, got "
+                f"{tuple(sample.shape)}."
+            )
+        return sample.to(self._execution_device, torch.promote_types(self._network.dtype, torch.float32))
 
     def _set_timesteps(self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None):
         # The scheduler's tables stay on the CPU: looking them up with a timestep on a GPU waits for it at each step.
@@ -359,11 +391,6 @@ class TinyPipeline(DiffusionPipeline):
             if self.interrupt:
                 break
 
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"The samples hold values that are not finite: in {self.unet.dtype} the network overflows or its weights "
-                "are damaged. Of the dtypes, float32 and bfloat16 have the range for any network, float16 has not."
-            )
         return latents, intermediates if keep else None
 
     def _output(
@@ -374,6 +401,12 @@ class TinyPipeline(DiffusionPipeline):
         return_dict: bool,
     ) -> TinyPipelineOutput | tuple:
         """Images from [-1, 1] to what was asked for; the network goes back to where offloading keeps it."""
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"The samples hold values that are not finite: in {self._network.dtype} the network overflows or its "
+                "weights are damaged. Of the dtypes, float32 and bfloat16 have the range for any network, float16 has "
+                "not."
+            )
         self.maybe_free_model_hooks()
         images = self._to_images(latents, output_type)
         if intermediates is not None:
@@ -592,6 +625,36 @@ def _check_components(index: dict[str, Any], folder: str):
         # Older diffusers run such a file in place of the library, unasked.
         if os.path.isfile(os.path.join(folder, name, f"{library}.py")):
             raise ValueError(f"{folder} has a {library}.py in its {name}, which poses as the library of that name.")
+        _check_sizes(os.path.join(folder, name, known.config_name))
+        for parts in glob.glob(os.path.join(glob.escape(os.path.join(folder, name)), "*.safetensors.index.json")):
+            for part in _read_json(parts).get("weight_map", {}).values():
+                if os.path.basename(str(part)) != part:
+                    raise ValueError(f"{parts} names {part!r}, which is not a file beside it.")
+
+
+def _check_sizes(config_path: str):
+    """Refuses a component's config with a size that would take all memory, or all time, to build."""
+    config = _read_json(config_path) if os.path.isfile(config_path) else {}
+    for name, value in config.items():
+        limit = _MAX_LAYERS if "layers" in name else _MAX_SIDE if name == "sample_size" else _MAX_SIZE
+        values = value if isinstance(value, list) else [value]
+        integers = [v for v in values if isinstance(v, int)]
+        if len(integers) > _MAX_LAYERS or any(abs(v) > limit for v in integers):
+            raise ValueError(
+                f"{config_path} has a {name} that is too large: at most {_MAX_LAYERS} integers of at most {limit} are "
+                "loaded."
+            )
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not valid JSON.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no names and values.")
+    return content
 
 
 def _check_weights(pipeline: DiffusionPipeline, folder: str):

@@ -42,14 +42,18 @@ class ClassConditioningMixin:
                 )
             null_class_id %= rows
         self.register_to_config(null_class_id=null_class_id, class_dropout_prob=class_dropout_prob)
+        self._register_names(id2label)
 
+    def _register_names(self, id2label: dict[int, str] | None):
+        """Puts the classes' names into the pipeline's config, once they fit the network."""
         if id2label is not None:
             id2label = {int(class_id): str(name) for class_id, name in id2label.items()}
             unknown = sorted(set(id2label) - set(self._class_ids))
             if unknown:
                 raise ValueError(
                     f"`id2label` names {unknown}, which {'is' if len(unknown) == 1 else 'are'} no class of the "
-                    f"network's: its classes are {self._allowed_classes} and its null class is {null_class_id}."
+                    f"network's: its classes are {self._allowed_classes} and its null class is "
+                    f"{self._null_class_id}."
                 )
             if len(set(id2label.values())) < len(id2label):
                 raise ValueError(f"`id2label` gives one name to several classes: {id2label}.")
@@ -63,14 +67,19 @@ class ClassConditioningMixin:
     @property
     def _num_rows(self) -> int:
         """The rows of the network's table of classes, the null class's among them; 0 where it has no classes."""
-        num_class_embeds = self.unet.config.get("num_class_embeds")
+        num_class_embeds = self._network.config.get("num_class_embeds")
         if num_class_embeds is None:
             return 0
         return num_class_embeds if isinstance(self._network, UNet2DModel) else num_class_embeds + 1
 
     @property
+    def _null_class_id(self) -> int | None:
+        """The null class's row: the last for a family without guidance, whose config says nothing of it."""
+        return self.config.get("null_class_id", self._num_rows - 1 if self._num_rows else None)
+
+    @property
     def _class_ids(self) -> list[int]:
-        return [row for row in range(self._num_rows) if row != self.config.null_class_id]
+        return [row for row in range(self._num_rows) if row != self._null_class_id]
 
     @property
     def _allowed_classes(self) -> str:
@@ -82,7 +91,7 @@ class ClassConditioningMixin:
     def _check_guidance(self, guidance_scale: float, guidance_interval: tuple[float, float]):
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
-        if self._num_rows and guidance_scale != 1 and self.config.null_class_id is None:
+        if self._num_rows and guidance_scale != 1 and self._null_class_id is None:
             raise ValueError(
                 f"`guidance_scale` must be 1 for a network without a null class, got {guidance_scale}: train one with "
                 "label dropout for guidance."
@@ -92,7 +101,7 @@ class ClassConditioningMixin:
                 f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, so its "
                 "null class is as it was initialised, and guidance leads away from nothing. Use 1, or train with "
                 "`--class_dropout_prob 0.1`.",
-                stacklevel=3,
+                stacklevel=4,
             )
         start, end = guidance_interval
         if not 0 <= start <= end <= 1:
@@ -101,22 +110,23 @@ class ClassConditioningMixin:
             )
 
     def _encode_class_labels(
-        self, class_labels: ClassLabels | None, batch_size: int | None, guidance_scale: float
+        self, class_labels: ClassLabels | None, batch_size: int | None, guidance_scale: float | None = None
     ) -> tuple[torch.Tensor | None, int]:
         """
         Labels as the network takes them, ids (B,) or mixing weights (B, rows) on the device (None for a network without
-        classes), and B: the number of labels, or `batch_size` where there is one label or none.
+        classes), and B: the number of labels, or `batch_size` where there is one label or none. A family without guidance
+        gives no `guidance_scale`.
         """
         if class_labels is None:
             batch_size = 1 if batch_size is None else batch_size
             if self._num_rows == 0:
                 return None, batch_size
             if guidance_scale != 0:
+                or_none = "" if guidance_scale is None else ", or `guidance_scale=0` for unconditional samples"
                 raise ValueError(
-                    f"The network needs `class_labels`: give classes of {self._allowed_classes}, or "
-                    "`guidance_scale=0` for unconditional samples."
+                    f"The network needs `class_labels`: give classes of {self._allowed_classes}{or_none}."
                 )
-            labels = torch.tensor([self.config.null_class_id])
+            labels = torch.tensor([self._null_class_id])
         elif self._num_rows == 0:
             raise ValueError("The network has no classes: leave out `class_labels`.")
         else:
@@ -175,8 +185,8 @@ class ClassConditioningMixin:
         """
         self._guidance_scale = guidance_scale
         null = None
-        if labels is not None and self.config.null_class_id is not None:
-            null = torch.full((len(labels),), self.config.null_class_id, device=labels.device)
+        if labels is not None and self._null_class_id is not None:
+            null = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
                 null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
         both = None if null is None else torch.cat([labels, null])

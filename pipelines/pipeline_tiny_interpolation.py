@@ -1,27 +1,22 @@
 """
 `TinyInterpolationPipeline`: the frames of a walk between two seeds, latents, images or classes.
 
-This file travels with checkpoints: it imports nothing but numpy, PIL, torch, diffusers and its siblings.
+This file travels with checkpoints: it imports nothing but torch, diffusers and its siblings.
 """
 
 import inspect
 from collections.abc import Callable
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 
-from .pipeline_tiny import TinyPipeline, TinyPipelineOutput, predict_original_sample
+from .pipeline_tiny import Images, TinyPipeline, TinyPipelineOutput, predict_original_sample
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 
 
 logger = logging.get_logger(__name__)
-
-Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 # With a second pass of the network a step, 20 steps invert a model's samples as closely as 100 do with one.
 _INVERSION_ITERATIONS = 2
@@ -237,23 +232,6 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         latents = self._invert(sample, labels, guidance_scale, guidance_interval, num_inference_steps, timesteps)
         self.maybe_free_model_hooks()
         return latents
-
-    def _preprocess(self, images: Images, batch_size: int | None) -> torch.Tensor:
-        """Images in any form to (B, C, H, W) in [-1, 1]."""
-        channels, height, width = self._image_shape
-        processor = VaeImageProcessor(
-            vae_scale_factor=1,
-            vae_latent_channels=0,  # images of four channels are no latents
-            do_convert_rgb=channels == 3,
-            do_convert_grayscale=channels == 1,
-        )
-        sample = processor.preprocess(images, height, width)
-        if sample.shape[1:] != self._image_shape or len(sample) != (batch_size or len(sample)):
-            raise ValueError(
-                f"`images` must be {batch_size or 'B'} images of the shape (C, H, W) = {self._image_shape}, got "
-                f"{tuple(sample.shape)}."
-            )
-        return sample.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
 
     def _invert(
         self,

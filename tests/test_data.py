@@ -417,7 +417,7 @@ def test_a_cache_that_cannot_be_written_is_gone_without(folder, tmp_path, monkey
     save_images(folder, 3)
     (tmp_path / "file").touch()
     expected = load_images(str(folder), cache_dir=tmp_path / "cache").fingerprint
-    monkeypatch.setattr(data_module, "_cache_root", lambda cache_dir: tmp_path / "file" / "below")
+    monkeypatch.setattr(data_module, "cache_root", lambda cache_dir=None: tmp_path / "file" / "below")
     assert load_images(str(folder), cache_dir=tmp_path / "cache").fingerprint == expected
 
 

@@ -162,7 +162,7 @@ def load_images(
     opened = None if folder is not None else _open_dataset(*where)
     files = _files(folder) if opened is None else [Path(file["filename"]) for file in opened[0].cache_files]
     columns = (image_column, label_column)
-    cache = _cache_root(cache_dir)
+    cache = cache_root(cache_dir)
     cached = cache / _key(files, dataset_config_name, split, columns, classes, max_samples, options)
     data = _read_cache(cached)
     if data is not None and not (require_labels and data.labels is None):
@@ -354,7 +354,8 @@ def _empty(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray:
     return np.memmap(tempfile.TemporaryFile(dir=directory), np.uint8, "w+", shape=shape)
 
 
-def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
+def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of this package's own cache: below `cache_dir`, or `$TINY_DIFFUSERS_CACHE`, or `$HF_HOME/tiny_diffusers`."""
     if cache_dir is not None:
         return Path(cache_dir) / "tiny_diffusers"
     return Path(os.environ.get("TINY_DIFFUSERS_CACHE") or Path(HF_HOME) / "tiny_diffusers")
@@ -459,12 +460,12 @@ def _encode(pixels: np.ndarray) -> bytes:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, hidden ones left out."""
+    """All files below a folder; hidden ones, pipes, and links to nothing left out."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+    return sorted(file for file in found if file.is_file())
 
 
 def _is_image(file: Path) -> bool:
@@ -790,6 +791,8 @@ def _decode_image(
     image = Image.open(io.BytesIO(content))
     if image.width * image.height > _MAX_PIXELS:
         raise ValueError("a decompression bomb")
+    if image.format in ("EPS", "WMF"):  # Pillow would run another program on it
+        raise ValueError("no picture but a program")
     image, changes = _to_grey_or_rgb(ImageOps.exif_transpose(image))
     if channels == 1 and image.mode == "RGB":
         image = image.convert("L")

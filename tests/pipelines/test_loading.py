@@ -109,6 +109,12 @@ def test_a_conditional_pipeline_comes_back_as_it_was(unet, tmp_path):
         )
 
 
+def test_how_many_labels_were_dropped_is_remembered(unet, tmp_path):
+    TinyConditionalPipeline(unet, TinyDDIMScheduler(), class_dropout_prob=0.1).save_pretrained(tmp_path)
+    for pipeline_class in (TinyPipeline, TinyInterpolationPipeline):
+        assert pipeline_class.from_pretrained(tmp_path).config.class_dropout_prob == 0.1
+
+
 def test_pipelines_are_made_from_one_another(unet):
     pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
     walk = TinyInterpolationPipeline.from_pipe(pipe)

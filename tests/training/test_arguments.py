@@ -1,5 +1,7 @@
 """Flags, recipes, and what a mistake in them is answered with."""
 
+from pathlib import Path
+
 import pytest
 
 from tiny_diffusers.errors import UserError
@@ -74,6 +76,63 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, content, words):
     recipe.write_text(content)
     with pytest.raises(UserError) as error:
         parse_arguments(DiffusionArguments, ["--config", str(recipe)])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+GRID = """
+learning_rate: 2e-4
+train_batch_size: 32
+cells:
+  - {name: small, block_out_channels: [8, 16]}
+  - {name: fast, learning_rate: 1e-2}
+"""
+
+
+def test_a_cell_changes_what_the_recipe_shares(tmp_path):
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(GRID)
+    small = parse_arguments(DiffusionArguments, ["--config", str(recipe), "--cell", "small"])
+    fast = parse_arguments(DiffusionArguments, ["--config", str(recipe), "--cell", "fast", "--train_batch_size", "4"])
+    assert (small.learning_rate, small.train_batch_size, small.block_out_channels) == (2e-4, 32, [8, 16])
+    assert (fast.learning_rate, fast.train_batch_size, fast.block_out_channels) == (1e-2, 4, None)
+    assert {Path(cell.output_dir).as_posix() for cell in (small, fast)} == {"runs/grid/small", "runs/grid/fast"}
+
+    save_arguments(small, tmp_path / "config.yaml")  # what a cell settled, not its name
+    again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml")])
+    assert (again.learning_rate, again.block_out_channels, again.cell) == (2e-4, [8, 16], None)
+
+
+def test_smoke_shrinks_a_recipe_and_the_command_line_still_wins(tmp_path):
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text("preset: plain-512\nmax_train_steps: 100000\nlearning_rate: 2e-4\n")
+    arguments = parse_arguments(DiffusionArguments, ["--config", str(recipe), "--smoke", "--train_batch_size", "2"])
+    assert (arguments.max_train_steps, arguments.block_out_channels) == (20, [8, 8])
+    assert (arguments.learning_rate, arguments.train_batch_size) == (2e-4, 2)
+    assert Path(arguments.output_dir) == Path("runs", "smoke", "large")
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "words"),
+    [
+        (GRID, [], ["several experiments", "--cell: small, fast"]),
+        (GRID, ["--cell", "smal"], ["smal", "Did you mean 'small'"]),
+        ("seed: 1", ["--cell", "small"], ["has no cells"]),
+        (GRID + "  - {name: fast}", ["--cell", "fast"], ["its own name"]),
+        ("cells: [1]", ["--cell", "a"], ["its own name"]),
+        ("cells: {a: 1}", ["--cell", "a"], ["must be a list"]),
+        ("cells: [{name: a, lerning_rate: 1}]", ["--cell", "a"], ["Did you mean 'learning_rate'"]),
+        ("cells: [{name: a, cell: b}]", ["--cell", "a"], ["Unknown key", "cell"]),
+        (None, ["--cell", "small"], ["--cell small", "--config"]),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(tmp_path, content, argv, words):
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_text(content)
+        argv = ["--config", str(tmp_path / "recipe.yaml"), *argv]
+    with pytest.raises(UserError) as error:
+        parse_arguments(DiffusionArguments, argv)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)

@@ -67,8 +67,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError):
         checkpoints.publish(tmp_path / "checkpoint-2", fails)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-1"]
-    checkpoints.prune(tmp_path, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
+    publish(tmp_path, 3)
+    checkpoints.prune(tmp_path / "checkpoint-3", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
@@ -92,7 +93,7 @@ def test_a_manifest_cannot_point_outside(tmp_path):
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     publish(tmp_path, 1, 2, 3, 4)
-    checkpoints.prune(tmp_path, 2, keep=tmp_path / "checkpoint-1")
+    checkpoints.prune(tmp_path / "checkpoint-4", 2, keep=tmp_path / "checkpoint-1")
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
 
 
@@ -105,7 +106,7 @@ def test_optimizer_state_survives_to_the_bit(tmp_path, make):
     for _ in range(3):
         module(torch.randn(5, 4)).square().sum().backward()
         optimizer.step()
-    checkpoints.save_optimizer(optimizer, tmp_path)
+    checkpoints.save(checkpoints.collect(module, optimizer), tmp_path, tmp_path)
     other = make(module.parameters())
     checkpoints.load_optimizer(other, tmp_path)
     for key, value in optimizer.state_dict()["state"].items():
@@ -118,7 +119,7 @@ def test_moments_lie_in_memory_as_their_weights_do(tmp_path):
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     module(torch.randn(2, 4, 5, 5)).square().sum().backward()
     optimizer.step()
-    checkpoints.save_optimizer(optimizer, tmp_path)
+    checkpoints.save(checkpoints.collect(module, optimizer), tmp_path, tmp_path)
     other = torch.optim.AdamW(module.parameters(), fused=True)
     checkpoints.load_optimizer(other, tmp_path)
     assert other.state[module.weight]["exp_avg"].stride() == module.weight.stride()

@@ -1,15 +1,16 @@
 """
 The arguments of the train scripts: dataclasses whose fields are the flags, and the parser that reads them.
 
-Flags are spelled as in diffusers' own example scripts. A recipe (`--config FILE.yaml`) holds the same names; what is
-given on the command line wins over it.
+Flags are spelled as in diffusers' own example scripts. A recipe (`--config FILE.yaml`) holds the same names, and may
+hold a grid of experiments: a list `cells`, each with a `name` and what it changes, of which `--cell NAME` picks one.
+`--smoke` shrinks any run to seconds. What is given on the command line wins over all of it.
 """
 
 import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -52,15 +53,26 @@ class DataArguments:
 class TrainingArguments(DataArguments):
     """How any family is trained."""
 
+    # What --smoke stands for; a family adds what makes its network tiny.
+    SMOKE: ClassVar[dict[str, Any]] = {
+        "max_train_steps": 20,
+        "max_train_samples": 64,
+        "train_batch_size": 8,
+        "eval_batch_size": 4,
+        "validation_steps": 10,
+    }
+
     config: str | None = flag(None, "YAML file of arguments; flags on the command line win over it.")
+    cell: str | None = flag(None, "The experiment to run, where --config holds a grid of them.")
+    smoke: bool = flag(False, "Try the whole way out: 20 steps of a tiny network on 64 images.")
     output_dir: str | None = flag(
-        None, "Where the model and everything about the run goes; runs/FAMILY-DATA if not given."
+        None, "Where the model and everything about the run goes; runs/RECIPE/CELL or runs/FAMILY-DATA if not given."
     )
     overwrite_output_dir: bool = flag(False, "Delete another run that --output_dir holds.")
     seed: int = flag(0, "Everything random follows from it.")
-    train_batch_size: int = flag(64, "Images a process and micro-batch.")
+    train_batch_size: int = flag(32, "Images a process and micro-batch.")
     gradient_accumulation_steps: int = flag(1, "Micro-batches a step.")
-    num_epochs: int = flag(100, "Passes over the data, unless steps or minutes are given.", "--num_train_epochs")
+    num_epochs: int = flag(30, "Passes over the data, unless steps or minutes are given.", "--num_train_epochs")
     max_train_steps: int | None = flag(None, "Optimiser steps; takes the place of --num_epochs.")
     max_train_minutes: float | None = flag(
         None, "Train for so long: the steps that fit are settled from the first ones' speed."
@@ -84,7 +96,9 @@ class TrainingArguments(DataArguments):
     ema_max_decay: float = flag(0.9999, "Highest decay of the average.")
     ema_inv_gamma: float = flag(1.0, "Inverse gamma of the average's warm-up.")
     ema_power: float = flag(0.75, "Power of the average's warm-up; 0 for a constant decay.")
-    ema_start_step: int | None = flag(0, "The average starts as a copy of the weights after this step.")
+    ema_start_step: int | None = flag(
+        0, "The average starts as a copy of the weights after this step; None: a tenth of the run, at most 2,000."
+    )
 
     mixed_precision: str = flag("auto", "no, fp16, bf16, or auto: bf16 where the hardware has it.")
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
@@ -118,6 +132,9 @@ class TrainingArguments(DataArguments):
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
+# They choose the values of the others, and are spent once these are settled.
+_CHOOSERS = ("config", "cell", "smoke")
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
@@ -126,21 +143,24 @@ class _Parser(HfArgumentParser):
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """
-    Reads a script's arguments from the command line and the recipe that `--config` names.
+    Reads a script's arguments from the command line and the recipe that `--config` (and `--cell`) names.
 
     Args:
         arguments_class (`type`): A dataclass derived from [`TrainingArguments`].
         argv (`list[str]`, *optional*): The command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        UserError: On an unknown flag or key (naming the nearest known one), or a value of the wrong type.
+        UserError: On an unknown flag, key or cell (naming the nearest known one), or a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(arguments_class, allow_abbrev=False, description=sys.modules[arguments_class.__module__].__doc__)
-    config = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
+    chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    if chosen.cell and not chosen.config:
+        raise UserError(f"--cell {chosen.cell}: it picks an experiment of a recipe, so give the recipe with --config.")
     # The recipe goes before the command line, through the same parser: so its values are checked alike, and lose.
-    recipe = _recipe_as_flags(Path(config), arguments_class) if config else []
-    namespace, rest = parser.parse_known_args([*recipe, *argv])
+    recipe = _as_flags(_read_recipe(Path(chosen.config), chosen.cell, arguments_class)) if chosen.config else []
+    smoke = _as_flags(arguments_class.SMOKE) if chosen.smoke else []
+    namespace, rest = parser.parse_known_args([*recipe, *smoke, *argv])
     if rest:
         flags = [option for option in parser._option_string_actions if option.startswith("--")]
         raise (
@@ -148,10 +168,27 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
             if rest[0].startswith("-")
             else UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
         )
-    return arguments_class(**vars(namespace))
+    arguments = arguments_class(**vars(namespace))
+    if arguments.output_dir is None and (arguments.cell or arguments.smoke):  # so that no experiment meets another's
+        parts = ["smoke"] if arguments.smoke else []
+        parts += [Path(arguments.config).stem] if arguments.config else []
+        arguments.output_dir = str(Path("runs", *parts, arguments.cell or ""))
+    return arguments
 
 
-def _recipe_as_flags(path: Path, arguments_class: type[TrainingArguments]) -> list[str]:
+def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """
+    Reads a recipe: what all of its experiments share, and what each cell of its grid changes.
+
+    Args:
+        path (`Path`): The YAML file.
+
+    Returns:
+        `tuple[dict, dict]`: argument -> value, and cell's name -> argument -> value; no cells where there is no grid.
+
+    Raises:
+        UserError: If the file cannot be read or does not have this form.
+    """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -160,14 +197,42 @@ def _recipe_as_flags(path: Path, arguments_class: type[TrainingArguments]) -> li
         raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config: {path} must hold 'name: value' lines.")
-    names = [f.name for f in dataclasses.fields(arguments_class)]
-    flags = []
-    for name, value in recipe.items():
-        if name not in names or name == "config":
+
+    cells = recipe.pop("cells", [])
+    named = isinstance(cells, list) and all(isinstance(cell, dict) and "name" in cell for cell in cells)
+    names = [str(cell["name"]) for cell in cells] if named else []
+    if not named or len(set(names)) < len(names):
+        raise UserError(
+            f"--config: the cells of {path} must be a list of 'name: value' lines, each with its own name."
+        )
+    changes = [{key: value for key, value in cell.items() if key != "name"} for cell in cells]
+    return recipe, dict(zip(names, changes, strict=True))
+
+
+def _read_recipe(path: Path, cell: str | None, arguments_class: type[TrainingArguments]) -> dict[str, Any]:
+    """The arguments that a recipe stands for, in the cell that was picked."""
+    recipe, cells = load_cells(path)
+    if cells and cell is None:
+        raise UserError(f"--config: {path} holds several experiments; pick one with --cell: {', '.join(cells)}.")
+    if cell is not None and not cells:
+        raise UserError(f"--cell {cell}: {path} has no cells, so leave it out.")
+    if cell is not None and cell not in cells:
+        raise unknown(f"cell of {path}", cell, cells)
+    recipe |= cells.get(cell, {})
+
+    names = [f.name for f in dataclasses.fields(arguments_class) if f.name not in _CHOOSERS]
+    for name in recipe:
+        if name not in names:
             raise unknown(f"key in {path}", name, names)
+    return recipe
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    """What would be typed on the command line for these values."""
+    flags = []
+    for name, value in values.items():
         if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *(str(v) for v in values)]
+            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
 
 
@@ -176,7 +241,7 @@ def save_arguments(arguments: TrainingArguments, path: Path, skip: tuple[str, ..
     values = {
         f.name: getattr(arguments, f.name)
         for f in dataclasses.fields(arguments)
-        if f.name not in ("config", "hub_token", *skip)
+        if f.name not in ("hub_token", *_CHOOSERS, *skip)
     }
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
@@ -186,7 +251,7 @@ def command_line(arguments: TrainingArguments) -> str:
     words = ["accelerate", "launch", "train_scripts/" + Path(sys.argv[0]).name]
     for f in dataclasses.fields(arguments):
         value = getattr(arguments, f.name)
-        if value == f.default or f.name in ("hub_token", "overwrite_output_dir", "resume_from_checkpoint", "config"):
+        if value == f.default or f.name in ("hub_token", "overwrite_output_dir", "resume_from_checkpoint", *_CHOOSERS):
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{f.name}", *([] if value is True else (str(v) for v in values))]

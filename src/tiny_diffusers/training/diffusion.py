@@ -1,16 +1,20 @@
-"""The diffusion family: its arguments, its network and scheduler, its loss. Both diffusion scripts share it."""
+"""The diffusion families: their arguments, their network and scheduler, their loss. Both diffusion scripts share it."""
 
 import json
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from ..data import ImageData
 from ..errors import UserError, unknown
+from ..hardware import default_device
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
 from .arguments import TrainingArguments, flag
@@ -20,6 +24,16 @@ from .trainer import Batch, Family
 @dataclass
 class DiffusionArguments(TrainingArguments):
     """The forward process, the loss and the network."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {
+        **TrainingArguments.SMOKE,
+        "ddpm_num_inference_steps": 2,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention": ["linear"],
+        "mid_attention": "linear",
+    }
 
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.")
     ddpm_num_inference_steps: int = flag(50, "Steps that the sample grids take.")
@@ -32,10 +46,14 @@ class DiffusionArguments(TrainingArguments):
     huber_delta: float | None = flag(None, "Delta of the Huber losses.")
     huber_schedule: str = flag("constant", "Delta over the timesteps: constant, exponential or snr.")
     snr_gamma: float | None = flag(None, "Min-SNR weighting with this gamma; 5 is usual.")
+    dynamic_thresholding: float | None = flag(
+        None, "Percentile in (0, 1] of dynamic thresholding, such as 0.995, for sampling; saved with the model."
+    )
 
     model_config_name_or_path: str | None = flag(
         None, "JSON file or folder of a network's configuration, with its class in it."
     )
+    preset: str | None = flag(None, "One of the reports' networks by its name, such as self-attention-2-levels.")
     block_out_channels: list[int] | None = flag(None, "Widths of the levels; by resolution when not given.")
     layers_per_block: int | None = flag(None, "Residual blocks a level.")
     norm_num_groups: int | None = flag(None, "Groups of the group norms.")
@@ -51,6 +69,26 @@ class DiffusionArguments(TrainingArguments):
     act_fn: str | None = flag(None, "silu or gelu.")
     downsample: str | None = flag(None, "conv or maxpool.")
     upsample: str | None = flag(None, "nearest, bilinear or transposed.")
+
+
+@dataclass
+class ConditionalArguments(DiffusionArguments):
+    """The classes, and how they guide."""
+
+    class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped, without which guidance can't work.")
+    class_conditioning: str | None = flag(None, "add: to the time embedding, or scale: the feature maps.")
+    guidance_scales: list[float] | None = flag(None, "Guidance scales of the sample grids; 1 and 3 when not given.")
+    ema_start_step: int | None = flag(
+        None,
+        "The average starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.class_dropout_prob < 1:
+            raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
+        for scale in self.guidance_scales or ():
+            if not math.isfinite(scale):
+                raise UserError(f"--guidance_scales {scale}: each must be a finite number, such as 3.")
 
 
 # Arguments that are the network's own, handed over where they are given.
@@ -70,19 +108,27 @@ _NETWORK_ARGUMENTS = (
     "act_fn",
     "downsample",
     "upsample",
+    "class_conditioning",
 )
+_COSTLY_PLACES = 64 * 64  # from which on full attention is warned of on a CPU
+_MAX_GRID_CLASSES = 10
 
 
 def default_network(resolution: int) -> dict[str, Any]:
     """
-    The network's defaults by resolution. From 24 pixels on it works on patches, which is what a small budget buys most
-    with: the costly first level runs on a quarter (or a sixteenth) of the places.
+    The network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that there are
+    many steps, and from 24 pixels on patches, so that the costly first level runs on a quarter of the places.
     """
     if resolution < 24:
-        return {"block_out_channels": [64, 128], "attention": ["none", "full"], "patch_size": 1}
+        return {"block_out_channels": [64, 64], "layers_per_block": 1, "attention": ["none", "full"]}
     if resolution < 48:
-        return {"block_out_channels": [64, 128], "attention": ["none", "full"], "patch_size": 2}
-    return {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"], "patch_size": 2}
+        return {"block_out_channels": [64, 128], "layers_per_block": 1, "attention": ["none", "full"], "patch_size": 2}
+    return {
+        "block_out_channels": [64, 128, 128],
+        "layers_per_block": 1,
+        "attention": ["none", "none", "full"],
+        "patch_size": 2,
+    }
 
 
 def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:
@@ -92,6 +138,9 @@ def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:
     Raises:
         UserError: On an unknown name, or values that do not go together.
     """
+    thresholding = {}
+    if arguments.dynamic_thresholding is not None:
+        thresholding = {"thresholding": True, "dynamic_thresholding_ratio": arguments.dynamic_thresholding}
     try:
         scheduler = TinyDDIMScheduler(
             num_train_timesteps=arguments.ddpm_num_steps,
@@ -105,14 +154,15 @@ def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:
             huber_schedule=arguments.huber_schedule,
             snr_gamma=arguments.snr_gamma,
             timestep_spacing="trailing",
+            **thresholding,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
     last_signal = float(scheduler.alphas_cumprod[-1].sqrt())
     if last_signal > 0.05:
         scale = 1000 / arguments.ddpm_num_steps
-        print(
-            f"warning: the last timestep keeps {last_signal:.2f} of the image (sqrt of its alpha_cumprod), but sampling "
+        _warn(
+            f"the last timestep keeps {last_signal:.2f} of the image (sqrt of its alpha_cumprod), but sampling "
             f"starts from pure noise; use --beta_start {arguments.beta_start * scale:.2g} --beta_end "
             f"{min(arguments.beta_end * scale, 0.999):.2g}, or --ddpm_beta_schedule cosine."
         )
@@ -129,46 +179,93 @@ def build_unet(arguments: DiffusionArguments, data: ImageData, num_class_embeds:
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     try:
         if arguments.pretrained_model_name_or_path:
-            unet = _pretrained_unet(arguments)
+            unet = _pretrained_unet(arguments, data.id2label if num_class_embeds else None)
         elif arguments.model_config_name_or_path:
             unet = _configured_unet(arguments, channels, resolution, num_class_embeds)
         else:
-            from ..models.unet_tiny import TinyUNet2DModel
+            from ..models.unet_tiny import PRESETS, TinyUNet2DModel
 
-            given = {name: getattr(arguments, name) for name in _NETWORK_ARGUMENTS}
+            if arguments.preset is not None and arguments.preset not in PRESETS:
+                raise unknown("--preset", arguments.preset, PRESETS)
+            base = PRESETS[arguments.preset] if arguments.preset else default_network(resolution)
+            given = {name: getattr(arguments, name, None) for name in _NETWORK_ARGUMENTS}
             given = {name: value for name, value in given.items() if value is not None}
             if "attention" in given and len(given["attention"]) == 1:
                 given["attention"] = given["attention"][0]  # one name for all levels
-            elif "block_out_channels" in given and "attention" not in given:
+            elif "block_out_channels" in given and "attention" not in given and not arguments.preset:
                 given["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
             torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
-            unet = TinyUNet2DModel(
-                sample_size=resolution,
-                in_channels=channels,
-                out_channels=channels * (2 if arguments.variance_type == "learned_range" else 1),
-                num_class_embeds=num_class_embeds,
-                num_train_timesteps=arguments.ddpm_num_steps,
-                **{**default_network(resolution), **given},
-            )
+            settled = {
+                "sample_size": resolution,
+                "in_channels": channels,
+                "out_channels": channels * (2 if arguments.variance_type == "learned_range" else 1),
+                "num_class_embeds": num_class_embeds,
+                "num_train_timesteps": arguments.ddpm_num_steps,
+            }
+            unet = TinyUNet2DModel(**{**base, **given, **settled})
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     expected = unet.config.in_channels
     if expected != channels:
         raise UserError(f"the network takes images of {expected} channels, but those of {data.name} have {channels}.")
+    if default_device().type == "cpu":
+        _warn_of_costly_attention(unet)
     return unet
 
 
-def _pretrained_unet(arguments: DiffusionArguments) -> nn.Module:
+def _pretrained_unet(arguments: DiffusionArguments, id2label: dict[int, str] | None) -> nn.Module:
     from ..pipelines.pipeline_tiny import TinyPipeline
 
-    pipeline = TinyPipeline.from_pretrained(arguments.pretrained_model_name_or_path, cache_dir=arguments.cache_dir)
+    name = arguments.pretrained_model_name_or_path
+    pipeline = TinyPipeline.from_pretrained(name, cache_dir=arguments.cache_dir)
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         raise UserError(
-            f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} is a "
-            f"{type(pipeline).__name__}, which has no unet to start from."
+            f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
+    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type != arguments.prediction_type:
+        _warn(
+            f"{name} has learned to predict {prediction_type}, and would have to learn {arguments.prediction_type} "
+            f"anew; --prediction_type {prediction_type} goes on from what it knows."
+        )
+    if id2label is not None:
+        unet = _with_classes(pipeline, id2label, arguments.seed)
+    elif unet.config.get("num_class_embeds") is not None:
+        raise UserError(f"--pretrained_model_name_or_path: {name} has classes: go on with train_conditional.py.")
     return unet.float()
+
+
+def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Module:
+    """
+    The pipeline's network for other classes: those that the checkpoint knows by name keep their embeddings, as does the
+    null class, and the others are drawn anew.
+    """
+    from diffusers import UNet2DModel
+
+    stock = isinstance(pipeline.unet, UNet2DModel)
+    torch.manual_seed(seed)
+    unet = type(pipeline.unet).from_config(pipeline.unet.config, num_class_embeds=len(id2label) + stock)
+    weights, trained = unet.state_dict(), pipeline.unet.state_dict()
+
+    key = "class_embedding.weight" if stock else "class_embed.table.weight"
+    table, trained_table = weights[key], trained.pop(key, None)
+    if not stock:  # a linear layer of one-hot classes: its columns are the rows
+        table, trained_table = table.T, None if trained_table is None else trained_table.T
+    class_ids = {name: class_id for class_id, name in (pipeline.config.get("id2label") or {}).items()}
+    kept = 0
+    if trained_table is not None:
+        kept = sum(name in class_ids for name in id2label.values())
+        trained_ids = [*(class_ids.get(name) for name in id2label.values()), pipeline.config.get("null_class_id")]
+        for row, trained_row in enumerate(trained_ids):
+            if trained_row is not None:
+                table[row] = trained_table[trained_row]
+    if kept < len(id2label):
+        _warn(
+            f"{len(id2label) - kept} of the {len(id2label)} classes are new to the checkpoint: their embeddings are too."
+        )
+    unet.load_state_dict(weights | trained)
+    return unet
 
 
 def _configured_unet(
@@ -195,6 +292,31 @@ def _configured_unet(
         config["num_class_embeds"] = num_class_embeds + (1 if class_name == "UNet2DModel" else 0)
     torch.manual_seed(arguments.seed)
     return unet_class.from_config(config)
+
+
+def _warn_of_costly_attention(unet: nn.Module) -> None:
+    """Says what full attention costs where there are so many places that a CPU does little else."""
+    config = unet.config
+    if "patch_size" not in config:  # a stock network
+        return
+    widths, kinds = config.block_out_channels, config.attention
+    kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
+    for level, (width, kind) in enumerate(zip(widths, kinds, strict=True)):
+        side = config.sample_size // config.patch_size >> level
+        places = side**2
+        if kind == "full" and places >= _COSTLY_PLACES:
+            attention = 4 * places**2 * width  # two products of matrices, a multiplication and an addition each
+            convolutions = 2 * 2 * 9 * places * width**2  # two of 3x3 a block
+            blocks = 2 * config.layers_per_block + 1
+            _warn(
+                f"full attention over {side}x{side} places costs {blocks * attention / 1e9:.1f} GFLOP an image and pass, "
+                f"{attention / convolutions:.0f} times the convolutions beside it: on a CPU give 'linear' or 'none' for "
+                f"level {level + 1} of --attention, or a larger --patch_size."
+            )
+
+
+def _warn(message: str) -> None:
+    PartialState().print(f"warning: {message}", file=sys.stderr)
 
 
 class Diffusion(Family):
@@ -241,3 +363,71 @@ class Diffusion(Family):
             batch_size=num_images, generator=generators, num_inference_steps=self.num_inference_steps
         ).images
         return images, {}
+
+
+class ConditionalDiffusion(Diffusion):
+    """
+    Denoising diffusion of classes, which may be guided where labels are dropped: Ho & Salimans 2022 (arXiv 2207.12598).
+
+    Args:
+        unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
+            row K for none.
+        scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimised.
+        id2label (`dict[int, str]`): The names of the classes 0 to K - 1.
+        class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
+        guidance_scales (`list[float]`): Guidance scales of the sample grids.
+        num_inference_steps (`int`): Steps that the sample grids take.
+    """
+
+    name = "conditional-ddpm"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: TinyDDIMScheduler | TinyDDPMScheduler,
+        id2label: dict[int, str],
+        class_dropout_prob: float = 0.1,
+        guidance_scales: list[float] | None = None,
+        num_inference_steps: int = 50,
+    ):
+        super().__init__(unet, scheduler, num_inference_steps)
+        self.id2label = id2label
+        self.null_label, self.label_dropout = len(id2label), class_dropout_prob
+        self.guidance_scales = guidance_scales or ([1.0, 3.0] if class_dropout_prob else [1.0])
+        if class_dropout_prob == 0 and self.guidance_scales != [1.0]:
+            _warn(
+                "guidance won't help where no label is dropped: the null class stays as it was initialised, and guidance "
+                "leads away from nothing; use --class_dropout_prob 0.1, or --guidance_scales 1."
+            )
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> Any:
+        from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+
+        return TinyConditionalPipeline(
+            unet=modules["unet"],
+            scheduler=self.scheduler,
+            id2label=self.id2label,
+            class_dropout_prob=self.label_dropout,
+        )
+
+    def sample(self, pipeline: Any, num_images: int, seed: int) -> tuple[list, dict]:
+        """A row for each class, and in it one guidance scale after another, each from the same noise."""
+        classes, scales = list(self.id2label)[:_MAX_GRID_CLASSES], self.guidance_scales
+        each = max(1, num_images // (len(classes) * len(scales)))  # images of a class at one scale
+        labels = [class_id for class_id in classes for _ in range(each)]
+        batches = [
+            pipeline(
+                class_labels=labels,
+                guidance_scale=scale,
+                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(labels))],
+                num_inference_steps=self.num_inference_steps,
+            ).images
+            for scale in scales
+        ]
+        starts = range(0, len(labels), each)
+        images = [image for start in starts for batch in batches for image in batch[start : start + each]]
+        return images, {
+            "columns": each * len(scales),
+            "row_labels": [self.id2label[class_id] for class_id in classes],
+            "column_labels": [text for scale in scales for text in [f"w = {scale:g}", *[""] * (each - 1)]],
+        }

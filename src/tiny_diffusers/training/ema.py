@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from .checkpoints import whole
+
 
 class EMA:
     """
@@ -43,7 +45,7 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Moves the average towards the weights of `module` after optimiser step `step`."""
-        averages, weights = list(self.module.parameters()), list(module.parameters())
+        averages, weights = list(self.module.parameters()), [whole(weight) for weight in module.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)

@@ -5,6 +5,7 @@ What a run computes depends on its configuration and seed alone: every random dr
 so a stopped run goes on as if nothing had happened, and several processes compute what one would.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import filelock
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -36,7 +39,10 @@ from .ema import EMA
 
 
 # What a run leaves in its folder, beside its components' folders; --overwrite_output_dir deletes these and no more.
-_RUN_FILES = ("config.yaml", "run.json", "train_log.jsonl", "model_index.json", "README.md", "*.png", "*.gif", "*.py")
+_RUN_FILES = (
+    *("config.yaml", "run.json", "train_log.jsonl", "model_index.json", "README.md"),
+    *("*.png", "samples/step-*.png", "*.gif", "*.py"),
+)
 _AUGMENTATIONS = ("random_flip", "random_crop_padding", "color_jitter", "cutout")
 _MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
@@ -74,10 +80,10 @@ class Family:
     null_label: int | None = None
     label_dropout: float = 0.0
 
-    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
         """
-        Yields (name of a module, its scalar loss) in the order in which the modules are stepped. The loop
-        back-propagates and steps before it asks for the next.
+        Yields (name of a module, its scalar loss) in the order in which the modules are stepped, or (name, loss, scalars
+        to log by their names). The loop back-propagates and steps before it asks for the next.
         """
         raise NotImplementedError
 
@@ -101,6 +107,9 @@ def launch(main: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step or after the last: in between, the trainer sees to it
+        print("stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0
@@ -132,8 +141,13 @@ def start(arguments: TrainingArguments) -> Accelerator:
         arguments.mixed_precision = formats[default_dtype(default_device())]
     if arguments.mixed_precision not in formats.values():
         raise unknown("--mixed_precision", arguments.mixed_precision, ["auto", *formats.values()])
+    _check_sharding(arguments)
+    # accelerate's launcher starts one process on CPUs without MPI, whatever it was asked for; this is what is left of that.
+    asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
+            cpu=default_device().type
+            == "cpu",  # unasked, accelerate takes torchrun's processes on CPUs for single ones
             mixed_precision=arguments.mixed_precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=trackers or None,
@@ -141,6 +155,29 @@ def start(arguments: TrainingArguments) -> Accelerator:
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise UserError(f"--mixed_precision {arguments.mixed_precision}: {error}") from error
+    if asked != str(accelerator.num_processes) and accelerator.is_main_process:
+        print(
+            f"warning: {asked} processes were asked for, but {accelerator.num_processes} runs; on CPUs start them with "
+            "torchrun --nproc_per_node N train_scripts/....py, as accelerate launch does not.",
+            file=sys.stderr,
+        )
+    return accelerator
+
+
+def _check_sharding(arguments: TrainingArguments) -> None:
+    """Refuses what accelerate can be configured for, but the loop is not made for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError(
+            "DeepSpeed steps its optimiser unasked and resumes from pickles only: take FSDP, which spreads a model over "
+            "the processes too (docs/accelerate/fsdp.yaml), or plain data parallelism."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP of version 1 merges the weights that are averaged: set fsdp_version: 2.")
+        if not arguments.use_ema:
+            raise UserError(
+                "--use_ema False: with FSDP the average is the one whole copy of the network; leave it on."
+            )
 
 
 def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_labels: bool = False) -> ImageData:
@@ -262,18 +299,14 @@ class Trainer:
 
         self.modules, self.optimizers, self.averages = {}, {}, {}
         for name, module in self.family.modules.items():
-            module.to(self.device, memory_format=torch.channels_last)
+            module.train().to(self.device, memory_format=torch.channels_last)  # a loaded one is in evaluation mode
             if arguments.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
             if arguments.compile:
                 module.compile_repeated_blocks()
             if arguments.use_ema:
                 self.averages[name] = EMA(
-                    module,
-                    arguments.ema_max_decay,
-                    arguments.ema_inv_gamma,
-                    arguments.ema_power,
-                    arguments.ema_start_step or 0,
+                    module, arguments.ema_max_decay, arguments.ema_inv_gamma, arguments.ema_power
                 )
             optimizer = makers[arguments.optimizer](module.parameters())
             self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
@@ -295,7 +328,7 @@ class Trainer:
         }
 
     def _settle_steps(self) -> None:
-        """The number of steps of this run, fixed before the first of them is taken."""
+        """The number of steps of this run, and what follows from it, fixed before the first of them is taken."""
         arguments = self.arguments
         if self.max_steps is None and arguments.max_train_minutes is not None:
             self.max_steps = self._steps_in(60 * arguments.max_train_minutes)
@@ -303,6 +336,10 @@ class Trainer:
             self.max_steps = math.ceil(arguments.num_epochs * self.steps_per_epoch)
         arguments.max_train_steps = self.max_steps
         self.validation_steps = arguments.validation_steps or max(1, self.max_steps // 20)
+        if arguments.ema_start_step is None:
+            arguments.ema_start_step = min(2000, self.max_steps // 10)
+        for average in self.averages.values():
+            average.start_step = arguments.ema_start_step
 
     def _steps_in(self, seconds: float) -> int:
         """How many steps fit into `seconds`, by the speed of some trial steps, whose effect is undone."""
@@ -312,7 +349,8 @@ class Trainer:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
 
         began, times = time.perf_counter(), []
-        while len(times) < 8 or time.perf_counter() - began < trial_seconds:
+        # Each step waits for all processes, so all must take as many.
+        while len(times) < 8 or self._everywhere(time.perf_counter() - began < trial_seconds):
             step_began = time.perf_counter()
             self._optimize(len(times))
             self._update_averages(len(times))
@@ -330,9 +368,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(scaler)
         self.sums.clear()
 
-        steady = sorted(times[3:])
+        steady = times[3:]  # not the first, which warm the caches up
         seconds_left = seconds - (time.perf_counter() - began) - 20 * validation
-        steps = max(1, int(seconds_left / steady[len(steady) // 2]))
+        steps = max(1, int(seconds_left * len(steady) / sum(steady)))
         return int(self._broadcast(steps))
 
     # ------------------------------------------------------------------------------------------------- the run
@@ -354,35 +392,39 @@ class Trainer:
 
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._loop()
+            with self._writing(), self._progress_bar() as bar:
+                self._loop(bar)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stop_signal is not None:
             if accelerator.is_main_process:
                 print(f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True)
+            accelerator.end_training()
             raise SystemExit(128 + self.stop_signal)
         self._finish()
 
-    def _loop(self) -> None:
-        arguments, accelerator = self.arguments, self.accelerator
-        bar = tqdm(
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
             initial=self.step,
             total=self.max_steps,
             unit="step",
-            disable=not accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 15,
             dynamic_ncols=True,
         )
+
+    def _loop(self, bar: tqdm) -> None:
+        arguments, accelerator = self.arguments, self.accelerator
         began, first = time.perf_counter(), self.step
-        last_grid_epoch = last_save_epoch = int(self.step / self.steps_per_epoch)
         while self.step < self.max_steps and not self._stopped_early():
             self._train_step()
             bar.update()
             if self.step % arguments.logging_steps == 0 or self.step == self.max_steps:
                 values = self._log_training()
                 rate = (self.step - first) * self.global_batch / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {rate:.0f} images/s", refresh=False)
+                losses = [f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss")]
+                bar.set_postfix_str(", ".join([*losses, f"{rate:.0f} images/s"]), refresh=False)
                 accelerator.log({"images_per_second": rate}, step=self.step)
 
             improved = False
@@ -390,15 +432,11 @@ class Trainer:
                 self.step % self.validation_steps == 0 or self.step == self.max_steps
             ):
                 improved = self._log_validation()
-            epoch = int(self.step / self.steps_per_epoch)
-            if arguments.save_images_epochs and epoch - last_grid_epoch >= arguments.save_images_epochs:
-                last_grid_epoch = epoch
-                if self.step < self.max_steps and accelerator.is_main_process:
-                    self._save_grid(self.output_dir / "samples" / f"step-{self.step:07d}.png")
-            if arguments.save_model_epochs and epoch - last_save_epoch >= arguments.save_model_epochs:
-                last_save_epoch = epoch
+            if self._epochs_passed(arguments.save_images_epochs) and self.step < self.max_steps:
                 if accelerator.is_main_process:
-                    self._save_pipeline()
+                    self._save_grid(self.output_dir / "samples" / f"step-{self.step:07d}.png")
+            if self._epochs_passed(arguments.save_model_epochs) and accelerator.is_main_process:
+                self._save_pipeline()
 
             self._agree_on_signals()
             keep_best = improved and arguments.early_stopping_patience is not None
@@ -407,8 +445,12 @@ class Trainer:
                 self._save_checkpoint()
             if self.stop_signal:
                 break
-        bar.close()
         self.seconds = time.perf_counter() - began
+
+    def _epochs_passed(self, every: int | None) -> bool:
+        """Whether the last step was the first after another `every` epochs."""
+        steps = (every or math.inf) * self.steps_per_epoch
+        return self.step // steps > (self.step - 1) // steps
 
     def _train_step(self) -> None:
         """One step of the run: every network's update, its average, its learning rate."""
@@ -426,10 +468,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._append_log({"step": self.step, "skipped": "the loss or a gradient is not finite"})
         if self.bad_steps >= _MAX_BAD_STEPS:
-            last = [path.name for path in checkpoints.list_checkpoints(self.output_dir)][-1:] or ["none"]
             raise UserError(
                 f"the loss or its gradient was not finite in {_MAX_BAD_STEPS} steps in a row, up to step {self.step}; "
-                f"lower --learning_rate, or use --mixed_precision no. The last good checkpoint: {last[0]}."
+                f"lower --learning_rate, or use --mixed_precision no. The last good checkpoint: "
+                f"{self._last_checkpoint()}."
             )
 
     def _optimize(self, step: int) -> bool:
@@ -438,18 +480,21 @@ class Trainer:
         # Layer dropout is the one draw left to torch's own generators: a function of (seed, step, rank).
         torch.manual_seed(make_generator(arguments.seed, step, "dropout", accelerator.process_index).initial_seed())
         prefix = {name: "" if len(self.modules) == 1 else f"{name}_" for name in self.modules}
-        all_finite = True
+        all_finite, totals = True, dict.fromkeys(self.modules, 0.0)
         for micro_batch in range(arguments.gradient_accumulation_steps):
             with accelerator.accumulate(*self.modules.values()):
                 batch = self._batch(step, micro_batch)
-                for name, loss in self.family.losses(self.modules, batch):
+                for name, loss, *scalars in self.family.losses(self.modules, batch):
                     accelerator.backward(loss)
                     self._add(f"{prefix[name]}loss", loss.detach())
+                    for key, value in (scalars[0] if scalars else {}).items():
+                        self._add(key, value.detach())
+                    totals[name] += loss.detach()
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(self.modules[name].parameters(), arguments.max_grad_norm)
-                        norm = loss.detach() if norm is None else norm  # DeepSpeed clips by itself and tells nothing
+                        norm = checkpoints.whole(norm)
                         self._add(f"{prefix[name]}grad_norm", norm)
-                        finite = bool(torch.isfinite(norm))
+                        finite = self._everywhere(torch.isfinite(norm + totals[name]))
                         all_finite &= finite
                         # A gradient scaler (float16) sees that by itself, and must, to lower its scale.
                         if finite or accelerator.scaler is not None:
@@ -485,7 +530,7 @@ class Trainer:
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         total, count = self.sums.get(key, (0.0, 0))
-        self.sums[key] = (total + value.double(), count + 1)
+        self.sums[key] = (total + value.float(), count + 1)
 
     def _log_training(self) -> dict[str, float]:
         """Writes the means since the last line; returns them."""
@@ -511,14 +556,14 @@ class Trainer:
             draws = Draws(self.arguments.seed, "validation", rows, self.device)
             with self.accelerator.autocast():
                 batch = self._assemble(data, torch.arange(rows.start, rows.stop), draws, False)
-                total += self.family.validation_loss(networks, batch).double().sum().cpu()
+                total += self.family.validation_loss(networks, batch).cpu().double().sum()
         total = self.accelerator.reduce(total.float().to(self.device), "sum")
         return float(total) / max(1, count)
 
     def _log_validation(self) -> bool:
         """Measures and logs the validation loss; whether it is the best so far."""
         loss = self._validate()
-        improved = self.best is None or loss < self.best["val_loss"]
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
         if improved:
             self.best = {"step": self.step, "val_loss": loss}
         self.bad_validations = 0 if improved else self.bad_validations + 1
@@ -546,8 +591,7 @@ class Trainer:
             except (ValueError, KeyError, TypeError):  # the half line of a kill
                 break
             kept.append(line + "\n")
-        path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
-        os.replace(path.with_suffix(".part"), path)
+        checkpoints.replace_file(path, lambda staging: staging.write_text("".join(kept), encoding="utf-8"))
 
     # ------------------------------------------------------------------------------------------- stop and go on
 
@@ -555,11 +599,20 @@ class Trainer:
         arguments = self.arguments
         if not arguments.resume_from_checkpoint:
             return None
-        checkpoint = checkpoints.find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, self._warn)
-        config = self.output_dir / "config.yaml"
-        earlier = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.exists() else {}
-        if self.max_steps is None and arguments.max_train_minutes is not None:
-            self.max_steps = earlier.get("max_train_steps")
+        found = [None]
+        if self.accelerator.is_main_process:
+            found = [checkpoints.find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, self._warn)]
+        checkpoint = broadcast_object_list(found)[0]
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise UserError(
+                f"--output_dir: {checkpoint} is not on this machine; all must see one and the same folder."
+            )
+
+        earlier = _read(self.output_dir / "config.yaml", yaml.safe_load)
+        if self.max_steps is None and arguments.max_train_minutes == earlier.get("max_train_minutes"):
+            self.max_steps = earlier.get("max_train_steps") if arguments.max_train_minutes else None
+        if arguments.ema_start_step is None:
+            arguments.ema_start_step = earlier.get("ema_start_step")
         # What may differ without a word: where things go and how often they are looked at.
         free = (
             "resume",
@@ -577,6 +630,14 @@ class Trainer:
         for name, value in vars(arguments).items():
             if name in earlier and earlier[name] != value and not name.startswith(free):
                 self._warn(f"--{name} is {value}, but was {earlier[name]} in the run that is resumed.")
+        facts = _read(self.output_dir / "run.json", json.loads)
+        if facts and facts["global_batch"] != self.global_batch:
+            self._warn(
+                f"a step is {self.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
+                "--train_batch_size is for each process."
+            )
+        if facts and facts["data"]["fingerprint"] != self.data.fingerprint:
+            self._warn(f"the images of {self.data.name} are not those of the run that is resumed.")
         if checkpoint is None:
             self._warn(f"there is no checkpoint in {self.output_dir} yet: the run starts at step 0.")
         return checkpoint
@@ -585,18 +646,24 @@ class Trainer:
         """Publishes `checkpoint-N`: networks, averages, optimisers, and where the run stands."""
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
+        # Each process logs the mean over its own images, so each has sums of its own to go on with.
+        sums = {key: (accelerator.gather(total.reshape(1)), count) for key, (total, count) in self.sums.items()}
+        collected = {
+            name: checkpoints.collect(accelerator.unwrap_model(module), self.optimizers[name].optimizer)
+            for name, module in self.modules.items()
+        }
         if not accelerator.is_main_process:
             return
 
         def write(folder: Path) -> None:
-            for name, module in self.modules.items():
-                accelerator.unwrap_model(module).save_pretrained(folder / name)
+            for name, network in self._networks().items():
+                checkpoints.save(collected[name], folder / name, folder / f"{name}_optimizer")
+                network.save_config(folder / name)
                 if name in self.averages:
-                    self.averages[name].module.save_pretrained(folder / f"{name}_ema")
-                checkpoints.save_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
+                    network.save_pretrained(folder / f"{name}_ema")
             state = {
                 "step": self.step,
-                "sums": {key: [float(total), count] for key, (total, count) in self.sums.items()},
+                "sums": {key: [totals.tolist(), count] for key, (totals, count) in sums.items()},
                 "skipped": self.skipped,
                 "bad_steps": self.bad_steps,
                 "best": self.best,
@@ -606,25 +673,41 @@ class Trainer:
             }
             (folder / "state.json").write_text(json.dumps(state, indent=2))
 
-        try:
-            checkpoints.publish(self.output_dir / f"checkpoint-{self.step}", write)
-        except OSError as error:
-            last = [path.name for path in checkpoints.list_checkpoints(self.output_dir)][-1:] or ["none"]
-            raise UserError(
-                f"checkpoint-{self.step} could not be written to {self.output_dir} ({error.strerror or error}); earlier "
-                f"ones are intact, the last is {last[0]}. Make room and go on with --resume_from_checkpoint latest."
-            ) from error
+        checkpoints.flush(self.output_dir / "train_log.jsonl")  # a checkpoint must not outlive the lines before it
+        newest = self.output_dir / f"checkpoint-{self.step}"
+        checkpoints.publish(newest, write)
         keep = self.output_dir / f"checkpoint-{self.best['step']}" if self.best else None
-        checkpoints.prune(self.output_dir, self.arguments.checkpoints_total_limit, keep)
+        checkpoints.prune(newest, self.arguments.checkpoints_total_limit, keep)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes one line of a disk that is full, or gone."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.output_dir} could not be written to at step {self.step} ({error}); its checkpoints are intact, "
+                f"the last is {self._last_checkpoint()}. Make room and go on with --resume_from_checkpoint latest."
+            ) from error
+
+    def _last_checkpoint(self) -> str:
+        return next((path.name for path in reversed(checkpoints.list_checkpoints(self.output_dir))), "none")
 
     def _load_checkpoint(self, folder: Path) -> None:
-        from safetensors.torch import load_file
+        try:
+            self._load(folder)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"--resume_from_checkpoint: {folder} does not fit these settings ({reason}); the run's own stand in "
+                f"{self.output_dir / 'config.yaml'}, for --config."
+            ) from error
 
-        weights = "diffusion_pytorch_model.safetensors"
+    def _load(self, folder: Path) -> None:
         for name, module in self.modules.items():
-            self.accelerator.unwrap_model(module).load_state_dict(load_file(folder / name / weights))
+            checkpoints.load_weights(self.accelerator.unwrap_model(module), folder / name)
             if name in self.averages:
-                self.averages[name].module.load_state_dict(load_file(folder / f"{name}_ema" / weights))
+                checkpoints.load_weights(self.averages[name].module, folder / f"{name}_ema")
             checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
         state = json.loads((folder / "state.json").read_text())
         for name, lr_scheduler in self.lr_schedulers.items():
@@ -633,12 +716,19 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self.bad_steps = state["step"], state["skipped"], state["bad_steps"]
         self.best, self.bad_validations = state["best"], state["bad_validations"]
-        self.sums = {
-            key: (torch.tensor(total, dtype=torch.float64), count) for key, (total, count) in state["sums"].items()
-        }
+        self.sums = {}
+        for key, (totals, count) in state["sums"].items():
+            totals = torch.tensor(totals, device=self.device)  # one for each process
+            same = len(totals) == self.accelerator.num_processes
+            self.sums[key] = (totals[self.accelerator.process_index] if same else totals.mean(), count)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number
+
+    def _everywhere(self, condition: torch.Tensor | bool) -> bool:
+        """Whether a condition holds on every process."""
+        held = self.accelerator.reduce(torch.as_tensor(condition, device=self.device).float(), "sum")
+        return float(held) == self.accelerator.num_processes
 
     def _agree_on_signals(self) -> None:
         """If any process was told to stop, all are; else one would wait for the others for ever."""
@@ -660,26 +750,34 @@ class Trainer:
         accelerator, arguments = self.accelerator, self.arguments
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if self._stopped_early():
-                best = self.output_dir / f"checkpoint-{self.best['step']}"
-                print(f"early stop at step {self.step}: the best validation loss was at step {self.best['step']}.")
-                if best.is_dir() and checkpoints.damage(best) is None:
-                    self._load_checkpoint(best)
             from .. import hub, plots
 
-            self._save_pipeline()
-            self._save_grid(self.output_dir / "samples.png")
-            plots.loss_curves(self.output_dir / "train_log.jsonl", self.output_dir / "loss_curves.png")
-            hub.write_card(
-                self.output_dir,
-                model_name=arguments.hub_model_id or self.output_dir.name,
-                command=command_line(arguments),
-                settings=_scalars(vars(arguments)),
-                data=self._data_facts(),
-                hub_model_id=arguments.hub_model_id,
-                license=arguments.license,
-                base_model=arguments.pretrained_model_name_or_path,
-            )
+            if arguments.early_stopping_patience is not None and self.best and self.best["step"] < self.step:
+                best = self.output_dir / f"checkpoint-{self.best['step']}"
+                stop = "early stop" if self._stopped_early() else "the end"
+                print(f"{stop} at step {self.step}: the best validation loss was at step {self.best['step']}.")
+                reason = checkpoints.damage(best)
+                if reason is None:
+                    self._load_checkpoint(best)
+                else:
+                    self._warn(f"{best.name} cannot be read ({reason}): the last weights are saved, not the best.")
+            with self._writing():
+                self._save_pipeline()
+                self._save_grid(self.output_dir / "samples.png")
+                grids = sorted((self.output_dir / "samples").glob("step-*.png"))
+                if grids:  # all from the same latents
+                    plots.animation([*grids, self.output_dir / "samples.png"], self.output_dir / "training.gif")
+                plots.loss_curves(self.output_dir / "train_log.jsonl", self.output_dir / "loss_curves.png")
+                hub.write_card(
+                    self.output_dir,
+                    model_name=arguments.hub_model_id or self.output_dir.name,
+                    command=command_line(arguments),
+                    settings=_scalars(vars(arguments)),
+                    data=self._data_facts(),
+                    hub_model_id=arguments.hub_model_id,
+                    license=arguments.license,
+                    base_model=arguments.pretrained_model_name_or_path,
+                )
             print(f"saved to {self.output_dir}: look at {self.output_dir / 'samples.png'}", flush=True)
             if arguments.push_to_hub:
                 repo_id = arguments.hub_model_id or self.output_dir.name
@@ -701,17 +799,23 @@ class Trainer:
         from .. import plots
 
         dtype = default_dtype(self.device)
-        networks = {name: copy.deepcopy(module).to(dtype).eval() for name, module in self._networks().items()}
-        pipeline = self.family.pipeline(networks)
+        # nn.Module's own `to`: that of diffusers warns at every cast
+        copies = {name: copy.deepcopy(module).eval() for name, module in self._networks().items()}
+        pipeline = self.family.pipeline({name: nn.Module.to(module, dtype) for name, module in copies.items()})
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not sys.stderr.isatty())
-        images, options = self.family.sample(pipeline, self.arguments.eval_batch_size, self.arguments.seed)
+        try:
+            images, options = self.family.sample(pipeline, self.arguments.eval_batch_size, self.arguments.seed)
+        except ValueError as error:  # samples that are not finite: no reason to lose the run
+            self._warn(f"no samples at step {self.step}: {error}")
+            return
         path.parent.mkdir(exist_ok=True)
         plots.image_grid(images, **options).save(path)
 
     def _write_run_files(self) -> None:
         """The run's settings, as a recipe that makes it again, and what they met on this machine."""
-        save_arguments(
-            self.arguments, self.output_dir / "config.yaml", skip=("resume_from_checkpoint", "overwrite_output_dir")
+        checkpoints.replace_file(
+            self.output_dir / "config.yaml",
+            lambda path: save_arguments(self.arguments, path, ("resume_from_checkpoint", "overwrite_output_dir")),
         )
         facts = {
             "command": command_line(self.arguments),
@@ -727,7 +831,9 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        (self.output_dir / "run.json").write_text(json.dumps(facts, indent=2))
+        checkpoints.replace_file(
+            self.output_dir / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        )
 
     def _data_facts(self) -> dict[str, Any]:
         data = self.data
@@ -772,6 +878,14 @@ class Trainer:
         from accelerate.utils import broadcast
 
         return float(broadcast(torch.tensor(float(value), device=self.device)))
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file that a run has left in its folder: nothing where there is none."""
+    try:
+        return parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and go on.") from error
 
 
 def _count(module: nn.Module) -> int:

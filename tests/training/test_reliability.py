@@ -1,0 +1,468 @@
+"""A run can be killed, stopped, starved of disk, damaged and multiplied, and computes what it would have computed."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.train_scripts import train_unconditional
+from tiny_diffusers.training import checkpoints
+from tiny_diffusers.training.diffusion import Diffusion, DiffusionArguments
+from tiny_diffusers.training.trainer import Trainer, launch, start
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+HARNESS = Path(__file__).parents[1] / "benchmarks" / "kill_harness.py"
+ACCELERATE = Path(__file__).parents[2] / "docs" / "accelerate"
+TINY = [
+    *("--block_out_channels", "8", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
+    *("--layers_per_block", "1", "--max_train_samples", "64", "--eval_batch_size", "4", "--random_flip"),
+    *("--checkpointing_steps", "2", "--ddpm_num_inference_steps", "2", "--logging_steps", "3"),
+    *("--mixed_precision", "no", "--save_images_epochs", "0"),
+]
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps that nothing has happened to."""
+    return _train(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of that run as a kill after its fifth step would have left it: checkpoint-4 and what was logged since."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    return folder
+
+
+def _train(folder, *argv, steps=6, batch=8):
+    length = ("--max_train_steps", str(steps), "--train_batch_size", str(batch), "--num_threads", "1")
+    train_unconditional.main([*TINY, *length, "--output_dir", str(folder), *argv])
+    return folder
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def _assert_equal(one, other):
+    """To the bit: log, samples, saved weights, and the last checkpoint with averages and optimiser."""
+    for name in ("train_log.jsonl", "samples.png", f"unet/{WEIGHTS}"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    last = checkpoints.list_checkpoints(one)[-1].name
+    for path in (one / last).rglob("*.*"):
+        if path.name not in (checkpoints.MANIFEST, "config.json"):
+            assert path.read_bytes() == (other / last / path.relative_to(one / last)).read_bytes(), path
+
+
+# ------------------------------------------------------------------------------------------------- kills and signals
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+def test_a_run_killed_three_times_ends_as_one_left_alone():
+    command = [sys.executable, str(HARNESS), "--kills", "3", "--inside", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 kills" in result.stdout and "inside a write" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys, number):
+    step = Trainer._train_step
+
+    def told_to_stop(self):
+        if self.step == 2:
+            signal.raise_signal(number)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", told_to_stop)
+    handler = signal.getsignal(number)
+    assert launch(lambda: _train(tmp_path / "run")) == 128 + number
+    assert signal.getsignal(number) is handler
+    assert "stopped at step 3: --resume_from_checkpoint latest" in capsys.readouterr().out
+    assert checkpoints.damage(tmp_path / "run" / "checkpoint-3") is None
+
+    monkeypatch.undo()
+    _assert_equal(whole, _train(tmp_path / "run", *RESUME))
+
+
+def test_grids_come_at_the_same_steps_after_a_resume(tmp_path, monkeypatch):
+    grids = ("--save_images_epochs", "1", "--validation_split", "0")  # eight steps an epoch
+    once = _train(tmp_path / "once", *grids, steps=26)
+    step = Trainer._train_step
+    monkeypatch.setattr(
+        Trainer, "_train_step", lambda self: step(self) or setattr(self, "stop_signal", self.step == 11)
+    )
+    with pytest.raises(SystemExit):
+        _train(tmp_path / "twice", *grids, steps=26)
+    monkeypatch.undo()
+    twice = _train(tmp_path / "twice", *grids, *RESUME, steps=26)
+    for folder in (once, twice):
+        names = sorted(path.name for path in (folder / "samples").iterdir())
+        assert names == ["step-0000008.png", "step-0000016.png", "step-0000024.png"]
+    _assert_equal(once, twice)
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert launch(interrupted) == 130
+    assert capsys.readouterr().err == "stopped.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_full_disk_stops_the_run_with_the_earlier_checkpoints_intact(whole, tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    step, limits = Trainer._train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_the_disk(self):
+        step(self)
+        if self.step == 3:  # no file may grow beyond this: the weights cannot be written any more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+
+    monkeypatch.setattr(Trainer, "_train_step", fills_the_disk)
+    try:
+        status = launch(lambda: _train(tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and error.startswith("error:") and "checkpoint-2" in error and "Make room" in error
+    assert not list((tmp_path / "run").glob(".staging-*"))
+    assert checkpoints.damage(tmp_path / "run" / "checkpoint-2") is None
+
+    monkeypatch.undo()
+    _assert_equal(whole, _train(tmp_path / "run", *RESUME))
+
+
+@pytest.mark.parametrize("kind", ["delete", "truncate", "empty", "flip", "folder"])
+def test_any_damage_to_any_file_of_a_checkpoint_is_seen_and_named(whole, tmp_path, kind):
+    files = sorted(path.relative_to(whole / "checkpoint-6") for path in (whole / "checkpoint-6").rglob("*.*"))
+    assert len(files) >= 7
+    for name in files:
+        shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6", dirs_exist_ok=True)
+        path = tmp_path / "checkpoint-6" / name
+        content = bytearray(path.read_bytes())
+        content[random.Random(0).randrange(len(content))] ^= 0x01
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        elif kind != "delete":
+            path.write_bytes({"truncate": content[:-1], "empty": b"", "flip": content}[kind])
+        reason = checkpoints.damage(tmp_path / "checkpoint-6")
+        assert reason and (path.name in reason or path.name == checkpoints.MANIFEST), (name, reason)
+        shutil.rmtree(tmp_path / "checkpoint-6")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_later_replaced(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    path = folder / "checkpoint-6" / "unet_optimizer" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    _train(folder, *RESUME)
+    assert "checkpoint-6 is damaged (unet_optimizer/optimizer.safetensors has" in capsys.readouterr().err
+    _assert_equal(whole, folder)
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_earlier_one(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-6" / "state.json").unlink()
+    _train(folder, *RESUME, "--checkpointing_steps", "5", "--checkpoints_total_limit", "1")
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-5"]
+    assert checkpoints.damage(folder / "checkpoint-5") is None
+
+
+def test_half_written_files_of_a_kill_are_no_obstacle(whole, run):
+    for name in (".staging-checkpoint-6/unet/half", ".staging-old-checkpoint-4/half", ".staging-config.yaml"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("half")
+    (run / "unet" / WEIGHTS).write_bytes(b"half")
+    (run / "model_index.json").unlink()
+    with (run / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    _assert_equal(whole, _train(run, *RESUME))
+    assert not list(run.glob(".staging-*"))
+
+
+# -------------------------------------------------------------------------------------------------- going on elsewhere
+
+
+def test_nothing_that_is_read_back_can_run_code(whole, run, monkeypatch):
+    suffixes = {path.suffix for path in (whole / "checkpoint-6").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+
+    def refused(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refused)
+    _assert_equal(whole, _train(run, *RESUME))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--block_out_channels", "8", "16"], ["checkpoint-4", "size mismatch"]),
+        (["--optimizer", "sgd"], ["checkpoint-4", "optimiser"]),
+    ],
+)
+def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, argv, words):
+    with pytest.raises(UserError, match="config.yaml") as error:
+        _train(run, *RESUME, *argv)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_what_makes_a_resumed_run_another_run_is_said(run, capsys):
+    _train(run, *RESUME, "--seed", "1", "--max_train_samples", "32", batch=4)
+    said = capsys.readouterr().err
+    for words in ("--seed is 1, but was 0", "a step is 4 images, but was 8", "the images of digits are not those"):
+        assert words in said
+
+
+def test_a_damaged_settings_file_is_named(run):
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="config.yaml is damaged"):
+        _train(run, *RESUME)
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+
+
+def _torchrun(folder, *argv):
+    """Two processes of four images each."""
+    length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "50")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [train_unconditional.__file__, *TINY, *length, "--output_dir", str(folder), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    process = _torchrun(folder)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+def test_two_processes_compute_what_one_does(two_processes, tmp_path):
+    threads = torch.get_num_threads()
+    one = _train(tmp_path / "one", "--num_threads", "2", "--checkpointing_steps", "50", steps=50)
+    torch.set_num_threads(threads)
+    assert json.loads((two_processes / "run.json").read_text())["processes"] == 2
+    # Of 64 images 3 are held out: one process measures all, of two one has none.
+    for ours, theirs in zip(_log(one), _log(two_processes), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"grad_norm"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (ours["step"], name)
+    ours, theirs = (load_file(folder / "unet" / WEIGHTS) for folder in (one, two_processes))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_processes, tmp_path):
+    folder = tmp_path / "run"
+    process = _torchrun(folder)
+    while not (folder / "train_log.jsonl").exists() or not _log(folder):
+        assert process.poll() is None, process.stdout.read()
+    process.terminate()
+    output = process.communicate()[0]
+    stopped = checkpoints.list_checkpoints(folder)[-1]
+    assert f"stopped at step {stopped.name.partition('-')[2]}: --resume_from_checkpoint latest" in output
+    assert checkpoints.damage(stopped) is None and stopped.name != "checkpoint-50"
+
+    process = _torchrun(folder, *RESUME)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    _assert_equal(two_processes, folder)
+
+
+def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
+    """What accelerate's launcher leaves of `--cpu --num_processes 2` without MPI."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    def environment(*argv):
+        args = launch_command_parser().parse_args([*argv, "--mixed_precision", "no", "script.py"])
+        args.dynamo_backend, args.num_machines, args.num_cpu_threads_per_process = "no", 1, 1
+        return prepare_simple_launcher_cmd_env(args)[1]
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for count, said in (("1", False), ("2", True)):
+        launched = environment("--cpu", "--num_processes", count)
+        assert "WORLD_SIZE" not in launched and ("MASTER_PORT" in launched) == said
+        if said:
+            monkeypatch.setenv("MASTER_PORT", launched["MASTER_PORT"])
+        start(DiffusionArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1))
+        assert ("several processes were asked for, but 1 runs" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize(
+    ("environment", "argv", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "take FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"use_ema": False}, "--use_ema"),
+    ],
+)
+def test_ways_of_sharding_that_do_not_work_are_refused(monkeypatch, environment, argv, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        start(DiffusionArguments(mixed_precision="no", num_threads=1, **argv))
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configuration_files_of_the_docs_are_read_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 8 and config.mixed_precision == "bf16"
+
+
+# -------------------------------------------------------------------------------------------------------- hostile input
+
+
+def test_hostile_images_do_not_touch_the_result(tmp_path, whole, monkeypatch):
+    from tiny_diffusers import data
+
+    monkeypatch.setattr(data, "_MAX_BROKEN_SHARE", 0.5)
+    clean, hostile = tmp_path / "clean", tmp_path / "hostile"
+    clean.mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(clean / f"{i}.png")
+    shutil.copytree(clean, hostile)
+    (hostile / "0-empty.png").touch()
+    (hostile / "0-truncated.png").write_bytes((clean / "0.png").read_bytes()[:60])
+    (hostile / "0-postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    (hostile / "0-gone.png").symlink_to(tmp_path / "nowhere.png")
+
+    loads = [
+        data.load_images(train_data_dir=folder, cache_dir=tmp_path / "cache", resolution=8)
+        for folder in (clean, hostile)
+    ]
+    assert loads[0].fingerprint == loads[1].fingerprint
+    said = " ".join(loads[1].notes)
+    assert all(name in said for name in ("0-empty.png", "0-truncated.png", "0-postscript.png"))
+
+
+@pytest.mark.parametrize(
+    ("component", "changes"),
+    [
+        ("unet", {"block_out_channels": [8, 10**12]}),
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"sample_size": 10**8}),
+        ("unet", {"in_channels": 10**10}),
+        ("unet", {"block_out_channels": [8] * 10**5}),
+        ("scheduler", {"num_train_timesteps": 10**13}),
+    ],
+)
+@pytest.mark.parametrize("stock", [True, False])
+def test_gigantic_sizes_in_a_config_are_refused_before_anything_is_allocated(tmp_path, component, changes, stock):
+    _save_pipeline(tmp_path, stock)
+    path = tmp_path / component / ("config.json" if component == "unet" else "scheduler_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError) as error:
+        TinyPipeline.from_pretrained(tmp_path)
+    assert next(iter(changes)) in str(error.value)
+
+
+def test_the_parts_of_split_weights_cannot_lie_outside_the_folder(tmp_path):
+    _save_pipeline(tmp_path / "model", stock=False)
+    folder = tmp_path / "model" / "unet"
+    shutil.move(folder / WEIGHTS, tmp_path / "outside.safetensors")
+    names = load_file(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../outside.safetensors")}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside.safetensors"):
+        TinyPipeline.from_pretrained(tmp_path / "model")
+
+
+def _save_pipeline(folder, stock):
+    from diffusers import UNet2DModel
+
+    sizes = {"sample_size": 8, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    if stock:
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        unet = UNet2DModel(**sizes, **blocks)
+    else:
+        unet = TinyUNet2DModel(**sizes, attention="none", mid_attention="none")
+    TinyPipeline(unet, TinyDDIMScheduler()).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a\\u0000b": {"size": 1, "sha256": ""}}', '{"/etc/passwd": {"size": 1, "sha256": ""}}']
+)
+def test_a_hostile_manifest_is_damage(tmp_path, content):
+    (tmp_path / checkpoints.MANIFEST).write_text(content)
+    assert checkpoints.damage(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(tmp_path, monkeypatch):
+    losses = Diffusion.losses
+
+    def infinite_once(self, modules, batch):
+        for name, loss in losses(self, modules, batch):
+            yield name, loss + (torch.inf if batch.draws.step == 3 else 0)
+
+    monkeypatch.setattr(Diffusion, "losses", infinite_once)
+    folder = _train(tmp_path / "run", "--logging_steps", "1")
+    assert [line["step"] for line in _log(folder) if "skipped" in line] == [4]
+    assert all(np.isfinite(line["loss"]) for line in _log(folder) if "loss" in line)
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
+    losses = iter([float("nan"), 2.0, float("inf"), 1.0])
+    monkeypatch.setattr(Trainer, "_validate", lambda self: next(losses))
+    folder = _train(tmp_path / "run", "--validation_steps", "1", steps=4)
+    assert json.loads((folder / "checkpoint-4" / "state.json").read_text())["best"] == {"step": 4, "val_loss": 1.0}
+
+
+def test_samples_that_overflow_in_training_cost_no_run(tmp_path, monkeypatch, capsys):
+    def overflows(self, pipeline, num_images, seed):
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(Diffusion, "sample", overflows)
+    folder = _train(tmp_path / "run")
+    assert (folder / "model_index.json").exists() and "no samples at step 6: not finite" in capsys.readouterr().err
+
+
+def test_float16_that_overflows_in_sampling_is_caught_with_advice(tmp_path):
+    unet = TinyUNet2DModel(
+        8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention="none", mid_attention="none"
+    )
+    with torch.no_grad():
+        unet.conv_out.weight.normal_().mul_(3e4)
+    pipe = TinyPipeline(unet, TinyDDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    pipe(num_inference_steps=2, generator=generator)
+    with pytest.raises(ValueError, match="torch.float16.*float32 and bfloat16"):
+        pipe.to(torch.float16)(num_inference_steps=2, generator=generator)
