@@ -1,0 +1,120 @@
+"""
+Are a conditional model's digits the digits that were asked for?
+
+    python tests/benchmarks/check_conditional_mnist.py runs/conditional-ddpm-mnist [--dataset_name ylecun/mnist]
+
+A small classifier, trained on the real digits once and then kept, must be right on over 98 % of the test images. It judges
+1,000 samples, 100 of each class, at each guidance scale: at least 95 % must be what was asked for at 1, and 98 % at 3. Prints
+the figures as JSON and exits with 1 if they fall short.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from tiny_diffusers import TinyPipeline
+from tiny_diffusers.data import ImageData, load_images, normalize
+from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+
+
+LEAST_ACCURACY = 0.98
+LEAST_AGREEMENT = {1.0: 0.95, 3.0: 0.98}
+
+
+def build_classifier() -> nn.Module:
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 10), whatever the size."""
+    return nn.Sequential(
+        *(nn.LazyConv2d(32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.3), nn.LazyLinear(10)),
+    )
+
+
+def train_classifier(classifier: nn.Module, data: ImageData, epochs: int = 2, batch_size: int = 128) -> None:
+    dtype = default_dtype(torch.device("cpu"))
+    steps = epochs * len(data) // batch_size
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    classifier.train()
+    for _ in tqdm(range(steps), desc="classifier"):
+        rows = torch.randint(len(data), (batch_size,))
+        images = normalize(data.images[rows]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = classifier(images)
+        F.cross_entropy(logits.float(), data.labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@torch.inference_mode()
+def predict(classifier: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The classes of images (N, C, H, W) in [-1, 1], (N,)."""
+    return torch.cat([classifier(batch).argmax(1) for batch in images.split(500)])
+
+
+def load_classifier(path: Path, dataset_name: str, resolution: int) -> tuple[nn.Module, float]:
+    """The classifier, trained where there is none yet, and its accuracy on the test images."""
+    torch.manual_seed(0)
+    classifier = build_classifier().to(memory_format=torch.channels_last)
+    test_data = load_images(dataset_name, split="test", resolution=resolution, require_labels=True)
+    classifier(normalize(test_data.images[:1]))  # settles the lazy layers' sizes
+    if path.is_file():
+        classifier.load_state_dict(load_file(path))
+    else:
+        train_classifier(classifier, load_images(dataset_name, resolution=resolution, require_labels=True))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(classifier.state_dict(), path)
+    predicted = predict(classifier.eval(), normalize(test_data.images))
+    return classifier, float((predicted == test_data.labels).double().mean())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset_name", default="ylecun/mnist")
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classifier", type=Path, help="default: runs/classifier-SIZE.safetensors")
+    args = parser.parse_args()
+    torch.set_num_threads(physical_cores())
+
+    device = default_device()
+    pipe = TinyPipeline.from_pretrained(args.checkpoint).to(device, default_dtype(device))
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    size = pipe.unet.config.sample_size
+    classifier, accuracy = load_classifier(
+        args.classifier or Path(f"runs/classifier-{size}.safetensors"), args.dataset_name, size
+    )
+
+    labels = torch.arange(args.num_images) % 10
+    figures = {"accuracy on test images": round(accuracy, 4), "num_images": args.num_images}
+    passed = accuracy > LEAST_ACCURACY
+    for guidance_scale, least in LEAST_AGREEMENT.items():
+        batches = []
+        for rows in tqdm(torch.arange(args.num_images).split(100), desc=f"samples, w = {guidance_scale:g}"):
+            generator = [torch.Generator().manual_seed(args.seed + int(i)) for i in rows]
+            options = {"num_inference_steps": args.num_inference_steps, "output_type": "pt"}
+            output = pipe(labels[rows], guidance_scale=guidance_scale, generator=generator, **options)
+            batches.append(output.images.float().cpu() * 2 - 1)
+        agrees = (predict(classifier, torch.cat(batches)) == labels).double()
+        figures[f"agreement at w = {guidance_scale:g}"] = {
+            "all": round(float(agrees.mean()), 4),
+            **{pipe.config.id2label[k]: round(float(agrees[labels == k].mean()), 3) for k in range(10)},
+        }
+        passed &= float(agrees.mean()) >= least
+    print(json.dumps(figures, indent=2))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

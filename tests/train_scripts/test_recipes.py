@@ -1,0 +1,81 @@
+"""Every recipe fits its script, cell by cell, and runs."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny_diffusers import TinyPipeline, train_scripts
+from tiny_diffusers.data import ImageData
+from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
+from tiny_diffusers.training.diffusion import DiffusionArguments, build_scheduler, build_unet
+
+
+# The script that a recipe is for stands first in its name: unconditional_no_attention.yaml is train_unconditional.py's.
+RECIPES = sorted((Path(train_scripts.__file__).parent / "recipes").glob("*.yaml"))
+CELLS = [(recipe, cell) for recipe in RECIPES for cell in load_cells(recipe)[1] or [None]]
+
+
+def script_of(recipe):
+    return importlib.import_module(f"{train_scripts.__name__}.train_{recipe.stem.partition('_')[0]}")
+
+
+def arguments_class_of(script):
+    classes = [value for value in vars(script).values() if isinstance(value, type)]
+    return next(value for value in classes if issubclass(value, TrainingArguments) and value is not TrainingArguments)
+
+
+def flags(recipe, cell):
+    return ["--config", str(recipe), *(["--cell", cell] if cell else [])]
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A local data set of two classes, in place of those that would have to be fetched."""
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for name in ("cat", "frog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+def test_there_are_recipes_and_each_says_what_it_tries():
+    assert len(RECIPES) >= 7
+    for recipe in RECIPES:
+        assert recipe.read_text(encoding="utf-8").startswith("# "), recipe.name
+
+
+@pytest.mark.parametrize(("recipe", "cell"), CELLS, ids=[f"{recipe.stem}-{cell}" for recipe, cell in CELLS])
+def test_each_cell_is_what_its_script_takes(recipe, cell):
+    arguments = parse_arguments(arguments_class_of(script_of(recipe)), flags(recipe, cell))
+    if cell:
+        assert Path(arguments.output_dir) == Path("runs", recipe.stem, cell)
+    if isinstance(arguments, DiffusionArguments):  # its names and sizes go together, too
+        build_scheduler(arguments)
+        size = arguments.resolution or 32
+        images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        classes = 10 if "class_dropout_prob" in vars(arguments) else None
+        with torch.device("meta"):
+            build_unet(arguments, ImageData(images, None, None, "stand-in", "train", ""), classes)
+
+
+def test_cells_of_a_recipe_differ():
+    for recipe in RECIPES:
+        changes = [sorted(map(str, cell.items())) for cell in load_cells(recipe)[1].values()]
+        assert len(set(map(tuple, changes))) == len(changes), recipe.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_each_recipe_runs(recipe, stand_in, tmp_path):
+    cell = next(iter(load_cells(recipe)[1]), None)
+    argv = [*flags(recipe, cell), "--smoke", "--dataset_name", stand_in, "--output_dir", str(tmp_path / "run")]
+    script_of(recipe).main([*argv, "--mixed_precision", "no", "--num_threads", "1"])
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert "max_train_steps: 20\n" in (tmp_path / "run" / "config.yaml").read_text()
+    TinyPipeline.from_pretrained(tmp_path / "run")

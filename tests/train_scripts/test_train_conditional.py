@@ -1,0 +1,278 @@
+"""Classes: how they are learned, saved, guided and carried over, and every mistake with them."""
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiny_diffusers import TinyConditionalPipeline, TinyPipeline
+from tiny_diffusers.data import ImageData
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.train_scripts import train_conditional, train_unconditional
+from tiny_diffusers.training import diffusion
+from tiny_diffusers.training.arguments import parse_arguments
+from tiny_diffusers.training.diffusion import ConditionalArguments, ConditionalDiffusion, build_unet
+from tiny_diffusers.training.trainer import Trainer
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def train_classes(train):
+    return lambda *argv, **options: train(*argv, script=train_conditional, **options)
+
+
+@pytest.fixture
+def stock_config(tmp_path):
+    """A stock network's configuration, as a file."""
+    config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    path = tmp_path / "stock.json"
+    path.write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
+    return str(path)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def class_table(folder):
+    """The rows of a network's table of classes, (K + 1, D)."""
+    weights = load_file(folder / "unet" / WEIGHTS)
+    if "class_embedding.weight" in weights:
+        return weights["class_embedding.weight"]
+    return weights["class_embed.table.weight"].T
+
+
+def test_what_a_run_leaves(train_classes):
+    folder = train_classes("--classes", "3,7")
+    index = read(folder / "model_index.json")
+    assert index["id2label"] == {"0": "3", "1": "7"}
+    assert (index["null_class_id"], index["class_dropout_prob"]) == (2, 0.1)
+    pipe = TinyPipeline.from_pretrained(folder)
+    assert type(pipe) is TinyConditionalPipeline and pipe.unet.config.num_class_embeds == 2
+    assert len(pipe(["7", "3"], guidance_scale=3.0, num_inference_steps=2).images) == 2
+    card = (folder / "README.md").read_text()
+    assert "class-conditional" in card and "--guidance_scale 3" in card
+
+
+def test_images_are_of_the_class_that_is_asked_for(train_classes, tmp_path):
+    for name, grey in (("dark", 30), ("bright", 220)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), grey + i, np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    folder = train_classes(
+        *("--dataset_name", str(tmp_path / "images"), "--validation_split", "0"),
+        *("--block_out_channels", "16", "16", "--learning_rate", "1e-2", "--train_batch_size", "16"),
+        *("--ema_max_decay", "0.9", "--checkpointing_steps", "1000"),
+        steps=60,
+    )
+    pipe = TinyPipeline.from_pretrained(folder)
+    for w in (1.0, 2.0):
+        generator = torch.Generator().manual_seed(0)
+        labels = ["dark"] * 4 + ["bright"] * 4
+        images = pipe(labels, guidance_scale=w, generator=generator, num_inference_steps=10, output_type="np").images
+        assert images[:4].mean() < 0.3 and images[4:].mean() > 0.7
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train_classes, monkeypatch):
+    options = ("--class_dropout_prob", "0.5", "--random_flip")
+    whole = train_classes(*options, steps=20, name="whole")
+
+    step = Trainer._train_step
+
+    def killed_after(self):
+        step(self)
+        if self.step == 7:
+            self.stop_signal = 15
+
+    monkeypatch.setattr(Trainer, "_train_step", killed_after)
+    with pytest.raises(SystemExit):
+        train_classes(*options, steps=20, name="resumed")
+    monkeypatch.undo()
+    resumed = train_classes(*options, "--resume_from_checkpoint", "latest", steps=20, name="resumed")
+    for name in ("unet/" + WEIGHTS, "train_log.jsonl", "samples.png"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+def test_the_average_starts_after_a_tenth_of_the_run(train_classes, capsys):
+    folder = train_classes("--checkpointing_steps", "2", "--checkpoints_total_limit", "10", steps=20)
+    assert "ema_start_step: 2\n" in (folder / "config.yaml").read_text()
+    for step, equal in ((2, True), (4, False)):
+        checkpoint = folder / f"checkpoint-{step}"
+        weights, average = (load_file(checkpoint / name / WEIGHTS) for name in ("unet", "unet_ema"))
+        assert all(torch.equal(weights[key], average[key]) for key in weights) == equal
+
+    train_classes("--resume_from_checkpoint", "latest", steps=40)  # a longer run does not move the start
+    assert "ema_start_step: 2\n" in (folder / "config.yaml").read_text()
+    assert "ema_start_step" not in capsys.readouterr().err
+    assert parse_arguments(ConditionalArguments, ["--ema_start_step", "2000"]).ema_start_step == 2000
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 0.35, 0.65)])
+def test_labels_are_dropped_in_training_and_never_in_validation(train_classes, monkeypatch, share, least, most):
+    seen = {True: [], False: []}
+    assemble = Trainer._assemble
+
+    def spy(self, data, indices, draws, training):
+        batch = assemble(self, data, indices, draws, training)
+        seen[training].append(batch.labels)
+        return batch
+
+    monkeypatch.setattr(Trainer, "_assemble", spy)
+    train_classes("--class_dropout_prob", str(share), steps=12)
+    dropped = {training: (torch.cat(labels) == 10).float().mean() for training, labels in seen.items()}
+    assert least <= dropped[True] <= most and dropped[False] == 0
+
+
+def test_a_grid_has_a_row_for_each_class_and_the_same_noise_at_each_scale():
+    calls = []
+
+    class FakePipeline:
+        def __call__(self, class_labels, guidance_scale, generator, num_inference_steps):
+            calls.append((class_labels, guidance_scale, [g.initial_seed() for g in generator]))
+            self.images = [f"{label}@{guidance_scale:g}#{i}" for i, label in enumerate(class_labels)]
+            return self
+
+    unet = torch.nn.Identity()
+    family = ConditionalDiffusion(unet, None, {0: "cat", 1: "frog"}, guidance_scales=[1.0, 4.0])
+    images, options = family.sample(FakePipeline(), num_images=8, seed=5)
+    assert images == ["0@1#0", "0@1#1", "0@4#0", "0@4#1", "1@1#2", "1@1#3", "1@4#2", "1@4#3"]
+    assert options["columns"] == 4 and options["row_labels"] == ["cat", "frog"]
+    assert options["column_labels"] == ["w = 1", "", "w = 4", ""]
+    assert [call[2] for call in calls] == [[5, 6, 7, 8]] * 2
+
+    many = ConditionalDiffusion(unet, None, {i: str(i) for i in range(100)})
+    assert many.sample(FakePipeline(), num_images=4, seed=0)[1]["row_labels"] == [str(i) for i in range(10)]
+
+
+def test_guidance_without_dropped_labels_warns_and_says_why(train_classes, capsys):
+    folder = train_classes("--class_dropout_prob", "0")
+    assert "guidance" not in capsys.readouterr().err  # the grids keep to what the model can do
+    pipe = TinyPipeline.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="won't help.*trained without label dropout"):
+        pipe("3", guidance_scale=3.0, num_inference_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("3", guidance_scale=1.0, num_inference_steps=2)
+
+    train_classes("--class_dropout_prob", "0", "--guidance_scales", "1", "3", name="asked")
+    assert "guidance won't help where no label is dropped" in capsys.readouterr().err
+
+
+def test_a_stock_network_has_a_row_more_than_classes(train_classes, stock_config):
+    folder = train_classes("--model_config_name_or_path", stock_config)
+    pipe = TinyPipeline.from_pretrained(folder)
+    assert type(pipe).__name__ == "TinyConditionalPipeline" and type(pipe.unet).__name__ == "UNet2DModel"
+    assert pipe.unet.config.num_class_embeds == 11 and pipe.config.null_class_id == 10
+    assert len(pipe([0, 9], guidance_scale=2.0, num_inference_steps=2).images) == 2
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_fine_tuning_keeps_the_classes_it_knows_by_name(train_classes, stock_config, capsys, stock):
+    network = ("--model_config_name_or_path", stock_config) if stock else ()
+    first = train_classes(*network, "--classes", "1,2,3", name="first")
+    second = train_classes(
+        *("--classes", "3,7", "--pretrained_model_name_or_path", str(first), "--learning_rate", "0"), name="second"
+    )
+    assert "1 of the 2 classes are new to the checkpoint" in capsys.readouterr().err
+    before, after = class_table(first), class_table(second)
+    assert len(before) == 4 and len(after) == 3
+    torch.testing.assert_close(after[0], before[2])  # "3"
+    torch.testing.assert_close(after[2], before[3])  # no class
+    assert not any(torch.allclose(after[1], row) for row in before)  # "7"
+    weights = [load_file(folder / "unet" / WEIGHTS) for folder in (first, second)]
+    for key in weights[0]:
+        if "class_embed" not in key:
+            torch.testing.assert_close(weights[0][key], weights[1][key])
+
+
+def test_fine_tuning_from_no_classes_and_to_none(train, train_classes):
+    plain = train(name="plain")
+    conditional = train_classes("--pretrained_model_name_or_path", str(plain), name="conditional")
+    assert TinyPipeline.from_pretrained(conditional).unet.config.num_class_embeds == 10
+    with pytest.raises(UserError, match="train_conditional.py"):
+        train("--pretrained_model_name_or_path", str(conditional), name="back", script=train_unconditional)
+
+
+def test_another_prediction_type_than_the_checkpoints_is_said(train_classes, capsys):
+    first = train_classes("--prediction_type", "epsilon", name="first")
+    assert "epsilon" not in capsys.readouterr().err
+    train_classes("--pretrained_model_name_or_path", str(first), name="second")
+    assert "--prediction_type epsilon goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("conditioning", ["add", "scale"])
+def test_both_ways_of_conditioning_train(train_classes, conditioning):
+    folder = train_classes("--class_conditioning", conditioning)
+    assert read(folder / "unet" / "config.json")["class_conditioning"] == conditioning
+
+
+def test_dynamic_thresholding_is_saved_with_the_model(train_classes):
+    config = read(train_classes("--dynamic_thresholding", "0.9") / "scheduler" / "scheduler_config.json")
+    assert config["thresholding"] and config["dynamic_thresholding_ratio"] == 0.9
+
+
+def images_of(size, channels=3):
+    images = torch.zeros(1, channels, size, size, dtype=torch.uint8)
+    return ImageData(images, torch.zeros(1, dtype=torch.int64), {0: "a"}, "grey", "train", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "cost"),
+    [
+        # 2 * 2 + 1 blocks of 4 L^2 C operations, against 36 L C^2, with L = 64 * 64 places and C = 64 channels
+        (["--patch_size", "1", "--attention", "full", "--block_out_channels", "64", "64"], "21.5 GFLOP.*7 times"),
+        (["--patch_size", "2", "--attention", "full", "--block_out_channels", "64", "64"], None),
+        (["--patch_size", "1", "--attention", "linear", "--block_out_channels", "64", "64"], None),
+        (["--patch_size", "1", "--attention", "none", "full", "--block_out_channels", "64", "64"], None),
+    ],
+)
+def test_full_attention_at_64x64_on_a_cpu_is_warned_of_with_its_cost(capsys, monkeypatch, argv, cost):
+    monkeypatch.setattr(diffusion, "default_device", lambda: torch.device("cpu"))
+    with torch.device("meta"):
+        arguments = parse_arguments(ConditionalArguments, [*argv, "--layers_per_block", "2"])
+        build_unet(arguments, images_of(64), num_class_embeds=1)
+    said = capsys.readouterr().err
+    assert (said == "") if cost is None else re.search(f"64x64 places.*{cost}", said)
+
+
+def test_a_preset_is_a_base_that_flags_change():
+    arguments = parse_arguments(ConditionalArguments, ["--preset", "self-attention-2-levels-half", "--dropout", "0.1"])
+    with torch.device("meta"):
+        config = build_unet(arguments, images_of(32), num_class_embeds=1).config
+    assert (config.block_out_channels, config.attention) == ((104, 120), "full")
+    assert (config.sample_size, config.dropout) == (32, 0.1)
+
+
+def test_data_without_labels_are_refused_and_their_columns_named(train_classes, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("L", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+    with pytest.raises(UserError, match="no labels.*columns are image.*--label_column"):
+        train_classes("--dataset_name", str(tmp_path / "images"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--class_dropout_prob", "1.5"], ["1.5", "[0, 1)"]),
+        (["--class_dropout_prob", "-0.1"], ["-0.1", "[0, 1)"]),
+        (["--guidance_scales", "1", "nan"], ["nan", "finite"]),
+        (["--class_conditioning", "ad"], ["'ad'", "'add'"]),
+        (["--preset", "plane-256"], ["'plane-256'", "Did you mean 'plain-256'"]),
+        (["--dynamic_thresholding", "2"], ["2.0", "(0, 1]"]),
+    ],
+)
+def test_each_mistake_is_one_line_before_training(train_classes, argv, words):
+    with pytest.raises(UserError) as error:
+        train_classes(*argv)
+    assert "\n" not in str(error.value).strip()
+    for word in words:
+        assert word in str(error.value)
