@@ -150,11 +150,20 @@ def add_export(commands) -> None:
     )
     _add_checkpoint_argument(parser)
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to save it")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="the weights' format; the others halve the file (default: float32)",
+    )
+    parser.add_argument("--no_code", action="store_true", help="leave the code out: it loads with this package alone")
     parser.set_defaults(run=export)
 
 
 def export(args: argparse.Namespace) -> None:
     """The card, the pictures and the log come along, where the checkpoint is a folder that has them."""
+    import torch
+
     from . import hub
 
     source = Path(args.checkpoint)
@@ -162,9 +171,11 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"'{args.directory}' is the checkpoint itself: give another folder to export it to.")
     _prepare_output(f"{args.directory}/")
     pipe = _from_pretrained("TinyPipeline", args)
-    hub.export(pipe, args.directory, with_code=True)
+    if args.dtype != "float32":
+        pipe.to(getattr(torch, args.dtype))
+    hub.export(pipe, args.directory, with_code=not args.no_code)
     if source.is_dir():
-        for pattern in ("README.md", "*.png", "*.jsonl"):
+        for pattern in ("README.md", "*.png", "*.jsonl", "config.yaml", "run.json", "report.json"):
             for file in source.glob(pattern):
                 shutil.copyfile(file, args.directory / file.name)
     print(f"exported to {args.directory}")
@@ -185,7 +196,205 @@ def push(args: argparse.Namespace) -> None:
     print(hub.push(args.directory, args.repo_id, private=args.private))
 
 
-COMMANDS = (add_sample, add_interpolate, add_export, add_push)
+def add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint's images, or a folder of images, against real ones",
+        description="Writes report.json, report.md and report.png, and the figures into the checkpoint's card. `torchrun "
+        "--nproc_per_node N -m tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among "
+        "processes; a stopped run goes on where it was.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder, or owner/name on the Hub")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that the checkpoint brings; read it first"
+    )
+    parser.add_argument("--images", metavar="DIR", help="measure these images, of any model, in place of a checkpoint")
+    parser.add_argument(
+        "--from_report",
+        metavar="FILE",
+        help="the very protocol of this report.json; of its model too, if none is given",
+    )
+    _add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
+    parser.add_argument("--batch_size", type=_positive, default=64, help="images drawn at a time (default: 64)")
+
+    data = parser.add_argument_group("the reference")
+    data.add_argument("--dataset_name", help="real images: a Hub id, a folder, or digits")
+    data.add_argument("--dataset_config_name", help="the configuration of a data set that has several")
+    data.add_argument("--split", default="test", help="real images to measure against (default: test)")
+    data.add_argument(
+        "--train_split", help="what the model was trained on, or none (default: train, where there is one)"
+    )
+    data.add_argument("--classes", help="names or ids, such as cat,frog, where the model knows only these")
+
+    measures = parser.add_argument_group("the measure")
+    measures.add_argument("--num_images", type=_positive, default=10_000, help="default: 10000")
+    measures.add_argument(
+        "--features",
+        default="efficientnet-lite0",
+        help="inception, dinov2, efficientnet-lite0 or pixels (default: efficientnet-lite0)",
+    )
+    measures.add_argument("--feature_weights", metavar="PATH", help="the weights of inception or dinov2")
+    measures.add_argument(
+        "--feature_dtype", default="float32", help="float32, or bfloat16, which is faster (default: float32)"
+    )
+    measures.add_argument(
+        "--metrics",
+        type=_comma_separated,
+        help="frechet_distance, frechet_infinity, kernel_distance, inception_score, precision_recall, density_coverage, "
+        "diversity, nearest_neighbour, bits_per_dim, or all (default: all but the last two, which take long)",
+    )
+    measures.add_argument(
+        "--baselines", type=_comma_separated, help="of real, blurred, pixel_gaussian, noise, or none (default: all)"
+    )
+    measures.add_argument(
+        "--num_bootstrap", type=int, default=20, help="resamples of an error bar (default: 20; 0: none)"
+    )
+    measures.add_argument("--likelihood_images", type=_positive, default=256, help="of bits_per_dim (default: 256)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: the checkpoint's folder, or evaluation/ where it is none"
+    )
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """A report says how its images and its reference were had: with `--from_report` its arguments take the place of ours."""
+    import shlex
+
+    from .evaluation import METRICS, Protocol, Report
+
+    earlier = Report.load(args.from_report) if args.from_report else None
+    if earlier is not None:
+        _take_arguments(args, earlier)
+    if (args.checkpoint is None) == (args.images is None):
+        raise UserError("Give either a CHECKPOINT or --images DIR to evaluate.")
+    if args.dataset_name is None:
+        raise UserError("Give the real images to measure against: --dataset_name, a Hub id, a folder, or digits.")
+    metrics = {"metrics": list(METRICS) if args.metrics == ["all"] else args.metrics} if args.metrics else {}
+    baselines = {"baselines": [name for name in args.baselines if name != "none"]} if args.baselines else {}
+    protocol = Protocol(
+        seed=args.seed,
+        batch_size=args.batch_size,
+        features=args.features,
+        feature_weights=args.feature_weights,
+        feature_dtype=args.feature_dtype,
+        num_images=args.num_images,
+        num_bootstrap=args.num_bootstrap,
+        likelihood_images=args.likelihood_images,
+        **metrics,
+        **baselines,
+    )
+    folder = args.output or (args.checkpoint if args.checkpoint and Path(args.checkpoint).is_dir() else "evaluation")
+    _prepare_output(f"{folder}/")
+
+    from .evaluation import evaluate as measure
+    from .evaluation.evaluator import processes
+    from .evaluation.images import read_folder
+
+    state = processes()  # before anything is put on a device: each has its own
+    if args.images is not None:
+        source, name = read_folder(args.images), args.images
+        size = {"resolution": source.images.shape[-1], "channels": source.images.shape[1]}
+    else:
+        source, name = _load_pipeline(args, "TinyPipeline"), args.checkpoint
+        channels, _, width = source._image_shape
+        size = {"resolution": width, "channels": channels}
+        protocol.sampling = _call_options(source, args, "num_inference_steps", "eta", "guidance_scale")
+    load = {
+        "dataset_name": args.dataset_name,
+        "dataset_config_name": args.dataset_config_name,
+        "classes": args.classes,
+    }
+    reference, training = _load_real_images(args, load | size, state)
+    if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
+        raise UserError(
+            f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
+        )
+
+    report = measure(
+        source,
+        reference,
+        protocol,
+        training=training,
+        output_dir=folder,
+        name=name,
+        load=load | {"split": args.split, "train_split": args.train_split},
+        command=shlex.join(["tiny-diffusers", *sys.argv[1:]]),
+    )
+    if state.is_main_process:
+        if Path(folder, "README.md").is_file() and Path(folder, "model_index.json").is_file():
+            from .hub import add_results
+
+            add_results(folder, report)
+        print(report.markdown())
+        print(f"report: {Path(folder, 'report.json')}")
+
+
+def _take_arguments(args: argparse.Namespace, report) -> None:
+    """What a report was made with, into the arguments of the command that repeats it."""
+    load = report.measured_by["reference"].get("load") or {}
+    if not load:
+        raise UserError(
+            f"'{args.from_report}' was not made by this command, and doesn't say how its reference is loaded."
+        )
+    if args.checkpoint is None and args.images is None:
+        kind = "checkpoint" if report.source["kind"] == "pipeline" else "images"
+        setattr(args, kind, report.source["name"])
+    settings = report.protocol | load | report.protocol["sampling"]
+    scheduler_class = report.source.get("scheduler", {}).get("class")
+    settings["scheduler"] = next((name for name, cls in SCHEDULERS.items() if cls == scheduler_class), None)
+    settings["dtype"] = report.source.get("dtype", args.dtype)
+    for name, value in settings.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    args.baselines = report.protocol["baselines"] or ["none"]
+
+
+def _load_real_images(args: argparse.Namespace, options: dict, state):
+    """The reference and, where there is one, the training set; decoded by one process and read by the others."""
+    from .data import load_images
+
+    with state.main_process_first():
+        if args.dataset_name == "digits":  # which have one split alone
+            return load_images(split="train", **options), None
+        reference = load_images(split=args.split, **options)
+        if args.train_split == "none":
+            return reference, None
+        try:
+            return reference, load_images(split=args.train_split or "train", **options)
+        except UserError as error:
+            if args.train_split is not None:
+                raise
+            print(f"no training set: {error}", file=sys.stderr)
+            return reference, None
+
+
+def add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="one table over several evaluated checkpoints or reports",
+        description="Refuses figures of different protocols.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "reports", metavar="CHECKPOINT", nargs="+", help="folders that were evaluated, or report.json files"
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this .md file too")
+    parser.set_defaults(run=compare)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from .evaluation.report import Report
+    from .evaluation.report import compare as tabulate
+
+    table = tabulate({name: Report.load(name) for name in args.reports})
+    print(table)
+    if args.output is not None:
+        args.output.write_text(table, encoding="utf-8")
+
+
+COMMANDS = (add_sample, add_interpolate, add_evaluate, add_compare, add_export, add_push)
 
 
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +406,10 @@ def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 def _add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_argument(parser)
+    _add_sampling_arguments(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument(
         "--scheduler",
@@ -260,6 +473,10 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
 
     pipe = _from_pretrained(class_name, args).to(device, dtype)
     if args.scheduler is not None:
+        if "scheduler" not in pipe.components:
+            raise UserError(
+                f"--scheduler means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
+            )
         name = SCHEDULERS[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
@@ -340,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="tiny-diffusers",
-        description="Sample from and share generative models of small images.",
+        description="Sample from, measure and share generative models of small images.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

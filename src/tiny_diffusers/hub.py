@@ -16,6 +16,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .evaluation.report import Report
+
 # Stays on this machine when a folder is pushed: what resumes a run, trackers' files, and what tools leave behind.
 NOT_PUSHED = ["checkpoint-*/*", "logs/*", "*.lock", "*.tmp", "*__pycache__/*", ".*", "*/.*"]
 
@@ -165,6 +167,38 @@ def write_card(
     return path
 
 
+def add_results(output_dir: str | Path, report: "Report") -> Path:
+    """
+    Puts a report's figures into a model card: into its metadata as a `model-index`, which the Hub shows, and into its text
+    as the section "Results", in place of an earlier one.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The folder of the card, `README.md`.
+        report ([`~tiny_diffusers.evaluation.Report`]):
+            The figures with their protocol.
+
+    Returns:
+        `Path`: The card.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = Path(output_dir) / "README.md"
+    card = ModelCard.load(path)
+    heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
+    card.data.model_name = heading[1].strip() if heading else Path(output_dir).name
+    card.data.eval_results = [EvalResult(**result) for result in report.card_results()]
+
+    again = "`tiny-diffusers evaluate --from_report report.json` measures it again."
+    section = f"## Results\n\n{report.markdown()}\n{again}\n\n"
+    text = re.sub(r"^## Results\n.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
+    place = re.search(r"^## What it is not good for", text, re.MULTILINE)
+    cut = place.start() if place else len(text)
+    card.text = text[:cut].rstrip("\n") + "\n\n" + section + text[cut:]
+    path.write_text(str(card), encoding="utf-8")
+    return path
+
+
 def _describe(folder: Path) -> dict[str, object]:
     """What the template says of the checkpoint in `folder`, from its configs and the headers of its weights."""
     from safetensors import safe_open
@@ -174,7 +208,8 @@ def _describe(folder: Path) -> dict[str, object]:
         raise UserError(f"'{folder}' has no model_index.json: save a pipeline in it before its card is written.")
     index = json.loads(index_path.read_text(encoding="utf-8"))
     configs, parameters = {}, 0
-    for component in [name for name, entry in index.items() if name != "_class_name" and isinstance(entry, list)]:
+    components = [name for name, entry in index.items() if name != "_class_name" and isinstance(entry, list)]
+    for component in [name for name in components if name != "discriminator"]:  # which no sample needs
         for path in (folder / component).glob("*config.json"):
             configs[component] = json.loads(path.read_text(encoding="utf-8"))
         for path in (folder / component).glob("*.safetensors"):
@@ -198,10 +233,10 @@ def _describe(folder: Path) -> dict[str, object]:
         "network": network["_class_name"],
         "parameters": f"{parameters / 1e6:.2f} M",
         "image_size": f"{width}x{height}",
-        "colour": "grey" if network["in_channels"] == 1 else "colour",
+        "colour": "grey" if network.get("in_channels", network.get("out_channels")) == 1 else "colour",
         "scheduler": configs.get("scheduler"),
         "classes": classes,  # some of them, for the examples
-        "guided": index.get("null_class_id") is not None,
+        "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
         "loads_in": loads_in,
     }
 

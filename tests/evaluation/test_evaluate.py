@@ -1,0 +1,420 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, cli, hub
+from tiny_diffusers.data import ImageData, load_images
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import METRICS, Protocol, Report, compare, evaluate, features, images
+
+
+FAST = {
+    "features": "pixels",
+    "num_images": 24,
+    "num_bootstrap": 4,
+    "batch_size": 8,
+    "sampling": {"num_inference_steps": 2},
+}
+NO_BASELINES = {**FAST, "baselines": []}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def unet(**kwargs):
+    torch.manual_seed(0)
+    network = TinyUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention="none",
+        **kwargs,
+    )
+    for parameter in network.parameters():  # a fresh network's last layer is zero, and all images would be alike
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def pipeline(steps=10):
+    pipe = TinyPipeline(unet(), TinyDDIMScheduler(num_train_timesteps=steps))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image_data(count=60, seed=0, labels=True, name="blobs"):
+    """Two classes of blobs: the left half bright, or the right one."""
+    rng = np.random.default_rng(seed)
+    classes = np.arange(count) % 2
+    pixels = rng.normal(60, 25, (count, 1, 8, 8))
+    for i, label in enumerate(classes):
+        pixels[i, :, :, 4 * label : 4 * label + 4] += 120
+    pixels = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
+    return ImageData(
+        pixels,
+        torch.from_numpy(classes) if labels else None,
+        {0: "left", 1: "right"} if labels else None,
+        name,
+        "test",
+        images.fingerprint(pixels.numpy()),
+    )
+
+
+def values(report):
+    return {name: entry["value"] for name, entry in report.figures.items()}
+
+
+class TestReport:
+    def test_has_the_figures_with_their_protocol_and_the_baselines(self, tmp_path):
+        report = evaluate(pipeline(), image_data(), Protocol(**FAST), training=image_data(seed=1), output_dir=tmp_path)
+        assert set(report.figures) == {
+            *("frechet_distance", "frechet_infinity", "kernel_distance", "precision", "recall", "density", "coverage"),
+            "diversity",
+        }
+        assert set(report.baselines) == {"real", "blurred", "pixel_gaussian", "noise"}
+        distances = {kind: entry["figures"]["frechet_distance"]["value"] for kind, entry in report.baselines.items()}
+        assert distances["real"] < distances["pixel_gaussian"] < distances["noise"]
+        assert report.figures["frechet_distance"]["error_kind"] == "standard error, 4 bootstrap resamples"
+        assert report.measured_by["features"]["input"] == "x / 255"
+        assert report.source["sampling"] == {"num_inference_steps": 2, "eta": 0.0}
+        assert any("fewer than" in warning for warning in report.warnings)
+        assert Report.load(tmp_path) == report
+        assert "FID" not in report.markdown() and "uniform noise" in (tmp_path / "report.md").read_text()
+        with Image.open(tmp_path / "report.png") as picture:
+            assert picture.width > 100
+
+    def test_fid_is_a_name_for_the_features_of_inception_alone(self):
+        report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
+        assert report.label("frechet_distance") == "Frechet distance"
+        report.protocol["features"] = "inception"
+        assert (report.label("frechet_distance"), report.label("kernel_distance")) == ("FID", "KID")
+
+    def test_the_same_protocol_gives_the_same_figures(self):
+        one, two = (evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES)) for _ in range(2))
+        assert values(one) == values(two)
+
+    def test_without_a_training_set_real_against_real_is_between_halves(self):
+        report = evaluate(image_data(seed=1), image_data(), Protocol(**{**FAST, "baselines": ["real"]}))
+        assert report.baselines["real"]["images"] == 30
+        assert any("half" in warning for warning in report.warnings)
+
+
+class TestImages:
+    def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, tmp_path):
+        evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES, seed=5), output_dir=tmp_path)
+        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        drawn = np.load(path)
+        for i in (0, 7, 23):
+            generator = torch.Generator().manual_seed(5 + i)
+            (expected,) = pipeline()(generator=generator, num_inference_steps=2).images
+            np.testing.assert_allclose(drawn[i, 0], np.asarray(expected), atol=1)
+
+    def test_a_stopped_run_goes_on_where_it_was(self, tmp_path):
+        whole = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "whole")
+        pipe, calls = pipeline(), []
+        draw = TinyPipeline.__call__
+
+        class Stopping(TinyPipeline):
+            def __call__(self, **kwargs):
+                calls.append(kwargs["batch_size"])
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+                return draw(self, **kwargs)
+
+        pipe.__class__ = Stopping
+        Stopping.__name__ = "TinyPipeline"
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
+        report = evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
+        assert calls == [8, 8, 8, 8]  # one whole batch, the stopped one, and the two that were left
+        assert values(report) == values(whole)
+
+    def test_the_order_of_images_never_matters(self):
+        judged, real = image_data(seed=1), image_data()
+        report = evaluate(judged, real, Protocol(**NO_BASELINES))
+        for data in (judged, real):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+            data.images, data.labels = data.images[order], data.labels[order]
+        assert values(evaluate(judged, real, Protocol(**NO_BASELINES))) == values(report)
+
+    def test_swapping_the_sets_leaves_the_symmetric_figures(self):
+        one, two = image_data(seed=1), image_data(seed=2)
+        protocol = Protocol(**{**NO_BASELINES, "num_images": 60})
+        a, b = values(evaluate(one, two, protocol)), values(evaluate(two, one, protocol))
+        assert a["frechet_distance"] == pytest.approx(b["frechet_distance"], rel=1e-6)
+        assert (a["precision"], a["recall"]) == pytest.approx((b["recall"], b["precision"]))
+
+    def test_distances_grow_with_noise_with_blur_and_with_missing_modes(self, monkeypatch):
+        real, judged = image_data(200), image_data(200, seed=1)
+        rng = np.random.default_rng(0)
+
+        def distances(pixels):
+            protocol = Protocol(**{**NO_BASELINES, "num_images": len(pixels), "num_bootstrap": 0})
+            found = values(evaluate(pixels, real, protocol))
+            return found["frechet_distance"], found["kernel_distance"]
+
+        pixels = judged.images.numpy()
+        noises = [
+            distances((pixels + rng.normal(0, s, pixels.shape)).clip(0, 255).astype(np.uint8)) for s in (0, 120, 250)
+        ]
+        blurs = []
+        for sigma in (0.5, 2, 4):
+            monkeypatch.setattr(images, "BLUR_SIGMA", sigma)
+            blurs.append(distances(images.blurred(pixels, np.arange(200))(0, 200)))
+        modes = [distances(pixels[:100]), distances(pixels[0:200:2])]
+        for series in (noises, blurs, modes):
+            assert (np.diff(np.array(series), axis=0) > 0).all()
+
+
+class TestMeasures:
+    def test_classes_have_figures_of_their_own(self):
+        pipe = TinyConditionalPipeline(
+            unet(num_class_embeds=2), TinyDDIMScheduler(num_train_timesteps=10), id2label={0: "left", 1: "right"}
+        )
+        report = evaluate(pipe, image_data(), Protocol(**FAST), training=image_data(seed=1))
+        assert set(report.per_class) == {"left", "right"}
+        assert 0 <= report.figures["class_agreement"]["value"] <= 1
+        assert report.baselines["real"]["figures"]["class_agreement"]["value"] == 1  # bright halves are told apart
+        assert "left" in report.markdown()
+
+    def test_real_images_agree_with_their_classes_and_are_as_diverse(self):
+        report = evaluate(image_data(seed=1), image_data(seed=2), Protocol(**FAST))
+        assert values(report)["class_agreement"] == 1
+        assert values(report)["diversity"] == pytest.approx(1, abs=0.1)
+
+    def test_classes_of_a_folder_are_found_by_name(self):
+        judged, reference = image_data(seed=1), image_data(seed=2)
+        judged.labels, judged.id2label = 1 - judged.labels, {0: "right", 1: "left"}
+        assert values(evaluate(judged, reference, Protocol(**NO_BASELINES)))["class_agreement"] == 1
+        judged.id2label = {0: "cat", 1: "dog"}
+        assert "class_agreement" not in evaluate(judged, reference, Protocol(**NO_BASELINES)).figures
+
+    def test_other_classes_than_the_references_are_refused(self):
+        pipe = TinyConditionalPipeline(
+            unet(num_class_embeds=2), TinyDDIMScheduler(num_train_timesteps=10), id2label={0: "cat", 1: "dog"}
+        )
+        with pytest.raises(UserError, match="classes"):
+            evaluate(pipe, image_data(), Protocol(**NO_BASELINES))
+
+    def test_copies_of_the_training_set_are_seen(self, tmp_path):
+        training, reference = image_data(100, seed=1), image_data(100, seed=2)
+        protocol = Protocol(**{**FAST, "metrics": ["nearest_neighbour"], "baselines": ["real"]})
+        copies = evaluate(training.images[:30], reference, protocol, training=training, output_dir=tmp_path)
+        fresh = evaluate(image_data(30, seed=3), reference, protocol, training=training)
+        assert values(copies) == {"nearest_neighbour": 0, "near_copies": 1}
+        assert values(fresh)["near_copies"] < 0.2
+        assert copies.baselines["real"]["figures"]["nearest_neighbour"]["value"] > 0
+        assert (tmp_path / "report.png").is_file()
+
+    def test_bits_per_dim_are_the_schedulers_bound(self):
+        pipe, reference = pipeline(steps=5), image_data()
+        protocol = Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"], "likelihood_images": 8})
+        report = evaluate(pipe, reference, protocol)
+        order = images.order_of(reference.images.numpy())[:8]
+        sample = reference.images[order.copy()].float() / 127.5 - 1
+        generator = torch.Generator().manual_seed(0)
+        expected = pipe.scheduler.variational_bound(pipe.unet, sample, generator=generator).total.mean().item()
+        assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
+        assert "bound" in report.source["likelihood"]
+
+    def test_a_pipelines_own_likelihood_goes_before_the_schedulers(self):
+        pipe = pipeline()
+        pipe.bits_per_dim = lambda images, class_labels=None, generator=None: torch.full((len(images),), 2.5)
+        report = evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]}))
+        assert values(report) == {"bits_per_dim": 2.5}
+
+    def test_every_metric_runs_together(self):
+        protocol = Protocol(**{**FAST, "metrics": list(METRICS), "likelihood_images": 4})
+        report = evaluate(pipeline(steps=3), image_data(), protocol, training=image_data(seed=1))
+        assert {"bits_per_dim", "nearest_neighbour", "near_copies"} <= set(report.figures)
+        assert any("classifier" in warning for warning in report.warnings)  # pixels have none
+
+
+class TestCompare:
+    def test_makes_one_table(self):
+        reports = {
+            name: evaluate(image_data(seed=s), image_data(), Protocol(**FAST)) for s, name in ((1, "A"), (2, "B"))
+        }
+        table = compare(reports)
+        assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:4] == ["A", "B"]
+
+    @pytest.mark.parametrize("change", [{"num_images": 20}, {"reference": 3}])
+    def test_refuses_figures_of_different_protocols(self, change):
+        reference = image_data(seed=change.pop("reference", 0))
+        one = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
+        other = evaluate(image_data(seed=1), reference, Protocol(**{**NO_BASELINES, **change}))
+        with pytest.raises(UserError, match="differ"):
+            compare({"A": one, "B": other})
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("given", "line"),
+        [
+            (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), "8x8 colour and the reference's are 8x8 grey"),
+            (torch.zeros(9, 1, 6, 6, dtype=torch.uint8), "6x6 grey"),
+            (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "less than two"),
+            (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "identical"),
+            (torch.full((9, 1, 8, 8), float("nan")), "NaN"),
+            (torch.full((9, 1, 8, 8), 7.0), "floats in"),
+            (torch.zeros(9, 8, 8), "shape"),
+        ],
+    )
+    def test_images_that_no_metric_is_defined_for(self, given, line):
+        with pytest.raises(UserError, match=line) as refusal:
+            evaluate(given, image_data(), Protocol(**NO_BASELINES))
+        assert "\n" not in str(refusal.value)
+
+    def test_names_that_are_not_known(self):
+        with pytest.raises(UserError, match="Did you mean 'frechet_distance'"):
+            Protocol(metrics=["frechet_distanse"])
+        with pytest.raises(UserError, match="baseline"):
+            Protocol(baselines=["nois"])
+
+    def test_folders(self, tmp_path):
+        rng = np.random.default_rng(0)
+
+        def folder(name, *sizes, mode="L"):
+            path = tmp_path / name
+            path.mkdir()
+            for i, size in enumerate(sizes):
+                shape = (size, size) if mode == "L" else (size, size, 3)
+                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path / f"{i}.png")
+            return path
+
+        with pytest.raises(UserError):
+            images.read_folder(folder("empty"))
+        with pytest.raises(UserError, match="differ in size"):
+            images.read_folder(folder("sizes", 8, 6))
+        mixed = folder("mixed", 8, 8)
+        Image.new("RGB", (8, 8), "red").save(mixed / "red.png")
+        with pytest.raises(UserError, match="grey and colour"):
+            images.read_folder(mixed)
+        broken = folder("broken", *[8] * 120)
+        (broken / "77.png").write_bytes(b"no image")
+        with pytest.raises(UserError, match="77.png"):
+            images.read_folder(broken)
+        assert len(images.read_folder(folder("good", 8, 8, 8))) == 3
+
+    def test_reports(self, tmp_path):
+        with pytest.raises(UserError, match="no report"):
+            Report.load(tmp_path)
+        path = tmp_path / "report.json"
+        for content, line in (("{", "not a report"), ('{"format": 99}', "version 99"), ("[]", "version None")):
+            path.write_text(content)
+            with pytest.raises(UserError, match=line):
+                Report.load(path)
+
+
+class TestCommandLine:
+    OPTIONS = (
+        *("--dataset_name", "digits", "--features", "pixels", "--num_images", "40", "--num_inference_steps", "2"),
+        *("--num_bootstrap", "2", "--dtype", "float32", "--device", "cpu", "--batch_size", "16"),
+    )
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        folder = tmp_path / "checkpoint"
+        pipeline().save_pretrained(folder)
+        hub.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
+        return folder
+
+    def run(self, *arguments):
+        return cli.main([str(argument) for argument in arguments])
+
+    def test_a_checkpoint_gets_a_report_and_its_card_the_figures(self, checkpoint, capsys):
+        from huggingface_hub import ModelCard
+
+        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0
+        assert "Frechet distance" in capsys.readouterr().out
+        report = Report.load(checkpoint)
+        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0  # the card's section is replaced, not doubled
+        card = ModelCard.load(checkpoint / "README.md")
+        assert card.text.count("## Results") == 1
+        assert card.text.index("## Results") < card.text.index("## What it is not good for")
+        results = {result.metric_type: result for result in card.data.eval_results}
+        assert results["frechet_distance"].metric_value == pytest.approx(
+            report.figures["frechet_distance"]["value"], abs=1e-6
+        )
+        assert card.data.model_name == "tiny" and results["recall"].dataset_split == "train"
+
+        again = json.loads((checkpoint / "report.json").read_text())
+        assert self.run("evaluate", "--from_report", checkpoint / "report.json", "--output", checkpoint / "again") == 0
+        assert values(Report.load(checkpoint / "again")) == pytest.approx(
+            {name: entry["value"] for name, entry in again["figures"].items()}, rel=1e-6
+        )
+        assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
+
+    def test_a_folder_of_images_is_judged_too(self, tmp_path):
+        for i, image in enumerate(load_images().images[:50, 0].numpy()):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "images" / f"{i:05}.png")
+        output = tmp_path / "out"
+        assert self.run("evaluate", "--images", tmp_path / "images", *self.OPTIONS, "--output", output) == 0
+        assert values(Report.load(output))["precision"] == 1  # they are among the reference
+
+    def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
+        def line(*arguments):
+            assert self.run("evaluate", *arguments) == 2
+            return capsys.readouterr().err.splitlines()[-1]
+
+        assert "--dataset_name" in line(checkpoint)
+        assert "either" in line("--dataset_name", "digits")
+        assert "no report" in line("--from_report", tmp_path / "nothing.json")
+        assert "metric" in line(checkpoint, "--dataset_name", "digits", "--metrics", "fid")
+        assert "features" in line(checkpoint, *self.OPTIONS, "--features", "vgg")
+
+    def test_two_processes_give_the_figures_of_one(self, checkpoint, tmp_path):
+        arguments = ("evaluate", str(checkpoint), *self.OPTIONS, "--output")
+        assert self.run(*arguments, tmp_path / "one") == 0
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += ["-m", "tiny_diffusers.cli", *arguments, "two"]
+        environment = {**os.environ, "TINY_DIFFUSERS_CACHE": str(tmp_path / "cache of two")}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("report: ") == 1  # the main process's
+        assert values(Report.load(tmp_path / "two")) == pytest.approx(values(Report.load(tmp_path / "one")), rel=1e-6)
+
+
+@pytest.mark.skipif("TINY_DIFFUSERS_DATA" not in os.environ, reason="TINY_DIFFUSERS_DATA is not set")
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_on_real_images_noise_blur_and_fewer_classes_are_each_worse(name, monkeypatch):
+    # random filters see edges and textures too, and take a thousandth of a large network's time
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.ReLU())
+    network.extend([nn.AdaptiveAvgPool2d(2), nn.Flatten()])
+    monkeypatch.setattr(features, "_REGISTERED", {})
+    features.register("random", network, mean=0.5, std=0.5)
+    data = load_images(str(Path(os.environ["TINY_DIFFUSERS_DATA"]) / name), split="test", max_samples=1200)
+    pixels = data.images.numpy()
+    real, judged, labels = pixels[:600], pixels[600:], data.labels.numpy()[600:]
+    rng = np.random.default_rng(0)
+
+    def distances(pixels):
+        protocol = Protocol(features="random", num_images=600, num_bootstrap=0, baselines=[])
+        protocol.metrics = ["frechet_distance", "kernel_distance"]
+        return list(values(evaluate(pixels, real, protocol)).values())
+
+    def noisy(sigma):
+        return (judged + rng.normal(0, sigma, judged.shape)).clip(0, 255).astype(np.uint8)
+
+    def blurred(sigma):
+        monkeypatch.setattr(images, "BLUR_SIGMA", sigma)
+        return images.blurred(judged, np.arange(600))(0, 600)
+
+    plain = distances(judged)
+    for series in ([noisy(30), noisy(90)], [blurred(1), blurred(3)], [judged[labels < count] for count in (5, 1)]):
+        assert (np.diff([plain, *map(distances, series)], axis=0) > 0).all()

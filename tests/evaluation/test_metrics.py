@@ -1,0 +1,203 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import metrics
+from tiny_diffusers.evaluation.metrics import Moments
+
+
+def normal(count, dim, seed=0, scale=1.0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, scale, (count, dim))
+
+
+def correlated(count, dim, seed=0):
+    mixing = np.random.default_rng(seed + 100).normal(size=(dim, dim)) / np.sqrt(dim)
+    return normal(count, dim, seed) @ mixing + 0.1 * seed
+
+
+class TestMoments:
+    def test_batches_add_up_to_the_moments_of_all(self):
+        features = normal(1000, 5, shift=1e4)  # a mean far from 0 costs a naive sum of squares its digits
+        moments = Moments(5)
+        for part in np.array_split(features, [1, 7, 300]):
+            moments.update(part)
+        np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.covariance, np.cov(features.T), rtol=1e-9)
+
+    def test_rows_may_repeat(self):
+        features = normal(50, 3)
+        rows = np.array([3, 3, 7, 49])
+        np.testing.assert_allclose(Moments.of(features, rows).covariance, np.cov(features[rows].T))
+
+    def test_one_image_has_no_covariance(self):
+        with pytest.raises(UserError, match="two images"):
+            _ = Moments.of(normal(1, 3)).covariance
+
+
+class TestFrechetDistance:
+    def test_agrees_with_the_square_root_of_the_product_of_covariances(self):
+        a, b = correlated(400, 20, seed=1), correlated(300, 20, seed=2)
+        s_a, s_b = np.cov(a.T), np.cov(b.T)
+        shift = a.mean(0) - b.mean(0)
+        expected = shift @ shift + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
+        assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+    def test_has_a_closed_form_for_diagonal_covariances(self):
+        moments = []
+        rng = np.random.default_rng(0)
+        means, variances = rng.normal(size=(2, 12)), rng.uniform(0.1, 4, size=(2, 12))
+        for mean, variance in zip(means, variances, strict=True):
+            part = Moments(12)
+            signs = scipy.linalg.hadamard(16)[:, 1:13]  # rows of orthogonal columns: an exactly diagonal covariance
+            part.update(mean + signs * np.sqrt(variance * 15 / 16))
+            moments.append(part)
+        expected = ((means[0] - means[1]) ** 2).sum() + ((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2).sum()
+        assert metrics.frechet_distance(*moments) == pytest.approx(expected, rel=1e-6)
+
+    def test_fewer_samples_than_dimensions_are_no_special_case(self):
+        a, b = correlated(30, 64, seed=1), correlated(40, 64, seed=2)
+        # the trace of the root is the nuclear norm of the product of the centred features, which has no root in it
+        x, y = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (a, b))
+        shift = a.mean(0) - b.mean(0)
+        root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+        expected = shift @ shift + (x**2).sum() + (y**2).sum() - 2 * root
+        assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+    def test_is_symmetric_zero_to_itself_and_blind_to_order(self):
+        a, b = correlated(100, 40, seed=1), correlated(30, 40, seed=2)
+        distance = metrics.frechet_distance(a, b)
+        assert metrics.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
+        assert metrics.frechet_distance(a[::-1], b) == pytest.approx(distance, rel=1e-9)
+        assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+    def test_a_set_without_spread_is_at_the_other_ones_trace(self):
+        b = normal(50, 6)
+        same = np.tile(b.mean(0), (10, 1))
+        assert metrics.frechet_distance(same, b) == pytest.approx(np.trace(np.cov(b.T)))
+
+
+class TestFrechetInfinity:
+    def test_finds_the_true_distance_that_samples_overestimate(self):
+        dim, true = 32, 32 * 0.1**2
+        reference = Moments(dim)
+        basis = np.eye(dim) * np.sqrt(dim)
+        exact = np.concatenate([basis, -basis])  # covariance I to a factor, mean 0: the Gaussian itself, no sample
+        reference.update(exact * np.sqrt((2 * dim - 1) / (2 * dim)))
+        features = normal(3000, dim, seed=3, shift=0.1)
+        plain = metrics.frechet_distance(features, reference)
+        estimate = metrics.frechet_infinity(features, reference, min_size=300)
+        assert plain > true
+        assert abs(estimate.value - true) < abs(plain - true)
+        assert estimate.value == pytest.approx(true, abs=0.05)
+        assert estimate.error > 0
+
+
+class TestKernelDistance:
+    def test_agrees_with_a_direct_double_sum(self):
+        x, y = correlated(12, 7, seed=1), correlated(12, 7, seed=2)
+
+        def k(a, b):
+            return (sum(p * q for p, q in zip(a, b, strict=True)) / 7 + 1) ** 3
+
+        pairs = [(i, j) for i in range(12) for j in range(12)]
+        expected = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (12 * 11)
+        expected -= 2 * sum(k(x[i], y[j]) for i, j in pairs) / 144
+        estimate = metrics.kernel_distance(x, y, num_subsets=1)
+        assert estimate.value == pytest.approx(expected, rel=1e-10)
+        assert metrics.kernel_distance(y, x, num_subsets=1).value == pytest.approx(expected, rel=1e-10)
+
+    def test_is_unbiased_at_any_size(self):
+        values = [
+            metrics.kernel_distance(normal(20, 4, seed=s), normal(20, 4, seed=s + 1000), num_subsets=1).value
+            for s in range(300)
+        ]
+        assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(300)
+
+    def test_says_what_its_error_is(self):
+        estimate = metrics.kernel_distance(normal(100, 4), normal(80, 4, seed=1), num_subsets=10)
+        assert estimate.error_kind == "standard deviation over 10 subsets of 40"
+
+
+def brute_force(reference, features, k):
+    """Precision, recall, density, coverage as the papers write them, one pair at a time."""
+
+    def radius(points, i):
+        return sorted(np.linalg.norm(points[i] - p) for j, p in enumerate(points) if j != i)[k - 1]
+
+    r_real, r_fake = ([radius(p, i) for i in range(len(p))] for p in (reference, features))
+    d = [[np.linalg.norm(g - r) for r in reference] for g in features]
+    n, m = len(features), len(reference)
+    return {
+        "precision": np.mean([any(d[i][j] <= r_real[j] for j in range(m)) for i in range(n)]),
+        "recall": np.mean([any(d[i][j] <= r_fake[i] for i in range(n)) for j in range(m)]),
+        "density": sum(d[i][j] <= r_real[j] for i in range(n) for j in range(m)) / (k * n),
+        "coverage": np.mean([any(d[i][j] <= r_real[j] for i in range(n)) for j in range(m)]),
+    }
+
+
+class TestManifolds:
+    @pytest.mark.parametrize("k", [1, 3, 5])
+    def test_agree_with_a_brute_force_version(self, k, monkeypatch):
+        monkeypatch.setattr(metrics, "_ROWS", 7)  # several chunks, and a last one that isn't full
+        reference, features = normal(33, 3), normal(25, 3, seed=1, scale=0.7, shift=0.3)
+        measured = metrics.precision_recall(reference, features, k) | metrics.density_coverage(reference, features, k)
+        expected = brute_force(reference, features, k)
+        assert {name: estimate.value for name, estimate in measured.items()} == pytest.approx(expected)
+
+    def test_precision_and_recall_swap_with_the_sets(self):
+        a, b = normal(60, 3), normal(50, 3, seed=1, scale=0.5)
+        one, two = metrics.precision_recall(a, b), metrics.precision_recall(b, a)
+        assert (one["precision"].value, one["recall"].value) == (two["recall"].value, two["precision"].value)
+
+    def test_a_set_covers_itself_and_nothing_far_away(self):
+        a = normal(60, 3)
+        assert metrics.precision_recall(a, a)["precision"].value == 1
+        far = metrics.density_coverage(a, a + 100)
+        assert (far["density"].value, far["coverage"].value) == (0, 0)
+
+    def test_too_few_images_are_refused(self):
+        with pytest.raises(UserError, match="nearest neighbours"):
+            metrics.precision_recall(normal(3, 2), normal(9, 2))
+
+
+class TestInceptionScore:
+    def test_of_a_classifier_that_knows_nothing_is_1(self):
+        assert metrics.inception_score(np.full((100, 7), 1 / 7)).value == pytest.approx(1)
+
+    def test_of_one_that_knows_all_is_the_number_of_classes(self):
+        assert metrics.inception_score(np.eye(7)[np.arange(70) % 7], num_splits=1).value == pytest.approx(7)
+
+
+class TestNearestNeighbours:
+    def test_agree_with_a_direct_search_and_a_copy_is_at_0(self, monkeypatch):
+        monkeypatch.setattr(metrics, "_ROWS", 4)
+        training = normal(75, 5).astype(np.float32) + 100
+        features = normal(11, 5, seed=1).astype(np.float32) + 100
+        features[3] = training[70]
+        distances, nearest = metrics.nearest_neighbours(features, training)
+        direct = np.linalg.norm(features[:, None].astype(float) - training[None], axis=2)
+        np.testing.assert_array_equal(nearest, direct.argmin(1))
+        np.testing.assert_allclose(distances, direct.min(1), rtol=1e-6)
+        assert distances[3] == 0 and nearest[3] == 70
+
+
+class TestClasses:
+    def test_spread_is_the_root_of_the_covariances_trace(self):
+        features, labels = correlated(40, 6), np.arange(40) % 2
+        spreads = metrics.spread_within_classes(features, labels)
+        assert spreads[1] == pytest.approx(math.sqrt(np.trace(np.cov(features[1::2].T))))
+
+    def test_the_probe_tells_distant_classes_apart(self):
+        labels = np.arange(90) % 3
+        features = normal(90, 8) + 10 * np.eye(8)[labels]
+        probe = metrics.class_probe(features, labels)
+        assert (probe(normal(90, 8, seed=1) + 10 * np.eye(8)[labels]) == labels).all()
+
+
+def test_the_bootstrap_finds_the_standard_error_of_a_mean():
+    values = normal(400, 1)[:, 0]
+    error = metrics.bootstrap(lambda rows: values[rows].mean(), 400, num_resamples=400)
+    assert error == pytest.approx(values.std() / 20, rel=0.15)
