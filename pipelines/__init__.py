@@ -1,6 +1,17 @@
 from .pipeline_tiny import TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_conditional import TinyConditionalPipeline
+from .pipeline_tiny_dcgan import TinyDCGANPipeline
 from .pipeline_tiny_interpolation import TinyInterpolationPipeline
+from .pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
+from .pipeline_tiny_vae import TinyVAEPipeline
 
 
-__all__ = ["TinyConditionalPipeline", "TinyInterpolationPipeline", "TinyPipeline", "TinyPipelineOutput"]
+__all__ = [
+    "TinyConditionalPipeline",
+    "TinyDCGANPipeline",
+    "TinyInterpolationPipeline",
+    "TinyPipeline",
+    "TinyPipelineOutput",
+    "TinyPixelCNNPipeline",
+    "TinyVAEPipeline",
+]

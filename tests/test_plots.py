@@ -74,7 +74,16 @@ class TestImageGrid:
         margin = labelled[:, : -plain.shape[1]]
         assert all((rows < 128).any() for rows in np.array_split(margin, 5))
 
+    def test_column_labels_stand_above_the_unchanged_grid(self, batch):
+        plain = pixels(image_grid(batch, scale=4, columns=5))
+        labelled = pixels(image_grid(batch, scale=4, columns=5, column_labels=["a", "", "c", "", ""]))
+        np.testing.assert_array_equal(labelled[-len(plain) :], plain)
+        written = [(part < 128).any() for part in np.array_split(labelled[: -len(plain)], 5, axis=1)]
+        assert written == [True, False, True, False, False]
+
     def test_bad_input_is_refused(self, batch):
+        with pytest.raises(ValueError, match="1 labels were given for 5 columns"):
+            image_grid(batch, columns=5, column_labels=["a"])
         with pytest.raises(ValueError, match="at least one image"):
             image_grid([])
         with pytest.raises(ValueError, match="one size"):

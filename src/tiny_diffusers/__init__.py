@@ -15,9 +15,16 @@ _MODULES = {
     "TinyPipeline": "pipelines.pipeline_tiny",
     "TinyConditionalPipeline": "pipelines.pipeline_tiny_conditional",
     "TinyInterpolationPipeline": "pipelines.pipeline_tiny_interpolation",
+    "TinyPixelCNNPipeline": "pipelines.pipeline_tiny_pixelcnn",
+    "TinyVAEPipeline": "pipelines.pipeline_tiny_vae",
+    "TinyDCGANPipeline": "pipelines.pipeline_tiny_dcgan",
     "TinyDDPMScheduler": "schedulers.scheduling_tiny_ddpm",
     "TinyDDIMScheduler": "schedulers.scheduling_tiny_ddim",
     "TinyUNet2DModel": "models.unet_tiny",
+    "TinyPixelCNNModel": "models.pixelcnn_tiny",
+    "TinyVAEModel": "models.vae_tiny",
+    "TinyDCGANGenerator": "models.dcgan_tiny",
+    "TinyDCGANDiscriminator": "models.dcgan_tiny",
 }
 
 __all__ = sorted(_MODULES)
@@ -34,9 +41,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
+    from .models.pixelcnn_tiny import TinyPixelCNNModel
     from .models.unet_tiny import TinyUNet2DModel
+    from .models.vae_tiny import TinyVAEModel
     from .pipelines.pipeline_tiny import TinyPipeline
     from .pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+    from .pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
     from .pipelines.pipeline_tiny_interpolation import TinyInterpolationPipeline
+    from .pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
+    from .pipelines.pipeline_tiny_vae import TinyVAEPipeline
     from .schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
     from .schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler

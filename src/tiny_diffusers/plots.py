@@ -17,9 +17,18 @@ if TYPE_CHECKING:
 
 Images = Union["torch.Tensor", np.ndarray, Sequence[Image.Image]]
 
+# An animation's frames are no longer than this on their longer side, and no more in number: it is meant to be shared.
+MAX_FRAME_SIDE = 512
+MAX_FRAMES = 60
+FRAME_SECONDS = 0.25
+LAST_FRAME_SECONDS = 2.0
+
 # A grid's longest side comes to between half of this and all of it, unless its images are too large to begin with.
 MAX_GRID_SIDE = 1024
 LABEL_FONT_SIZE = 18
+
+# Each training loss's points, and its smoothed curve.
+LOSS_COLOURS = (("#a9c7e8", "#1f5fa8"), ("#b9dcb4", "#2f7d32"))
 
 
 def to_pil(images: Images) -> list[Image.Image]:
@@ -69,6 +78,7 @@ def image_grid(
     scale: int | None = None,
     padding: int = 2,
     row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
 ) -> Image.Image:
     """
     Images side by side, row after row, enlarged without smoothing so that every pixel is seen.
@@ -85,6 +95,8 @@ def image_grid(
             Pixels of white between images and around them, after the enlargement.
         row_labels (`list[str]`, *optional*):
             A text to the left of each row.
+        column_labels (`list[str]`, *optional*):
+            A text above each column; an empty one leaves its column without.
 
     Returns:
         `PIL.Image.Image`: The grid, `L` where all images are grey and `RGB` otherwise.
@@ -103,6 +115,8 @@ def image_grid(
     rows = math.ceil(len(images) / columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} labels were given for {rows} rows.")
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"{len(column_labels)} labels were given for {columns} columns.")
 
     width, height = images[0].size
     if scale is None:
@@ -113,25 +127,30 @@ def image_grid(
         scale = max(1, room)
     width, height = width * scale, height * scale
 
-    margin = 0
+    font = ImageFont.load_default(LABEL_FONT_SIZE) if row_labels or column_labels else None
+    left = top = 0  # the room that labels take
     if row_labels is not None:
-        font = ImageFont.load_default(LABEL_FONT_SIZE)
-        margin = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL_FONT_SIZE
+        left = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL_FONT_SIZE
+    if column_labels is not None:
+        top = 2 * LABEL_FONT_SIZE
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     grid = Image.new(
         mode,
-        (margin + columns * (width + padding) + padding, rows * (height + padding) + padding),
+        (left + columns * (width + padding) + padding, top + rows * (height + padding) + padding),
         "white",
     )
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        corner = (margin + padding + column * (width + padding), padding + row * (height + padding))
+        corner = (left + padding + column * (width + padding), top + padding + row * (height + padding))
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), corner)
-    if row_labels is not None:
-        draw = ImageDraw.Draw(grid)
-        for row, label in enumerate(row_labels):
-            middle = padding + row * (height + padding) + height // 2
-            draw.text((margin - LABEL_FONT_SIZE // 2, middle), label, fill="black", font=font, anchor="rm")
+
+    draw = ImageDraw.Draw(grid)
+    for row, label in enumerate(row_labels or ()):
+        middle = top + padding + row * (height + padding) + height // 2
+        draw.text((left - LABEL_FONT_SIZE // 2, middle), label, fill="black", font=font, anchor="rm")
+    for column, label in enumerate(column_labels or ()):
+        edge = left + padding + column * (width + padding)
+        draw.text((edge, top - LABEL_FONT_SIZE // 2), label, fill="black", font=font, anchor="ls")
     return grid
 
 
@@ -165,6 +184,30 @@ def strip(
         raise ValueError(f"A strip needs states of equally many images; these have {[len(b) for b in batches]}.")
     images = [image for row in zip(*batches, strict=True) for image in row]  # K batches of N -> N rows of K
     return image_grid(images, len(batches), scale, padding, row_labels)
+
+
+def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
+    """
+    Shows pictures of one size one after another, such as a run's sample grids; the last one stays for longer.
+
+    Args:
+        pictures (`list[str]` or `list[Path]`):
+            The pictures' files, in order. Of more than 60, as many are shown, evenly spaced, the last among them.
+        output (`str` or `Path`):
+            The GIF to write.
+
+    Returns:
+        `Path`: `output`.
+    """
+    shown = np.linspace(len(pictures) - 1, 0, min(len(pictures), MAX_FRAMES)).round().astype(int)[::-1]
+    frames = []
+    for i in shown:
+        with Image.open(pictures[i]) as picture:
+            picture.thumbnail((MAX_FRAME_SIDE, MAX_FRAME_SIDE), Image.Resampling.BOX)
+            frames.append(picture.convert("L" if picture.mode == "L" else "RGB"))
+    durations = [1000 * FRAME_SECONDS] * (len(frames) - 1) + [1000 * LAST_FRAME_SECONDS]
+    frames[0].save(output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return Path(output)
 
 
 def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -209,7 +252,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -> Path:
     """
-    Draws the training and validation losses of a run over its steps, on a logarithmic axis.
+    Draws the training losses of a run (of each network, where there are several) and its validation loss over its steps,
+    on a logarithmic axis.
 
     Args:
         log (`str` or `Path`):
@@ -230,18 +274,18 @@ def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     series = read_log(log)
-    series = {name: series[name] for name in ("loss", "val_loss") if name in series}
-    if not series:
+    losses = [name for name in series if name.endswith("loss") and name != "val_loss"]
+    if not losses and "val_loss" not in series:
         raise UserError(f"'{log}' has no loss in it yet: nothing to draw.")
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    if "loss" in series:
-        steps, values = series["loss"]
+    for name, (light, dark) in zip(losses, LOSS_COLOURS, strict=False):
+        steps, values = series[name]
         if len(values) > 20:
-            axes.plot(steps, values, color="#a9c7e8", linewidth=0.8)
+            axes.plot(steps, values, color=light, linewidth=0.8)
             values = smooth(values, max(5, len(values) // 30))
-        axes.plot(steps, values, color="#1f5fa8", linewidth=1.8, label="training")
+        axes.plot(steps, values, color=dark, linewidth=1.8, label=name.removesuffix("loss").strip("_") or "training")
     if "val_loss" in series:
         steps, values = series["val_loss"]
         best = values.argmin()

@@ -14,7 +14,18 @@ import torch
 import tiny_diffusers.models
 import tiny_diffusers.pipelines
 import tiny_diffusers.schedulers
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyInterpolationPipeline, TinyPipeline, hub
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDCGANDiscriminator,
+    TinyDCGANGenerator,
+    TinyDCGANPipeline,
+    TinyDDIMScheduler,
+    TinyInterpolationPipeline,
+    TinyPipeline,
+    TinyVAEModel,
+    TinyVAEPipeline,
+    hub,
+)
 
 
 ROOMS = [
@@ -31,7 +42,7 @@ import numpy as np, torch
 from diffusers import DiffusionPipeline
 for folder, load, call in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **load)
-    images = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np", **call).images
+    images = pipe(generator=torch.Generator().manual_seed(0), output_type="np", **call).images
     np.save(folder + "/images.npy", images)
     print(type(pipe).__name__)
 """
@@ -66,15 +77,22 @@ def test_file_names_are_unique_across_the_rooms():
 
 def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_unet, quiet, tmp_path):
     unets = {"stock": make_unet(classes=3), "tiny": make_unet(stock=False, classes=3)}
-    guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0}
+    steps = {"num_inference_steps": 4}
+    guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, **steps}
+    sizes = {"sample_size": 8, "block_out_channels": (8,), "num_class_embeds": 2}
+    generator = TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
+    discriminator = TinyDCGANDiscriminator(in_channels=1, **sizes)
+    vae = TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
     plans = {
-        "unconditional": (TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()), {"batch_size": 2}),
+        "unconditional": (TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()), {"batch_size": 2, **steps}),
         "conditional": (TinyConditionalPipeline(unets["tiny"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
         "around_stock": (TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
         "walk": (
             TinyInterpolationPipeline(unets["tiny"], TinyDDIMScheduler()),
-            {"seeds": [0, 1], "class_labels": [0, 2]},
+            {"seeds": [0, 1], "class_labels": [0, 2], **steps},
         ),
+        "vae": (TinyVAEPipeline(vae), {"batch_size": 2}),
+        "dcgan": (TinyDCGANPipeline(generator, discriminator, {0: "cat", 1: "dog"}), {"class_labels": ["cat", "dog"]}),
     }
     jobs = []
     for name, (pipe, call) in plans.items():
@@ -96,7 +114,6 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [type(pipe).__name__ for pipe, _ in plans.values()]
     for name, (pipe, call) in plans.items():
-        arguments = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 4, "output_type": "np"}
-        here = quiet(pipe)(**arguments, **call).images
+        here = quiet(pipe)(generator=torch.Generator().manual_seed(0), output_type="np", **call).images
         np.testing.assert_allclose(np.load(tmp_path / name / "images.npy"), here, atol=1e-5)
         assert type(TinyPipeline.from_pretrained(tmp_path / name)) is type(pipe)

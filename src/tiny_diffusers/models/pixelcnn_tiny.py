@@ -1,0 +1,1055 @@
+"""
+PixelCNNs of small images: p(x) as a product of one distribution for each sub-pixel, given those before it in raster
+order, channels R, G, B within a pixel.
+
+Three variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
+(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517). The file needs torch and diffusers alone, so that it
+can be laid beside a checkpoint's weights.
+
+Channels come last everywhere, so that one code describes a network on a whole image (B, H, W, C), on one row (B, W, C)
+and on one pixel (B, C). Only the convolutions look around, and know how to in each of the three: that is all that
+incremental sampling needs. Each network has a vertical part, which sees the rows above alone and runs once a row, and a
+horizontal part, which runs once a pixel (gated: once a sub-pixel, on that channel's share of the features).
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+# what an argument that is left at None is, for each variant
+DEFAULTS = {
+    "baseline": {"hidden_channels": 210, "num_layers": 4, "dropout": 0.0},
+    "gated": {"hidden_channels": 192, "num_layers": 15, "dropout": 0.0},
+    "plusplus": {"hidden_channels": 160, "num_layers": 5, "dropout": 0.5},
+}
+
+# the sizes that an argument may have, so that a config from elsewhere cannot ask for more memory than any small image needs
+SIZES = {
+    "sample_size": (1, 1024),
+    "in_channels": (1, 16),
+    "num_levels": (2, 65536),
+    "hidden_channels": (1, 4096),
+    "num_layers": (1, 64),
+    "num_mixtures": (1, 1024),
+    "num_class_embeds": (1, 100_000),
+}
+
+# PixelCNN++ works at so many resolutions, each half as fine as the one before.
+NUM_RESOLUTIONS = 3
+# Sub-pixels whose logits are held at a time in the loss: what a core's cache takes.
+_CHUNK = 4096
+
+
+def _check_config(config: dict) -> None:
+    """Raises a ValueError for a config that cannot be built, before anything is allocated."""
+    variant = config["variant"]
+    if variant not in DEFAULTS:
+        near = difflib.get_close_matches(str(variant), DEFAULTS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"Unknown variant {variant!r}: it must be one of {', '.join(DEFAULTS)}.{hint}")
+    for name, (low, high) in SIZES.items():
+        value = config[name]
+        if value is None and name in ("hidden_channels", "num_layers", "num_class_embeds"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
+    dropout = config["dropout"]
+    if dropout is not None and (not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
+        raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
+
+    width, channels = config["hidden_channels"], config["in_channels"]
+    if variant != "plusplus" and width is not None and width % channels:
+        raise ValueError(
+            f"hidden_channels {width} is not possible: it must be a multiple of in_channels {channels}, as each channel "
+            "has its share of the features."
+        )
+    if variant != "plusplus" and dropout:
+        raise ValueError(f"dropout {dropout} is not possible with variant {variant!r}: only 'plusplus' has dropout.")
+    if variant == "baseline" and config["num_layers"] in (1, 2):
+        raise ValueError(
+            f"num_layers {config['num_layers']} is not possible with variant 'baseline': it has two masked convolutions and "
+            "one or more of 1x1, so give 3 or more."
+        )
+    if variant == "baseline" and config["num_class_embeds"] is not None:
+        raise ValueError(
+            "num_class_embeds is not possible with variant 'baseline': it has no gates that classes could enter. Use "
+            "'gated' or 'plusplus'."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ looking around
+
+
+class RowCache:
+    """
+    What incremental sampling knows: where it is, the image so far, and of the input of each convolution the few rows
+    that are still needed.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`): The image so far, in [0, 1].
+        dtype (`torch.dtype`): What the network computes in.
+
+    Attributes:
+        row (`int`), column (`int`, *optional*), group (`int`): The sub-pixel that is computed. `column` is None while a
+            whole row is computed at once.
+        canvas (`torch.Tensor` of shape `(B, H + m, W + 2 m, C)`): The image in [-1, 1] in a margin of zeros.
+    """
+
+    margin = 4  # what the first convolutions reach at most
+
+    def __init__(self, sample: torch.Tensor, dtype: torch.dtype):
+        B, C, H, W = sample.shape
+        m = self.margin
+        self.row, self.column, self.group = 0, None, 0
+        self.width = W
+        self.canvas = torch.zeros(B, H + m, W + 2 * m, C, dtype=dtype, device=sample.device)
+        self.buffers: dict[nn.Module, torch.Tensor] = {}
+        self.weights: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def write(self, values: torch.Tensor) -> None:
+        """Puts x_cij in [0, 1], (B,), in its place."""
+        self.canvas[:, self.row + self.margin, self.column + self.margin, self.group] = 2 * values - 1
+
+    def pick(self, context: torch.Tensor, resolution: int, groups: int) -> torch.Tensor:
+        """This pixel's and group's share of a row that was computed at once: (B, W, G D) -> (B, D)"""
+        D = context.shape[-1] // groups
+        return context[:, self.column >> resolution, self.group * D : (self.group + 1) * D]
+
+    def begins(self, resolution: int) -> bool:
+        """Whether a row, or a pixel, of this coarser resolution begins here."""
+        step = 1 << resolution
+        return self.row % step == 0 and (self.column is None or self.column % step == 0)
+
+
+class CausalConv2d(nn.Module):
+    """
+    A convolution over what comes before, on channels-last tensors: an image (B, H, W, C), or with a [`RowCache`] one row
+    (B, W, C) or pixel (B, C) of it.
+
+    Its window ends with the row of the place itself, or with the row above. With a mask the features are shared out
+    evenly to the groups (the image's channels), and group c sees, in raster order, what comes before its own place
+    (`"A"`, of the image) or up to it (`"B"`, of features). In that order a window's visible part is its beginning: the
+    mask, and the weights of incremental sampling, are nothing but that.
+
+    Args:
+        in_channels (`int`), out_channels (`int`): Features.
+        kernel_size (`tuple[int, int]`): Height and width of the window.
+        left (`int`, *optional*): Columns of the window left of the place; all but the last by default.
+        above (`bool`): Whether the window ends with the row above.
+        mask (`str`, *optional*): `"A"`, `"B"`, or None for the whole window.
+        groups (`int`): Groups G of the output's features (and, with a mask, of the input's).
+        stride (`int`): 1, or 2 for the next coarser resolution.
+        resolution (`int`): The input's: 0 is the image's, each next half as fine.
+        weight_norm (`bool`): Whether the weight is g v / |v| (arXiv 1602.07868).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int] = (1, 1),
+        left: int | None = None,
+        above: bool = False,
+        mask: str | None = None,
+        groups: int = 1,
+        stride: int = 1,
+        resolution: int = 0,
+        weight_norm: bool = False,
+    ):
+        super().__init__()
+        kh, kw = self.kernel_size = kernel_size
+        self.left = kw - 1 if left is None else left
+        self.above, self.groups, self.stride, self.resolution = above, groups, stride, resolution
+        self.reads_canvas = above or mask == "A"
+        self.is_pointwise = kernel_size == (1, 1) and groups == 1
+
+        window = kh * kw * in_channels
+        self.visible = [window] * groups  # sub-pixels or features at the window's beginning that group c sees
+        if mask is not None:
+            before = ((kh - 1) * kw + self.left) * in_channels
+            own = in_channels // groups
+            self.visible = [before + own * (c + (mask == "B")) for c in range(groups)]
+
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kh, kw))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        fan_in = max(1, sum(self.visible) // groups)
+        nn.init.normal_(self.weight, std=fan_in**-0.5)
+        self.gain = nn.Parameter(torch.ones(out_channels)) if weight_norm else None
+
+        visible = None
+        if min(self.visible) < window:
+            rows = torch.tensor([[1.0] * n + [0.0] * (window - n) for n in self.visible])
+            rows = rows.repeat_interleave(out_channels // groups, dim=0)
+            visible = rows.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2).contiguous()
+        self.register_buffer("mask", visible, persistent=False)
+
+    @property
+    def kernel(self) -> torch.Tensor:
+        """The weight as it is applied, (out, in, kh, kw)."""
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        if self.gain is None:
+            return weight
+        norm = weight.flatten(1).norm(dim=1)
+        return weight * (self.gain / norm)[:, None, None, None]
+
+    def forward(self, x: torch.Tensor | None, cache: RowCache | None = None) -> torch.Tensor | None:
+        """(…, in_channels) -> (…, out_channels); None where the next coarser resolution has no place here."""
+        if cache is None:
+            return self._image(x)
+        if self.is_pointwise:
+            return F.linear(x, *self._prepared(cache)[0])
+        return self._row(x, cache) if cache.column is None else self._pixel(x, cache)
+
+    def _image(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = self.kernel
+        if self.kernel_size == (1, 1):
+            return F.linear(x, kernel.flatten(1), self.bias)
+        kh, kw = self.kernel_size
+        padding = (self.left, kw - 1 - self.left, kh - 1 + self.above, -int(self.above))
+        x = F.pad(x.permute(0, 3, 1, 2), padding)  # (B, H, W, C) -> (B, C, H', W'), channels-last in memory
+        return F.conv2d(x, kernel, self.bias, stride=self.stride).permute(0, 2, 3, 1)
+
+    def _row(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
+        kh, kw = self.kernel_size
+        if self.reads_canvas:
+            bottom = cache.row + cache.margin + (not self.above)
+            start = cache.margin - self.left
+            window = cache.canvas[:, bottom - kh : bottom, start : start + cache.width + kw - 1]
+        else:
+            window = self._buffer(x, cache)
+            window[:, :-1] = window[:, 1:].clone()
+            window[:, -1, self.left : self.left + x.shape[1]] = x
+        if self.stride == 2 and not cache.begins(self.resolution + 1):
+            return None
+        weight, bias = self._prepared(cache, as_image=True)[0]
+        y = F.conv2d(window.permute(0, 3, 1, 2), weight, bias, stride=self.stride)  # (B, out, 1, W)
+        return y[:, :, 0].transpose(1, 2)
+
+    def _pixel(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
+        kh, kw = self.kernel_size
+        column, group = cache.column >> self.resolution, cache.group
+        if self.reads_canvas:
+            bottom, start = cache.row + cache.margin + 1, column + cache.margin - self.left
+            window = cache.canvas[:, bottom - kh : bottom, start : start + kw]
+        else:
+            rows = self._buffer(x, cache)
+            if kh > 1 and column == group == 0:
+                rows[:, :-1] = rows[:, 1:].clone()
+            D = x.shape[-1]
+            rows[:, -1, self.left + column, group * D : (group + 1) * D] = x
+            window = rows[:, :, column : column + kw]
+        if self.stride == 2 and not cache.begins(self.resolution + 1):
+            return None
+        weight, bias = self._prepared(cache)[group]
+        return F.linear(window.flatten(1)[:, : self.visible[group]], weight, bias)
+
+    def _buffer(self, x: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        """The last rows of the input, (B, kh, W + kw - 1, in_channels)."""
+        if self not in cache.buffers:
+            kh, kw = self.kernel_size
+            width = -(-cache.width >> self.resolution)  # rounded up
+            cache.buffers[self] = x.new_zeros(len(x), kh, width + kw - 1, self.weight.shape[1])
+        return cache.buffers[self]
+
+    def _prepared(self, cache: RowCache, as_image: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Weight and bias, as they are multiplied with: whole, or each group's visible part (out / G, visible)."""
+        if self not in cache.weights:
+            kernel = self.kernel
+            if as_image:
+                cache.weights[self] = [(kernel.contiguous(memory_format=torch.channels_last), self.bias)]
+            else:
+                flat = kernel.permute(0, 2, 3, 1).flatten(1)  # (out, in, kh, kw) -> (out, kh * kw * in)
+                parts = zip(flat.chunk(self.groups), self.bias.chunk(self.groups), self.visible, strict=True)
+                cache.weights[self] = [(weight[:, :n].contiguous(), bias) for weight, bias, n in parts]
+        return cache.weights[self]
+
+
+class Upsample(nn.Module):
+    """To the next finer resolution: each place becomes 2x2, a transposed convolution of that size and stride."""
+
+    def __init__(self, channels: int, resolution: int):
+        super().__init__()
+        self.conv = CausalConv2d(channels, 4 * channels, weight_norm=True)
+        self.resolution = resolution  # the output's
+
+    def forward(self, x: torch.Tensor | None, size: tuple[int, int], cache: RowCache | None = None) -> torch.Tensor:
+        """(B, H, W, D) -> (B, *size, D). With a cache x is None where it has no new place; the last one is kept then."""
+        if x is not None:
+            y = self.conv(x, cache).unflatten(-1, (2, 2, -1))  # (…, 2, 2, D)
+        if cache is None:
+            H, W = size
+            return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]  # (B, H, W, 2, 2, D) -> (B, 2 H, 2 W, D)
+
+        W = -(-cache.width >> self.resolution)
+        row, column = (cache.row >> self.resolution) % 2, cache.column
+        if column is None:
+            if x is not None:
+                cache.buffers[self] = y.transpose(1, 2).flatten(2, 3)  # (B, W, 2, 2, D) -> (B, 2, 2 W, D)
+            return cache.buffers[self][:, row, :W]
+        column >>= self.resolution
+        if x is not None:
+            if self not in cache.buffers:
+                cache.buffers[self] = x.new_empty(len(x), 2, W + W % 2, y.shape[-1])
+            cache.buffers[self][:, :, column : column + 2] = y
+        return cache.buffers[self][:, row, column]
+
+
+# -------------------------------------------------------------------------------------------------- the variants
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of channels-last tensors, or of one group's share of the features of a pixel."""
+
+    def forward(self, x: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
+        if cache is None:
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        D = x.shape[-1]
+        share = slice(cache.group * D, (cache.group + 1) * D)
+        statistics = self.running_mean[share], self.running_var[share]
+        return F.batch_norm(x, *statistics, self.weight[share], self.bias[share], eps=self.eps)
+
+
+class BaselinePixelCNN(nn.Module):
+    """
+    Four convolutions, the first two of them over 4x7 windows (the causal half of 7x7), each followed by batch norm and
+    ReLU, with a residual around the second: a student report's network. It predicts intensities.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        C, width = config["in_channels"], config["hidden_channels"]
+        self.groups = C
+        self.conv_a = CausalConv2d(C, width, (4, 7), left=3, mask="A", groups=C)
+        self.conv_b = CausalConv2d(width, width, (4, 7), left=3, mask="B", groups=C)
+        pointwise = range(config["num_layers"] - 3)
+        self.convs = nn.ModuleList([CausalConv2d(width, width, mask="B", groups=C) for _ in pointwise])
+        self.out = CausalConv2d(width, C, mask="B", groups=C)
+        self.norm_a, self.norm_b, self.norm_out = BatchNorm(width), BatchNorm(width), BatchNorm(C)
+        self.norms = nn.ModuleList([BatchNorm(width) for _ in pointwise])
+
+    def vertical(self, x: torch.Tensor | None, labels: None = None, cache: RowCache | None = None) -> None:
+        """Nothing: its windows are small enough to be looked at anew for each pixel."""
+
+    def horizontal(
+        self, x: torch.Tensor | None, contexts: None, labels: None = None, cache: RowCache | None = None
+    ) -> torch.Tensor:
+        h = F.relu(self.norm_a(self.conv_a(x, cache), cache))
+        h = h + F.relu(self.norm_b(self.conv_b(h, cache), cache))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            h = F.relu(norm(conv(h, cache), cache))
+        return h
+
+    def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
+        return F.relu(self.norm_out(self.out(features, cache), cache))
+
+
+class GatedLayer(nn.Module):
+    """
+    A layer of the gated PixelCNN, fig. 2: y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4, in a vertical
+    stack, which sees the rows above whole, and a horizontal one, which sees what is left of the place and the vertical
+    stack, and has a residual. The features of group c lie together, its two halves of the gate side by side.
+    """
+
+    def __init__(self, channels: int, groups: int, num_labels: int):
+        super().__init__()
+        self.groups, self.share = groups, channels // groups
+        self.conv_v = CausalConv2d(channels, 2 * channels, (2, 3), left=1)
+        self.conv_h = CausalConv2d(channels, 2 * channels, (1, 2), mask="B", groups=groups)
+        self.v_to_h = CausalConv2d(channels, 2 * channels)
+        self.conv_out = CausalConv2d(channels, channels, mask="B", groups=groups)
+        self.classes = nn.Linear(num_labels, 4 * channels, bias=False) if num_labels else None
+
+    def vertical(
+        self, v: torch.Tensor, labels: torch.Tensor | None, cache: RowCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vertical stack's features, and what they and the class give to the horizontal gate."""
+        y = self.conv_v(v, cache)
+        if self.classes is None:
+            v = self.gate(y)
+            return v, self.v_to_h(v, cache)
+        bias_v, bias_h = _spread(self.classes(labels), y).chunk(2, dim=-1)
+        v = self.gate(y + bias_v)
+        return v, self.v_to_h(v, cache) + bias_h
+
+    def horizontal(self, h: torch.Tensor, context: torch.Tensor, cache: RowCache | None) -> torch.Tensor:
+        y = self.gate(self.conv_h(h, cache) + context)
+        return h + self.conv_out(y, cache)
+
+    def gate(self, y: torch.Tensor) -> torch.Tensor:
+        """(…, g * 2 * share) -> (…, g * share), for all g = G groups or for one"""
+        f, g = y.unflatten(-1, (-1, 2, self.share)).unbind(-2)
+        return (torch.tanh(f) * torch.sigmoid(g)).flatten(-2)
+
+
+class GatedPixelCNN(nn.Module):
+    """The gated PixelCNN (arXiv 1606.05328), with a softmax over the levels of each sub-pixel."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        C, width, L = config["in_channels"], config["hidden_channels"], config["num_levels"]
+        num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
+        self.groups = C
+        self.in_v = CausalConv2d(C, width, (3, 7), left=3, above=True)
+        self.in_h = CausalConv2d(C, width, (1, 4), mask="A", groups=C)
+        self.layers = nn.ModuleList([GatedLayer(width, C, num_labels) for _ in range(config["num_layers"])])
+        self.head = CausalConv2d(width, width, mask="B", groups=C)
+        self.out = CausalConv2d(width, C * L, mask="B", groups=C)
+
+    def vertical(
+        self, x: torch.Tensor | None, labels: torch.Tensor | None = None, cache: RowCache | None = None
+    ) -> list[torch.Tensor]:
+        v = self.in_v(x, cache)
+        contexts = []
+        for layer in self.layers:
+            v, context = layer.vertical(v, labels, cache)
+            contexts.append(context)
+        return contexts
+
+    def horizontal(
+        self,
+        x: torch.Tensor | None,
+        contexts: list[torch.Tensor],
+        labels: torch.Tensor | None = None,
+        cache: RowCache | None = None,
+    ) -> torch.Tensor:
+        h = self.in_h(x, cache)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            h = layer.horizontal(h, context if cache is None else cache.pick(context, 0, self.groups), cache)
+        return F.relu(self.head(F.relu(h), cache))
+
+    def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
+        return self.out(features, cache)
+
+
+def _concat_elu(x: torch.Tensor) -> torch.Tensor:
+    """(…, D) -> (…, 2 D), the concatenated ELU of PixelCNN++."""
+    return F.elu(torch.cat([x, -x], dim=-1))
+
+
+class GatedResnet(nn.Module):
+    """
+    A block of PixelCNN++: two convolutions with concatenated ELUs, dropout between them, a gate and a residual.
+
+    Args:
+        channels (`int`): Features D.
+        window (`dict`): The convolutions' `kernel_size` and `left`.
+        resolution (`int`): Where it works.
+        has_skip (`bool`): Whether a shortcut comes in.
+        dropout (`float`): Before the second convolution.
+        num_labels (`int`): Rows of the class table, 0 for none.
+    """
+
+    def __init__(self, channels: int, window: dict, resolution: int, has_skip: bool, dropout: float, num_labels: int):
+        super().__init__()
+        options = {**window, "resolution": resolution, "weight_norm": True}
+        self.resolution = resolution
+        self.conv_in = CausalConv2d(2 * channels, channels, **options)
+        self.conv_out = CausalConv2d(2 * channels, 2 * channels, **options)
+        self.skip = CausalConv2d(2 * channels, channels, weight_norm=True) if has_skip else None
+        self.dropout = nn.Dropout(dropout)
+        self.classes = nn.Linear(num_labels, 2 * channels, bias=False) if num_labels else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        skip: torch.Tensor | None,
+        context: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        cache: RowCache | None,
+    ) -> torch.Tensor:
+        y = self.conv_in(_concat_elu(x), cache)
+        if skip is not None:
+            y = y + self.skip(_concat_elu(skip), cache)
+        if context is not None:
+            y = y + context
+        y = self.conv_out(self.dropout(_concat_elu(y)), cache)
+        if self.classes is not None:
+            y = y + _spread(self.classes(labels), y)
+        return x + F.glu(y, dim=-1)
+
+
+class Stream(nn.Module):
+    """
+    One of the two streams of PixelCNN++: blocks at each resolution on the way to the coarsest, as many and one more on
+    the way back, with shortcuts between them.
+    """
+
+    def __init__(self, config: dict, first: CausalConv2d, window: dict):
+        super().__init__()
+        width, num_layers, dropout = config["hidden_channels"], config["num_layers"], config["dropout"]
+        num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
+        self.first = first
+
+        def blocks(resolution: int, count: int, has_skip: bool) -> nn.ModuleList:
+            options = (width, window, resolution, has_skip, dropout, num_labels)
+            return nn.ModuleList([GatedResnet(*options) for _ in range(count)])
+
+        coarsest = NUM_RESOLUTIONS - 1
+        self.encoder = nn.ModuleList([blocks(r, num_layers, False) for r in range(NUM_RESOLUTIONS)])
+        self.decoder = nn.ModuleList([blocks(r, num_layers + (r < coarsest), True) for r in range(NUM_RESOLUTIONS)])
+        self.down = nn.ModuleList(
+            [
+                CausalConv2d(width, width, **window, stride=2, resolution=r, weight_norm=True)
+                for r in range(NUM_RESOLUTIONS - 1)
+            ]
+        )
+        self.up = nn.ModuleList([Upsample(width, r) for r in range(NUM_RESOLUTIONS - 1)])
+
+
+class PixelCNNPlusPlus(nn.Module):
+    """
+    PixelCNN++ (arXiv 1701.05517): a stream that sees the rows above, and one that sees what is left of the place, too;
+    every block of the second takes what its counterpart in the first has made.
+    """
+
+    groups = 1  # a pixel's channels are coupled in the mixture, not in the network
+
+    def __init__(self, config: dict):
+        super().__init__()
+        C, width, K = config["in_channels"], config["hidden_channels"], config["num_mixtures"]
+        first_v = CausalConv2d(C, width, (2, 3), left=1, above=True, weight_norm=True)
+        first_h = CausalConv2d(C, width, (2, 3), left=1, mask="A", weight_norm=True)
+        self.vertical_stream = Stream(config, first_v, {"kernel_size": (2, 3), "left": 1})
+        self.horizontal_stream = Stream(config, first_h, {"kernel_size": (2, 2)})
+        # one for each block of the horizontal stream, by the block's name there
+        self.v_to_h = nn.ModuleDict(
+            {
+                name.replace(".", "_"): CausalConv2d(2 * width, width, weight_norm=True)
+                for name, block in self.horizontal_stream.named_modules()
+                if isinstance(block, GatedResnet)
+            }
+        )
+        self.out = CausalConv2d(width, K * (1 + 2 * C + C * (C - 1) // 2), weight_norm=True)
+
+    def vertical(
+        self, x: torch.Tensor | None, labels: torch.Tensor | None = None, cache: RowCache | None = None
+    ) -> dict[str, torch.Tensor]:
+        contexts = {}
+        self._stream(self.vertical_stream, self.vertical_stream.first(x, cache), 0, contexts, labels, cache)
+        return contexts
+
+    def horizontal(
+        self,
+        x: torch.Tensor | None,
+        contexts: dict[str, torch.Tensor],
+        labels: torch.Tensor | None = None,
+        cache: RowCache | None = None,
+    ) -> torch.Tensor:
+        stream = self.horizontal_stream
+        return F.elu(self._stream(stream, stream.first(x, cache), 0, contexts, labels, cache))
+
+    def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
+        return self.out(features, cache)
+
+    def _stream(
+        self,
+        stream: Stream,
+        h: torch.Tensor,
+        resolution: int,
+        contexts: dict[str, torch.Tensor],
+        labels: torch.Tensor | None,
+        cache: RowCache | None,
+    ) -> torch.Tensor:
+        """From this resolution to the coarsest and back. The vertical stream writes the contexts, the other reads them."""
+
+        def run(blocks: str, index: int, h: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+            name, context = f"{blocks}_{resolution}_{index}", None
+            if stream is self.horizontal_stream:
+                context = contexts[name] if cache is None else cache.pick(contexts[name], resolution, 1)
+            h = getattr(stream, blocks)[resolution][index](h, skip, context, labels, cache)
+            if stream is self.vertical_stream:
+                contexts[name] = self.v_to_h[name](_concat_elu(h), cache)
+            return h
+
+        skips = [h]
+        for i in range(len(stream.encoder[resolution])):
+            h = run("encoder", i, h, None)
+            skips.append(h)
+        if resolution + 1 < NUM_RESOLUTIONS:
+            coarse = stream.down[resolution](h, cache)
+            if coarse is not None:
+                coarse = self._stream(stream, coarse, resolution + 1, contexts, labels, cache)
+            h = stream.up[resolution](coarse, h.shape[1:3], cache)
+        else:
+            skips.pop()
+        for i in range(len(stream.decoder[resolution])):
+            h = run("decoder", i, h, skips.pop())
+        return h
+
+
+def _spread(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B, D) -> (B, 1, ..., D), to be added to every place."""
+    return bias.view(len(bias), *[1] * (like.ndim - 2), -1)
+
+
+# ------------------------------------------------------------------------------------------------ distributions
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    -log softmax(x W^T + b)[target] in nats, without ever holding all logits, which for 256 levels are most of the memory:
+    they are computed a chunk at a time, and once more for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """x (N, D), weight (C L, D), bias (C L,), target (N, C) -> (N, C) float32"""
+        N, C = target.shape
+        nll = torch.empty(N, C, device=x.device)
+        log_sum = torch.empty(N, C, device=x.device)
+        for start in range(0, N, _CHUNK // C):
+            rows = slice(start, start + _CHUNK // C)
+            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1)).float()
+            log_sum[rows] = logits.logsumexp(-1)
+            nll[rows] = log_sum[rows] - logits.gather(-1, target[rows, :, None])[..., 0]
+        ctx.save_for_backward(x, weight, bias, target, log_sum)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        x, weight, bias, target, log_sum = ctx.saved_tensors
+        N, C = target.shape
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros(weight.shape, device=x.device)
+        grad_bias = torch.zeros(bias.shape, device=x.device)
+        for start in range(0, N, _CHUNK // C):
+            rows = slice(start, start + _CHUNK // C)
+            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1)).float()
+            grad_logits = logits.sub_(log_sum[rows, :, None]).exp_()
+            grad_logits.scatter_add_(-1, target[rows, :, None], -torch.ones_like(grad_logits[..., :1]))
+            grad_logits.mul_(grad[rows, :, None])
+            grad_bias += grad_logits.sum(0).flatten()
+            grad_logits = grad_logits.to(x.dtype).flatten(1)  # (n, C, L) -> (n, C L)
+            grad_x[rows] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ x[rows]
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+
+
+def _split_mixture(raw: torch.Tensor, x: torch.Tensor, num_mixtures: int) -> tuple[torch.Tensor, ...]:
+    """
+    The mixture's parameters with the linear coupling of the channels, PixelCNN++ eq. 3: the mean of each channel is moved
+    by those before it.
+
+    Args:
+        raw (`torch.Tensor` of shape `(…, P)`): The network's output.
+        x (`torch.Tensor` of shape `(…, C)`): The channels of the pixel itself, in [-1, 1].
+
+    Returns:
+        `tuple` of log-weights (…, K), means (…, C, K) and log-scales (…, C, K).
+    """
+    K, C = num_mixtures, x.shape[-1]
+    raw = raw.float()
+    log_weights = raw[..., :K].log_softmax(-1)
+    means, log_scales, coefficients = [], [], raw[..., K:]
+    for c in range(C):  # each channel's 2 + c parameters lie together
+        own, coefficients = coefficients.split([(2 + c) * K, coefficients.shape[-1] - (2 + c) * K], dim=-1)
+        mean, log_scale, *couplings = own.split(K, dim=-1)
+        for d, coupling in enumerate(couplings):
+            mean = mean + torch.tanh(coupling) * x[..., d, None]
+        means.append(mean)
+        log_scales.append(log_scale.clamp(min=-7.0))
+    return log_weights, torch.stack(means, -2), torch.stack(log_scales, -2)
+
+
+def _logistic_log_prob(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """
+    log of the logistic's mass in the bin around x (…, 1) in [-1, 1], PixelCNN++ eq. 2, the first and the last bin being
+    open: log(s(b) - s(a)) = log s(b) + log s(-a) + log(1 - exp(a - b)), which is exact wherever the bin lies.
+    """
+    half = 1 / (num_levels - 1)  # of a bin's width
+    inverse_scale = torch.exp(-log_scale)
+    upper = F.logsigmoid((x - mean + half) * inverse_scale)
+    lower = F.logsigmoid(-(x - mean - half) * inverse_scale)
+    log_prob = upper + lower + torch.log(-torch.expm1(-2 * half * inverse_scale))
+    return torch.where(x < half - 1, upper, torch.where(x > 1 - half, lower, log_prob))
+
+
+@dataclass
+class TinyPixelCNNOutput(BaseOutput):
+    """
+    Output of [`TinyPixelCNNModel`].
+
+    Args:
+        sample (`torch.Tensor`, *optional*):
+            At (b, c, ..., i, j) the parameters of p(x_cij | the sub-pixels before it). `gated`: `(B, C, L, H, W)`, the
+            logits of the L levels. `plusplus`: `(B, C, 3, K, H, W)`, the log-weights, means and log-scales of K logistics
+            on [-1, 1], after the coupling of the channels. `baseline`: `(B, C, H, W)`, the predicted intensity itself.
+        loss (`torch.Tensor` of shape `(B,)`, *optional*):
+            Each image's negative log-likelihood in bits a dimension; for `baseline`, its mean absolute error in [0, 1].
+    """
+
+    sample: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+
+class TinyPixelCNNModel(ModelMixin, ConfigMixin):
+    r"""
+    An autoregressive model of small images, in one of three variants. The defaults are the gated CIFAR-10 network.
+
+    This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to 32): Height and width of the images.
+        in_channels (`int`, *optional*, defaults to 3): Channels C, in the order in which they are generated.
+        num_levels (`int`, *optional*, defaults to 256):
+            Levels L of a sub-pixel, evenly spaced on [0, 1]: level l is l / (L - 1).
+        variant (`str`, *optional*, defaults to `"gated"`):
+            `"gated"`: the gated PixelCNN (arXiv 1606.05328), a softmax over the levels. `"plusplus"`: PixelCNN++
+            (arXiv 1701.05517), a mixture of discretised logistics. `"baseline"`: four convolutions that predict
+            intensities, trained by L1; it has no likelihood and always predicts the same.
+        hidden_channels (`int`, *optional*):
+            Features of a layer (of each stack). 192 for `gated`, 160 for `plusplus`, 210 for `baseline` when not given.
+            A multiple of `in_channels` but for `plusplus`.
+        num_layers (`int`, *optional*):
+            `gated`: layers, 15 when not given; each lets the network see one row and one column further than the first
+            convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
+            convolutions, 4 when not given, two of them masked and the others 1x1.
+        num_mixtures (`int`, *optional*, defaults to 10): Logistics K in the mixture of `plusplus`.
+        dropout (`float`, *optional*): Dropout of `plusplus`, 0.5 when not given.
+        num_class_embeds (`int`, *optional*):
+            Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not for
+            `baseline`.
+
+    Raises:
+        ValueError: If an option is unknown or a size is not possible; nothing has been allocated then.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from tiny_diffusers import TinyPixelCNNModel
+
+    >>> model = TinyPixelCNNModel(sample_size=8, in_channels=1, num_levels=17, hidden_channels=32, num_layers=4)
+    >>> images = torch.randint(17, (2, 1, 8, 8)) / 16
+    >>> model(images).sample.shape
+    torch.Size([2, 1, 17, 8, 8])
+    >>> model.nll(images).shape
+    torch.Size([2])
+    ```
+    """
+
+    _no_split_modules = ["GatedLayer", "GatedResnet"]
+    _repeated_blocks = ["GatedLayer", "GatedResnet"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        num_levels: int = 256,
+        variant: str = "gated",
+        hidden_channels: int | None = None,
+        num_layers: int | None = None,
+        num_mixtures: int = 10,
+        dropout: float | None = None,
+        num_class_embeds: int | None = None,
+    ):
+        super().__init__()
+        given = dict(self.config)
+        _check_config(given)
+        config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
+        networks = {"baseline": BaselinePixelCNN, "gated": GatedPixelCNN, "plusplus": PixelCNNPlusPlus}
+        self.network = networks[variant](config)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_loss: bool = False,
+        return_dict: bool = True,
+    ) -> TinyPixelCNNOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1].
+            class_labels (`torch.Tensor`, *optional*):
+                Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)` that
+                mix the rows. None stands for no class, row `num_class_embeds`.
+            return_loss (`bool`, *optional*, defaults to `False`):
+                Whether to return each image's loss in place of the parameters of its distribution, which takes less
+                memory.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+
+        Returns:
+            [`TinyPixelCNNOutput`] or `tuple`.
+
+        Raises:
+            ValueError: If the shape does not fit the network, a label is out of range, or labels are given to a network
+                without classes.
+        """
+        self._check_shape(sample)
+        labels = self._mixing_weights(class_labels, len(sample))
+        network = self.network
+        x = (2 * sample.to(network.out.weight.dtype) - 1).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+        features = network.horizontal(x, network.vertical(x, labels), labels)
+        if return_loss:
+            loss = self._loss(features, sample)
+            return TinyPixelCNNOutput(loss=loss) if return_dict else (loss,)
+        parameters = self._distributions(network.output(features), x)  # (B, H, W, C, …)
+        parameters = parameters.permute(0, 3, *range(4, parameters.ndim), 1, 2)  # (B, C, …, H, W)
+        return TinyPixelCNNOutput(sample=parameters) if return_dict else (parameters,)
+
+    def nll(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The exact negative log-likelihood of images, in bits a dimension: -log2 p(x) / (C H W).
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1], of the network's levels l / (L - 1).
+            class_labels (`torch.Tensor`, *optional*): As for `forward`; None for p(x | no class).
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32.
+
+        Raises:
+            ValueError: If images lie outside [0, 1], between the levels, or have another shape; for `baseline`.
+        """
+        if self.config.variant == "baseline":
+            raise ValueError(
+                "The baseline has no likelihood: it predicts intensities, not their distribution. Use the variant 'gated' "
+                "or 'plusplus'."
+            )
+        return self(self.to_levels(images), class_labels, return_loss=True).loss
+
+    def quantize(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        8-bit images as the network's levels: the 256 values fall into L bins of one width.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1]; value v of 255 is v / 255.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, H, W)`: Levels l / (L - 1).
+
+        Raises:
+            ValueError: If the network has more levels than 8-bit images.
+        """
+        L = self.config.num_levels
+        if L > 256:
+            raise ValueError(
+                f"The network has {L} levels: images of 8 bits have 256, and would leave the others empty."
+            )
+        return ((images * 255).round() * (L / 256)).floor() / (L - 1)
+
+    def to_levels(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Images of the network's levels, freed from rounding.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`):
+                In [0, 1], each value one of the levels l / (L - 1) or what 8 bits keep of it.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, H, W)`: Exactly levels.
+
+        Raises:
+            ValueError: If images lie outside [0, 1], between the levels, or have another shape.
+        """
+        self._check_shape(images)
+        size = self.config.sample_size
+        if images.shape[2:] != (size, size):
+            raise ValueError(
+                f"images have height and width {tuple(images.shape[2:])}: this network's are {size} by {size}."
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}: they must be floats in [0, 1]; divide uint8 ones by 255.")
+        if not ((images >= 0) & (images <= 1)).all():
+            low, high = images.aminmax()
+            raise ValueError(f"images lie in [{float(low):.4g}, {float(high):.4g}]: they must lie in [0, 1].")
+        top = self.config.num_levels - 1
+        levels = (images * top).round() / top
+        off = torch.minimum((images - levels).abs(), (images - (levels * 255).round() / 255).abs())
+        if (off > 0.05 / max(top, 255)).any():
+            raise ValueError(
+                f"images hold values between the network's {top + 1} levels, the multiples of 1 / {top}: bring images of 8 "
+                "bits to them with `quantize`."
+            )
+        return levels
+
+    # ---------------------------------------------------------------------------------- one sub-pixel at a time
+
+    @torch.no_grad()
+    def conditionals(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, use_cache: bool = True
+    ) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
+        """
+        Walks through the sub-pixels in their order and yields ((c, i, j), the parameters of p(x_cij | those before it)).
+        The caller writes x_cij to `sample[:, c, i, j]` before going on. Each step computes only what is new.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): The images, in [0, 1], filled in by the caller on the way.
+            class_labels (`torch.Tensor`, *optional*): As for `forward`.
+            use_cache (`bool`, *optional*, defaults to `True`):
+                False evaluates the whole network anew, once a sub-pixel (`plusplus`: once a pixel).
+
+        Yields:
+            `tuple` of a place and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
+        """
+        self._check_shape(sample)
+        network, dtype = self.network, self.network.out.weight.dtype
+        _, C, H, W = sample.shape
+        labels = self._mixing_weights(class_labels, len(sample))
+        cache = RowCache(sample, dtype) if use_cache else None
+        for i in range(H):
+            if use_cache:
+                cache.row, cache.column = i, None
+                contexts = network.vertical(None, labels, cache)
+            for j in range(W):
+                for c in range(C):
+                    if use_cache:
+                        cache.column, cache.group = j, c % network.groups
+                    if c < network.groups:  # else the pixel's output is there already
+                        if use_cache:
+                            raw = network.output(network.horizontal(None, contexts, labels, cache), cache)
+                        else:
+                            x = (2 * sample.to(dtype) - 1).permute(0, 2, 3, 1).contiguous()
+                            raw = network.output(network.horizontal(x, network.vertical(x, labels), labels))[:, i, j]
+                            raw = raw.chunk(network.groups, dim=-1)[c]
+                    yield (c, i, j), self._distributions(raw, 2 * sample[:, : c + 1, i, j] - 1, only=c)
+                    if use_cache:
+                        cache.group = c
+                        cache.write(sample[:, c, i, j])
+
+    def draw(self, parameters: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """
+        Draws x_cij from its distribution, by inverting the cumulative one.
+
+        Args:
+            parameters (`torch.Tensor`): From `conditionals`.
+            uniform (`torch.Tensor` of shape `(B, 2)`): Uniform numbers in [0, 1).
+            temperature (`float`, *optional*, defaults to 1.0):
+                Divides the logits (of the levels, or of the logistics) and multiplies the logistics' scales.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: Levels, in [0, 1].
+        """
+        top = self.config.num_levels - 1
+        variant = self.config.variant
+        if variant == "baseline":
+            return (parameters.float().clamp(0, 1) * top).round() / top
+        if variant == "gated":
+            return _categorical(parameters.float() / temperature, uniform[:, 0]) / top
+        log_weights, means, log_scales = parameters.unbind(1)  # (B, K)
+        k = _categorical(log_weights / temperature, uniform[:, 0])[:, None]
+        x = means.gather(1, k)[:, 0]
+        x = x + temperature * log_scales.gather(1, k)[:, 0].exp() * torch.logit(uniform[:, 1], eps=1e-7)
+        return ((x + 1) / 2 * top).round().clamp(0, top) / top  # rounding is the bins' open ends and all
+
+    # ------------------------------------------------------------------------------------------------ parameters
+
+    @torch.no_grad()
+    def initialize(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> None:
+        """
+        Data-dependent initialisation of the weight norms of `plusplus` (arXiv 1602.07868, section 3): every convolution's
+        output on `images` gets mean 0 and variance 1, the gates' a standard deviation of 0.1. Nothing to do for the others.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`): A typical batch, in [0, 1].
+            class_labels (`torch.Tensor`, *optional*): As for `forward`.
+        """
+
+        def normalize(conv: CausalConv2d, args: tuple, y: torch.Tensor) -> torch.Tensor:
+            mean, std = y.flatten(0, -2).mean(0), y.flatten(0, -2).std(0)
+            scale = (0.1 if conv in gates else 1.0) / (std + 1e-8)
+            conv.gain.mul_(scale)
+            conv.bias.sub_(mean).mul_(scale)
+            return (y - mean) * scale
+
+        gates = {block.conv_out for block in self.modules() if isinstance(block, GatedResnet)}
+        normed = [m for m in self.modules() if isinstance(m, CausalConv2d) and m.gain is not None]
+        handles = [conv.register_forward_hook(normalize) for conv in normed]
+        try:
+            self(images, class_labels)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _distributions(self, raw: torch.Tensor, x: torch.Tensor, only: int | None = None) -> torch.Tensor:
+        """
+        What the network's output says of each channel's distribution, given the pixel's channels x (…, C) in [-1, 1]:
+        (…, P) -> (…, C, …), or of channel `only`.
+        """
+        if self.config.variant == "baseline":
+            return raw if only is None else raw[..., 0]
+        if self.config.variant == "gated":
+            return raw.unflatten(-1, (x.shape[-1], -1)) if only is None else raw
+        # Given the channels before, the logistics have other weights: those, times how likely each made them.
+        log_weights, means, log_scales = _split_mixture(raw, x, self.config.num_mixtures)
+        channels = []
+        for c in range(x.shape[-1]):
+            channels.append(torch.stack([log_weights, means[..., c, :], log_scales[..., c, :]], dim=-2))
+            if c + 1 < x.shape[-1]:
+                here = (x[..., c, None], means[..., c, :], log_scales[..., c, :])
+                log_weights = (log_weights + _logistic_log_prob(*here, self.config.num_levels)).log_softmax(-1)
+        return torch.stack(channels, dim=-3) if only is None else channels[only]
+
+    def _loss(self, features: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Bits a dimension, or the baseline's L1, of each image: (B,)"""
+        network, top = self.network, self.config.num_levels - 1
+        target = sample.permute(0, 2, 3, 1).float()  # (B, H, W, C)
+        if self.config.variant == "baseline":
+            return (network.output(features).float() - target).abs().flatten(1).mean(1)
+        if self.config.variant == "gated":
+            levels = (target * top).round().long().flatten(0, 2)  # (B H W, C)
+            weight = network.out.kernel.flatten(1)
+            nll = LinearCrossEntropy.apply(
+                features.flatten(0, 2), weight.to(features.dtype), network.out.bias.to(features.dtype), levels
+            )
+        else:
+            x = 2 * target - 1
+            log_weights, means, log_scales = _split_mixture(network.output(features), x, self.config.num_mixtures)
+            log_prob = _logistic_log_prob(x[..., None], means, log_scales, self.config.num_levels)  # (B, H, W, C, K)
+            nll = -(log_weights + log_prob.sum(-2)).logsumexp(-1)
+        return nll.view(len(sample), -1).sum(1) / (math.log(2) * target[0].numel())
+
+    def _mixing_weights(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """Labels (B,), mixing weights (B, K + 1), or None for no class -> weights of the rows (B, K + 1)"""
+        K = self.config.num_class_embeds
+        if K is None:
+            if class_labels is not None:
+                raise ValueError(
+                    "class_labels were given to a network without classes: leave them out, or build it with "
+                    "num_class_embeds."
+                )
+            return None
+        weight = self.network.out.weight
+        if class_labels is None:
+            class_labels = torch.full((batch_size,), K, device=weight.device)
+        mixes = class_labels.is_floating_point()
+        if class_labels.shape != ((batch_size, K + 1) if mixes else (batch_size,)):
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)} and {class_labels.dtype}: for {batch_size} images "
+                f"of {K} classes it must be integers of shape ({batch_size},), or floats of shape ({batch_size}, {K + 1})"
+                " that mix the classes, the last being no class."
+            )
+        if not mixes:
+            if class_labels.device.type == "cpu" and not ((class_labels >= 0) & (class_labels <= K)).all():
+                raise ValueError(
+                    f"class labels {sorted(set(class_labels.tolist()))} are not all known to this network: they must be "
+                    f"from 0 to {K}, {K} being no class."
+                )
+            class_labels = F.one_hot(class_labels.long(), K + 1)
+        return class_labels.to(weight.device, weight.dtype)
+
+    def _check_shape(self, sample: torch.Tensor) -> None:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}: this network takes (batch, {self.config.in_channels}, height, "
+                "width)."
+            )
+
+
+def _categorical(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The level at which the cumulative distribution of (B, L) passes `uniform` (B,): int64 (B,)"""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    passed = cumulative < uniform[:, None] * cumulative[:, -1:]
+    return passed.sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,136 @@
+"""
+The five families on the same images, for the same minutes, by one protocol.
+
+    python tests/benchmarks/benchmark_families.py [--minutes 10] [--dataset_name ylecun/mnist] [--resolution 32]
+
+Each family is trained by its script's defaults (PixelCNN by its MNIST recipe) on all training images, and measured against
+the test split by `tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is
+one (a bound for diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of
+samples a family) and each family's own report into `--output_dir`. What is done already, a model or a report, is not done
+again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tiny_diffusers import TinyPipeline, plots, train_scripts
+from tiny_diffusers.data import ImageData, load_images
+from tiny_diffusers.evaluation import Protocol, Report, compare, evaluate
+from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+
+
+SCRIPTS = Path(train_scripts.__file__).parent
+
+# name in the table -> its script, the script's further arguments, those of the pipeline's call
+FAMILIES = {
+    "diffusion": ("train_unconditional", [], {"num_inference_steps": 50}),
+    "conditional diffusion": ("train_conditional", [], {"num_inference_steps": 50, "guidance_scale": 1.0}),
+    "PixelCNN": ("train_pixelcnn", ["--config", str(SCRIPTS / "recipes" / "pixelcnn_mnist.yaml")], {}),
+    "VAE": ("train_vae", [], {}),
+    "DCGAN": ("train_dcgan", [], {}),
+}
+METRICS = ["frechet_distance", "kernel_distance", "precision_recall"]
+
+
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    return args.output_dir / name.replace(" ", "-")
+
+
+def train(name: str, args: argparse.Namespace) -> None:
+    script, arguments, _ = FAMILIES[name]
+    command = [
+        *(sys.executable, str(SCRIPTS / f"{script}.py"), *arguments),
+        *("--dataset_name", args.dataset_name, "--resolution", str(args.resolution), "--validation_split", "0"),
+        *("--max_train_minutes", str(args.minutes), "--seed", str(args.seed), "--save_images_epochs", "0"),
+        *("--output_dir", str(folder_of(name, args)), "--overwrite_output_dir"),
+    ]
+    subprocess.run(command, check=True)  # a process each, so that none inherits another's memory or threads
+
+
+def load(name: str, args: argparse.Namespace) -> TinyPipeline:
+    device = default_device()
+    pipe = TinyPipeline.from_pretrained(folder_of(name, args)).to(device, default_dtype(device))
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def measure(name: str, reference: ImageData, training: ImageData, args: argparse.Namespace) -> Report:
+    has_likelihood = name != "DCGAN"
+    protocol = Protocol(
+        sampling=FAMILIES[name][2],
+        seed=args.seed,
+        num_images=args.num_images,
+        metrics=METRICS + ["bits_per_dim"] * has_likelihood,
+        likelihood_images=args.likelihood_images,
+    )
+    return evaluate(
+        load(name, args), reference, protocol, training=training, output_dir=folder_of(name, args), name=name
+    )
+
+
+def draw_row(name: str, count: int, args: argparse.Namespace) -> list:
+    pipe, options = load(name, args), dict(FAMILIES[name][2])
+    classes = getattr(pipe, "_class_ids", [])
+    if classes:
+        options["class_labels"] = [classes[i % len(classes)] for i in range(count)]
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
+    return pipe(batch_size=count, generator=generators, **options).images
+
+
+def describe(name: str, args: argparse.Namespace) -> str:
+    """One line of how a family was trained, from what its run left."""
+    run = json.loads((folder_of(name, args) / "run.json").read_text())
+    steps = max(int(steps[-1]) for steps, _ in plots.read_log(folder_of(name, args) / "train_log.jsonl").values())
+    parameters = sum(run["parameters"].values()) / 1e6
+    return f"{name}: {parameters:.2f} M parameters, {steps:,} steps of {run['global_batch']} images"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", default="ylecun/mnist")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for each family")
+    parser.add_argument("--num_images", type=int, default=2000)
+    parser.add_argument("--likelihood_images", type=int, default=64)
+    parser.add_argument("--row", type=int, default=16, help="samples of a family in the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/families"))
+    args = parser.parse_args()
+    torch.set_num_threads(physical_cores())
+    training = load_images(args.dataset_name, resolution=args.resolution)
+    reference = load_images(args.dataset_name, split="test", resolution=args.resolution)
+
+    reports, rows = {}, []
+    for name in args.families:
+        folder = folder_of(name, args)
+        if not (folder / "model_index.json").is_file():
+            train(name, args)
+        done = (folder / "report.json").is_file()
+        reports[name] = Report.load(folder) if done else measure(name, reference, training, args)
+        rows += draw_row(name, args.row, args)
+
+    lines = [
+        f"{args.dataset_name} at {args.resolution}x{args.resolution}, {args.minutes:g} minutes each on {default_device()} "
+        f"with {torch.get_num_threads()} threads; sampled in {default_dtype(default_device())}.",
+        "",
+        *(f"- {describe(name, args)}" for name in args.families),
+        "",
+        compare(reports),
+    ]
+    (args.output_dir / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    plots.image_grid(rows, columns=args.row, row_labels=args.families).save(args.output_dir / "samples.png")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Causality, likelihoods and incremental evaluation of the three PixelCNNs."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiny_diffusers import TinyPixelCNNModel
+from tiny_diffusers.models.pixelcnn_tiny import LinearCrossEntropy, _logistic_log_prob
+
+
+VARIANTS = ("baseline", "gated", "plusplus")
+WITH_LIKELIHOOD = ("gated", "plusplus")
+
+
+def make_model(variant="gated", channels=1, size=8, levels=256, classes=None, width=12, layers=3, **config):
+    """A random network, none of whose outputs is zero at the start."""
+    torch.manual_seed(0)
+    model = TinyPixelCNNModel(
+        sample_size=size,
+        in_channels=channels,
+        num_levels=levels,
+        variant=variant,
+        hidden_channels=width,
+        num_layers=layers,
+        num_mixtures=3,
+        num_class_embeds=classes,
+        **config,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_images(batch, channels, size, levels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(levels, (batch, channels, size, size), generator=generator) / (levels - 1)
+
+
+def raster_order(channels, size):
+    """The place of each sub-pixel in the order of generation, (C, H, W)."""
+    return torch.arange(size * size * channels).view(size, size, channels).permute(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ causality
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, channels):
+    size = 6
+    model = make_model(variant, channels, size, levels=16, width=24, layers={"gated": 5, "plusplus": 2}.get(variant))
+    x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    output = model(x).sample
+    order = raster_order(channels, size)
+    directions = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    for c, i, j in itertools.product(range(channels), range(size), range(size)):
+        place = (slice(None), c, ..., i, j)
+        (gradient,) = torch.autograd.grad((output[place] * directions[place]).sum(), x, retain_graph=True)
+        gradient = gradient.abs().amax(0)
+        before = order < order[c, i, j]
+        assert (gradient[~before] == 0).all(), f"{(c, i, j)} sees itself or what comes after it"
+        if variant in WITH_LIKELIHOOD:  # the receptive field is larger than the image
+            assert (gradient[before] > 0).all(), f"{(c, i, j)} has a blind spot"
+
+
+def test_the_receptive_field_of_a_gated_layer_is_one_row_and_column_more():
+    for layers in (1, 3):
+        model = make_model(layers=layers, size=15, levels=4)
+        x = torch.rand(1, 1, 15, 15).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).sample[..., 14, 7].sum(), x)
+        rows, columns = (gradient[0, 0] != 0).nonzero().T
+        reach = 3 + layers
+        assert 14 - rows.min() == reach
+        assert (7 - columns.min(), columns.max() - 7) == (min(7, reach), min(7, reach))
+
+
+# ---------------------------------------------------------------------------------------- incremental evaluation
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "levels", "batch", "classes"),
+    [
+        (1, 8, 256, 1, None),
+        (3, 8, 256, 2, None),
+        (3, 5, 16, 3, 4),
+        (1, 7, 3, 2, None),
+        (2, 2, 2, 2, None),
+        (1, 1, 2, 1, 2),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_of_either_kind_gives_what_the_whole_image_gives(variant, channels, size, levels, batch, classes):
+    classes = None if variant == "baseline" else classes
+    model = make_model(variant, channels, size, levels, classes)
+    images = random_images(batch, channels, size, levels)
+    labels = None if classes is None else torch.arange(batch) % (classes + 1)
+    with torch.no_grad():
+        expected = model(images, labels).sample
+    for use_cache in (True, False):
+        canvas = torch.zeros_like(images)
+        places = []
+        for (c, i, j), parameters in model.conditionals(canvas, labels, use_cache):
+            torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=0, atol=1e-5)
+            canvas[:, c, i, j] = images[:, c, i, j]
+            places.append((c, i, j))
+        in_order = itertools.product(range(size), range(size), range(channels))
+        assert places == [(c, i, j) for i, j, c in in_order]
+
+
+# -------------------------------------------------------------------------------------------------- likelihoods
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+@pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 3), (3, 1, 5), (3, 1, 2)])
+def test_probabilities_of_all_images_sum_to_one(variant, channels, size, levels):
+    model = make_model(variant, channels, size, levels)
+    dimensions = channels * size * size
+    every = torch.tensor(list(itertools.product(range(levels), repeat=dimensions))) / (levels - 1)
+    with torch.no_grad():
+        bits = model.nll(every.view(-1, channels, size, size))
+    assert (2 ** (-bits.double() * dimensions)).sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_nll_is_the_product_of_the_conditionals(variant):
+    levels = 8
+    model = make_model(variant, channels=3, size=4, levels=levels)
+    images = random_images(2, 3, 4, levels)
+    with torch.no_grad():
+        parameters, bits = model(images).sample, model.nll(images)
+    if variant == "gated":
+        log_prob = -F.cross_entropy(
+            parameters.transpose(1, 2), (images * (levels - 1)).round().long(), reduction="none"
+        )
+    else:
+        log_weights, means, log_scales = parameters.unbind(2)  # (B, C, K, H, W)
+        log_prob = (log_weights + _logistic_log_prob(2 * images[:, :, None] - 1, means, log_scales, levels)).logsumexp(
+            2
+        )
+    torch.testing.assert_close(bits, -log_prob.flatten(1).mean(1) / math.log(2))
+
+
+def test_the_discretised_logistic_sums_to_one_wherever_it_lies():
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
+    means = torch.tensor([-40.0, -1.0, -0.37, 0.0, 1.0, 3.0], dtype=torch.float64).repeat(4)
+    log_scales = torch.tensor([-7.0, -3.0, 0.0, 4.0], dtype=torch.float64).repeat_interleave(6)
+    log_prob = _logistic_log_prob(levels, means, log_scales, 256)
+    assert torch.isfinite(log_prob).all()
+    torch.testing.assert_close(log_prob.exp().sum(0), torch.ones(24, dtype=torch.float64))
+    inner = torch.sigmoid((levels + 1 / 255 + 0.37) * math.e**3) - torch.sigmoid((levels - 1 / 255 + 0.37) * math.e**3)
+    torch.testing.assert_close(log_prob[1:-1, 8].exp(), inner[1:-1, 0])  # eq. 2 itself: mean -0.37, log-scale -3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
+    monkeypatch.setattr("tiny_diffusers.models.pixelcnn_tiny._CHUNK", 8 * channels)
+    torch.manual_seed(0)
+    x = torch.randn(21, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(channels * 5, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(channels * 5, dtype=torch.float64, requires_grad=True)
+    target, scale = torch.randint(5, (21, channels)), torch.rand(21, channels)
+    logits = F.linear(x, weight, bias).view(21, channels, 5)
+    expected = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+    loss = LinearCrossEntropy.apply(x, weight, bias, target)
+    torch.testing.assert_close(loss.double(), expected)
+    ours = torch.autograd.grad((loss * scale).sum(), (x, weight, bias))
+    theirs = torch.autograd.grad((expected * scale).sum(), (x, weight, bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_it_learns_a_known_markov_random_field(variant):
+    """An Ising model on 3x3 binary images: its entropy is known by enumeration, its samples by their probabilities."""
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=9))).view(-1, 1, 3, 3)
+    spins = 2 * states - 1
+    bonds = (spins[..., 1:] * spins[..., :-1]).flatten(1).sum(1) + (spins[..., 1:, :] * spins[..., :-1, :]).flatten(
+        1
+    ).sum(1)
+    p = (0.4 * bonds + 0.3 * spins.flatten(1).sum(1)).softmax(0)
+    entropy = -(p * p.log2()).sum().item() / 9
+
+    torch.manual_seed(0)
+    model = TinyPixelCNNModel(3, 1, 2, variant, hidden_channels=16, num_layers=2, num_mixtures=2, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    model.initialize(states[torch.multinomial(p, 64, replacement=True, generator=generator)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=250)
+    for _ in range(250):
+        batch = states[torch.multinomial(p, 256, replacement=True, generator=generator)]
+        model(batch, return_loss=True).loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        cross_entropy = (p * model.nll(states)).sum().item()  # exact: over all states
+    assert entropy - 1e-5 <= cross_entropy <= entropy + 0.02
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_draws_follow_the_probabilities(variant):
+    levels = 5
+    model = make_model(variant, channels=1, size=1, levels=levels)
+    every = torch.arange(levels).view(-1, 1, 1, 1) / (levels - 1)
+    with torch.no_grad():
+        p = 2 ** -model.nll(every)
+    _, parameters = next(model.conditionals(torch.zeros(1, 1, 1, 1)))
+    uniform = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0))
+    drawn = model.draw(parameters.expand(20_000, *parameters.shape[1:]), uniform)
+    shares = torch.bincount((drawn * (levels - 1)).round().long(), minlength=levels) / 20_000
+    torch.testing.assert_close(shares, p, rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_a_low_temperature_draws_the_likeliest(variant):
+    model = make_model(variant, channels=1, size=1, levels=16)
+    _, parameters = next(model.conditionals(torch.zeros(1, 1, 1, 1)))
+    uniform = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+    drawn = model.draw(parameters.expand(64, *parameters.shape[1:]), uniform, temperature=1e-3)
+    assert len(drawn.unique()) == 1
+
+
+# -------------------------------------------------------------------------------------------------- the network
+
+
+def test_sizes():
+    with torch.device("meta"):
+        count = {v: sum(p.numel() for p in TinyPixelCNNModel(variant=v).parameters()) for v in VARIANTS}
+    assert count["baseline"] == pytest.approx(1_307_651, rel=0.01)
+    assert count["gated"] == 10_726_464
+    assert count["plusplus"] == pytest.approx(54e6, rel=0.02)  # the paper's code has 53 M
+    config = TinyPixelCNNModel(hidden_channels=6, num_layers=1).config
+    assert (config.sample_size, config.in_channels, config.num_levels, config.variant) == (32, 3, 256, "gated")
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_classes_matter_and_mix(variant):
+    model = make_model(variant, channels=1, size=4, levels=4, classes=2)
+    images = random_images(1, 1, 4, 4).expand(3, -1, -1, -1)
+    with torch.no_grad():
+        bits = model.nll(images, torch.tensor([0, 1, 2]))
+        assert len(bits.unique()) == 3
+        torch.testing.assert_close(model.nll(images[:1]), bits[2:])  # none is the last row
+        torch.testing.assert_close(model.nll(images, torch.eye(3)), bits)
+
+
+def test_plusplus_starts_from_the_data():
+    torch.manual_seed(0)
+    model = TinyPixelCNNModel(8, 1, 16, "plusplus", hidden_channels=8, num_layers=1, num_mixtures=2)
+    images = random_images(32, 1, 8, 16)
+    model.initialize(images)
+    seen = {}
+    block = model.network.vertical_stream.encoder[0][0]
+    for name, conv in (("in", block.conv_in), ("gate", block.conv_out)):
+        conv.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.flatten(0, -2)}))
+    with torch.no_grad():
+        model.train()  # as it was initialised: with dropout, which averages out
+        torch.manual_seed(1)
+        model(images)
+    torch.testing.assert_close(seen["in"].mean(0), torch.zeros(8), rtol=0, atol=0.2)
+    torch.testing.assert_close(seen["in"].std(0), torch.ones(8), rtol=0, atol=0.2)
+    torch.testing.assert_close(seen["gate"].std(0), torch.full((16,), 0.1), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load(variant, tmp_path):
+    model = make_model(variant, channels=3, size=4, levels=4, width=6)
+    model.save_pretrained(tmp_path)
+    loaded = TinyPixelCNNModel.from_pretrained(tmp_path)
+    images = random_images(2, 3, 4, 4)
+    assert torch.equal(loaded(images).sample, model(images).sample)
+    assert {**loaded.config, "_name_or_path": None} == {**model.config, "_name_or_path": None}
+
+
+def test_the_loss_comes_from_forward_so_that_wrappers_see_it():
+    images = random_images(2, 1, 8, 256)
+    for variant in VARIANTS:
+        model = make_model(variant)
+        loss = model(images, return_loss=True).loss
+        assert loss.shape == (2,)
+        if variant == "baseline":
+            torch.testing.assert_close(loss, (model(images).sample - images).abs().mean((1, 2, 3)))
+        else:
+            torch.testing.assert_close(loss, model.nll(images))
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"variant": "gatd"}, "Did you mean 'gated'"),
+        ({"num_levels": 1}, "num_levels 1"),
+        ({"sample_size": 10**9}, "sample_size"),
+        ({"hidden_channels": 32}, "multiple of in_channels"),
+        ({"dropout": 0.1}, "only 'plusplus' has dropout"),
+        ({"variant": "plusplus", "dropout": 1.0}, "dropout 1.0"),
+        ({"variant": "baseline", "num_class_embeds": 10}, "no gates"),
+        ({"variant": "baseline", "num_layers": 2}, "3 or more"),
+    ],
+)
+def test_impossible_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        TinyPixelCNNModel(**config)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((1, 1, 8, 8), 1.2), r"\[1.2, 1.2\].*\[0, 1\]"),
+        (torch.full((1, 1, 8, 8), torch.nan), "nan"),
+        (torch.zeros(1, 1, 8, 7), "8 by 8"),
+        (torch.zeros(1, 3, 8, 8), "takes"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "divide"),
+        (torch.full((1, 1, 8, 8), 0.43), "between the network's 16 levels"),
+    ],
+)
+def test_images_that_have_no_likelihood(images, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(levels=16).nll(images)
+
+
+def test_the_baseline_has_no_likelihood():
+    with pytest.raises(ValueError, match="no likelihood"):
+        make_model("baseline").nll(random_images(1, 1, 8, 256))
+
+
+def test_labels_that_do_not_fit():
+    images = random_images(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="without classes"):
+        make_model(size=4, levels=4).nll(images, torch.tensor([0, 1]))
+    model = make_model(size=4, levels=4, classes=2)
+    for labels in (torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.ones(2, 2)):
+        with pytest.raises(ValueError, match="class"):
+            model.nll(images, labels)
+
+
+def test_quantising_fills_the_levels_evenly():
+    values = torch.arange(256).view(1, 1, 16, 16) / 255
+    for levels in (2, 16, 256):
+        counts = torch.bincount((make_model(levels=levels).quantize(values) * (levels - 1)).round().long().flatten())
+        assert counts.tolist() == [256 // levels] * levels
+    with pytest.raises(ValueError, match="512 levels"):
+        make_model(levels=512).quantize(values)
+
+
+def test_eight_bits_keep_a_level():
+    levels = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    model = make_model(size=4, levels=16)
+    assert torch.equal(model.to_levels((levels * 255).round() / 255), model.to_levels(levels))

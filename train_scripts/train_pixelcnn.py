@@ -1,0 +1,181 @@
+"""
+Train a PixelCNN on small images: the gated one, PixelCNN++, or a small baseline.
+
+    accelerate launch train_scripts/train_pixelcnn.py                                       # the embedded 8x8 digits
+    accelerate launch train_scripts/train_pixelcnn.py --config train_scripts/recipes/pixelcnn_mnist.yaml
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tiny_diffusers.data import ImageData, normalize
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.models.pixelcnn_tiny import TinyPixelCNNModel
+from tiny_diffusers.pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
+from tiny_diffusers.training.arguments import TrainingArguments, flag, parse_arguments
+from tiny_diffusers.training.baselines import load_pretrained
+from tiny_diffusers.training.draws import DataOrder
+from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load_data, start
+
+
+_INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialised from
+_MAX_GRID_CLASSES = 10
+
+
+@dataclass
+class PixelCNNArguments(TrainingArguments):
+    """The network, and what it is conditioned on."""
+
+    SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "hidden_channels": 12, "num_layers": 3}
+
+    variant: str = flag("gated", "gated, plusplus or baseline.")
+    hidden_channels: int | None = flag(None, "Features of a layer; by variant if not given.")
+    num_layers: int | None = flag(None, "Layers, or blocks of each resolution (plusplus); by variant if not given.")
+    num_mixtures: int = flag(10, "Logistics in the mixture (plusplus).")
+    dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.")
+    num_levels: int = flag(256, "Levels that sub-pixels are quantised to, 2 to 256.")
+    class_conditional: bool = flag(False, "Condition on the images' classes.")
+    class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped, to learn images of no class, too.")
+    single_image: int | None = flag(None, "Overfit the image of this index alone.")
+    temperature: float = flag(1.0, "Of the sample grids.")
+
+    def __post_init__(self):
+        if not 2 <= self.num_levels <= 256:
+            raise UserError(f"--num_levels {self.num_levels}: images of 8 bits have 256 levels; give 2 to 256.")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature}: it must be above 0.")
+
+
+class PixelCNN(Family):
+    """
+    Autoregression over sub-pixels: minimises -log2 p(x) / (C H W), bits a dimension; for the baseline, which has no
+    likelihood, the mean absolute error of the intensities in [0, 1].
+
+    Args:
+        pixelcnn ([`TinyPixelCNNModel`]): The network.
+        id2label (`dict[int, str]`, *optional*): The names of the classes, where it is conditioned on them.
+        class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
+        temperature (`float`): Of the sample grids.
+    """
+
+    name = "pixelcnn"
+
+    def __init__(
+        self,
+        pixelcnn: TinyPixelCNNModel,
+        id2label: dict[int, str] | None = None,
+        class_dropout_prob: float = 0.0,
+        temperature: float = 1.0,
+    ):
+        self.modules = {"pixelcnn": pixelcnn}
+        self.id2label = id2label
+        if id2label is not None:
+            self.null_label, self.label_dropout = len(id2label), class_dropout_prob
+        self.temperature = temperature
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "pixelcnn", self._image_losses(modules["pixelcnn"], batch).mean()
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        return self._image_losses(modules["pixelcnn"], batch)
+
+    def _image_losses(self, pixelcnn: nn.Module, batch: Batch) -> torch.Tensor:
+        images = self.modules["pixelcnn"].quantize((batch.images + 1) / 2)
+        return pixelcnn(images, batch.labels, return_loss=True).loss
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyPixelCNNPipeline:
+        return TinyPixelCNNPipeline(pixelcnn=modules["pixelcnn"], id2label=self.id2label)
+
+    def sample(self, pipeline: TinyPixelCNNPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        """A row for each class, where there are classes. The baseline has one sample, as it draws nothing."""
+        if pipeline.pixelcnn.config.variant == "baseline":
+            return pipeline().images, {}
+        labels, layout = None, {}
+        if self.id2label is not None:
+            classes = list(self.id2label)[:_MAX_GRID_CLASSES]
+            each = max(1, num_images // len(classes))
+            labels, num_images = [label for label in classes for _ in range(each)], each * len(classes)
+            layout = {"columns": each, "row_labels": [self.id2label[label] for label in classes]}
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+        images = pipeline(num_images, labels, temperature=self.temperature, generator=generators).images
+        return images, layout
+
+
+def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCNNModel:
+    """
+    The network: a checkpoint's, or a new one by the arguments, its weight norms initialised from the first images.
+
+    Raises:
+        UserError: If it does not fit the data, or cannot be built.
+    """
+    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    settled = {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "num_levels": arguments.num_levels,
+        "num_class_embeds": len(data.id2label) if arguments.class_conditional else None,
+    }
+    if arguments.pretrained_model_name_or_path:
+        pixelcnn = load_pretrained(arguments, TinyPixelCNNPipeline).pixelcnn
+        for name, value in settled.items():
+            if pixelcnn.config[name] != value:
+                raise UserError(
+                    f"--pretrained_model_name_or_path: its {name} is {pixelcnn.config[name]}, but {data.name} and the "
+                    f"arguments ask for {value}."
+                )
+        return pixelcnn
+    torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
+    try:
+        pixelcnn = TinyPixelCNNModel(
+            **settled,
+            variant=arguments.variant,
+            hidden_channels=arguments.hidden_channels,
+            num_layers=arguments.num_layers,
+            num_mixtures=arguments.num_mixtures,
+            dropout=arguments.dropout,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    first = DataOrder(arguments.seed, len(data))(range(min(len(data), _INITIALIZATION_IMAGES)))
+    pixelcnn.initialize(pixelcnn.quantize((normalize(data.images[first]) + 1) / 2))
+    return pixelcnn
+
+
+def take_single_image(data: ImageData, index: int) -> ImageData:
+    """
+    One image, twice: to train on, and to measure on without what only training does.
+
+    Raises:
+        UserError: If there is no such image.
+    """
+    if not 0 <= index < len(data):
+        raise UserError(f"--single_image {index}: {data.name} has the images 0 to {len(data) - 1}.")
+    labels = None if data.labels is None else data.labels[[index, index]]
+    return dataclasses.replace(data, images=data.images[[index, index]], labels=labels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(PixelCNNArguments, argv)
+    accelerator = start(arguments)
+    data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
+    if arguments.single_image is not None:
+        data = take_single_image(data, arguments.single_image)
+        arguments.validation_split, arguments.train_batch_size = 0.5, 1
+
+    pixelcnn = build_pixelcnn(arguments, data)
+    id2label = data.id2label if arguments.class_conditional else None
+    family = PixelCNN(pixelcnn, id2label, arguments.class_dropout_prob, arguments.temperature)
+
+    Trainer(arguments, accelerator, data, family).run()
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main))
