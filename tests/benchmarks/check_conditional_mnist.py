@@ -63,15 +63,16 @@ def predict(classifier: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def load_classifier(path: Path, dataset_name: str, resolution: int) -> tuple[nn.Module, float]:
     """The classifier, trained where there is none yet, and its accuracy on the test images."""
     torch.manual_seed(0)
-    classifier = build_classifier().to(memory_format=torch.channels_last)
+    classifier = build_classifier()
     test_data = load_images(dataset_name, split="test", resolution=resolution, require_labels=True)
     classifier(normalize(test_data.images[:1]))  # settles the lazy layers' sizes
+    classifier.to(memory_format=torch.channels_last)
     if path.is_file():
         classifier.load_state_dict(load_file(path))
     else:
         train_classifier(classifier, load_images(dataset_name, resolution=resolution, require_labels=True))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(classifier.state_dict(), path)
+        save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, path)
     predicted = predict(classifier.eval(), normalize(test_data.images))
     return classifier, float((predicted == test_data.labels).double().mean())
 

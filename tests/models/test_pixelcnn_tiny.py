@@ -104,7 +104,7 @@ def test_a_step_of_either_kind_gives_what_the_whole_image_gives(variant, channel
         canvas = torch.zeros_like(images)
         places = []
         for (c, i, j), parameters in model.conditionals(canvas, labels, use_cache):
-            torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=0, atol=1e-5)
+            torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=1e-5, atol=1e-5)
             canvas[:, c, i, j] = images[:, c, i, j]
             places.append((c, i, j))
         in_order = itertools.product(range(size), range(size), range(channels))
@@ -166,7 +166,7 @@ def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
     logits = F.linear(x, weight, bias).view(21, channels, 5)
     expected = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
     loss = LinearCrossEntropy.apply(x, weight, bias, target)
-    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)  # it sums in float32
     ours = torch.autograd.grad((loss * scale).sum(), (x, weight, bias))
     theirs = torch.autograd.grad((expected * scale).sum(), (x, weight, bias))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -275,7 +275,9 @@ def test_save_and_load(variant, tmp_path):
     loaded = TinyPixelCNNModel.from_pretrained(tmp_path)
     images = random_images(2, 3, 4, 4)
     assert torch.equal(loaded(images).sample, model(images).sample)
-    assert {**loaded.config, "_name_or_path": None} == {**model.config, "_name_or_path": None}
+    private = ("_name_or_path", "_use_default_values")  # where it came from, not what it is
+    configs = [{k: v for k, v in m.config.items() if k not in private} for m in (loaded, model)]
+    assert configs[0] == configs[1]
 
 
 def test_the_loss_comes_from_forward_so_that_wrappers_see_it():

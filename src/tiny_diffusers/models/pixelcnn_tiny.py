@@ -658,7 +658,7 @@ def _split_mixture(raw: torch.Tensor, x: torch.Tensor, num_mixtures: int) -> tup
         for d, coupling in enumerate(couplings):
             mean = mean + torch.tanh(coupling) * x[..., d, None]
         means.append(mean)
-        log_scales.append(log_scale.clamp(min=-7.0))
+        log_scales.append(log_scale.clamp(-7.0, 7.0))  # above, every bin has nothing, and its logarithm no gradient
     return log_weights, torch.stack(means, -2), torch.stack(log_scales, -2)
 
 
@@ -959,7 +959,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
         def normalize(conv: CausalConv2d, args: tuple, y: torch.Tensor) -> torch.Tensor:
             mean, std = y.flatten(0, -2).mean(0), y.flatten(0, -2).std(0)
-            scale = (0.1 if conv in gates else 1.0) / (std + 1e-8)
+            # an output that does not vary over these images says nothing of the scale: it keeps its own
+            scale = torch.where(std > 1e-4, (0.1 if conv in gates else 1.0) / std, 1.0)
             conv.gain.mul_(scale)
             conv.bias.sub_(mean).mul_(scale)
             return (y - mean) * scale

@@ -146,8 +146,8 @@ def start(arguments: TrainingArguments) -> Accelerator:
     asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
     try:
         accelerator = Accelerator(
-            cpu=default_device().type
-            == "cpu",  # unasked, accelerate takes torchrun's processes on CPUs for single ones
+            # Unasked, accelerate takes each of torchrun's processes on CPUs for a single one.
+            cpu=default_device().type == "cpu",
             mixed_precision=arguments.mixed_precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=trackers or None,
@@ -631,12 +631,12 @@ class Trainer:
             if name in earlier and earlier[name] != value and not name.startswith(free):
                 self._warn(f"--{name} is {value}, but was {earlier[name]} in the run that is resumed.")
         facts = _read(self.output_dir / "run.json", json.loads)
-        if facts and facts["global_batch"] != self.global_batch:
+        if facts.get("global_batch", self.global_batch) != self.global_batch:
             self._warn(
                 f"a step is {self.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
                 "--train_batch_size is for each process."
             )
-        if facts and facts["data"]["fingerprint"] != self.data.fingerprint:
+        if facts.get("data", {}).get("fingerprint", self.data.fingerprint) != self.data.fingerprint:
             self._warn(f"the images of {self.data.name} are not those of the run that is resumed.")
         if checkpoint is None:
             self._warn(f"there is no checkpoint in {self.output_dir} yet: the run starts at step 0.")
@@ -749,18 +749,11 @@ class Trainer:
         """Saves the pipeline, the pictures and the card, and pushes them if asked to."""
         accelerator, arguments = self.accelerator, self.arguments
         accelerator.wait_for_everyone()
+        if arguments.early_stopping_patience is not None and self.best and self.best["step"] < self.step:
+            self._go_back_to_best()
         if accelerator.is_main_process:
             from .. import hub, plots
 
-            if arguments.early_stopping_patience is not None and self.best and self.best["step"] < self.step:
-                best = self.output_dir / f"checkpoint-{self.best['step']}"
-                stop = "early stop" if self._stopped_early() else "the end"
-                print(f"{stop} at step {self.step}: the best validation loss was at step {self.best['step']}.")
-                reason = checkpoints.damage(best)
-                if reason is None:
-                    self._load_checkpoint(best)
-                else:
-                    self._warn(f"{best.name} cannot be read ({reason}): the last weights are saved, not the best.")
             with self._writing():
                 self._save_pipeline()
                 self._save_grid(self.output_dir / "samples.png")
@@ -786,6 +779,17 @@ class Trainer:
         accelerator.end_training()
         if accelerator.is_main_process:
             self.lock.release()
+
+    def _go_back_to_best(self) -> None:
+        best = self.output_dir / f"checkpoint-{self.best['step']}"
+        if self.accelerator.is_main_process:
+            stop = "early stop" if self._stopped_early() else "the end"
+            print(f"{stop} at step {self.step}: the best validation loss was at step {self.best['step']}.")
+        reason = checkpoints.damage(best)
+        if reason is None:
+            self._load_checkpoint(best)
+        else:
+            self._warn(f"{best.name} cannot be read ({reason}): the last weights are saved, not the best.")
 
     def _save_pipeline(self) -> None:
         from .. import hub
@@ -883,8 +887,8 @@ class Trainer:
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file that a run has left in its folder: nothing where there is none."""
     try:
-        return parse(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and go on.") from error
 
 
