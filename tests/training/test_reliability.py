@@ -284,7 +284,7 @@ def test_two_processes_compute_what_one_does(two_processes, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_processes, tmp_path):
     folder = tmp_path / "run"
-    process = _torchrun(folder)
+    process = _torchrun(folder, "--checkpointing_steps", "1")  # slow enough to be met in the middle
     while not (folder / "train_log.jsonl").exists() or not _log(folder):
         assert process.poll() is None, process.stdout.read()
     process.terminate()
