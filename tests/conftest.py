@@ -1,4 +1,5 @@
-import torch
+import os
 
 
-torch.set_num_threads(1)  # on tensors of a few kilobytes threads only wait for each other
+# On tensors of a few kilobytes threads only wait for each other: here, and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"

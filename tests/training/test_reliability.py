@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,8 @@ def test_a_run_killed_three_times_ends_as_one_left_alone():
     command = [sys.executable, str(HARNESS), "--kills", "3", "--inside", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 kills" in result.stdout and "inside a write" in result.stdout
+    kills = re.search(r"(\d+) kills: (\d+) inside a write", result.stdout)  # one that missed its write comes again
+    assert kills and int(kills[1]) >= 3 and int(kills[2]) >= 1, result.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
