@@ -329,6 +329,8 @@ def evaluate(args: argparse.Namespace) -> None:
             add_results(folder, report)
         print(report.markdown())
         print(f"report: {Path(folder, 'report.json')}")
+    state.wait_for_everyone()
+    state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
 
 
 def _take_arguments(args: argparse.Namespace, report) -> None:

@@ -1,13 +1,13 @@
 """
 How much faster a PixelCNN samples from cached rows of activations than by evaluating the whole network each time.
 
-    python tests/benchmarks/benchmark_pixelcnn_sampling.py [--threads 2] [--variant gated] [--batch_size 16] [--naive_steps 12]
+    python tests/benchmarks/benchmark_pixelcnn_sampling.py [--threads 2] [--variant gated] [--batch_size 16] [--naive_steps 6]
 
 Prints three things, in float32 with random weights (speed does not depend on them):
 
 1. 32x32 colour, the CIFAR-10 recipe's network: cached against naive. Naive sampling is one forward pass a sub-pixel
-   (`plusplus`: a pixel), all of the same size and cost: `--naive_steps` of its 3072 (1024) steps are timed, evenly
-   spaced, and the sum is scaled up; `--naive_steps 0` takes all of them, which lasts hours. Both are timed with each
+   (`plusplus`: a pixel), all of the same size and cost: the first `--naive_steps` of its 3072 (1024) are timed, and
+   the sum is scaled up; `--naive_steps 0` takes all of them, which lasts hours. Both are timed with each
    number of threads up to `--threads`, and the best is taken for each.
 2. The cost at 8, 16, 32 and 64 pixels a side: linear in the number of pixels if a pixel costs the same at each.
 3. 64 MNIST digits with the MNIST recipe's network.
