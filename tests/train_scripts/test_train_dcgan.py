@@ -203,7 +203,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, stopped_a
     def killed_after(self):
         step(self)
         if self.step == stopped_at:
-            self.stop_signal = 15
+            self.received_signal = 15
 
     monkeypatch.setattr(Trainer, "_train_step", killed_after)
     with pytest.raises(SystemExit):

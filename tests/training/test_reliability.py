@@ -109,7 +109,7 @@ def test_grids_come_at_the_same_steps_after_a_resume(tmp_path, monkeypatch):
     once = _train(tmp_path / "once", *grids, steps=26)
     step = Trainer._train_step
     monkeypatch.setattr(
-        Trainer, "_train_step", lambda self: step(self) or setattr(self, "stop_signal", self.step == 11)
+        Trainer, "_train_step", lambda self: step(self) or setattr(self, "received_signal", self.step == 11)
     )
     with pytest.raises(SystemExit):
         _train(tmp_path / "twice", *grids, steps=26)

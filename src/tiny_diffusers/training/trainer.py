@@ -235,7 +235,8 @@ class Trainer:
         self.skipped, self.bad_steps = 0, 0
         self.best: dict[str, float] | None = None
         self.bad_validations = 0
-        self.stop_signal: int | None = None
+        self.received_signal = 0  # by this process, at any moment
+        self.stop_signal = 0  # by any process, agreed on once a step
 
         self._claim_output_dir()
         self._build()
@@ -394,13 +395,14 @@ class Trainer:
         try:
             with self._writing(), self._progress_bar() as bar:
                 self._loop(bar)
+            if self.stop_signal:
+                if accelerator.is_main_process:
+                    print(f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True)
+                accelerator.end_training()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.stop_signal is not None:
-            if accelerator.is_main_process:
-                print(f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True)
-            accelerator.end_training()
+        if self.stop_signal:
             raise SystemExit(128 + self.stop_signal)
         self._finish()
 
@@ -723,7 +725,7 @@ class Trainer:
             self.sums[key] = (totals[self.accelerator.process_index] if same else totals.mean(), count)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
+        self.received_signal = number
 
     def _everywhere(self, condition: torch.Tensor | bool) -> bool:
         """Whether a condition holds on every process."""
@@ -731,10 +733,14 @@ class Trainer:
         return float(held) == self.accelerator.num_processes
 
     def _agree_on_signals(self) -> None:
-        """If any process was told to stop, all are; else one would wait for the others for ever."""
+        """
+        If any process was told to stop by now, all are; else one would wait for the others for ever. A signal that comes
+        later counts at the next step, on all of them.
+        """
+        self.stop_signal = self.received_signal
         if self.accelerator.num_processes > 1:
-            signals = self.accelerator.gather(torch.tensor([self.stop_signal or 0], device=self.device))
-            self.stop_signal = int(signals.max()) or None
+            signals = self.accelerator.gather(torch.tensor([self.stop_signal], device=self.device))
+            self.stop_signal = int(signals.max())
 
     # ------------------------------------------------------------------------------------------- what it leaves
 
