@@ -4,13 +4,14 @@
 This file travels with checkpoints: it imports nothing but numpy, PIL, torch and diffusers.
 """
 
+import contextlib
 import glob
 import importlib
 import inspect
 import json
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,8 +45,11 @@ _OURS = {
 }
 
 
+# Variance types of DDPM that a network predicts; others of diffusers' say None where there is nothing to predict.
+_LEARNED = ("learned", "learned_range")
+
 # What no config of a small image's model goes beyond: with more, a hostile one has layers built without end.
-_MAX_LAYERS, _MAX_SIDE, _MAX_SIZE = 64, 4096, 2**20
+_MAX_LAYERS, _MAX_SIDE, _MAX_CHANNELS, _MAX_SIZE = 64, 4096, 4096, 2**20
 
 
 class Intermediate(NamedTuple):
@@ -325,6 +329,14 @@ class TinyPipeline(DiffusionPipeline):
         model_output = self.unet(sample, timestep, **labels).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
+    def _is_guided(self, step: int) -> bool:
+        """
+        Whether guidance leads beyond what the network predicts. DDIM must then take the noise anew from the clipped x_0:
+        that of a prediction far outside [-1, 1] would take out of x_t what the clipped x_0 doesn't put back, and leave an
+        image of another class.
+        """
+        return False
+
     def _denoise(
         self,
         latents: torch.Tensor,
@@ -360,7 +372,7 @@ class TinyPipeline(DiffusionPipeline):
             name: value for name, value in {"eta": eta, "generator": generator}.items() if name in step_parameters
         }
         # Only DDPM makes something of a learned variance: other schedulers get the mean's channels.
-        learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type.startswith("learned")
+        learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED
 
         latents = latents * scheduler.init_noise_sigma
         dtype = self.unet.dtype
@@ -373,6 +385,8 @@ class TinyPipeline(DiffusionPipeline):
                 model_output = model_output[:, :channels]
 
             # 2. x_t -> x_t-1
+            if "use_clipped_model_output" in step_parameters:
+                step_kwargs["use_clipped_model_output"] = self._is_guided(step)
             output = scheduler.step(model_output, timestep, latents, **step_kwargs)
             latents = output.prev_sample
 
@@ -458,7 +472,8 @@ class TinyPipeline(DiffusionPipeline):
             if name in kwargs
         }
         folder = _local_folder(pretrained_model_name_or_path, trust_remote_code, **hub_kwargs)
-        index = cls.load_config(folder)
+        with _refusing_damage(folder):
+            index = cls.load_config(folder)
         if not trust_remote_code:
             _check_components(index, folder)
 
@@ -474,7 +489,8 @@ class TinyPipeline(DiffusionPipeline):
                 )
             pipeline = pipeline_class.from_pretrained(folder, **kwargs)
         else:
-            pipeline = super().from_pretrained(folder, **kwargs)
+            with _refusing_damage(folder):
+                pipeline = super().from_pretrained(folder, **kwargs)
             if "device_map" not in kwargs:
                 _check_weights(pipeline, folder)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -605,6 +621,16 @@ def _local_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
     return folder
 
 
+@contextlib.contextmanager
+def _refusing_damage(folder: str) -> Iterator[None]:
+    """Makes one line of what classes end in when a config gives them values of types that they don't expect."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{folder} can't be loaded, one of its configs is damaged ({reason}).") from error
+
+
 def _check_components(index: dict[str, Any], folder: str):
     """Refuses an index with any component but networks and schedulers of ours and of diffusers'."""
     for name, entry in index.items():
@@ -636,7 +662,8 @@ def _check_sizes(config_path: str):
     """Refuses a component's config with a size that would take all memory, or all time, to build."""
     config = _read_json(config_path) if os.path.isfile(config_path) else {}
     for name, value in config.items():
-        limit = _MAX_LAYERS if "layers" in name else _MAX_SIDE if name == "sample_size" else _MAX_SIZE
+        limits = {"layers": _MAX_LAYERS, "sample_size": _MAX_SIDE, "channels": _MAX_CHANNELS}
+        limit = next((limit for part, limit in limits.items() if part in name), _MAX_SIZE)
         values = value if isinstance(value, list) else [value]
         integers = [v for v in values if isinstance(v, int)]
         if len(integers) > _MAX_LAYERS or any(abs(v) > limit for v in integers):

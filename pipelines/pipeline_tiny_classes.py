@@ -175,6 +175,13 @@ class ClassConditioningMixin:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"Unknown class '{label}': the classes are {self._allowed_classes}.{hint}")
 
+    def _guidance_at(self, step: int) -> float:
+        start, end = self._guidance_interval
+        return self.guidance_scale if start <= step / self.num_timesteps < end else 1.0
+
+    def _is_guided(self, step: int) -> bool:
+        return self._guidance_at(step) not in (0, 1)
+
     def _guided(
         self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
@@ -183,18 +190,19 @@ class ClassConditioningMixin:
         [Ho & Salimans](https://huggingface.co/papers/2207.12598), eq. 6, with w for their 1 + w; outside the interval
         w = 1.
         """
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
         null = None
         if labels is not None and self._null_class_id is not None:
             null = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
                 null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
+        if null is None:
+            self._guidance_interval = (0.0, 0.0)
         both = None if null is None else torch.cat([labels, null])
-        start, end = guidance_interval
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
-            w = self.guidance_scale if start <= step / self.num_timesteps < end else 1.0
-            if w == 1 or null is None:
+            w = self._guidance_at(step)
+            if w == 1:
                 return self._predict(sample, timestep, labels)
             if w == 0:
                 return self._predict(sample, timestep, null)

@@ -5,6 +5,7 @@ This file travels with checkpoints: it imports nothing but torch, diffusers and 
 """
 
 import inspect
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -148,7 +149,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             return_intermediates,
         )
         self._check_guidance(guidance_scale, guidance_interval)
-        if not isinstance(num_frames, int) or num_frames < 2:
+        if not isinstance(num_frames, numbers.Integral) or num_frames < 2:
             raise ValueError(f"`num_frames` must be an integer of at least 2, the two ends, got {num_frames}.")
         if interpolation not in ("slerp", "linear"):
             raise ValueError(f"`interpolation` must be 'slerp' or 'linear', got {interpolation!r}.")
@@ -210,8 +211,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         r"""
         Finds the latents that images come from: DDIM's map from noise to image, run backwards, at two passes of the
         network a step. Sampling from them with the same arguments and `eta=0` gives the images back, the better the more
-        steps are taken. What a scheduler with `clip_sample` or `thresholding` cuts off on the way cannot be found again:
-        under guidance above 1, set both to False.
+        steps are taken. What a scheduler with `clip_sample` or `thresholding` cuts off on the way is found only as far as
+        the image tells it: under guidance above 1, where that is much, set both to False.
 
         Args:
             images (`list[PIL.Image.Image]`, `np.ndarray` of shape `(B, H, W, C)` or `torch.Tensor` of shape `(B, C, H, W)`):
@@ -264,9 +265,14 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             for _ in range(_INVERSION_ITERATIONS):
                 model_output = predict(sample.to(dtype), on_device[step], step)[:, : sample.shape[1]]
                 pred_original_sample = predict_original_sample(scheduler, model_output, timestep, sample)
+                # what the step clips off x_0, or thresholds, x_t has and x_t-1 has not
+                clipped = scheduler.step(model_output, timestep, sample).pred_original_sample
+                if self._is_guided(step):
+                    pred_original_sample = clipped
                 epsilon = (sample - alpha_prod**0.5 * pred_original_sample) / (1 - alpha_prod) ** 0.5
                 direction = (1 - alpha_prod) ** 0.5 - ratio * (1 - alpha_prod_prev) ** 0.5
-                sample = ratio * prev_sample + direction * epsilon
+                cut_off = alpha_prod**0.5 * (pred_original_sample - clipped)
+                sample = ratio * prev_sample + direction * epsilon + cut_off
             alpha_prod_prev = alpha_prod
         return sample
 

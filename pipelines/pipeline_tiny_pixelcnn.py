@@ -129,8 +129,12 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         self._interrupt = False
         _, C, H, W = sample.shape
         network = self._network
+        finite = torch.ones((), dtype=torch.bool, device=device)
         with self.progress_bar(total=H * W) as bar:
             for (c, i, j), parameters in network.conditionals(sample, labels, use_cache):
+                finite &= torch.isfinite(
+                    parameters
+                ).all()  # a level is drawn of no number as well, and looks like any other
                 drawn = network.draw(parameters, uniform[:, i, j, c], temperature)
                 sample[:, c, i, j] = torch.where(given[:, c, i, j], sample[:, c, i, j], drawn)
                 if c < C - 1:
@@ -143,7 +147,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                     )
                 if self.interrupt:
                     break
-        return self._output(2 * sample - 1, None, output_type, return_dict)
+        return self._output(torch.where(finite, 2 * sample - 1, torch.nan), None, output_type, return_dict)
 
     @torch.no_grad()
     def bits_per_dim(

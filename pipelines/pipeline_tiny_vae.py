@@ -5,6 +5,7 @@ This file travels with checkpoints: it imports nothing but torch, diffusers and 
 """
 
 import math
+import numbers
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -158,7 +159,7 @@ class TinyVAEPipeline(TinyPipeline):
             `ValueError`: for an argument outside what is said above.
         """
         self._check_output(2, output_type)
-        if not isinstance(num_frames, int) or num_frames < 2:
+        if not isinstance(num_frames, numbers.Integral) or num_frames < 2:
             raise ValueError(f"`num_frames` must be an integer of at least 2, the two ends, got {num_frames}.")
         start, end = self._network.encode(self._preprocess(images, 2)).mean
         share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)

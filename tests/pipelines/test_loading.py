@@ -314,6 +314,26 @@ def test_a_damaged_index_is_named(saved, content):
         TinyPipeline.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("model_index.json", {"_class_name": {"a": 1}}),
+        ("model_index.json", {"unet": {"a": 1}}),
+        ("model_index.json", {"unet": None}),
+        ("unet/config.json", {"_use_default_values": 5}),
+        ("unet/config.json", {"quantization_config": 5}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1e13}),
+        ("scheduler/scheduler_config.json", {"trained_betas": {"a": 1}}),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_in_one_line(saved, path, changes):
+    edit(saved / path, **changes)
+    with pytest.raises(ValueError, match=f"{saved.name} can't be loaded, one of its configs is damaged") as error:
+        TinyPipeline.from_pretrained(saved)
+    assert "\n" not in str(error.value)
+
+
 def test_missing_weights_are_named(saved):
     path = saved / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)

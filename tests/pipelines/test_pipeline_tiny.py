@@ -191,6 +191,11 @@ def test_a_learned_variance_is_used_or_left_out(make_unet, quiet, name):
     assert output.images.shape == output.intermediates[0].pred_original_sample.shape == (2, 1, 8, 8)
 
 
+def test_a_scheduler_may_say_none_of_the_variance(make_unet, quiet):
+    pipe = quiet(TinyPipeline(make_unet(), diffusers.DDPMScheduler(variance_type=None)))
+    assert len(pipe(2, num_inference_steps=2).images) == 2
+
+
 def test_given_timesteps_are_the_ones_visited(pipe):
     visited = []
 

@@ -139,6 +139,21 @@ def test_outside_the_interval_sampling_is_plain(pipe, sample):
     assert count_passes(pipe, guidance_interval=(0.2, 0.5), **arguments) == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("arguments", [{}, {"dynamic_thresholding": 0.9}], ids=["clipped", "thresholded"])
+def test_under_guidance_the_noise_is_what_x_t_holds_beyond_the_clipped_x_0(pipe, arguments):
+    """As Imagen's sampler has it; the noise of the unclipped prediction would lead away from the class."""
+    pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True, sample_max_value=2.0)
+    latents = 5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"latents": latents, "output_type": "latent", "num_inference_steps": 5, "return_intermediates": 5}
+    for w, anew in ((8.0, True), (1.0, False)):
+        _, step, following, *_ = pipe(["cat", "frog"], guidance_scale=w, **options, **arguments).intermediates
+        x_0 = step.pred_original_sample
+        signal, signal_prev = (pipe.scheduler.alphas_cumprod[int(s.timestep)] for s in (step, following))
+        noise = (step.sample - signal.sqrt() * x_0) / (1 - signal).sqrt()
+        expected = signal_prev.sqrt() * x_0 + (1 - signal_prev).sqrt() * noise
+        assert torch.allclose(following.sample, expected, atol=1e-5) == anew
+
+
 def test_a_callback_can_change_the_scale_on_the_way(pipe):
     def increase(pipe, step, timestep, tensors):
         pipe._guidance_scale += 1.0

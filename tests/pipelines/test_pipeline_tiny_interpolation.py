@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -88,7 +89,7 @@ def test_linear_frames_between_have_less_noise_than_spherical_ones(pipe):
 
 
 def test_frames_are_ready_for_a_gif(pipe, tmp_path):
-    frames = pipe(seeds=(0, 1), num_frames=4, num_inference_steps=2).images
+    frames = pipe(seeds=(0, 1), num_frames=np.int64(4), num_inference_steps=2).images
     assert all(isinstance(frame, PIL.Image.Image) for frame in frames)
     with PIL.Image.open(export_to_gif(frames, str(tmp_path / "walk.gif"))) as gif:
         assert gif.n_frames == 4 and gif.size == (8, 8)
@@ -141,6 +142,17 @@ def test_inversion_finds_the_noise_and_the_noise_gives_the_image_back(make_unet,
     ).images
     psnr = -10 * torch.log10((again - images).square().mean())
     assert latents.shape == (2, 1, 8, 8) and psnr > 30
+
+
+def test_a_trained_models_own_samples_come_back_from_their_latents(quiet):
+    folder = Path(__file__).parents[2] / "model_cards" / "digits-8"
+    pipe = quiet(TinyInterpolationPipeline.from_pretrained(folder))
+    alone = quiet(TinyPipeline(**{name: pipe.components[name] for name in ("unet", "scheduler")}))
+    call = {"num_inference_steps": 100, "output_type": "pt"}
+    images = alone(4, [torch.Generator().manual_seed(seed) for seed in range(4)], **call).images
+    again = alone(4, latents=pipe.invert(images, num_inference_steps=100), **call).images
+    psnr = -10 * torch.log10((again - images).square().mean(dim=(1, 2, 3)))
+    assert psnr.min() > 30
 
 
 def test_images_come_in_every_form(pipe):

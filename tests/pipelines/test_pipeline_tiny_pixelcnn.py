@@ -231,6 +231,16 @@ def test_the_front_door_loads_it(make_pipe, quiet, tmp_path, variant):
     assert torch.equal(*images)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_drawn_of_no_number_is_refused(make_pipe, variant):
+    pipe = make_pipe(variant, size=2)
+    with torch.no_grad():
+        for parameter in pipe.pixelcnn.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        pipe()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

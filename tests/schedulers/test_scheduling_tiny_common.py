@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler
@@ -170,6 +170,38 @@ def test_a_config_says_everything_before_and_after_a_save_and_load(cls, schedule
             name: value for name, value in loaded.config.items() if not name.startswith("_")
         }
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["huber_delta"] == 0.1
+
+
+@BOTH
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), T=st.integers(2, 60), schedule=st.sampled_from([*SCHEDULES, "laplace", None]))
+def test_any_config_survives_a_save_a_load_and_a_stock_solver(cls, data, T, schedule, tmp_path):
+    """`None` stands for betas that are given."""
+    choices = {
+        "prediction_type": PREDICTION_TYPES,
+        "variance_type": ["fixed_small", "fixed_large", "learned_range"],
+        "loss_type": ["l2", "l1", "huber", "pseudo_huber"],
+        "huber_schedule": ["constant", "exponential", "snr"],
+        "huber_delta": [None, 0.3],
+        "snr_gamma": [None, 5.0],
+        "thresholding": [False, True],
+        "dynamic_thresholding_ratio": [0.9, 0.995],
+        "clip_sample": [False, True],
+        "timestep_spacing": ["leading", "trailing", "linspace"],
+        "beta_end": [0.02, 0.3],
+    }
+    config = {name: data.draw(st.sampled_from(values), label=name) for name, values in choices.items()}
+    if schedule is None:
+        config["trained_betas"] = data.draw(st.lists(st.floats(2**-13, 0.875, width=32), min_size=2, max_size=9))
+    else:
+        config |= {"num_train_timesteps": T, "beta_schedule": schedule}
+    scheduler = cls(**config)
+    scheduler.save_pretrained(tmp_path)
+    solver = diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    for again in (cls.from_pretrained(tmp_path), cls.from_config(scheduler.config), cls.from_config(solver.config)):
+        assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
+        assert {name: again.config[name] for name in config} == {name: scheduler.config[name] for name in config}
+    assert torch.equal(solver.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 @BOTH
