@@ -32,12 +32,18 @@ _MAX_GRID_CLASSES = 10
 class PixelCNNArguments(TrainingArguments):
     """The network, and what it is conditioned on."""
 
-    SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "hidden_channels": 12, "num_layers": 3}
+    SMOKE: ClassVar[dict[str, Any]] = {
+        **TrainingArguments.SMOKE,
+        "hidden_channels": 12,
+        "resolution": 8,  # a sample costs a step for each of its sub-pixels
+        "save_images_epochs": 4,
+    }
 
     variant: str = flag("gated", "gated, plusplus or baseline.")
     hidden_channels: int | None = flag(None, "Features of a layer; by variant if not given.")
     num_layers: int | None = flag(None, "Layers, or blocks of each resolution (plusplus); by variant if not given.")
     num_mixtures: int = flag(10, "Logistics in the mixture (plusplus).")
+    num_frequencies: int = flag(0, "Waves of 2, 4, ... levels that the input is taken apart into, 8 for all (gated).")
     dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.")
     num_levels: int = flag(256, "Levels that sub-pixels are quantised to, 2 to 256.")
     class_conditional: bool = flag(False, "Condition on the images' classes.")
@@ -46,6 +52,8 @@ class PixelCNNArguments(TrainingArguments):
     temperature: float = flag(1.0, "Of the sample grids.")
 
     def __post_init__(self):
+        if self.smoke and self.num_layers is None:
+            self.num_layers = {"gated": 3, "plusplus": 1}.get(self.variant)
         if not 2 <= self.num_levels <= 256:
             raise UserError(f"--num_levels {self.num_levels}: images of 8 bits have 256 levels; give 2 to 256.")
         if not 0 <= self.class_dropout_prob < 1:
@@ -140,6 +148,7 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
             hidden_channels=arguments.hidden_channels,
             num_layers=arguments.num_layers,
             num_mixtures=arguments.num_mixtures,
+            num_frequencies=arguments.num_frequencies,
             dropout=arguments.dropout,
         )
     except ValueError as error:

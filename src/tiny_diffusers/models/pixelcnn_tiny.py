@@ -41,6 +41,7 @@ SIZES = {
     "hidden_channels": (1, 4096),
     "num_layers": (1, 64),
     "num_mixtures": (1, 1024),
+    "num_frequencies": (0, 16),
     "num_class_embeds": (1, 100_000),
 }
 
@@ -48,6 +49,10 @@ SIZES = {
 NUM_RESOLUTIONS = 3
 # Sub-pixels whose logits are held at a time in the loss: what a core's cache takes.
 _CHUNK = 4096
+# An output of PixelCNN++ that varies less than this over the first images keeps its scale (a gate's: a tenth). Random
+# weights of length 1 on inputs of variance 1 give about 0.7; far less means inputs that hardly vary, as in the corner of an
+# image, where next to nothing is seen. Blown up, they dwarf all else on the next images, or after the next step.
+_MIN_STD = 0.3
 
 
 def _check_config(config: dict) -> None:
@@ -75,6 +80,11 @@ def _check_config(config: dict) -> None:
         )
     if variant != "plusplus" and dropout:
         raise ValueError(f"dropout {dropout} is not possible with variant {variant!r}: only 'plusplus' has dropout.")
+    if variant != "gated" and config["num_frequencies"]:
+        raise ValueError(
+            f"num_frequencies {config['num_frequencies']} is not possible with variant {variant!r}: only 'gated' takes its "
+            "input apart into frequencies."
+        )
     if variant == "baseline" and config["num_layers"] in (1, 2):
         raise ValueError(
             f"num_layers {config['num_layers']} is not possible with variant 'baseline': it has two masked convolutions and "
@@ -97,28 +107,35 @@ class RowCache:
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): The image so far, in [0, 1].
-        dtype (`torch.dtype`): What the network computes in.
+        network (`nn.Module`): What computes, in its own number format.
 
     Attributes:
         row (`int`), column (`int`, *optional*), group (`int`): The sub-pixel that is computed. `column` is None while a
             whole row is computed at once.
-        canvas (`torch.Tensor` of shape `(B, H + m, W + 2 m, C)`): The image in [-1, 1] in a margin of zeros.
+        canvas (`torch.Tensor` of shape `(B, H + m, W + 2 m, C E)`): The image, as the network sees it: each value in
+            [-1, 1] as E numbers, in a margin of zeros.
     """
 
     margin = 4  # what the first convolutions reach at most
 
-    def __init__(self, sample: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, sample: torch.Tensor, network: nn.Module):
         B, C, H, W = sample.shape
         m = self.margin
         self.row, self.column, self.group = 0, None, 0
         self.width = W
-        self.canvas = torch.zeros(B, H + m, W + 2 * m, C, dtype=dtype, device=sample.device)
+        self.encoding = getattr(network, "encoding", None)
+        self.numbers = 1 if self.encoding is None else self.encoding.numbers  # E
+        dtype = network.out.weight.dtype
+        self.canvas = torch.zeros(B, H + m, W + 2 * m, C * self.numbers, dtype=dtype, device=sample.device)
         self.buffers: dict[nn.Module, torch.Tensor] = {}
         self.weights: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def write(self, values: torch.Tensor) -> None:
         """Puts x_cij in [0, 1], (B,), in its place."""
-        self.canvas[:, self.row + self.margin, self.column + self.margin, self.group] = 2 * values - 1
+        x = 2 * values[:, None] - 1
+        share = slice(self.group * self.numbers, (self.group + 1) * self.numbers)
+        place = self.canvas[:, self.row + self.margin, self.column + self.margin, share]
+        place.copy_(x if self.encoding is None else self.encoding(x))
 
     def pick(self, context: torch.Tensor, resolution: int, groups: int) -> torch.Tensor:
         """This pixel's and group's share of a row that was computed at once: (B, W, G D) -> (B, D)"""
@@ -353,6 +370,30 @@ class BaselinePixelCNN(nn.Module):
         return F.relu(self.norm_out(self.out(features, cache), cache))
 
 
+class Gate(torch.autograd.Function):
+    """
+    tanh(f) . sigmoid(g) of whole images on CPUs, by way of dense float32 tensors: on halves of one tensor, and in bfloat16,
+    torch's own functions take several times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, f: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(f.dtype, torch.float32)
+        t = torch.empty(f.shape, dtype=dtype).copy_(f).tanh_()
+        s = torch.empty(g.shape, dtype=dtype).copy_(g).sigmoid_()
+        ctx.save_for_backward(t, s)
+        return (t * s).to(f.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t, s = ctx.saved_tensors
+        wide = grad.to(t.dtype)
+        grad_f = torch.ops.aten.tanh_backward(wide * s, t)
+        grad_g = torch.ops.aten.sigmoid_backward(wide * t, s)
+        return grad_f.to(grad.dtype), grad_g.to(grad.dtype)
+
+
 class GatedLayer(nn.Module):
     """
     A layer of the gated PixelCNN, fig. 2: y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4, in a vertical
@@ -388,7 +429,32 @@ class GatedLayer(nn.Module):
     def gate(self, y: torch.Tensor) -> torch.Tensor:
         """(…, g * 2 * share) -> (…, g * share), for all g = G groups or for one"""
         f, g = y.unflatten(-1, (-1, 2, self.share)).unbind(-2)
-        return (torch.tanh(f) * torch.sigmoid(g)).flatten(-2)
+        dense = y.ndim == 4 and y.device.type == "cpu"  # for one row or pixel it is not worth the calls
+        return (Gate.apply(f, g) if dense else torch.tanh(f) * torch.sigmoid(g)).flatten(-2)
+
+
+class Frequencies(nn.Module):
+    """
+    Takes values apart, so that neighbouring levels look different: x in [-1, 1] -> x, and the sine and cosine of waves of
+    2, 4, ... 2^n levels (the Fourier features of arXiv 2107.00630). A network's first weights hardly tell level 253 from
+    254, and what comes after a stroke of the one is not what comes after the other.
+
+    Args:
+        num_frequencies (`int`): The number of waves n.
+        num_levels (`int`): Levels L of x.
+    """
+
+    def __init__(self, num_frequencies: int, num_levels: int):
+        super().__init__()
+        self.numbers = 1 + 2 * num_frequencies
+        self.waves = [math.pi / 2**k for k in range(num_frequencies)]  # in radians a level
+        self.top = num_levels - 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) -> (…, C * numbers), each value's numbers together"""
+        level = (x + 1) * (self.top / 2)
+        numbers = [x, *(wave(level * w) for w in self.waves for wave in (torch.sin, torch.cos))]
+        return torch.stack(numbers, dim=-1).flatten(-2)
 
 
 class GatedPixelCNN(nn.Module):
@@ -399,8 +465,10 @@ class GatedPixelCNN(nn.Module):
         C, width, L = config["in_channels"], config["hidden_channels"], config["num_levels"]
         num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
         self.groups = C
-        self.in_v = CausalConv2d(C, width, (3, 7), left=3, above=True)
-        self.in_h = CausalConv2d(C, width, (1, 4), mask="A", groups=C)
+        self.encoding = Frequencies(config["num_frequencies"], L) if config["num_frequencies"] else None
+        numbers = 1 if self.encoding is None else self.encoding.numbers
+        self.in_v = CausalConv2d(C * numbers, width, (3, 7), left=3, above=True)
+        self.in_h = CausalConv2d(C * numbers, width, (1, 4), mask="A", groups=C)
         self.layers = nn.ModuleList([GatedLayer(width, C, num_labels) for _ in range(config["num_layers"])])
         self.head = CausalConv2d(width, width, mask="B", groups=C)
         self.out = CausalConv2d(width, C * L, mask="B", groups=C)
@@ -606,31 +674,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         """x (N, D), weight (C L, D), bias (C L,), target (N, C) -> (N, C) float32"""
         N, C = target.shape
         nll = torch.empty(N, C, device=x.device)
-        log_sum = torch.empty(N, C, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
         for start in range(0, N, _CHUNK // C):
             rows = slice(start, start + _CHUNK // C)
-            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1)).float()
-            log_sum[rows] = logits.logsumexp(-1)
-            nll[rows] = log_sum[rows] - logits.gather(-1, target[rows, :, None])[..., 0]
-        ctx.save_for_backward(x, weight, bias, target, log_sum)
+            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1))
+            log_prob = logits.log_softmax(-1, dtype=wide)
+            nll[rows] = -log_prob.gather(-1, target[rows, :, None])[..., 0]
+        ctx.save_for_backward(x, weight, bias, target)
         return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        x, weight, bias, target, log_sum = ctx.saved_tensors
+        x, weight, bias, target = ctx.saved_tensors
         N, C = target.shape
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, device=x.device)
         grad_bias = torch.zeros(bias.shape, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
         for start in range(0, N, _CHUNK // C):
             rows = slice(start, start + _CHUNK // C)
-            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1)).float()
-            grad_logits = logits.sub_(log_sum[rows, :, None]).exp_()
+            logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1))
+            grad_logits = logits.softmax(-1, dtype=wide)  # where it is nearly 1, bfloat16 could not say how nearly
             grad_logits.scatter_add_(-1, target[rows, :, None], -torch.ones_like(grad_logits[..., :1]))
-            grad_logits.mul_(grad[rows, :, None])
-            grad_bias += grad_logits.sum(0).flatten()
-            grad_logits = grad_logits.to(x.dtype).flatten(1)  # (n, C, L) -> (n, C L)
+            grad_logits = grad_logits.mul_(grad[rows, :, None]).flatten(1)  # (n, C, L) -> (n, C L)
+            grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(x.dtype)
             grad_x[rows] = grad_logits @ weight
             grad_weight += grad_logits.t() @ x[rows]
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
@@ -716,6 +785,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
             convolutions, 4 when not given, two of them masked and the others 1x1.
         num_mixtures (`int`, *optional*, defaults to 10): Logistics K in the mixture of `plusplus`.
+        num_frequencies (`int`, *optional*, defaults to 0):
+            Waves that the input of `gated` is taken apart into, of 2, 4, ... levels: 8 tell all of 256 levels apart.
         dropout (`float`, *optional*): Dropout of `plusplus`, 0.5 when not given.
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not for
@@ -754,6 +825,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         num_mixtures: int = 10,
         dropout: float | None = None,
         num_class_embeds: int | None = None,
+        num_frequencies: int = 0,
     ):
         super().__init__()
         given = dict(self.config)
@@ -790,12 +862,13 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         self._check_shape(sample)
         labels = self._mixing_weights(class_labels, len(sample))
         network = self.network
-        x = (2 * sample.to(network.out.weight.dtype) - 1).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+        x = self._input(sample)
         features = network.horizontal(x, network.vertical(x, labels), labels)
         if return_loss:
             loss = self._loss(features, sample)
             return TinyPixelCNNOutput(loss=loss) if return_dict else (loss,)
-        parameters = self._distributions(network.output(features), x)  # (B, H, W, C, …)
+        values = 2 * sample.permute(0, 2, 3, 1) - 1
+        parameters = self._distributions(network.output(features), values)  # (B, H, W, C, …)
         parameters = parameters.permute(0, 3, *range(4, parameters.ndim), 1, 2)  # (B, C, …, H, W)
         return TinyPixelCNNOutput(sample=parameters) if return_dict else (parameters,)
 
@@ -895,10 +968,10 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             `tuple` of a place and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
         """
         self._check_shape(sample)
-        network, dtype = self.network, self.network.out.weight.dtype
+        network = self.network
         _, C, H, W = sample.shape
         labels = self._mixing_weights(class_labels, len(sample))
-        cache = RowCache(sample, dtype) if use_cache else None
+        cache = RowCache(sample, network) if use_cache else None
         for i in range(H):
             if use_cache:
                 cache.row, cache.column = i, None
@@ -911,7 +984,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                         if use_cache:
                             raw = network.output(network.horizontal(None, contexts, labels, cache), cache)
                         else:
-                            x = (2 * sample.to(dtype) - 1).permute(0, 2, 3, 1).contiguous()
+                            x = self._input(sample)
                             raw = network.output(network.horizontal(x, network.vertical(x, labels), labels))[:, i, j]
                             raw = raw.chunk(network.groups, dim=-1)[c]
                     yield (c, i, j), self._distributions(raw, 2 * sample[:, : c + 1, i, j] - 1, only=c)
@@ -950,7 +1023,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     def initialize(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> None:
         """
         Data-dependent initialisation of the weight norms of `plusplus` (arXiv 1602.07868, section 3): every convolution's
-        output on `images` gets mean 0 and variance 1, the gates' a standard deviation of 0.1. Nothing to do for the others.
+        output on `images` gets mean 0 and variance 1, the gates' a standard deviation of 0.1; what hardly varies there says
+        nothing of the scale. Nothing to do for the others.
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): A typical batch, in [0, 1].
@@ -959,8 +1033,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
         def normalize(conv: CausalConv2d, args: tuple, y: torch.Tensor) -> torch.Tensor:
             mean, std = y.flatten(0, -2).mean(0), y.flatten(0, -2).std(0)
-            # an output that does not vary over these images says nothing of the scale: it keeps its own
-            scale = torch.where(std > 1e-4, (0.1 if conv in gates else 1.0) / std, 1.0)
+            scale = (0.1 if conv in gates else 1.0) / torch.where(std > _MIN_STD, std, 1.0)
             conv.gain.mul_(scale)
             conv.bias.sub_(mean).mul_(scale)
             return (y - mean) * scale
@@ -973,6 +1046,13 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _input(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the network sees of images (B, C, H, W) in [0, 1]: (B, H, W, C E)"""
+        x = (2 * sample.to(torch.promote_types(sample.dtype, torch.float32)) - 1).permute(0, 2, 3, 1).contiguous()
+        encoding = getattr(self.network, "encoding", None)
+        x = x if encoding is None else encoding(x)
+        return x.to(self.network.out.weight.dtype)
 
     def _distributions(self, raw: torch.Tensor, x: torch.Tensor, only: int | None = None) -> torch.Tensor:
         """
