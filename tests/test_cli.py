@@ -124,6 +124,30 @@ class TestSample:
         ).images
         np.testing.assert_allclose(images, [np.asarray(image) for image in expected], atol=1)
 
+    def test_guidance_is_the_pipelines(self, conditional_checkpoint, tmp_path):
+        flags = ("--guidance_interval", 0.0, 0.5, "--dynamic_thresholding", 0.9)
+        arguments = ("--num_images", 2, "--class_labels", "cat", "--guidance_scale", 4)
+        images = sample(conditional_checkpoint, tmp_path / "a", *arguments, *flags)
+        pipe = TinyPipeline.from_pretrained(conditional_checkpoint)
+        expected = pipe(
+            class_labels=[0, 0],
+            guidance_scale=4.0,
+            guidance_interval=(0.0, 0.5),
+            dynamic_thresholding=0.9,
+            generator=[torch.Generator().manual_seed(i) for i in range(2)],
+            num_inference_steps=3,
+        ).images
+        np.testing.assert_allclose(images, [np.asarray(image) for image in expected], atol=1)
+
+    def test_the_way_to_each_image_is_one_picture(self, checkpoint, tmp_path, capsys):
+        arguments = ("--num_images", 3, "--batch_size", 2, "--num_inference_steps", 3, "--return_intermediates", 2)
+        assert run("sample", checkpoint, *arguments, "--output", tmp_path / "way.png") == 0
+        assert run("sample", checkpoint, *arguments[:-2], "--output", tmp_path / "grid.png") == 0
+        with Image.open(tmp_path / "way.png") as way:
+            assert way.width == way.height  # three images, each with two states before it
+        line = error_line(capsys, "sample", checkpoint, *arguments, "--output", f"{tmp_path}/")
+        assert "--return_intermediates" in line
+
     def test_the_rows_of_a_grid_are_named_where_each_is_of_one_class(self):
         assert cli._class_rows(None) == {}
         assert cli._class_rows(["cat"] * 4 + ["frog"] * 4) == {"columns": 4, "row_labels": ["cat", "frog"]}
@@ -199,6 +223,21 @@ class TestInterpolate:
         assert run("interpolate", checkpoint, *self.ARGUMENTS, "--num_frames", 4, "--output", output) == 0
         with Image.open(output) as picture:
             assert picture.width > 3 * picture.height
+
+    def test_it_walks_between_pictures(self, checkpoint, tmp_path, capsys):
+        sample(checkpoint, tmp_path / "ends", "--num_images", 2)
+        ends = sorted((tmp_path / "ends").iterdir())
+        arguments = ("--images", *ends, "--interpolation", "linear", "--num_frames", 3)
+        assert run("interpolate", checkpoint, *self.ARGUMENTS, *arguments, "--output", f"{tmp_path}/frames/") == 0
+        assert len(list((tmp_path / "frames").iterdir())) == 3
+        both = error_line(
+            capsys, "interpolate", checkpoint, *arguments, "--seeds", "0,1", "--output", tmp_path / "a.gif"
+        )
+        assert "one of `seeds`" in both
+        (tmp_path / "no.png").touch()
+        with pytest.raises(SystemExit):
+            run("interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
+        assert "can't be read as a picture" in capsys.readouterr().err
 
     def test_it_walks_between_classes(self, conditional_checkpoint, tmp_path):
         output = tmp_path / "walk.png"

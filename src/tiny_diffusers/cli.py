@@ -52,6 +52,19 @@ def add_sample(commands) -> None:
         type=_comma_separated,
         help="names or ids, such as cat,frog: the images are shared out evenly among them, in this order",
     )
+    _add_guidance_interval(parser)
+    parser.add_argument(
+        "--dynamic_thresholding",
+        type=float,
+        metavar="P",
+        help="percentile, such as 0.995, that keeps high guidance from saturating (default: the scheduler's way)",
+    )
+    parser.add_argument(
+        "--return_intermediates",
+        type=_positive,
+        metavar="K",
+        help="show K states on the way to each image too: a row for each image, from noise to what it became",
+    )
     _add_output_argument(parser, "samples.png", "one picture of all images, or numbered PNGs in a folder")
     parser.set_defaults(run=sample)
 
@@ -60,11 +73,14 @@ def sample(args: argparse.Namespace) -> None:
     """Each image has a generator of its own, so that none depends on the batch size."""
     import torch
 
-    from .plots import image_grid
+    from .plots import image_grid, strip
 
     output = _prepare_output(args.output)
+    if args.return_intermediates and output.is_dir():
+        raise UserError("--return_intermediates makes one picture of them all: give --output NAME.png.")
     pipe = _load_pipeline(args, "TinyPipeline")
-    options = _call_options(pipe, args, "num_inference_steps", "eta", "class_labels", "guidance_scale")
+    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
+    options = _call_options(pipe, args, *names, "dynamic_thresholding", "return_intermediates")
     labels = options.pop("class_labels", None)
     if labels is not None:
         if len(labels) > args.num_images:
@@ -73,7 +89,7 @@ def sample(args: argparse.Namespace) -> None:
             )
         labels = [labels[i * len(labels) // args.num_images] for i in range(args.num_images)]
 
-    images = []
+    images, states = [], [[] for _ in range(args.return_intermediates or 0)]
     began = time.perf_counter()
     for start in range(0, args.num_images, args.batch_size):
         stop = min(start + args.batch_size, args.num_images)
@@ -81,11 +97,16 @@ def sample(args: argparse.Namespace) -> None:
         generator = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(start, stop)]
         if labels is not None:
             options["class_labels"] = labels[start:stop]
-        images += pipe(batch_size=stop - start, generator=generator, **options).images
+        drawn = pipe(batch_size=stop - start, generator=generator, **options)
+        images += drawn.images
+        for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
+            state += intermediate.sample
     seconds = time.perf_counter() - began
 
     if output.is_dir():
         _save_numbered(images, output)
+    elif states:
+        strip([*states, images], row_labels=labels).save(output)
     else:
         image_grid(images, **_class_rows(labels)).save(output)
     print(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
@@ -106,13 +127,18 @@ def _class_rows(labels: list[str] | None) -> dict:
 def add_interpolate(commands) -> None:
     parser = commands.add_parser("interpolate", help="walk from one sample to another", allow_abbrev=False)
     _add_pipeline_arguments(parser)
-    parser.add_argument("--seeds", type=_two_seeds, default=(0, 1), help="of the two ends (default: 0,1)")
+    parser.add_argument("--seeds", type=_two_seeds, help="of the two ends (default: 0,1)")
+    parser.add_argument(
+        "--images", type=_picture, nargs=2, metavar="FILE", help="two pictures to walk between, in place of seeds"
+    )
+    parser.add_argument("--interpolation", help="slerp, or linear, whose frames between are smoother (default: slerp)")
     parser.add_argument(
         "--num_frames", type=int, default=16, help="images on the way, its ends among them (default: 16)"
     )
     parser.add_argument(
         "--class_labels", type=_comma_separated, help="a name or id for the whole way, or one for each end: cat,frog"
     )
+    _add_guidance_interval(parser)
     _add_output_argument(
         parser, "interpolation.gif", "an animation (.gif), one picture of all frames, or numbered PNGs in a folder"
     )
@@ -127,8 +153,11 @@ def interpolate(args: argparse.Namespace) -> None:
 
     output = _prepare_output(args.output)
     pipe = _load_pipeline(args, "TinyInterpolationPipeline")
-    options = _call_options(pipe, args, "num_inference_steps", "eta", "class_labels", "guidance_scale")
-    frames = pipe(seeds=args.seeds, num_frames=args.num_frames, **options).images
+    if args.seeds is None and args.images is None:
+        args.seeds = (0, 1)
+    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
+    options = _call_options(pipe, args, *names, "seeds", "images")
+    frames = pipe(num_frames=args.num_frames, **options).images
 
     if output.is_dir():
         _save_numbered(frames, output)
@@ -396,7 +425,80 @@ def compare(args: argparse.Namespace) -> None:
         args.output.write_text(table, encoding="utf-8")
 
 
-COMMANDS = (add_sample, add_interpolate, add_evaluate, add_compare, add_export, add_push)
+def add_benchmark(commands) -> None:
+    parser = commands.add_parser(
+        "benchmark",
+        help="measure this package's speed and memory on this machine, against stock diffusers",
+        description="Contenders run in turns, and a ratio is the median of the rounds' own: let nothing else run beside it. "
+        "Prints a table in Markdown as it goes, and writes JSON with the machine's facts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="of training, sampling, memory, data, start, evaluation, compile, scaling (default: the first six)",
+    )
+    parser.add_argument("--compile", action="store_true", help="the row compile too: blocks compiled against not")
+    parser.add_argument(
+        "--scaling", action="store_true", help="the rows scaling too: cost by resolution, batch and width"
+    )
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument(
+        "--sampling_steps", type=_positive, default=50, help="fewer make the row sampling shorter (default: 50)"
+    )
+    parser.add_argument(
+        "--batch_size", type=_positive, default=64, help="images of a step, and of a call (default: 64)"
+    )
+    parser.add_argument("--resolution", type=_positive, default=32, help="side of the images (default: 32)")
+    parser.add_argument(
+        "--block_out_channels",
+        type=_positive,
+        nargs="+",
+        default=[64, 128, 128],
+        help="widths of both networks' levels (default: 64 128 128)",
+    )
+    parser.add_argument(
+        "--layers_per_block", type=_positive, default=2, help="residual blocks of a level, in both (default: 2)"
+    )
+    parser.add_argument("--num_threads", type=_positive, help="CPU threads (default: the physical cores)")
+    parser.add_argument("--dataset_name", help="images for the row data: a Hub id or a folder (default: noise)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmark.json"), metavar="FILE", help="default: benchmark.json"
+    )
+    parser.set_defaults(run=benchmark)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """The JSON is written anew after each row, so that what was measured outlives an interruption."""
+    import dataclasses
+    import json
+    import shlex
+
+    from .benchmark import DEFAULT_ROWS, HEADER, Settings, machine, measure
+
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    rows = list(args.rows or DEFAULT_ROWS)
+    rows += [name for name in ("compile", "scaling") if getattr(args, name) and name not in rows]
+    if args.output.parent.is_file() or args.output.is_dir():
+        raise UserError(f"--output {args.output}: give the name of a file to write to, such as benchmark.json.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    facts = machine(settings)
+    print(", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items()), f"\n\n{HEADER}", sep="\n")
+    result = {
+        "command": shlex.join(["tiny-diffusers", *sys.argv[1:]]),
+        "machine": facts,
+        "settings": dataclasses.asdict(settings),
+        "rows": [],
+    }
+    for row in measure(settings, rows):
+        print(row.markdown(), flush=True)
+        result["rows"].append(row.as_dict())
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+COMMANDS = (add_sample, add_interpolate, add_evaluate, add_compare, add_benchmark, add_export, add_push)
 
 
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -428,6 +530,16 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator that there is)")
 
 
+def _add_guidance_interval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="the share of the steps that are guided, from 0 at the noise to 1 at the image (default: 0 1)",
+    )
+
+
 def _add_output_argument(parser: argparse.ArgumentParser, default: str, help: str) -> None:
     parser.add_argument("--output", default=default, help=f"{help}: NAME.png, DIR/ (default: {default})")
 
@@ -450,6 +562,16 @@ def _two_seeds(text: str) -> tuple[int, int]:
     return first, second
 
 
+def _picture(text: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(text) as picture:
+            return picture.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({_first_line(error)})") from None
+
+
 def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipeline":
     """The pipeline on its device, in its number format, with the scheduler that was asked for."""
     if args.scheduler is not None and args.scheduler not in SCHEDULERS:
@@ -469,6 +591,8 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
         raise UserError(f"--device {args.device} can't be used here: {_first_line(error)}") from error
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
     dtype = hardware.default_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and dtype != torch.float32:
         print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)

@@ -1,5 +1,7 @@
 """What this machine has: its device, its physical cores, and the number format that its hardware multiplies fastest."""
 
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -54,3 +56,24 @@ def default_dtype(device: torch.device) -> torch.dtype:
         )
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return torch.float32
+
+
+def keep_freed_memory() -> None:
+    """
+    Keeps what tensors on the CPU leave behind for the next ones, for the rest of the process. glibc's allocator hands large
+    blocks back to the system at once, which then clears each page anew, in every step. Other allocators are left alone.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def compile_failure(device: torch.device) -> str | None:
+    """Why `torch.compile` can't work on `device` (no C++ compiler, no Triton, ...), or None where a trial succeeds."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each backend, platform and version of torch has its own
+        error = getattr(error, "inner_exception", error)
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None

@@ -85,14 +85,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train_classes, monkeypatch):
     options = ("--class_dropout_prob", "0.5", "--random_flip")
     whole = train_classes(*options, steps=20, name="whole")
 
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def killed_after(self):
         step(self)
         if self.step == 7:
             self.received_signal = 15
 
-    monkeypatch.setattr(Trainer, "_train_step", killed_after)
+    monkeypatch.setattr(Trainer, "train_step", killed_after)
     with pytest.raises(SystemExit):
         train_classes(*options, steps=20, name="resumed")
     monkeypatch.undo()

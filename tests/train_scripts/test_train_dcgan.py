@@ -198,14 +198,14 @@ def test_averaged_weights_and_copied_statistics_are_what_is_saved(train):
 def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, stopped_at):
     options = ("--instance_noise", "0.1", "--class_conditional", "--gradient_accumulation_steps", "2")
     whole = train(*options, name="whole")
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def killed_after(self):
         step(self)
         if self.step == stopped_at:
             self.received_signal = 15
 
-    monkeypatch.setattr(Trainer, "_train_step", killed_after)
+    monkeypatch.setattr(Trainer, "train_step", killed_after)
     with pytest.raises(SystemExit):
         train(*options, name="resumed")
     monkeypatch.undo()

@@ -87,14 +87,14 @@ def test_what_is_no_likelihood_is_validated_by_its_own_loss():
 @pytest.mark.parametrize("stopped_at", [3])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, stopped_at):
     whole = train("--random_flip", name="whole")
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def killed_after(self):
         step(self)
         if self.step == stopped_at:
             self.received_signal = 15
 
-    monkeypatch.setattr(Trainer, "_train_step", killed_after)
+    monkeypatch.setattr(Trainer, "train_step", killed_after)
     with pytest.raises(SystemExit):
         train("--random_flip", name="resumed")
     monkeypatch.undo()

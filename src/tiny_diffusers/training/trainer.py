@@ -23,7 +23,7 @@ import filelock
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, load_images, normalize
 from ..errors import UserError, unknown
-from ..hardware import default_device, default_dtype, physical_cores
+from ..hardware import compile_failure, default_device, default_dtype, keep_freed_memory, physical_cores
 from . import checkpoints
 from .arguments import TrainingArguments, command_line, save_arguments
 from .draws import DataOrder, Draws, make_generator
@@ -117,7 +117,7 @@ def launch(main: Callable[[], None]) -> int:
 
 def start(arguments: TrainingArguments) -> Accelerator:
     """
-    Sets up this process: its threads, its device, its number format, its trackers.
+    Sets up this process: its threads, its memory, its device, its number format, its trackers.
 
     Raises:
         UserError: If a tracker or a number format is not known or not to be had here.
@@ -126,6 +126,8 @@ def start(arguments: TrainingArguments) -> Accelerator:
     threads = arguments.num_threads or max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(threads)
     arguments.num_threads = threads
+    if default_device().type == "cpu":
+        keep_freed_memory()
 
     trackers = [name for name in arguments.report_to.replace(" ", "").split(",") if name not in ("", "none")]
     for name in trackers:
@@ -215,6 +217,8 @@ class Trainer:
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator, data: ImageData, family: Family):
         self.arguments, self.accelerator, self.data, self.family = arguments, accelerator, data, family
         self.device = accelerator.device
+        sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes weights in the plain layout alone
+        self.memory_format = torch.contiguous_format if sharded else torch.channels_last
         name = Path(arguments.train_data_dir or data.name).name
         self.output_dir = Path(arguments.output_dir or f"runs/{family.name}-{name}")
         arguments.output_dir = str(self.output_dir)
@@ -298,19 +302,33 @@ class Trainer:
         if arguments.optimizer not in makers:
             raise unknown("--optimizer", arguments.optimizer, makers)
 
+        compiles = arguments.compile and self._can_compile()
         self.modules, self.optimizers, self.averages = {}, {}, {}
         for name, module in self.family.modules.items():
-            module.train().to(self.device, memory_format=torch.channels_last)  # a loaded one is in evaluation mode
+            module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
             if arguments.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
-            if arguments.compile:
-                module.compile_repeated_blocks()
             if arguments.use_ema:
                 self.averages[name] = EMA(
                     module, arguments.ema_max_decay, arguments.ema_inv_gamma, arguments.ema_power
                 )
+            if compiles:
+                module.compile_repeated_blocks(dynamic=False)  # in place: names, weights and averages stay as they are
             optimizer = makers[arguments.optimizer](module.parameters())
             self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
+
+    def _can_compile(self) -> bool:
+        """Whether the networks' blocks can be compiled here; says why where they can't."""
+        modules = self.family.modules.values()
+        unnamed = [type(module).__name__ for module in modules if not getattr(module, "_repeated_blocks", None)]
+        failure = f"{unnamed[0]} names no repeated blocks" if unnamed else compile_failure(self.device)
+        if failure:
+            self._warn(f"--compile: the networks run as they are, as nothing can be compiled here ({failure}).")
+            return False
+        # Blocks of one class share their code, and torch gives up on a code after 8 shapes: each block may have some.
+        blocks = sum(1 for module in modules for _ in module.modules())
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, blocks)
+        return True
 
     def _build_lr_schedulers(self) -> None:
         from diffusers.optimization import SchedulerType, get_scheduler
@@ -376,14 +394,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- the run
 
-    def run(self) -> None:
-        """Trains to the end, or until a signal, an early stop, or losses that are not finite; then saves."""
-        arguments, accelerator = self.arguments, self.accelerator
+    def prepare(self) -> None:
+        """What has to stand before the first step: the number of steps, the learning rates, the checkpoint to go on from."""
         resumed = self._find_resume()
         self._settle_steps()
         self._build_lr_schedulers()
         if resumed:
             self._load_checkpoint(resumed)
+
+    def run(self) -> None:
+        """Trains to the end, or until a signal, an early stop, or losses that are not finite; then saves."""
+        arguments, accelerator = self.arguments, self.accelerator
+        self.prepare()
         if accelerator.is_main_process:
             self._write_run_files()
             self._trim_log()
@@ -397,7 +419,9 @@ class Trainer:
                 self._loop(bar)
             if self.stop_signal:
                 if accelerator.is_main_process:
-                    print(f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True)
+                    print(
+                        f"stopped at step {self.step}: --resume_from_checkpoint latest goes on from here.", flush=True
+                    )
                 accelerator.end_training()
         finally:
             for number, handler in handlers.items():
@@ -420,7 +444,7 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         began, first = time.perf_counter(), self.step
         while self.step < self.max_steps and not self._stopped_early():
-            self._train_step()
+            self.train_step()
             bar.update()
             if self.step % arguments.logging_steps == 0 or self.step == self.max_steps:
                 values = self._log_training()
@@ -454,7 +478,7 @@ class Trainer:
         steps = (every or math.inf) * self.steps_per_epoch
         return self.step // steps > (self.step - 1) // steps
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
         """One step of the run: every network's update, its average, its learning rate."""
         finite = self._optimize(self.step)
         self.step += 1
@@ -485,7 +509,7 @@ class Trainer:
         all_finite, totals = True, dict.fromkeys(self.modules, 0.0)
         for micro_batch in range(arguments.gradient_accumulation_steps):
             with accelerator.accumulate(*self.modules.values()):
-                batch = self._batch(step, micro_batch)
+                batch = self.batch(step, micro_batch)
                 for name, loss, *scalars in self.family.losses(self.modules, batch):
                     accelerator.backward(loss)
                     self._add(f"{prefix[name]}loss", loss.detach())
@@ -508,7 +532,8 @@ class Trainer:
         for name, average in self.averages.items():
             average.update(self.accelerator.unwrap_model(self.modules[name]), step)
 
-    def _batch(self, step: int, micro_batch: int) -> Batch:
+    def batch(self, step: int, micro_batch: int) -> Batch:
+        """This process's images of a micro-batch, drawn, normalised and augmented."""
         accelerator, size = self.accelerator, self.arguments.train_batch_size
         first = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
         rows = range(first, first + size)
@@ -586,7 +611,7 @@ class Trainer:
         """Drops what a killed run wrote after the checkpoint that is resumed, so that no step is logged twice."""
         path = self.output_dir / "train_log.jsonl"
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
                 if json.loads(line)["step"] > self.step:
                     break
@@ -698,8 +723,8 @@ class Trainer:
     def _load_checkpoint(self, folder: Path) -> None:
         try:
             self._load(folder)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+        except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(
                 f"--resume_from_checkpoint: {folder} does not fit these settings ({reason}); the run's own stand in "
                 f"{self.output_dir / 'config.yaml'}, for --config."
@@ -871,7 +896,8 @@ class Trainer:
         )
         print(
             f"on {self.device} x {self.accelerator.num_processes}, {torch.get_num_threads()} threads, "
-            f"mixed precision {arguments.mixed_precision}, channels-last, into {self.output_dir}",
+            f"mixed precision {arguments.mixed_precision}, {str(self.memory_format).removeprefix('torch.')}, into "
+            f"{self.output_dir}",
             flush=True,
         )
 
