@@ -3,8 +3,7 @@ The five families on the same images, for the same minutes, by one protocol.
 
     python tests/benchmarks/benchmark_families.py [--minutes 10] [--dataset_name ylecun/mnist] [--resolution 32]
 
-Each family is trained by its script's defaults (PixelCNN by its MNIST recipe) on all training images, and measured against
-the test split by `tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is
+Each family is trained by its script's defaults (PixelCNN by its MNIST recipe), and measured against the test split by `tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is
 one (a bound for diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of
 samples a family) and each family's own report into `--output_dir`. What is done already, a model or a report, is not done
 again.
@@ -45,8 +44,8 @@ def train(name: str, args: argparse.Namespace) -> None:
     script, arguments, _ = FAMILIES[name]
     command = [
         *(sys.executable, str(SCRIPTS / f"{script}.py"), *arguments),
-        *("--dataset_name", args.dataset_name, "--resolution", str(args.resolution), "--validation_split", "0"),
-        *("--max_train_minutes", str(args.minutes), "--seed", str(args.seed), "--save_images_epochs", "0"),
+        *("--dataset_name", args.dataset_name, "--resolution", str(args.resolution)),
+        *("--max_train_minutes", str(args.minutes), "--seed", str(args.seed)),
         *("--output_dir", str(folder_of(name, args)), "--overwrite_output_dir"),
     ]
     subprocess.run(command, check=True)  # a process each, so that none inherits another's memory or threads

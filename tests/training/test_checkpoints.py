@@ -72,6 +72,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
 
+def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):
+    publish(tmp_path, 1)
+    old = tmp_path / ".staging-old-checkpoint-1"
+    write(old.mkdir() or old)
+    publish(tmp_path, 1)  # over the one that is there
+    assert checkpoints.damage(tmp_path / "checkpoint-1") is None
+
+
 def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
     publish(tmp_path, 1)
     with pytest.raises(UserError, match="checkpoint-1"):

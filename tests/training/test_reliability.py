@@ -86,14 +86,14 @@ def test_a_run_killed_three_times_ends_as_one_left_alone():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys, number):
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def told_to_stop(self):
         if self.step == 2:
             signal.raise_signal(number)
         step(self)
 
-    monkeypatch.setattr(Trainer, "_train_step", told_to_stop)
+    monkeypatch.setattr(Trainer, "train_step", told_to_stop)
     handler = signal.getsignal(number)
     assert launch(lambda: _train(tmp_path / "run")) == 128 + number
     assert signal.getsignal(number) is handler
@@ -104,12 +104,27 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, mon
     _assert_equal(whole, _train(tmp_path / "run", *RESUME))
 
 
+def test_a_signal_while_a_checkpoint_is_written_counts_at_the_next_step(whole, tmp_path, monkeypatch):
+    save = Trainer._save_checkpoint
+
+    def told_to_stop(self):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        save(self)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", told_to_stop)
+    assert launch(lambda: _train(tmp_path / "run")) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert checkpoints.list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3"
+    _assert_equal(whole, _train(tmp_path / "run", *RESUME))
+
+
 def test_grids_come_at_the_same_steps_after_a_resume(tmp_path, monkeypatch):
     grids = ("--save_images_epochs", "1", "--validation_split", "0")  # eight steps an epoch
     once = _train(tmp_path / "once", *grids, steps=26)
-    step = Trainer._train_step
+    step = Trainer.train_step
     monkeypatch.setattr(
-        Trainer, "_train_step", lambda self: step(self) or setattr(self, "received_signal", self.step == 11)
+        Trainer, "train_step", lambda self: step(self) or setattr(self, "received_signal", self.step == 11)
     )
     with pytest.raises(SystemExit):
         _train(tmp_path / "twice", *grids, steps=26)
@@ -134,14 +149,14 @@ def test_ctrl_c_before_the_first_step_is_one_line(capsys):
 
 def test_a_full_disk_stops_the_run_with_the_earlier_checkpoints_intact(whole, tmp_path, monkeypatch, capsys):
     resource = pytest.importorskip("resource")
-    step, limits = Trainer._train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    step, limits = Trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fills_the_disk(self):
         step(self)
         if self.step == 3:  # no file may grow beyond this: the weights cannot be written any more
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
 
-    monkeypatch.setattr(Trainer, "_train_step", fills_the_disk)
+    monkeypatch.setattr(Trainer, "train_step", fills_the_disk)
     try:
         status = launch(lambda: _train(tmp_path / "run"))
     finally:
@@ -233,6 +248,18 @@ def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, ar
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"step": 4}', '{"step": 4, "lr_schedulers": null}'])
+def test_a_state_of_another_form_is_refused_in_one_line(run, content):
+    """As a later version may write, or someone hostile: its checksum is right."""
+    checkpoint = run / "checkpoint-4"
+    (checkpoint / "state.json").write_text(content)
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    checkpoints._seal(checkpoint)
+    with pytest.raises(UserError, match="checkpoint-4 does not fit") as error:
+        _train(run, *RESUME)
+    assert "\n" not in str(error.value)
+
+
 def test_what_makes_a_resumed_run_another_run_is_said(run, capsys):
     _train(run, *RESUME, "--seed", "1", "--max_train_samples", "32", batch=4)
     said = capsys.readouterr().err
@@ -249,12 +276,41 @@ def test_a_damaged_settings_file_is_named(run):
 # ------------------------------------------------------------------------------------------------------ many processes
 
 
-def _torchrun(folder, *argv):
+# accelerate takes FSDP for a matter of GPUs, and says nothing: this switches it on where there are none.
+SHARDED = """
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from tiny_diffusers.train_scripts import train_unconditional
+from tiny_diffusers.training import checkpoints, trainer
+
+
+class Sharded(Accelerator):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def whole(tensor):
+    spread.add(hasattr(tensor, "full_tensor") and tensor.to_local().numel() < tensor.numel())
+    return whole_tensor(tensor)
+
+
+spread, whole_tensor = set(), checkpoints.whole
+checkpoints.whole, trainer.Accelerator = whole, Sharded
+train_unconditional.main()
+assert True in spread  # so it was sharded
+"""
+
+
+def _torchrun(folder, *argv, script=train_unconditional.__file__, environment=None):
     """Two processes of four images each."""
-    length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "50")
+    length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "25")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [train_unconditional.__file__, *TINY, *length, "--output_dir", str(folder), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    command += [str(script), *TINY, *length, "--output_dir", str(folder), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -299,6 +355,30 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     output = process.communicate()[0]
     assert process.returncode == 0, output
     _assert_equal(two_processes, folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_processes, tmp_path):
+    folder, script = tmp_path / "run", tmp_path / "sharded.py"
+    shutil.copytree(two_processes, folder)
+    shutil.rmtree(folder / "checkpoint-50")
+    script.write_text(SHARDED)
+    process = _torchrun(
+        folder, *RESUME, script=script, environment={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    for ours, theirs in zip(_log(folder), _log(two_processes), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for name in (
+        f"unet/{WEIGHTS}",
+        f"checkpoint-50/unet/{WEIGHTS}",
+        "checkpoint-50/unet_optimizer/optimizer.safetensors",
+    ):
+        ours, theirs = load_file(folder / name), load_file(two_processes / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
 
 
 def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
@@ -376,6 +456,7 @@ def test_hostile_images_do_not_touch_the_result(tmp_path, whole, monkeypatch):
     ("component", "changes"),
     [
         ("unet", {"block_out_channels": [8, 10**12]}),
+        ("unet", {"block_out_channels": [2**16, 2**16]}),
         ("unet", {"layers_per_block": 10**9}),
         ("unet", {"sample_size": 10**8}),
         ("unet", {"in_channels": 10**10}),

@@ -47,7 +47,9 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         raise
 
     if directory.exists():  # a checkpoint of the very same step: one that was found damaged, or is the same again
-        os.replace(directory, directory.with_name(f"{_STAGING}old-{directory.name}"))
+        old = directory.with_name(f"{_STAGING}old-{directory.name}")
+        shutil.rmtree(old, ignore_errors=True)  # a kill has left one
+        os.replace(directory, old)
     os.replace(staging, directory)
     _fsync(directory.parent)
 

@@ -1,0 +1,78 @@
+"""
+How much a high guidance scale saturates a conditional model's colours, with and without dynamic thresholding.
+
+    python tests/benchmarks/check_guidance_saturation.py runs/conditional-ddpm-cifar10 [--dataset_name uoft-cs/cifar10]
+
+Measures the share of values at 0 or 255 in real images and in samples from the same noise: predictions of x_0 clipped to
+[-1, 1] (static), or thresholded at the 99.5th percentile (dynamic). Prints the figures as JSON, writes a grid with a row of
+each into the checkpoint's folder, and exits with 1 where static clipping doesn't exceed the real share, or dynamic
+thresholding doesn't at least halve the excess.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tiny_diffusers import TinyPipeline, plots
+from tiny_diffusers.data import load_images
+from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+
+
+MODES = {"static": None, "dynamic": 0.995}
+
+
+def share_at_the_ends(images: torch.Tensor) -> float:
+    """Of uint8 images."""
+    return float(((images == 0) | (images == 255)).double().mean())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--guidance_scale", type=float, default=8.0)
+    parser.add_argument("--num_images", type=int, default=200)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(physical_cores())
+
+    device = default_device()
+    pipe = TinyPipeline.from_pretrained(args.checkpoint).to(device, default_dtype(device))
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    classes = torch.arange(args.num_images) % len(pipe.config.id2label)
+    real = load_images(args.dataset_name, split="test", resolution=pipe.unet.config.sample_size).images
+    shares, rows = {"real": share_at_the_ends(real)}, []
+    for mode, percentile in MODES.items():
+        batches = []
+        for chosen in tqdm(torch.arange(args.num_images).split(100), desc=mode):
+            output = pipe(
+                classes[chosen],
+                guidance_scale=args.guidance_scale,
+                dynamic_thresholding=percentile,
+                generator=[torch.Generator().manual_seed(args.seed + int(i)) for i in chosen],
+                num_inference_steps=args.num_inference_steps,
+                output_type="np",
+            )
+            batches.append((output.images * 255).round().astype(np.uint8))
+        images = torch.from_numpy(np.concatenate(batches)).permute(0, 3, 1, 2)
+        shares[mode] = share_at_the_ends(images)
+        rows += list(images[: len(pipe.config.id2label)])
+    picture = args.checkpoint / f"guidance-{args.guidance_scale:g}.png"
+    plots.image_grid(torch.stack(rows).numpy(), columns=len(pipe.config.id2label), row_labels=list(MODES)).save(
+        picture
+    )
+
+    excess = {mode: shares[mode] - shares["real"] for mode in MODES}
+    print(json.dumps({"share at 0 or 255": shares, "excess over real": excess, "picture": str(picture)}, indent=2))
+    return 0 if 0 < excess["static"] and excess["dynamic"] <= excess["static"] / 2 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
