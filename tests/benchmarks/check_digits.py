@@ -57,6 +57,8 @@ def write_card(folder: Path, args: argparse.Namespace, figures: dict) -> None:
 
     facts = json.loads((folder / "run.json").read_text())
     command = f"python tests/benchmarks/check_digits.py {folder.as_posix()} --seed {args.seed}"
+    if args.scheduler:
+        command += f" --scheduler {args.scheduler}"
     hub.write_card(
         folder,
         model_name=folder.name,
@@ -64,7 +66,7 @@ def write_card(folder: Path, args: argparse.Namespace, figures: dict) -> None:
         settings=yaml.safe_load((folder / "config.yaml").read_text()),
         data=facts["data"],
         license=yaml.safe_load((folder / "config.yaml").read_text())["license"],
-        results={"measured by": command, "inference steps (DDIM)": args.num_inference_steps, **figures},
+        results={"measured by": command, "inference steps": args.num_inference_steps, **figures},
     )
 
 
@@ -73,6 +75,9 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument(
+        "--scheduler", help="A class of diffusers' to sample with, such as DPMSolverMultistepScheduler."
+    )
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--write_card", action="store_true", help="Add the figures to the checkpoint's card.")
     args = parser.parse_args()
@@ -80,6 +85,10 @@ def main() -> int:
     from tiny_diffusers import TinyPipeline
 
     pipe = TinyPipeline.from_pretrained(args.checkpoint)
+    if args.scheduler:
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     images = pipe(
         batch_size=args.num_images,
         generator=torch.Generator().manual_seed(args.seed),

@@ -1,5 +1,6 @@
 """A run can be killed, stopped, starved of disk, damaged and multiplied, and computes what it would have computed."""
 
+import importlib
 import json
 import os
 import pickle
@@ -337,6 +338,33 @@ def test_two_processes_compute_what_one_does(two_processes, tmp_path):
     ours, theirs = (load_file(folder / "unet" / WEIGHTS) for folder in (one, two_processes))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+_FAMILIES = {  # without dropout and batch norm, whose draws and statistics are each process's own
+    "train_conditional": TINY[: TINY.index("--checkpointing_steps")],
+    "train_pixelcnn": ("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17"),
+    "train_vae": ("--block_out_channels", "8", "--latent_dim", "4"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_two_processes_train_the_other_families_as_one_does(name, tmp_path):
+    """The DCGAN has batch norm: for it see its own tests."""
+    module = importlib.import_module(f"tiny_diffusers.train_scripts.{name}")
+    settings = [
+        *(*_FAMILIES[name], "--max_train_steps", "50", "--logging_steps", "10", "--save_images_epochs", "0"),
+        *("--max_train_samples", "64", "--validation_split", "0", "--checkpointing_steps", "50"),
+        *("--mixed_precision", "no", "--num_threads", "1"),
+    ]
+    module.main([*settings, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", module.__file__]
+    command += [*settings, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    for ours, theirs in zip(_log(tmp_path / "one"), _log(tmp_path / "two"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")

@@ -207,13 +207,14 @@ class CausalConv2d(nn.Module):
         if min(self.visible) < window:
             rows = torch.tensor([[1.0] * n + [0.0] * (window - n) for n in self.visible])
             rows = rows.repeat_interleave(out_channels // groups, dim=0)
-            visible = rows.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2).contiguous()
+            # flat: four dimensions could be laid out channels-last, over which torch's data parallelism stumbles
+            visible = rows.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2).reshape(out_channels, -1)
         self.register_buffer("mask", visible, persistent=False)
 
     @property
     def kernel(self) -> torch.Tensor:
         """The weight as it is applied, (out, in, kh, kw)."""
-        weight = self.weight if self.mask is None else self.weight * self.mask
+        weight = self.weight if self.mask is None else self.weight * self.mask.view_as(self.weight)
         if self.gain is None:
             return weight
         norm = weight.flatten(1).norm(dim=1)
