@@ -252,6 +252,20 @@ class TestInterpolate:
         assert "'1' is not two whole numbers" in capsys.readouterr().err
 
 
+class TestPlot:
+    def test_one_run_and_several(self, tmp_path, capsys):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+        for runs in ("a",), ("a", "b"):
+            output = tmp_path / f"{len(runs)}.png"
+            assert run("plot", *(tmp_path / name for name in runs), "--output", output) == 0
+            assert Image.open(output).size == (960, 540)
+        assert run("plot", tmp_path / "a", "--output", tmp_path / "curves.txt") == 2
+        assert run("plot", tmp_path / "nothing") == 2
+        assert "no training log" in capsys.readouterr().err
+
+
 class TestExportAndPush:
     def test_export_lays_the_code_and_takes_the_card_along(self, checkpoint, tmp_path):
         (checkpoint / "README.md").write_text("a card")

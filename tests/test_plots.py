@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.plots import image_grid, loss_curves, read_log, smooth, strip, to_pil
+from tiny_diffusers.plots import compare_losses, image_grid, loss_curves, read_log, smooth, strip, to_pil
 
 
 def pixels(image):
@@ -148,3 +148,13 @@ class TestLossCurves:
         log = self.write(tmp_path / "train_log.jsonl", {"step": 1, "lr": 0.1})
         with pytest.raises(UserError, match="no loss in it yet"):
             loss_curves(log, tmp_path / "x.png")
+
+    def test_runs_are_compared_by_the_loss_that_all_have(self, tmp_path):
+        first = self.write(tmp_path / "a.jsonl", {"step": 1, "loss": 1.0, "val_loss": 0.5})
+        second = self.write(tmp_path / "b.jsonl", {"step": 1, "loss": 2.0})
+        assert compare_losses({"a": first, "b": second}, tmp_path / "x.svg").read_text().count("training loss") == 1
+        assert "validation loss" in compare_losses({"a": first, "c": first}, tmp_path / "y.svg").read_text()
+        with pytest.raises(UserError, match="no loss in common"):
+            compare_losses(
+                {"a": first, "d": self.write(tmp_path / "d.jsonl", {"step": 1, "lr": 1.0})}, tmp_path / "z.svg"
+            )

@@ -425,6 +425,28 @@ def compare(args: argparse.Namespace) -> None:
         args.output.write_text(table, encoding="utf-8")
 
 
+def add_plot(commands) -> None:
+    parser = commands.add_parser("plot", help="draw the losses of one or several runs", allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folders of the train scripts")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("loss_curves.png"), help="a picture to write"
+    )
+    parser.set_defaults(run=plot)
+
+
+def plot(args: argparse.Namespace) -> None:
+    from . import plots
+
+    logs = {str(folder): folder / "train_log.jsonl" for folder in args.runs}
+    if args.output.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--output {args.output}: it must end in .png, .svg or .pdf.")
+    if len(logs) == 1:
+        plots.loss_curves(*logs.values(), args.output, title=args.runs[0].name)
+    else:
+        plots.compare_losses(logs, args.output)
+    print(f"wrote {args.output}")
+
+
 def add_benchmark(commands) -> None:
     parser = commands.add_parser(
         "benchmark",
@@ -498,7 +520,7 @@ def benchmark(args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-COMMANDS = (add_sample, add_interpolate, add_evaluate, add_compare, add_benchmark, add_export, add_push)
+COMMANDS = (add_sample, add_interpolate, add_evaluate, add_compare, add_plot, add_benchmark, add_export, add_push)
 
 
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -14,6 +14,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Images = Union["torch.Tensor", np.ndarray, Sequence[Image.Image]]
 
@@ -269,17 +271,12 @@ def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -
     Raises:
         [`~tiny_diffusers.errors.UserError`]: for a log that isn't there or has no loss in it.
     """
-    # A Figure of its own draws by Agg: neither pyplot's global state nor a display is touched.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     series = read_log(log)
     losses = [name for name in series if name.endswith("loss") and name != "val_loss"]
     if not losses and "val_loss" not in series:
         raise UserError(f"'{log}' has no loss in it yet: nothing to draw.")
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _loss_axes(title)
     for name, (light, dark) in zip(losses, LOSS_COLOURS, strict=False):
         steps, values = series[name]
         if len(values) > 20:
@@ -291,7 +288,46 @@ def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -
         best = values.argmin()
         label = f"validation (lowest: {values[best]:.3g} at step {steps[best]:,})"
         axes.plot(steps, values, color="#d9622b", linewidth=1.8, marker="o", markersize=3.5, label=label)
+    return _save_curves(figure, axes, output)
 
+
+def compare_losses(logs: Mapping[str, str | Path], output: str | Path) -> Path:
+    """
+    Draws one loss of several runs over their steps: the validation loss where all have one, else the training loss.
+    Losses of different kinds (an l2 and a Huber, diffusion and a VAE) lie on one axis, but say nothing of each other.
+
+    Args:
+        logs (`dict[str, str]`):
+            A run's name in the legend -> its `train_log.jsonl`.
+        output (`str` or `Path`):
+            The picture to write; its suffix names the format.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: for a log that isn't there, or runs that have no loss in common.
+    """
+    runs = {name: read_log(log) for name, log in logs.items()}
+    key = next((key for key in ("val_loss", "loss") if all(key in series for series in runs.values())), None)
+    if key is None:
+        raise UserError(f"{', '.join(runs)} have no loss in common that could be drawn.")
+    figure, axes = _loss_axes({"val_loss": "validation loss", "loss": "training loss"}[key])
+    for name, series in runs.items():
+        steps, values = series[key]
+        if len(values) > 20:
+            values = smooth(values, max(5, len(values) // 30))
+        axes.plot(steps, values, linewidth=1.8, label=name)
+    return _save_curves(figure, axes, output)
+
+
+def _loss_axes(title: str | None) -> tuple["Figure", "Axes"]:
+    # A Figure of its own draws by Agg: neither pyplot's global state nor a display is touched.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -299,6 +335,10 @@ def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save_curves(figure: "Figure", axes: "Axes", output: str | Path) -> Path:
     axes.legend(frameon=False)
     output = Path(output)
     figure.savefig(output)
