@@ -4,8 +4,8 @@ What an evaluation costs: images/s through the features, memory, and whether two
     python tests/benchmarks/benchmark_evaluation.py [--dataset_name uoft-cs/cifar10]
 
 1. Seconds that `efficientnet-lite0` takes for 10,000 images, in float32 and bfloat16.
-2. Peak memory of `tiny-diffusers evaluate --images` at 2,500, 10,000 and 40,000 images (features `pixels`, all metrics that
-   keep features), each in a process of its own: the memory that belongs to the process alone, without what is mapped from
+2. Peak memory of `tiny-diffusers evaluate --images` at 2,500, 10,000 and 40,000 images (features `pixels`, the metrics that
+   compare sets), each in a process of its own: the memory that belongs to the process alone, without what is mapped from
    files, where the system tells them apart (Linux), else all of it.
 3. The largest relative difference between the figures of one process and of two, `efficientnet-lite0`, 2,000 images.
 """
@@ -45,6 +45,7 @@ def evaluate(folder: Path, output: Path, dataset_name: str, *options: str, proce
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launcher, "-m", "tiny_diffusers.cli", "evaluate", "--images", str(folder), "--output", str(output)]
     command += ["--dataset_name", dataset_name, "--train_split", "none", "--baselines", "none", *options]
+    command += ["--metrics", "frechet_distance,kernel_distance,precision_recall,density_coverage"]
     environment = {**os.environ, "TINY_DIFFUSERS_CACHE": str(output / "cache")}
     process, peak = psutil.Popen(command, env=environment, stderr=subprocess.DEVNULL), 0
     while process.poll() is None:
