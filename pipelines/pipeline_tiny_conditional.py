@@ -5,6 +5,7 @@ This file travels with checkpoints: it imports nothing but torch, diffusers and 
 """
 
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 from diffusers import SchedulerMixin
@@ -51,9 +52,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         self,
         unet: torch.nn.Module,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
-        null_class_id: int | None = -1,
-        class_dropout_prob: float | None = None,
+        id2label: Optional[dict] = None,
+        null_class_id: Optional[int] = -1,
+        class_dropout_prob: Optional[float] = None,
     ):
         super().__init__(unet, scheduler)
         self._register_classes(id2label, null_class_id, class_dropout_prob)

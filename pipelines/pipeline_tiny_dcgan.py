@@ -4,6 +4,8 @@
 This file travels with checkpoints: it imports nothing but torch, diffusers and its siblings.
 """
 
+from typing import Optional
+
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -40,7 +42,9 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
     _network_name = "generator"
     _optional_components = ["discriminator"]
 
-    def __init__(self, generator: ModelMixin, discriminator: ModelMixin | None = None, id2label: dict | None = None):
+    def __init__(
+        self, generator: ModelMixin, discriminator: Optional[ModelMixin] = None, id2label: Optional[dict] = None
+    ):
         DiffusionPipeline.__init__(self)
         self.register_modules(generator=generator, discriminator=discriminator)
         self._register_names(id2label)

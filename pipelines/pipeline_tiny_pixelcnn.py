@@ -6,6 +6,7 @@ This file travels with checkpoints: it imports nothing but numpy, PIL, torch, di
 
 import math
 from collections.abc import Callable
+from typing import Optional
 
 import numpy as np
 import PIL.Image
@@ -47,7 +48,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
     _network_name = "pixelcnn"
     _callback_tensor_inputs = ["images"]
 
-    def __init__(self, pixelcnn: ModelMixin, id2label: dict | None = None):
+    def __init__(self, pixelcnn: ModelMixin, id2label: Optional[dict] = None):
         DiffusionPipeline.__init__(self)
         self.register_modules(pixelcnn=pixelcnn)
         self._register_names(id2label)
