@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -386,6 +387,9 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+@pytest.mark.skipif(
+    not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"), reason="accelerate is too old for FSDP 2"
+)
 def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_processes, tmp_path):
     folder, script = tmp_path / "run", tmp_path / "sharded.py"
     shutil.copytree(two_processes, folder)

@@ -23,7 +23,8 @@ import filelock
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import __version__ as accelerate_version
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -180,6 +181,8 @@ def _check_sharding(arguments: TrainingArguments) -> None:
             raise UserError(
                 "--use_ema False: with FSDP the average is the one whole copy of the network; leave it on."
             )
+        if not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+            raise UserError(f"accelerate {accelerate_version} knows FSDP of version 1 only: install a later one.")
 
 
 def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_labels: bool = False) -> ImageData:
@@ -327,7 +330,9 @@ class Trainer:
             return False
         # Blocks of one class share their code, and torch gives up on a code after 8 shapes: each block may have some.
         blocks = sum(1 for module in modules for _ in module.modules())
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, blocks)
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
+        setattr(config, limit, max(getattr(config, limit), blocks))
         return True
 
     def _build_lr_schedulers(self) -> None:
