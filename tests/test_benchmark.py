@@ -190,7 +190,9 @@ def test_no_compiler_is_one_line(tmp_path, monkeypatch):
 def test_the_compiled_row_has_the_first_steps_time(monkeypatch, tmp_path):
     compile_ = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **kwargs))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # the row sets it: as it was for the tests that follow
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # the row sets it: as it was for the tests that follow
     (row,) = measure(TINY, ["compile"])
     assert list(row.ratios()) == ["TinyUNet2DModel, blocks compiled / TinyUNet2DModel"]
     assert row.notes[0].startswith("first step, compiling included: ")
