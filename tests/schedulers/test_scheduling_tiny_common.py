@@ -174,7 +174,7 @@ def test_a_config_says_everything_before_and_after_a_save_and_load(cls, schedule
 
 @BOTH
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), T=st.integers(2, 60), schedule=st.sampled_from([*SCHEDULES, "laplace", None]))
+@given(data=st.data(), T=st.integers(2, 60), schedule=st.sampled_from([*SCHEDULES, None]))
 def test_any_config_survives_a_save_a_load_and_a_stock_solver(cls, data, T, schedule, tmp_path):
     """`None` stands for betas that are given."""
     choices = {
