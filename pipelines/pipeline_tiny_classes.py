@@ -191,14 +191,13 @@ class ClassConditioningMixin:
         w = 1.
         """
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
-        null = None
         if labels is not None and self._null_class_id is not None:
             null = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
                 null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
-        if null is None:
+            both = torch.cat([labels, null])
+        else:  # nothing to lead away from: w = 1 throughout
             self._guidance_interval = (0.0, 0.0)
-        both = None if null is None else torch.cat([labels, null])
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
             w = self._guidance_at(step)
