@@ -8,35 +8,18 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.utils import logging
 from PIL import Image
 
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, cli, hub
-
-
-def tiny_unet(**kwargs):
-    torch.manual_seed(0)
-    unet = TinyUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention=("none", "full"),
-        **kwargs,
-    )
-    for parameter in unet.parameters():  # a fresh network's last layer is zero, and any two would draw alike
-        torch.nn.init.normal_(parameter, std=0.1)
-    return unet
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli, hub
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, tiny_unet):
     folder = tmp_path_factory.mktemp("checkpoint")
     TinyPipeline(tiny_unet(), TinyDDIMScheduler(beta_schedule="cosine")).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def conditional_checkpoint(tmp_path_factory):
+def conditional_checkpoint(tmp_path_factory, tiny_unet):
     folder = tmp_path_factory.mktemp("conditional")
     unet = tiny_unet(num_class_embeds=3)
     pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "dog", 2: "frog"})

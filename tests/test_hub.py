@@ -94,22 +94,10 @@ def fake_hub(monkeypatch):
     server.server_close()
 
 
-def tiny_pipeline(**kwargs):
-    torch.manual_seed(0)
-    unet = TinyUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention=("none", "full"),
-        **kwargs,
-    )
-    for parameter in unet.parameters():  # a fresh network's last layer is zero, and any two would draw alike
-        torch.nn.init.normal_(parameter, std=0.1)
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_unet):
     scheduler = TinyDDIMScheduler(beta_schedule="cosine", prediction_type="v_prediction")
-    return TinyPipeline(unet, scheduler)
+    return lambda **options: TinyPipeline(tiny_unet(**options), scheduler)
 
 
 def stock_pipeline():
@@ -137,7 +125,7 @@ def draw(pipe, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tmp_path_factory, tiny_pipeline):
     """A checkpoint with its code, as a run leaves it, and the images that its pipeline draws."""
     pipe = tiny_pipeline()
     directory = hub.export(pipe, tmp_path_factory.mktemp("exported"))
@@ -179,7 +167,7 @@ class TestExport:
         assert type(pipe) is TinyPipeline and type(pipe.unet) is TinyUNet2DModel
         np.testing.assert_array_equal(draw(pipe), images)
 
-    def test_without_code_it_is_what_the_pipeline_saves(self, tmp_path):
+    def test_without_code_it_is_what_the_pipeline_saves(self, tmp_path, tiny_pipeline):
         pipe = tiny_pipeline()
         hub.export(pipe, tmp_path / "exported", with_code=False)
         pipe.save_pretrained(tmp_path / "saved")
@@ -207,7 +195,9 @@ class TestExport:
         assert not list((tmp_path / "unet").glob("*.py"))
         assert type(TinyPipeline.from_pretrained(tmp_path)) is TinyConditionalPipeline
 
-    def test_diffusers_alone_loads_it_from_a_folder_and_from_the_hub(self, exported, fake_hub, tmp_path):
+    def test_diffusers_alone_loads_it_from_a_folder_and_from_the_hub(
+        self, exported, fake_hub, tmp_path, tiny_pipeline
+    ):
         """In a process where this package can't be imported, the same images to 1e-5."""
         directory, images = exported
         pipe = TinyConditionalPipeline(
@@ -291,7 +281,7 @@ class TestCard:
         assert "](samples.png)" in text and "](loss_curves.png)" in text
         assert "What it is not good for" in text
 
-    def test_how_it_loads_is_what_the_folder_allows(self, exported, tmp_path):
+    def test_how_it_loads_is_what_the_folder_allows(self, exported, tmp_path, tiny_pipeline):
         def card_of(pipe, name, with_code):
             return write_card(hub.export(pipe, tmp_path / name, with_code=with_code), hub_model_id="me/tiny").text
 
@@ -309,7 +299,7 @@ class TestCard:
         assert [name for name, text in texts.items() if with_code in text] == ["code"]
         assert "samples.png)" not in texts["bare"]  # there is no such picture in that folder
 
-    def test_the_examples_of_a_model_with_classes_name_some(self, tmp_path):
+    def test_the_examples_of_a_model_with_classes_name_some(self, tmp_path, tiny_pipeline):
         unet = tiny_pipeline(num_class_embeds=2).unet
         pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "frog"})
         text = write_card(hub.export(pipe, tmp_path)).text
@@ -335,7 +325,7 @@ class TestCard:
 
 class TestPush:
     def test_what_the_model_needs_is_pushed_and_what_only_this_machine_needs_is_not(
-        self, exported, fake_hub, tmp_path
+        self, exported, fake_hub, tmp_path, tiny_pipeline
     ):
         directory = hub.export(tiny_pipeline(), tmp_path)
         write_card(directory)

@@ -341,6 +341,7 @@ def _compared_network(settings: Settings) -> dict[str, Any]:
         "attention": ["none", "full", *["none"] * (levels - 2)],
         "mid_attention": "full",
         "patch_size": 1,
+        "resnet_time_scale_shift": "default",
     }
 
 

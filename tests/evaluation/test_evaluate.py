@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, cli, hub
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli, hub
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import METRICS, Protocol, Report, compare, evaluate, features, images
@@ -32,27 +32,14 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def unet(**kwargs):
-    torch.manual_seed(0)
-    network = TinyUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention="none",
-        **kwargs,
-    )
-    for parameter in network.parameters():  # a fresh network's last layer is zero, and all images would be alike
-        torch.nn.init.normal_(parameter, std=0.1)
-    return network
+@pytest.fixture
+def pipeline(tiny_unet):
+    def build(steps=10):
+        pipe = TinyPipeline(tiny_unet("none"), TinyDDIMScheduler(num_train_timesteps=steps))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-
-def pipeline(steps=10):
-    pipe = TinyPipeline(unet(), TinyDDIMScheduler(num_train_timesteps=steps))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return build
 
 
 def image_data(count=60, seed=0, labels=True, name="blobs"):
@@ -78,7 +65,7 @@ def values(report):
 
 
 class TestReport:
-    def test_has_the_figures_with_their_protocol_and_the_baselines(self, tmp_path):
+    def test_has_the_figures_with_their_protocol_and_the_baselines(self, tmp_path, pipeline):
         report = evaluate(pipeline(), image_data(), Protocol(**FAST), training=image_data(seed=1), output_dir=tmp_path)
         assert set(report.figures) == {
             *("frechet_distance", "frechet_infinity", "kernel_distance", "precision", "recall", "density", "coverage"),
@@ -102,7 +89,7 @@ class TestReport:
         report.protocol["features"] = "inception"
         assert (report.label("frechet_distance"), report.label("kernel_distance")) == ("FID", "KID")
 
-    def test_the_same_protocol_gives_the_same_figures(self):
+    def test_the_same_protocol_gives_the_same_figures(self, pipeline):
         one, two = (evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES)) for _ in range(2))
         assert values(one) == values(two)
 
@@ -113,7 +100,7 @@ class TestReport:
 
 
 class TestImages:
-    def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, tmp_path):
+    def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, tmp_path, pipeline):
         evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES, seed=5), output_dir=tmp_path)
         (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
         drawn = np.load(path)
@@ -122,7 +109,7 @@ class TestImages:
             (expected,) = pipeline()(generator=generator, num_inference_steps=2).images
             np.testing.assert_allclose(drawn[i, 0], np.asarray(expected), atol=1)
 
-    def test_a_stopped_run_goes_on_where_it_was(self, tmp_path):
+    def test_a_stopped_run_goes_on_where_it_was(self, tmp_path, pipeline):
         whole = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "whole")
         pipe, calls = pipeline(), []
         draw = TinyPipeline.__call__
@@ -180,9 +167,11 @@ class TestImages:
 
 
 class TestMeasures:
-    def test_classes_have_figures_of_their_own(self):
+    def test_classes_have_figures_of_their_own(self, tiny_unet):
         pipe = TinyConditionalPipeline(
-            unet(num_class_embeds=2), TinyDDIMScheduler(num_train_timesteps=10), id2label={0: "left", 1: "right"}
+            tiny_unet("none", num_class_embeds=2),
+            TinyDDIMScheduler(num_train_timesteps=10),
+            id2label={0: "left", 1: "right"},
         )
         report = evaluate(pipe, image_data(), Protocol(**FAST), training=image_data(seed=1))
         assert set(report.per_class) == {"left", "right"}
@@ -202,9 +191,11 @@ class TestMeasures:
         judged.id2label = {0: "cat", 1: "dog"}
         assert "class_agreement" not in evaluate(judged, reference, Protocol(**NO_BASELINES)).figures
 
-    def test_other_classes_than_the_references_are_refused(self):
+    def test_other_classes_than_the_references_are_refused(self, tiny_unet):
         pipe = TinyConditionalPipeline(
-            unet(num_class_embeds=2), TinyDDIMScheduler(num_train_timesteps=10), id2label={0: "cat", 1: "dog"}
+            tiny_unet("none", num_class_embeds=2),
+            TinyDDIMScheduler(num_train_timesteps=10),
+            id2label={0: "cat", 1: "dog"},
         )
         with pytest.raises(UserError, match="classes"):
             evaluate(pipe, image_data(), Protocol(**NO_BASELINES))
@@ -219,7 +210,7 @@ class TestMeasures:
         assert copies.baselines["real"]["figures"]["nearest_neighbour"]["value"] > 0
         assert (tmp_path / "report.png").is_file()
 
-    def test_bits_per_dim_are_the_schedulers_bound(self):
+    def test_bits_per_dim_are_the_schedulers_bound(self, pipeline):
         pipe, reference = pipeline(steps=5), image_data()
         protocol = Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"], "likelihood_images": 8})
         report = evaluate(pipe, reference, protocol)
@@ -230,13 +221,13 @@ class TestMeasures:
         assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
         assert "bound" in report.source["likelihood"]
 
-    def test_a_pipelines_own_likelihood_goes_before_the_schedulers(self):
+    def test_a_pipelines_own_likelihood_goes_before_the_schedulers(self, pipeline):
         pipe = pipeline()
         pipe.bits_per_dim = lambda images, class_labels=None, generator=None: torch.full((len(images),), 2.5)
         report = evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]}))
         assert values(report) == {"bits_per_dim": 2.5}
 
-    def test_every_metric_runs_together(self):
+    def test_every_metric_runs_together(self, pipeline):
         protocol = Protocol(**{**FAST, "metrics": list(METRICS), "likelihood_images": 4})
         report = evaluate(pipeline(steps=3), image_data(), protocol, training=image_data(seed=1))
         assert {"bits_per_dim", "nearest_neighbour", "near_copies"} <= set(report.figures)
@@ -326,7 +317,7 @@ class TestCommandLine:
     )
 
     @pytest.fixture
-    def checkpoint(self, tmp_path):
+    def checkpoint(self, tmp_path, pipeline):
         folder = tmp_path / "checkpoint"
         pipeline().save_pretrained(folder)
         hub.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,8 @@ OPTIONS = [
     {"upsample": "transposed"},
     {"num_class_embeds": K},
     {"num_class_embeds": K, "class_conditioning": "scale"},
+    {"resnet_time_scale_shift": "scale_shift"},
+    {"num_class_embeds": K, "class_conditioning": "scale", "resnet_time_scale_shift": "scale_shift"},
 ]
 
 
@@ -202,10 +205,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("kind", ["full", "linear"])
-def test_a_layer_compiles_as_one_graph(kind):
+def test_a_layer_compiles_as_one_graph(kind, scale_shift):
     torch.manual_seed(0)
-    residual = ResidualBlock(8, 16, 4, 4, "silu", 0.0, True, True, True)
+    residual = ResidualBlock(8, 16, 4, 4, "silu", 0.0, True, True, True, scale_shift)
     layer = Layer(residual, AttentionBlock(16, kind, 8, 4, True))
     inputs = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -240,12 +244,45 @@ def test_the_last_row_is_no_class_and_floats_mix_the_rows(conditioning):
 
 def test_a_scaling_class_multiplies_the_feature_map_and_the_time_is_added():
     torch.manual_seed(0)
-    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True)
+    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True, False)
     torch.nn.init.normal_(block.conv2.weight)
     x, temb, cemb = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
     a = block.conv1(block.norm1(x))
     c, t = block.class_proj(cemb)[:, :, None, None], block.time_proj(temb)[:, :, None, None]
     torch.testing.assert_close(block(x, temb, cemb), x + block.conv2(block.norm2(c * a + t)))
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_a_residual_block_is_that_of_diffusers(scale_shift):
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 16, 4, 4, "silu", 0.0, False, False, False, scale_shift)
+    torch.nn.init.normal_(block.conv2.weight)
+    stock = ResnetBlock2D(
+        in_channels=8,
+        out_channels=16,
+        temb_channels=4,
+        groups=4,
+        eps=1e-5,
+        time_embedding_norm="scale_shift" if scale_shift else "default",
+    )
+    names = {"time_proj": "time_emb_proj", "shortcut": "conv_shortcut"}
+    for name, parameter in block.named_parameters():
+        part, kind = name.split(".")
+        stock.get_submodule(names.get(part, part)).get_parameter(kind).data.copy_(parameter)
+    x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+    # the network applies its activation to the embedding once for all blocks, stock in each
+    torch.testing.assert_close(block(x, F.silu(temb)), stock(x, temb))
+
+
+def test_with_scale_and_shift_a_scaling_class_multiplies_the_times_scale():
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True, True)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, temb, cemb = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
+    a = block.norm2(block.conv1(block.norm1(x)))
+    c = block.class_proj(cemb)[:, :, None, None]
+    s, t = block.time_proj(temb)[:, :, None, None].chunk(2, dim=1)
+    torch.testing.assert_close(block(x, temb, cemb), x + block.conv2(F.silu(c * (1 + s) * a + t)))
 
 
 # ---- its parts, against their equations
@@ -368,8 +405,8 @@ def test_patches_are_pixel_unshuffle_and_back():
 def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
     torch.manual_seed(0)
     kwargs = {"norm_num_groups": 2, "act_fn": "silu", "dropout": 0.0, "weight_standardization": False}
-    plain = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=False, class_scale=False)
-    rescaled = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=True, class_scale=False)
+    plain = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=False, class_scale=False, scale_shift=False)
+    rescaled = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=True, class_scale=False, scale_shift=False)
     rescaled.load_state_dict(plain.state_dict())
     x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
     torch.testing.assert_close(rescaled(x, temb) * math.sqrt(2), plain(x, temb))
@@ -392,6 +429,7 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
         ({"downsample": "convolution"}, "one of conv, maxpool"),
         ({"upsample": "bilinar"}, "Did you mean 'bilinear'"),
         ({"class_conditioning": "added"}, "Did you mean 'add'"),
+        ({"resnet_time_scale_shift": "scale-shift"}, "Did you mean 'scale_shift'"),
         ({"patch_size": 3}, "one of 1, 2, 4"),
         ({"attention_head_dim": 5}, "attention_head_dim 5 does not divide the width 8"),
         ({"dropout": 1.5}, "dropout 1.5"),

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from tiny_diffusers.errors import UserError
 from tiny_diffusers.train_scripts import train_unconditional
+from tiny_diffusers.training.trainer import Trainer
 
 
 TINY = [
@@ -16,15 +18,55 @@ TINY = [
 
 
 @pytest.fixture
-def train(tmp_path):
-    """Runs the unconditional script in this process; returns the run's folder."""
+def train(tmp_path, request):
+    """
+    Runs a script in this process; returns the run's folder. A test's module names its own script and arguments as
+    SCRIPT and TINY.
+    """
+    of_module = getattr(request.module, "SCRIPT", train_unconditional)
+    tiny = getattr(request.module, "TINY", TINY)
 
-    def run(*argv, name="run", steps=6, script=train_unconditional):
+    def run(*argv, name="run", steps=6, script=of_module):
         length = ["--max_train_steps", str(steps)] if steps else []
-        script.main([*TINY, *length, "--output_dir", str(tmp_path / name), *argv])
+        script.main([*tiny, *length, "--output_dir", str(tmp_path / name), *argv])
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def train_in_two(train, monkeypatch):
+    """A run that is told to stop after a step, and resumed."""
+
+    def run(*argv, stopped_at, name="resumed", **options):
+        step = Trainer.train_step
+
+        def stopping(self):
+            step(self)
+            if self.step == stopped_at:
+                self.received_signal = 15
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", stopping)
+            with pytest.raises(SystemExit):
+                train(*argv, name=name, **options)
+        return train(*argv, "--resume_from_checkpoint", "latest", name=name, **options)
+
+    return run
+
+
+@pytest.fixture
+def check_mistake(train):
+    """That a mistake is one line, with these words in it."""
+
+    def check(argv, words):
+        with pytest.raises(UserError) as error:
+            train(*argv)
+        assert "\n" not in str(error.value).strip()
+        for word in words:
+            assert word in str(error.value)
+
+    return check
 
 
 @pytest.fixture

@@ -9,23 +9,12 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.train_scripts import train_pixelcnn
 
 
+SCRIPT = train_pixelcnn
 TINY = [
     *("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17", "--train_batch_size", "16"),
     *("--max_train_samples", "128", "--max_validation_samples", "16", "--eval_batch_size", "4"),
     *("--checkpointing_steps", "1000", "--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
 ]
-
-
-@pytest.fixture
-def train(tmp_path):
-    """Runs the script in this process; returns the run's folder."""
-
-    def run(*argv, steps=4, name="run"):
-        argv = [*TINY, "--max_train_steps", str(steps), "--output_dir", str(tmp_path / name), *argv]
-        train_pixelcnn.main(argv)
-        return tmp_path / name
-
-    return run
 
 
 @pytest.mark.parametrize("variant", ["baseline", "gated", "plusplus"])

@@ -35,6 +35,7 @@ CHOICES = {
     "downsample": ("conv", "maxpool"),
     "upsample": ("nearest", "bilinear", "transposed"),
     "class_conditioning": ("add", "scale"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "patch_size": (1, 2, 4),
 }
 
@@ -200,13 +201,15 @@ class StandardizedConv2d(nn.Conv2d):
 class ResidualBlock(nn.Module):
     """
     `x + conv2(act(norm2(c * conv1(act(norm1(x))) + t)))`, with `t` from the time and, where the class scales, `c` from
-    the class (else 1). It begins as the identity, or as the 1x1 convolution in its place where the width changes.
+    the class (else 1). With scale and shift it is `x + conv2(act(c * (1 + s) * norm2(conv1(act(norm1(x)))) + t))`, with
+    `s` and `t` from the time. It begins as the identity, or as the 1x1 convolution in its place where the width changes.
 
     Args:
         in_channels, out_channels (`int`): Widths before and after.
         time_embedding_dim (`int`): Size `D` of the embeddings.
         norm_num_groups, act_fn, dropout, weight_standardization, skip_rescale: As in [`TinyUNet2DModel`].
         class_scale (`bool`): Whether the class scales the feature map.
+        scale_shift (`bool`): Whether the time scales and shifts the normalised feature map.
     """
 
     def __init__(
@@ -220,14 +223,16 @@ class ResidualBlock(nn.Module):
         weight_standardization: bool,
         skip_rescale: bool,
         class_scale: bool,
+        scale_shift: bool,
     ):
         super().__init__()
         conv = StandardizedConv2d if weight_standardization else nn.Conv2d
         self.norm1 = GroupNormAct(norm_num_groups, in_channels, act_fn)
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_embedding_dim, out_channels)
+        self.time_proj = nn.Linear(time_embedding_dim, out_channels * (2 if scale_shift else 1))
         self.class_proj = nn.Linear(time_embedding_dim, out_channels) if class_scale else None
-        self.norm2 = GroupNormAct(norm_num_groups, out_channels, act_fn)
+        self.norm2 = GroupNormAct(norm_num_groups, out_channels, None if scale_shift else act_fn)
+        self.act = ACTIVATIONS[act_fn]() if scale_shift else None
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -241,13 +246,16 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, temb: torch.Tensor, cemb: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C_in, H, W), (B, D), (B, D) -> (B, C_out, H, W)"""
         h = self.conv1(self.norm1(x))
-        t = self.time_proj(temb)[:, :, None, None]  # (B, C_out, 1, 1)
-        if self.class_proj is not None:
-            c = self.class_proj(cemb)[:, :, None, None]
-            h = torch.addcmul(t, c, h)
+        t = self.time_proj(temb)[:, :, None, None]  # (B, C_out, 1, 1), or twice as many channels
+        c = None if self.class_proj is None else self.class_proj(cemb)[:, :, None, None]
+        if self.act is not None:
+            s, t = t.chunk(2, dim=1)
+            s = 1 + s if c is None else c * (1 + s)
+            h = self.act(torch.addcmul(t, s, self.norm2(h)))
         else:
-            h = h.add_(t)  # in place: a convolution's gradient does not need its output
-        h = self.conv2(self.dropout(self.norm2(h))).add_(self.shortcut(x))
+            # in place: a convolution's gradient does not need its output
+            h = self.norm2(h.add_(t) if c is None else torch.addcmul(t, c, h))
+        h = self.conv2(self.dropout(h)).add_(self.shortcut(x))
         return h.mul_(math.sqrt(0.5)) if self.skip_rescale else h
 
 
@@ -532,6 +540,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         class_conditioning (`str`, *optional*, defaults to `"add"`):
             `"add"`: the class's embedding is added to the time's. `"scale"`: it scales each residual block's feature
             map, a' = c * a + t, with c from one-hot through two linear layers with an activation between.
+        resnet_time_scale_shift (`str`, *optional*, defaults to `"default"`):
+            `"default"`: the embedding is added in each residual block. `"scale_shift"`: it scales and shifts what the
+            block has normalised (adaptive group norm, arXiv 2105.05233).
         num_train_timesteps (`int`, *optional*, defaults to 1000):
             Number of timesteps `T`, for the Fourier and the learned time embedding.
 
@@ -579,6 +590,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         upsample: str = "nearest",
         num_class_embeds: int | None = None,
         class_conditioning: str = "add",
+        resnet_time_scale_shift: str = "default",
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
@@ -606,6 +618,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
                 weight_standardization,
                 skip_rescale,
                 self.class_scale,
+                resnet_time_scale_shift == "scale_shift",
             )
             if kind == "none":
                 return Layer(residual, None)

@@ -69,6 +69,7 @@ class DiffusionArguments(TrainingArguments):
     act_fn: str | None = flag(None, "silu or gelu.")
     downsample: str | None = flag(None, "conv or maxpool.")
     upsample: str | None = flag(None, "nearest, bilinear or transposed.")
+    resnet_time_scale_shift: str | None = flag(None, "default: blocks add the time embedding; or scale_shift.")
 
 
 @dataclass
@@ -109,6 +110,7 @@ _NETWORK_ARGUMENTS = (
     "downsample",
     "upsample",
     "class_conditioning",
+    "resnet_time_scale_shift",
 )
 _COSTLY_PLACES = 64 * 64  # from which on full attention is warned of on a CPU
 _MAX_GRID_CLASSES = 10
@@ -119,16 +121,15 @@ def default_network(resolution: int) -> dict[str, Any]:
     The network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that there are
     many steps, and from 24 pixels on patches, so that the costly first level runs on a quarter of the places.
     """
+    network = {"layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
     if resolution < 24:
-        return {"block_out_channels": [64, 64], "layers_per_block": 1, "attention": ["none", "full"]}
-    if resolution < 48:
-        return {"block_out_channels": [64, 128], "layers_per_block": 1, "attention": ["none", "full"], "patch_size": 2}
-    return {
-        "block_out_channels": [64, 128, 128],
-        "layers_per_block": 1,
-        "attention": ["none", "none", "full"],
-        "patch_size": 2,
-    }
+        return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
+    network["patch_size"] = 2
+    if resolution >= 48:
+        return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"]}
+    if resolution % 8:  # such as 28, which can't be halved once more
+        return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
+    return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "full", "none"]}
 
 
 def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:

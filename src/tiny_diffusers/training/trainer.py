@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -367,7 +368,7 @@ class Trainer:
 
     def _steps_in(self, seconds: float) -> int:
         """How many steps fit into `seconds`, by the speed of some trial steps, whose effect is undone."""
-        trial_seconds = min(15.0, 0.04 * seconds)
+        trial_seconds = min(30.0, 0.05 * seconds)
         tensors = [t for m in [*self.modules.values(), *self._networks().values()] for t in m.state_dict().values()]
         before = [tensor.clone() for tensor in tensors]
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
@@ -380,6 +381,7 @@ class Trainer:
             self._update_averages(len(times))
             self._synchronize()
             times.append(time.perf_counter() - step_began)
+        self._validate()
         validation_began = time.perf_counter()
         self._validate()
         validation = time.perf_counter() - validation_began
@@ -392,9 +394,10 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(scaler)
         self.sums.clear()
 
-        steady = times[3:]  # not the first, which warm the caches up
+        # The first ones warm the caches up, and one that something else held up says nothing of those to come.
+        usual = statistics.median(times[len(times) // 2 :])
         seconds_left = seconds - (time.perf_counter() - began) - 20 * validation
-        steps = max(1, int(seconds_left * len(steady) / sum(steady)))
+        steps = max(1, int(seconds_left / usual))
         return int(self._broadcast(steps))
 
     # ------------------------------------------------------------------------------------------------- the run
