@@ -626,6 +626,8 @@ def _refusing_damage(folder: str) -> Iterator[None]:
     """Makes one line of what classes end in when a config gives them values of types that they don't expect."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the config
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder} can't be loaded, one of its configs is damaged ({reason}).") from error

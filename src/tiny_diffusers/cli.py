@@ -459,7 +459,7 @@ def add_benchmark(commands) -> None:
         "--rows",
         nargs="+",
         metavar="ROW",
-        help="of training, sampling, memory, data, start, evaluation, compile, scaling (default: the first six)",
+        help="of training, sampling, memory, data, start, evaluation, quality, compile, scaling (default: the first six)",
     )
     parser.add_argument("--compile", action="store_true", help="the row compile too: blocks compiled against not")
     parser.add_argument(
@@ -484,7 +484,10 @@ def add_benchmark(commands) -> None:
         "--layers_per_block", type=_positive, default=2, help="residual blocks of a level, in both (default: 2)"
     )
     parser.add_argument("--num_threads", type=_positive, help="CPU threads (default: the physical cores)")
-    parser.add_argument("--dataset_name", help="images for the row data: a Hub id or a folder (default: noise)")
+    parser.add_argument(
+        "--dataset_name", help="images for the rows data (default: noise) and quality: a Hub id or a folder"
+    )
+    parser.add_argument("--checkpoint", help="diffusion model for the row quality: a Hub id or a folder")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmark.json"), metavar="FILE", help="default: benchmark.json"
     )

@@ -334,6 +334,15 @@ def test_values_of_a_wrong_type_are_refused_in_one_line(saved, path, changes):
     assert "\n" not in str(error.value)
 
 
+def test_too_little_memory_is_not_called_damage(saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        TinyPipeline.from_pretrained(saved)
+
+
 def test_missing_weights_are_named(saved):
     path = saved / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
