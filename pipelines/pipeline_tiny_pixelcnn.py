@@ -28,6 +28,8 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
     Parameters:
         pixelcnn ([`ModelMixin`]): The network, a `TinyPixelCNNModel`.
         id2label (`dict[int, str]`, *optional*): The names of the network's classes, by id.
+        class_dropout_prob (`float`, *optional*):
+            The share of labels that training replaced by the null class; at 0 nothing is known of images of no class.
 
     Example:
 
@@ -48,9 +50,12 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
     _network_name = "pixelcnn"
     _callback_tensor_inputs = ["images"]
 
-    def __init__(self, pixelcnn: ModelMixin, id2label: Optional[dict] = None):
+    def __init__(
+        self, pixelcnn: ModelMixin, id2label: Optional[dict] = None, class_dropout_prob: Optional[float] = None
+    ):
         DiffusionPipeline.__init__(self)
         self.register_modules(pixelcnn=pixelcnn)
+        self.register_to_config(class_dropout_prob=class_dropout_prob)
         self._register_names(id2label)
 
     @torch.no_grad()
@@ -61,7 +66,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         images: Images | None = None,
-        mask: np.ndarray | torch.Tensor | None = None,
+        mask: np.ndarray | torch.Tensor | PIL.Image.Image | None = None,
         use_cache: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -84,7 +89,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                 Makes sampling deterministic. A list has one for each image, which is then independent of its batch.
             images (`list[PIL.Image.Image]`, `np.ndarray` of shape `(B, H, W, C)` or `torch.Tensor` of shape `(B, C, H, W)`, *optional*):
                 Images to complete, arrays and tensors in [0, 1], on the network's levels; one for all or one for each.
-            mask (`np.ndarray` or `torch.Tensor`, *optional*):
+            mask (`np.ndarray`, `torch.Tensor` or `PIL.Image.Image`, *optional*):
                 Which part of `images` is given: true (or not 0) there. Of shape `(H, W)`, or one that broadcasts to
                 `(B, C, H, W)`. It must be causal: what is given comes before all else, in raster order and with the
                 channels of a pixel in theirs.
@@ -112,7 +117,8 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         if (images is None) != (mask is None):
             raise ValueError("Give `images` and `mask` together: the mask says which part of the images is given.")
         given_images = None if images is None else self._to_levels(images)
-        if batch_size is None and class_labels is None and images is not None:
+        one_label = class_labels is None or isinstance(class_labels, int | str)
+        if batch_size is None and one_label and images is not None:
             batch_size = len(given_images)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
         self._check_output(batch_size, output_type)
@@ -125,7 +131,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
             if len(given_images) not in (1, batch_size):
                 raise ValueError(f"`images` must be one, or one for each of {batch_size}, got {len(given_images)}.")
             given = self._check_mask(mask, batch_size)
-            sample = torch.where(given, given_images.to(device), 0.0)
+            sample = torch.where(given, given_images.to(sample), 0.0)
 
         self._interrupt = False
         _, C, H, W = sample.shape
@@ -170,11 +176,16 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
             `torch.Tensor` of shape `(B,)`: bits a dimension.
 
         Raises:
-            `ValueError`: for images that are not uint8 or of another size; for the baseline, which has no likelihood.
+            `ValueError`: for images that are not uint8 or of another size; for the baseline, which has no likelihood; without
+            labels for a network that never saw an image without.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         labels = None
+        if class_labels is None and self._num_rows and self.config.class_dropout_prob == 0:
+            raise ValueError(
+                "p(x | no class) was not learned, as no label was dropped in training: give `class_labels`."
+            )
         if class_labels is not None:
             labels, _ = self._encode_class_labels(class_labels, len(images))
         sample = images.to(self._execution_device, torch.float32) / 255
@@ -205,6 +216,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
     ) -> torch.Tensor:
         """What the sub-pixels are drawn with, (B, H, W, C, 2) in [0, 1), drawn at once so that it depends on no order."""
         C, H, W = self._image_shape
+        generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"A list of generators needs one for each image: got {len(generator)} for a batch of {batch_size}."
@@ -218,16 +230,27 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         """Images in any form to (B, C, H, W) in [0, 1], on the network's levels."""
         if isinstance(images, PIL.Image.Image):
             images = [images]
-        if isinstance(images, list):
-            mode = {1: "L", 3: "RGB"}.get(self._image_shape[0])
-            images = VaeImageProcessor.pil_to_numpy([image.convert(mode) for image in images])
+        if isinstance(images, (list, tuple)):
+            C, H, W = self._image_shape
+            for image in images:
+                if not isinstance(image, PIL.Image.Image):
+                    raise ValueError(f"A list of `images` must be of PIL images, got a {type(image).__name__} in it.")
+                if image.size != (W, H):
+                    raise ValueError(f"`images` must be {W} pixels wide and {H} high, got one of {image.size}.")
+            if not images:
+                raise ValueError("`images` is an empty list: give one image, or one for each.")
+            images = VaeImageProcessor.pil_to_numpy([image.convert({1: "L", 3: "RGB"}.get(C)) for image in images])
         if isinstance(images, np.ndarray):
+            if images.ndim != 4:
+                raise ValueError(f"`images` as an array must have the shape (B, H, W, C), got {images.shape}.")
             images = VaeImageProcessor.numpy_to_pt(images)
         return self._network.to_levels(images)
 
-    def _check_mask(self, mask: np.ndarray | torch.Tensor, batch_size: int) -> torch.Tensor:
+    def _check_mask(self, mask: np.ndarray | torch.Tensor | PIL.Image.Image, batch_size: int) -> torch.Tensor:
         """The mask as bool (B, C, H, W), once it is known to be causal."""
         shape = (batch_size, *self._image_shape)
+        if isinstance(mask, PIL.Image.Image):
+            mask = np.array(mask.convert("L"))
         mask = torch.as_tensor(mask, device=self._execution_device) != 0
         try:
             given = mask.expand(shape)

@@ -6,6 +6,7 @@ Train a PixelCNN on small images: the gated one, PixelCNN++, or a small baseline
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tiny_diffusers.data import ImageData, normalize
+from tiny_diffusers.data import ImageData, held_out, normalize
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.models.pixelcnn_tiny import TinyPixelCNNModel
 from tiny_diffusers.pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
@@ -26,6 +27,8 @@ from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialised from
 _MAX_GRID_CLASSES = 10
+_SINGLE_IMAGE_EPOCH = 1000
+_NETWORK_ARGUMENTS = ("variant", "hidden_channels", "num_layers", "num_mixtures", "num_frequencies", "dropout")
 
 
 @dataclass
@@ -42,7 +45,7 @@ class PixelCNNArguments(TrainingArguments):
     variant: str = flag("gated", "gated, plusplus or baseline.")
     hidden_channels: int | None = flag(None, "Features of a layer; by variant if not given.")
     num_layers: int | None = flag(None, "Layers, or blocks of each resolution (plusplus); by variant if not given.")
-    num_mixtures: int = flag(10, "Logistics in the mixture (plusplus).")
+    num_mixtures: int | None = flag(None, "Logistics in the mixture (plusplus); 10 if not given.")
     num_frequencies: int = flag(0, "Waves of 2, 4, ... levels that the input is taken apart into, 8 for all (gated).")
     dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.")
     num_levels: int = flag(256, "Levels that sub-pixels are quantised to, 2 to 256.")
@@ -58,8 +61,12 @@ class PixelCNNArguments(TrainingArguments):
             raise UserError(f"--num_levels {self.num_levels}: images of 8 bits have 256 levels; give 2 to 256.")
         if not 0 <= self.class_dropout_prob < 1:
             raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
-        if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature}: it must be above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: it must be a finite number above 0.")
+        if self.temperature != 1 and self.variant == "baseline":
+            raise UserError(f"--temperature {self.temperature}: the baseline draws nothing; leave it out.")
+        if self.num_mixtures is not None and self.variant != "plusplus":
+            raise UserError(f"--num_mixtures {self.num_mixtures}: only plusplus has a mixture; leave it out.")
 
 
 class PixelCNN(Family):
@@ -100,7 +107,8 @@ class PixelCNN(Family):
         return pixelcnn(images, batch.labels, return_loss=True).loss
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPixelCNNPipeline:
-        return TinyPixelCNNPipeline(pixelcnn=modules["pixelcnn"], id2label=self.id2label)
+        dropped = None if self.id2label is None else self.label_dropout
+        return TinyPixelCNNPipeline(modules["pixelcnn"], self.id2label, dropped)
 
     def sample(self, pipeline: TinyPixelCNNPipeline, num_images: int, seed: int) -> tuple[list, dict]:
         """A row for each class, where there are classes. The baseline has one sample, as it draws nothing."""
@@ -139,6 +147,15 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
                     f"--pretrained_model_name_or_path: its {name} is {pixelcnn.config[name]}, but {data.name} and the "
                     f"arguments ask for {value}."
                 )
+        for name in _NETWORK_ARGUMENTS:
+            given, trained = getattr(arguments, name), pixelcnn.config[name]
+            if given not in (trained, PixelCNNArguments.__dataclass_fields__[name].default):
+                raise UserError(
+                    f"--pretrained_model_name_or_path: its {name} is {trained}, and can't become {given}: leave --{name} out."
+                )
+            setattr(arguments, name, trained)  # what the run's settings and its card say
+        if pixelcnn.config.variant != "plusplus":
+            arguments.num_mixtures = None
         return pixelcnn
     torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
     try:
@@ -147,12 +164,14 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
             variant=arguments.variant,
             hidden_channels=arguments.hidden_channels,
             num_layers=arguments.num_layers,
-            num_mixtures=arguments.num_mixtures,
+            num_mixtures=arguments.num_mixtures or 10,
             num_frequencies=arguments.num_frequencies,
             dropout=arguments.dropout,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if arguments.validation_split > 0:
+        data, _ = held_out(data, arguments.validation_split, arguments.seed)
     first = DataOrder(arguments.seed, len(data))(range(min(len(data), _INITIALIZATION_IMAGES)))
     pixelcnn.initialize(pixelcnn.quantize((normalize(data.images[first]) + 1) / 2))
     return pixelcnn
@@ -160,15 +179,24 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
 
 def take_single_image(data: ImageData, index: int) -> ImageData:
     """
-    One image, twice: to train on, and to measure on without what only training does.
+    One image, a thousand times to train on, which make an epoch, and once more to measure on without what only training
+    does.
 
     Raises:
         UserError: If there is no such image.
     """
     if not 0 <= index < len(data):
         raise UserError(f"--single_image {index}: {data.name} has the images 0 to {len(data) - 1}.")
-    labels = None if data.labels is None else data.labels[[index, index]]
-    return dataclasses.replace(data, images=data.images[[index, index]], labels=labels)
+    rows = torch.full((_SINGLE_IMAGE_EPOCH + 1,), index)
+    return dataclasses.replace(
+        data,
+        images=data.images[rows],
+        labels=None if data.labels is None else data.labels[rows],
+        notes=[
+            *data.notes,
+            f"image {index} alone: a step is of that image once, and {_SINGLE_IMAGE_EPOCH:,} are an epoch",
+        ],
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
     if arguments.single_image is not None:
         data = take_single_image(data, arguments.single_image)
-        arguments.validation_split, arguments.train_batch_size = 0.5, 1
+        arguments.validation_split, arguments.train_batch_size = 1 / len(data), 1
 
     pixelcnn = build_pixelcnn(arguments, data)
     id2label = data.id2label if arguments.class_conditional else None

@@ -3,10 +3,10 @@ The five families on the same images, for the same minutes, by one protocol.
 
     python tests/benchmarks/benchmark_families.py [--minutes 10] [--dataset_name ylecun/mnist] [--resolution 32]
 
-Each family is trained by its script's defaults (PixelCNN by its MNIST recipe), and measured against the test split by `tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is
-one (a bound for diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of
-samples a family) and each family's own report into `--output_dir`. What is done already, a model or a report, is not done
-again.
+Each family is trained by its script's defaults (PixelCNN by its MNIST recipe), and measured against the test split by
+`tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is one (a bound for
+diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of samples a family)
+and each family's own report into `--output_dir`. What is done already, a model or a report, is not done again.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def recipe_network(recipe: str, **config) -> TinyPixelCNNModel:
 
     path = Path(train_scripts.__file__).parent / "recipes" / f"{recipe}.yaml"
     arguments = parse_arguments(PixelCNNArguments, ["--config", str(path)])
-    names = ("variant", "hidden_channels", "num_layers", "num_mixtures", "num_levels", "num_frequencies")
+    names = ("variant", "hidden_channels", "num_layers", "num_levels", "num_frequencies")
     torch.manual_seed(0)
     return TinyPixelCNNModel(**{name: getattr(arguments, name) for name in names}, **config).eval()
 

@@ -223,6 +223,16 @@ def test_it_learns_a_known_markov_random_field(variant, width, layers, steps):
     assert entropy - 1e-5 <= cross_entropy <= entropy + 0.02
 
 
+def test_the_mixture_sums_to_one_over_the_256_values_at_every_place():
+    model = make_model("plusplus", channels=3, size=5)
+    with torch.no_grad():
+        parameters = model(random_images(2, 3, 5, 256)).sample  # (B, C, 3, K, H, W)
+    log_weights, means, log_scales = parameters.double().unbind(2)
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1, 1, 1)
+    p = (log_weights + _logistic_log_prob(values, means, log_scales, 256)).exp().sum(3)  # over the logistics
+    torch.testing.assert_close(p.sum(0), torch.ones(2, 3, 5, 5, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- drawing
 
 
@@ -245,8 +255,18 @@ def test_a_low_temperature_draws_the_likeliest(variant):
     model = make_model(variant, channels=1, size=1, levels=16)
     _, parameters = next(model.conditionals(torch.zeros(1, 1, 1, 1)))
     uniform = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
-    drawn = model.draw(parameters.expand(64, *parameters.shape[1:]), uniform, temperature=1e-3)
-    assert len(drawn.unique()) == 1
+    for temperature in (1e-3, 1e-40, 1e-300):
+        drawn = model.draw(parameters.expand(64, *parameters.shape[1:]), uniform, temperature)
+        assert len(drawn.unique()) == 1
+    if variant == "gated":
+        assert (drawn * 15).round().unique() == parameters.argmax()
+
+
+def test_what_has_no_probability_is_never_drawn():
+    model = make_model(channels=1, size=1, levels=4)
+    uniform = torch.tensor([[0.0, 0.0], [1 - 2**-24, 0.0]])  # the least and the largest that there are
+    drawn = model.draw(torch.tensor([[-200.0, -200.0, 0.0, -1.0]]).expand(2, 4), uniform)
+    assert (drawn * 3).round().tolist() == [2, 3]
 
 
 # -------------------------------------------------------------------------------------------------- the network
@@ -260,6 +280,56 @@ def test_sizes():
     assert count["plusplus"] == pytest.approx(54e6, rel=0.02)  # the paper's code has 53 M
     config = TinyPixelCNNModel(hidden_channels=6, num_layers=1).config
     assert (config.sample_size, config.in_channels, config.num_levels, config.variant) == (32, 3, 256, "gated")
+
+
+@pytest.mark.parametrize(("variant", "channels"), [("gated", 5), ("baseline", 4), ("plusplus", 7)])
+def test_the_default_width_has_a_share_for_each_channel(variant, channels):
+    with torch.device("meta"):
+        TinyPixelCNNModel(8, channels, variant=variant)
+
+
+def test_in_training_mode_nothing_is_measured_or_drawn_that_would_differ():
+    for variant, options in (("baseline", {}), ("plusplus", {}), ("plusplus", {"dropout": 0.3})):
+        model = make_model(variant, size=4, **options).train()
+        with pytest.raises(ValueError, match="eval"):
+            next(model.conditionals(torch.zeros(1, 1, 4, 4)))
+    with pytest.raises(ValueError, match="eval"):
+        model.nll(torch.zeros(1, 1, 4, 4))
+    for variant in WITH_LIKELIHOOD:
+        make_model(variant, size=4, dropout=0.0).train().nll(torch.zeros(1, 1, 4, 4))
+
+
+def test_initialisation_leaves_alone_what_has_no_weight_norm():
+    for variant in ("baseline", "gated"):
+        model = make_model(variant, size=4).train()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.initialize(random_images(4, 1, 4, 256))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_walking_through_the_places_loads_what_is_offloaded():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counts(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counts.calls += 1
+            return args, kwargs
+
+    model = make_model(size=2)
+    add_hook_to_module(model, Counts())
+    list(model.conditionals(torch.zeros(1, 1, 2, 2)))
+    assert Counts.calls == 1
+
+
+def test_autocast_does_not_round_the_mixtures_means():
+    model = make_model("plusplus", channels=1, size=4)
+    seen = []
+    model.network.out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_images(1, 1, 4, 256))
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("variant", WITH_LIKELIHOOD)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tiny_diffusers import TinyPipeline, TinyPixelCNNModel, TinyPixelCNNPipeline
 
@@ -16,14 +17,14 @@ VARIANTS = ("baseline", "gated", "plusplus")
 def make_pipe(quiet):
     """A factory of pipelines around tiny random networks."""
 
-    def make(variant="gated", channels=1, size=5, levels=256, classes=None, id2label=None):
+    def make(variant="gated", channels=1, size=5, levels=256, classes=None, id2label=None, class_dropout_prob=None):
         torch.manual_seed(0)
         config = {"hidden_channels": 12, "num_layers": 3, "num_mixtures": 3, "num_class_embeds": classes}
         model = TinyPixelCNNModel(size, channels, levels, variant, **config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        return quiet(TinyPixelCNNPipeline(model.eval(), id2label))
+        return quiet(TinyPixelCNNPipeline(model.eval(), id2label, class_dropout_prob))
 
     return make
 
@@ -206,6 +207,10 @@ def test_bits_per_dim_of_8_bit_images(make_pipe, variant):
     assert coarse.bits_per_dim(images).shape == (3,)  # of no class
     with pytest.raises(ValueError, match="uint8"):
         pipe.bits_per_dim(images / 255)
+    without_dropout = make_pipe(variant, classes=2, class_dropout_prob=0.0)
+    assert without_dropout.bits_per_dim(images, [0, 1, 1]).shape == (3,)
+    with pytest.raises(ValueError, match="no label was dropped"):
+        without_dropout.bits_per_dim(images)
 
 
 def test_the_baseline_refuses_what_needs_a_distribution(make_pipe):
@@ -256,11 +261,32 @@ def test_what_is_drawn_of_no_number_is_refused(make_pipe, variant):
         ({"images": torch.zeros(2, 1, 5, 5), "mask": torch.ones(5, 5), "batch_size": 3}, "one for each of 3"),
         ({"images": torch.zeros(1, 1, 5, 5), "mask": torch.ones(4, 5)}, r"\(H, W\) = \(5, 5\)"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
+        ({"images": [Image.new("L", (5, 4))], "mask": torch.ones(5, 5)}, r"5 pixels wide.*\(5, 4\)"),
+        ({"images": [], "mask": torch.ones(5, 5)}, "empty list"),
+        ({"images": [np.zeros((5, 5, 1))], "mask": torch.ones(5, 5)}, "PIL images, got a ndarray"),
+        ({"images": np.zeros((5, 5, 1)), "mask": torch.ones(5, 5)}, r"\(B, H, W, C\), got \(5, 5, 1\)"),
     ],
 )
 def test_bad_input(make_pipe, options, message):
     with pytest.raises(ValueError, match=message):
         make_pipe(levels=16)(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_completion_is_of_exact_levels_whatever_the_given_images_are_in(make_pipe, dtype):
+    pipe, mask = make_pipe(), torch.ones(5, 5)
+    given = torch.randint(256, (2, 1, 5, 5), generator=seeded(0)) / 255
+    completed = pipe(images=given.to(dtype), mask=mask, output_type="pt").images
+    assert completed.dtype == torch.float32
+    torch.testing.assert_close(completed, given, rtol=0, atol=1e-6)
+
+
+def test_one_label_serves_several_given_images_and_a_mask_may_be_a_picture(make_pipe):
+    pipe = make_pipe(levels=16, classes=2)
+    mask = Image.fromarray(np.repeat(np.uint8([255, 255, 0, 0, 0])[:, None], 5, axis=1))
+    given = torch.zeros(4, 1, 5, 5)
+    completed = pipe(class_labels=1, images=given, mask=mask, output_type="pt").images
+    assert completed.shape == given.shape and not completed[:, :, :2].any()
 
 
 def test_a_mask_that_is_not_causal_is_refused_by_the_pixel_that_breaks_it(make_pipe):

@@ -53,6 +53,7 @@ def test_a_single_image_is_learnt_by_heart(train, read_log):
     losses = [line["val_loss"] for line in read_log(folder) if "val_loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert yaml.safe_load((folder / "config.yaml").read_text())["single_image"] == 5
+    assert not list((folder / "samples").glob("*"))  # an epoch is a thousand steps
 
 
 def test_plusplus_begins_with_its_data_dependent_initialisation(train):
@@ -68,6 +69,9 @@ def test_training_goes_on_from_a_checkpoint(train):
     before, after = (TinyPipeline.from_pretrained(f).pixelcnn.network.head.weight for f in (first, second))
     torch.testing.assert_close(before, after, rtol=0, atol=2e-3)
 
+    with pytest.raises(UserError, match="its hidden_channels is 8, and can't become 16"):
+        train("--hidden_channels", "16", "--pretrained_model_name_or_path", str(first), name="third")
+
 
 @pytest.mark.parametrize(
     ("argv", "message"),
@@ -75,6 +79,10 @@ def test_training_goes_on_from_a_checkpoint(train):
         (["--num_levels", "512"], "256 levels"),
         (["--single_image", "100000"], "has the images 0 to"),
         (["--temperature", "0"], "above 0"),
+        (["--temperature", "inf"], "finite"),
+        (["--temperature", "0.9", "--variant", "baseline"], "draws nothing"),
+        (["--num_mixtures", "5"], "only plusplus"),
+        (["--gradient_checkpointing"], "TinyPixelCNNModel"),
         (["--class_dropout_prob", "1"], "in \\[0, 1\\)"),
         (["--variant", "pixelsnail"], "baseline, gated, plusplus"),
         (["--variant", "baseline", "--class_conditional"], "no gates"),

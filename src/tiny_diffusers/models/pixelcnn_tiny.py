@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -618,7 +619,9 @@ class PixelCNNPlusPlus(nn.Module):
         return F.elu(self._stream(stream, stream.first(x, cache), 0, contexts, labels, cache))
 
     def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
-        return self.out(features, cache)
+        # means rounded to bfloat16 by autocast would cost narrow logistics hundredths of a bit
+        with torch.autocast(features.device.type, enabled=False):
+            return self.out(features.to(self.out.weight.dtype), cache)
 
     def _stream(
         self,
@@ -780,7 +783,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             intensities, trained by L1; it has no likelihood and always predicts the same.
         hidden_channels (`int`, *optional*):
             Features of a layer (of each stack). 192 for `gated`, 160 for `plusplus`, 210 for `baseline` when not given.
-            A multiple of `in_channels` but for `plusplus`.
+            A multiple of `in_channels` but for `plusplus` (the defaults are brought to one).
         num_layers (`int`, *optional*):
             `gated`: layers, 15 when not given; each lets the network see one row and one column further than the first
             convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
@@ -811,8 +814,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     ```
     """
 
-    _no_split_modules = ["GatedLayer", "GatedResnet"]
-    _repeated_blocks = ["GatedLayer", "GatedResnet"]
+    _no_split_modules = ["BaselinePixelCNN", "GatedPixelCNN", "PixelCNNPlusPlus"]
 
     @register_to_config
     def __init__(
@@ -832,6 +834,10 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         given = dict(self.config)
         _check_config(given)
         config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
+        if hidden_channels is None and variant != "plusplus":  # a share for each channel
+            config["hidden_channels"] -= config["hidden_channels"] % in_channels
+        # for `compile_repeated_blocks`: the gated one's layers are not called as a whole
+        self._repeated_blocks = ["GatedResnet"] if variant == "plusplus" else []
         networks = {"baseline": BaselinePixelCNN, "gated": GatedPixelCNN, "plusplus": PixelCNNPlusPlus}
         self.network = networks[variant](config)
 
@@ -885,13 +891,15 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             `torch.Tensor` of shape `(B,)`, float32.
 
         Raises:
-            ValueError: If images lie outside [0, 1], between the levels, or have another shape; for `baseline`.
+            ValueError: If images lie outside [0, 1], between the levels, or have another shape; for `baseline`; for
+                `plusplus` in training mode, whose dropout makes it no likelihood.
         """
         if self.config.variant == "baseline":
             raise ValueError(
                 "The baseline has no likelihood: it predicts intensities, not their distribution. Use the variant 'gated' "
                 "or 'plusplus'."
             )
+        self._check_mode()
         return self(self.to_levels(images), class_labels, return_loss=True).loss
 
     def quantize(self, images: torch.Tensor) -> torch.Tensor:
@@ -920,7 +928,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`):
-                In [0, 1], each value one of the levels l / (L - 1) or what 8 bits keep of it.
+                In [0, 1], each value one of the levels l / (L - 1) or what 8 bits or its number format keep of it.
 
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`: Exactly levels.
@@ -939,10 +947,11 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         if not ((images >= 0) & (images <= 1)).all():
             low, high = images.aminmax()
             raise ValueError(f"images lie in [{float(low):.4g}, {float(high):.4g}]: they must lie in [0, 1].")
-        top = self.config.num_levels - 1
+        top, rounding = self.config.num_levels - 1, torch.finfo(images.dtype).eps
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
         levels = (images * top).round() / top
         off = torch.minimum((images - levels).abs(), (images - (levels * 255).round() / 255).abs())
-        if (off > 0.05 / max(top, 255)).any():
+        if (off > 0.05 / max(top, 255) + rounding).any():
             raise ValueError(
                 f"images hold values between the network's {top + 1} levels, the multiples of 1 / {top}: bring images of 8 "
                 "bits to them with `quantize`."
@@ -951,6 +960,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------------------------- one sub-pixel at a time
 
+    @apply_forward_hook  # it does not pass through `forward`, which offloading waits for
     @torch.no_grad()
     def conditionals(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, use_cache: bool = True
@@ -967,7 +977,11 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
         Yields:
             `tuple` of a place and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
+
+        Raises:
+            ValueError: As for `forward`; in training mode, where dropout and batch norm are others.
         """
+        self._check_mode()
         self._check_shape(sample)
         network = self.network
         _, C, H, W = sample.shape
@@ -1011,9 +1025,9 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         if variant == "baseline":
             return (parameters.float().clamp(0, 1) * top).round() / top
         if variant == "gated":
-            return _categorical(parameters.float() / temperature, uniform[:, 0]) / top
+            return _categorical(parameters.float(), uniform[:, 0], temperature) / top
         log_weights, means, log_scales = parameters.unbind(1)  # (B, K)
-        k = _categorical(log_weights / temperature, uniform[:, 0])[:, None]
+        k = _categorical(log_weights, uniform[:, 0], temperature)[:, None]
         x = means.gather(1, k)[:, 0]
         x = x + temperature * log_scales.gather(1, k)[:, 0].exp() * torch.logit(uniform[:, 1], eps=1e-7)
         return ((x + 1) / 2 * top).round().clamp(0, top) / top  # rounding is the bins' open ends and all
@@ -1025,7 +1039,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         """
         Data-dependent initialisation of the weight norms of `plusplus` (arXiv 1602.07868, section 3): every convolution's
         output on `images` gets mean 0 and variance 1, the gates' a standard deviation of 0.1; what hardly varies there says
-        nothing of the scale. Nothing to do for the others.
+        nothing of the scale. For the others it does nothing.
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): A typical batch, in [0, 1].
@@ -1041,6 +1055,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
         gates = {block.conv_out for block in self.modules() if isinstance(block, GatedResnet)}
         normed = [m for m in self.modules() if isinstance(m, CausalConv2d) and m.gain is not None]
+        if not normed:
+            return
         handles = [conv.register_forward_hook(normalize) for conv in normed]
         try:
             self(images, class_labels)
@@ -1122,6 +1138,13 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             class_labels = F.one_hot(class_labels.long(), K + 1)
         return class_labels.to(weight.device, weight.dtype)
 
+    def _check_mode(self) -> None:
+        variant, dropout = self.config.variant, self.config.dropout
+        if self.training and (variant == "baseline" or (variant == "plusplus" and dropout != 0)):
+            raise ValueError(
+                f"The network is in training mode, in which {variant!r} computes something else: call its `eval()` first."
+            )
+
     def _check_shape(self, sample: torch.Tensor) -> None:
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -1130,8 +1153,9 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             )
 
 
-def _categorical(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The level at which the cumulative distribution of (B, L) passes `uniform` (B,): int64 (B,)"""
+def _categorical(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The level at which the cumulative distribution of (B, L) exceeds `uniform` (B,): int64 (B,)"""
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest stays finite at any
     cumulative = logits.softmax(-1).cumsum(-1)
-    passed = cumulative < uniform[:, None] * cumulative[:, -1:]
+    passed = cumulative <= uniform[:, None] * cumulative[:, -1:]
     return passed.sum(-1).clamp(max=logits.shape[-1] - 1)
