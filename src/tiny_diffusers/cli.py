@@ -59,6 +59,7 @@ def add_sample(commands) -> None:
         metavar="P",
         help="percentile, such as 0.995, that keeps high guidance from saturating (default: the scheduler's way)",
     )
+    _add_temperature(parser)
     parser.add_argument(
         "--return_intermediates",
         type=_positive,
@@ -80,7 +81,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--return_intermediates makes one picture of them all: give --output NAME.png.")
     pipe = _load_pipeline(args, "TinyPipeline")
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
-    options = _call_options(pipe, args, *names, "dynamic_thresholding", "return_intermediates")
+    options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
     labels = options.pop("class_labels", None)
     if labels is not None:
         if len(labels) > args.num_images:
@@ -245,6 +246,7 @@ def add_evaluate(commands) -> None:
         help="the very protocol of this report.json; of its model too, if none is given",
     )
     _add_sampling_arguments(parser)
+    _add_temperature(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     parser.add_argument("--batch_size", type=_positive, default=64, help="images drawn at a time (default: 64)")
 
@@ -329,7 +331,7 @@ def evaluate(args: argparse.Namespace) -> None:
         source, name = _load_pipeline(args, "TinyPipeline"), args.checkpoint
         channels, _, width = source._image_shape
         size = {"resolution": width, "channels": channels}
-        protocol.sampling = _call_options(source, args, "num_inference_steps", "eta", "guidance_scale")
+        protocol.sampling = _call_options(source, args, "num_inference_steps", "eta", "guidance_scale", "temperature")
     load = {
         "dataset_name": args.dataset_name,
         "dataset_config_name": args.dataset_config_name,
@@ -563,6 +565,10 @@ def _add_guidance_interval(parser: argparse.ArgumentParser) -> None:
         metavar=("START", "END"),
         help="the share of the steps that are guided, from 0 at the noise to 1 at the image (default: 0 1)",
     )
+
+
+def _add_temperature(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, help="of a PixelCNN; below 1 the likelier is drawn more often")
 
 
 def _add_output_argument(parser: argparse.ArgumentParser, default: str, help: str) -> None:

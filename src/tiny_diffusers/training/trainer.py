@@ -311,6 +311,8 @@ class Trainer:
         for name, module in self.family.modules.items():
             module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
             if arguments.gradient_checkpointing:
+                if not getattr(module, "_supports_gradient_checkpointing", False):
+                    raise UserError(f"--gradient_checkpointing: {type(module).__name__} does not know it; leave it out.")
                 module.enable_gradient_checkpointing()
             if arguments.use_ema:
                 self.averages[name] = EMA(
