@@ -296,10 +296,23 @@ class TinyPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return self._network.config.in_channels, height, width
 
-    def _preprocess(self, images: Images, batch_size: int | None) -> torch.Tensor:
-        """Images in any form to (B, C, H, W) in [-1, 1]."""
+    def _preprocess(self, images: Images, batch_size: int | None, resize_arrays: bool = True) -> torch.Tensor:
+        """Images in any form to (B, C, H, W) in [-1, 1]; PIL images are resized, and arrays and tensors if asked for."""
         channels, height, width = self._image_shape
+        pixels = [
+            torch.as_tensor(image)
+            for image in (images if isinstance(images, (list, tuple)) else [images])
+            if isinstance(image, (np.ndarray, torch.Tensor))
+        ]
+        for values in pixels:
+            if not values.is_floating_point():
+                raise ValueError(f"`images` as arrays and tensors must be floats in [0, 1], got {values.dtype}.")
+            if not ((values >= 0) & (values <= 1)).all():
+                raise ValueError(
+                    f"`images` as arrays and tensors must lie in [0, 1], got {values.min():.3g} to {values.max():.3g}."
+                )
         processor = VaeImageProcessor(
+            do_resize=resize_arrays or not pixels,
             vae_scale_factor=1,
             vae_latent_channels=0,  # images of four channels are no latents
             do_convert_rgb=channels == 3,

@@ -91,9 +91,9 @@ class TinyVAEPipeline(TinyPipeline):
             `torch.Tensor` of shape `(B, latent_dim)`: the latents.
 
         Raises:
-            `ValueError`: for images of another shape.
+            `ValueError`: for arrays and tensors of another shape, of integers, or outside [0, 1].
         """
-        latents = self._network.encode(self._preprocess(images, None)).mean
+        latents = self._network.encode(self._preprocess(images, None, resize_arrays=False)).mean
         self.maybe_free_model_hooks()
         return latents
 
@@ -129,7 +129,7 @@ class TinyVAEPipeline(TinyPipeline):
             `ValueError`: for an argument outside what is said above.
         """
         self._check_output(1, output_type)
-        posterior = self._network.encode(self._preprocess(images, None))
+        posterior = self._network.encode(self._preprocess(images, None, resize_arrays=False))
         latents = posterior.mean
         if sample_posterior:
             latents = latents + posterior.stddev * self._prepare_latents(len(latents), generator, None)
@@ -161,7 +161,7 @@ class TinyVAEPipeline(TinyPipeline):
         self._check_output(2, output_type)
         if not isinstance(num_frames, numbers.Integral) or num_frames < 2:
             raise ValueError(f"`num_frames` must be an integer of at least 2, the two ends, got {num_frames}.")
-        start, end = self._network.encode(self._preprocess(images, 2)).mean
+        start, end = self._network.encode(self._preprocess(images, 2, resize_arrays=False)).mean
         share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
         return self._decode(torch.lerp(start, end, share[:, None]), output_type, return_dict)
 

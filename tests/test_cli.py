@@ -8,7 +8,15 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.utils import logging
 from PIL import Image
 
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli, hub
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDDIMScheduler,
+    TinyPipeline,
+    TinyPixelCNNModel,
+    TinyPixelCNNPipeline,
+    cli,
+    hub,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +129,17 @@ class TestSample:
             num_inference_steps=3,
         ).images
         np.testing.assert_allclose(images, [np.asarray(image) for image in expected], atol=1)
+
+    def test_temperature_is_a_pixelcnns(self, checkpoint, tmp_path, capsys):
+        torch.manual_seed(0)
+        network = TinyPixelCNNModel(4, 1, 16, hidden_channels=8, num_layers=2).eval()
+        TinyPixelCNNPipeline(network).save_pretrained(tmp_path / "pixelcnn")
+        paths = [tmp_path / f"{temperature}.png" for temperature in (1, 0.01)]
+        for path in paths:
+            assert run("sample", tmp_path / "pixelcnn", "--temperature", path.stem, "--output", path) == 0
+        assert paths[0].read_bytes() != paths[1].read_bytes()
+        line = error_line(capsys, "sample", checkpoint, "--temperature", 0.5, "--output", tmp_path / "x.png")
+        assert "--temperature means nothing" in line
 
     def test_the_way_to_each_image_is_one_picture(self, checkpoint, tmp_path, capsys):
         arguments = ("--num_images", 3, "--batch_size", 2, "--num_inference_steps", 3, "--return_intermediates", 2)

@@ -21,8 +21,11 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from tiny_diffusers.pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from tiny_diffusers.training.arguments import TrainingArguments, flag, parse_arguments
-from tiny_diffusers.training.baselines import halving_widths, load_pretrained
+from tiny_diffusers.training.baselines import check_given, halving_widths, load_pretrained
 from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load_data, start
+
+
+_MAX_GRID_CLASSES = 10
 
 
 @dataclass
@@ -110,6 +113,7 @@ class DCGAN(Family):
         self.id2label, self.null_label = id2label, generator.config.num_class_embeds
         self.real_label, self.fake_label = real_label, fake_label
         self.instance_noise, self.instance_noise_steps = instance_noise, instance_noise_steps
+        self.phases = {"instance_noise_steps": instance_noise_steps} if instance_noise else {}
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
         generator, discriminator, labels = modules["generator"], modules["discriminator"], batch.labels
@@ -141,11 +145,12 @@ class DCGAN(Family):
         if self.id2label is None:
             generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
             return pipeline(batch_size=num_images, generator=generators).images, {}
-        each = max(1, num_images // len(self.id2label))
-        labels = [class_id for class_id in self.id2label for _ in range(each)]
+        classes = list(self.id2label)[:_MAX_GRID_CLASSES]
+        each = max(1, num_images // len(classes))
+        labels = [class_id for class_id in classes for _ in range(each)]
         generators = [torch.Generator().manual_seed(seed + i % each) for i in range(len(labels))]
         images = pipeline(class_labels=labels, generator=generators).images
-        return images, {"columns": each, "row_labels": list(self.id2label.values())}
+        return images, {"columns": each, "row_labels": [self.id2label[class_id] for class_id in classes]}
 
 
 def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
@@ -173,6 +178,17 @@ def build_dcgan(arguments: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGe
             )
         if pipeline.discriminator is None:
             raise UserError("--pretrained_model_name_or_path: it was saved without its discriminator.")
+        names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
+        if names and names != data.id2label:
+            raise UserError(
+                f"--pretrained_model_name_or_path: its classes are {list(names.values())[:5]}, but those of {data.name} are "
+                f"{list(data.id2label.values())[:5]}: give the same --classes."
+            )
+        network = {"latent_dim": config.latent_dim, "generator_channels": config.block_out_channels}
+        network |= {"discriminator_channels": pipeline.discriminator.config.block_out_channels}
+        if num_class_embeds:
+            network |= {"class_embed_dim": config.class_embed_dim}
+        check_given(arguments, network)
         return pipeline.generator, pipeline.discriminator
 
     torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
@@ -182,6 +198,7 @@ def build_dcgan(arguments: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGe
         "class_embed_dim": arguments.class_embed_dim,
     }
     default = halving_widths(resolution)
+    widths = "generator_channels"  # the flag that is read next
     try:
         generator = TinyDCGANGenerator(
             out_channels=channels,
@@ -189,11 +206,12 @@ def build_dcgan(arguments: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGe
             block_out_channels=arguments.generator_channels or default,
             **shared,
         )
+        widths = "discriminator_channels"
         discriminator = TinyDCGANDiscriminator(
             in_channels=channels, block_out_channels=arguments.discriminator_channels or default, **shared
         )
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("block_out_channels", f"--{widths}")) from error
     return generator, discriminator
 
 

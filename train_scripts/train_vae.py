@@ -19,7 +19,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.models.vae_tiny import TinyVAEModel, TinyVAEOutput
 from tiny_diffusers.pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from tiny_diffusers.training.arguments import TrainingArguments, flag, parse_arguments
-from tiny_diffusers.training.baselines import halving_widths, load_pretrained
+from tiny_diffusers.training.baselines import check_given, halving_widths, load_pretrained
 from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load_data, start
 
 
@@ -67,6 +67,7 @@ class VAE(Family):
     def __init__(self, vae: TinyVAEModel, kl_weight: float = 1.0, kl_warmup_steps: int = 0):
         self.modules = {"vae": vae}
         self.kl_weight, self.kl_warmup_steps = kl_weight, kl_warmup_steps
+        self.phases = {"kl_warmup_steps": kl_warmup_steps} if kl_weight else {}
         self.validation_kl_weight = 1.0 if vae.has_likelihood else kl_weight
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
@@ -109,6 +110,8 @@ def build_vae(arguments: VAEArguments, data: ImageData) -> TinyVAEModel:
                 f"--pretrained_model_name_or_path: its images have {vae.config.in_channels} channels and "
                 f"{vae.config.sample_size} pixels a side, but those of {data.name} have {channels} and {resolution}."
             )
+        names = ("latent_dim", "block_out_channels", "layers_per_block", "reconstruction", "num_levels")
+        check_given(arguments, {name: vae.config[name] for name in names})
         return vae
     torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
     try:

@@ -260,6 +260,9 @@ def add_evaluate(commands) -> None:
     data.add_argument("--classes", help="names or ids, such as cat,frog, where the model knows only these")
 
     measures = parser.add_argument_group("the measure")
+    measures.add_argument(
+        "--kind", default="samples", help="samples, or a VAE's reconstructions of the real images (default: samples)"
+    )
     measures.add_argument("--num_images", type=_positive, default=10_000, help="default: 10000")
     measures.add_argument(
         "--features",
@@ -305,6 +308,7 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = {"metrics": list(METRICS) if args.metrics == ["all"] else args.metrics} if args.metrics else {}
     baselines = {"baselines": [name for name in args.baselines if name != "none"]} if args.baselines else {}
     protocol = Protocol(
+        kind=args.kind,
         seed=args.seed,
         batch_size=args.batch_size,
         features=args.features,
@@ -317,6 +321,8 @@ def evaluate(args: argparse.Namespace) -> None:
         **baselines,
     )
     folder = args.output or (args.checkpoint if args.checkpoint and Path(args.checkpoint).is_dir() else "evaluation")
+    if args.output is None and args.kind != "samples":  # the checkpoint's own report, and its card, are of samples
+        folder = Path(folder, args.kind)
     _prepare_output(f"{folder}/")
 
     from .evaluation import evaluate as measure

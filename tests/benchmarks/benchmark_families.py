@@ -6,16 +6,19 @@ The five families on the same images, for the same minutes, by one protocol.
 Each family is trained by its script's defaults (PixelCNN by its MNIST recipe), and measured against the test split by
 `tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is one (a bound for
 diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of samples a family)
-and each family's own report into `--output_dir`. What is done already, a model or a report, is not done again.
+and each family's own report into `--output_dir`. What is done already, a model or a report, is not done again, if it was
+made with these very settings; else nothing is done at all.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from tiny_diffusers import TinyPipeline, plots, train_scripts
 from tiny_diffusers.data import ImageData, load_images
@@ -40,7 +43,26 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.output_dir / name.replace(" ", "-")
 
 
+def check(name: str, args: argparse.Namespace) -> None:
+    """Refuses a model or a report that was made with other settings than it would be now."""
+    folder = folder_of(name, args)
+    if not (folder / "model_index.json").is_file():
+        return
+    made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    asked = {"max_train_minutes": args.minutes, "seed": args.seed}
+    asked |= {"dataset_name": args.dataset_name, "resolution": args.resolution}
+    if (folder / "report.json").is_file():
+        made = Report.load(folder).protocol | made
+        asked = dataclasses.asdict(protocol_of(name, args)) | asked
+    for setting, value in asked.items():
+        if made.get(setting, value) != value:
+            raise SystemExit(
+                f"{folder} was made with {setting} {made[setting]}, not {value}: delete it, and run again."
+            )
+
+
 def train(name: str, args: argparse.Namespace) -> None:
+    (folder_of(name, args) / "report.json").unlink(missing_ok=True)  # it would be of another model
     script, arguments, _ = FAMILIES[name]
     command = [
         *(sys.executable, str(SCRIPTS / f"{script}.py"), *arguments),
@@ -61,18 +83,20 @@ def load(name: str, args: argparse.Namespace) -> TinyPipeline:
     return pipe
 
 
-def measure(name: str, reference: ImageData, training: ImageData, args: argparse.Namespace) -> Report:
+def protocol_of(name: str, args: argparse.Namespace) -> Protocol:
     has_likelihood = name != "DCGAN"
-    protocol = Protocol(
+    return Protocol(
         sampling=FAMILIES[name][2],
         seed=args.seed,
         num_images=args.num_images,
         metrics=METRICS + ["bits_per_dim"] * has_likelihood,
         likelihood_images=args.likelihood_images,
     )
-    return evaluate(
-        load(name, args), reference, protocol, training=training, output_dir=folder_of(name, args), name=name
-    )
+
+
+def measure(name: str, reference: ImageData, training: ImageData, args: argparse.Namespace) -> Report:
+    pipe, protocol, folder = load(name, args), protocol_of(name, args), folder_of(name, args)
+    return evaluate(pipe, reference, protocol, training=training, output_dir=folder, name=name)
 
 
 def draw_row(name: str, count: int, args: argparse.Namespace) -> list:
@@ -89,7 +113,8 @@ def describe(name: str, args: argparse.Namespace) -> str:
     run = json.loads((folder_of(name, args) / "run.json").read_text())
     steps = max(int(steps[-1]) for steps, _ in plots.read_log(folder_of(name, args) / "train_log.jsonl").values())
     parameters = sum(run["parameters"].values()) / 1e6
-    return f"{name}: {parameters:.2f} M parameters, {steps:,} steps of {run['global_batch']} images"
+    took = f" in {run['seconds']:,.0f} s" if "seconds" in run else ""  # earlier runs don't say
+    return f"{name}: {parameters:.2f} M parameters, {steps:,} steps of {run['global_batch']} images{took}"
 
 
 def main() -> int:
@@ -104,6 +129,8 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/families"))
     args = parser.parse_args()
+    for name in args.families:
+        check(name, args)
     torch.set_num_threads(physical_cores())
     training = load_images(args.dataset_name, resolution=args.resolution)
     reference = load_images(args.dataset_name, split="test", resolution=args.resolution)

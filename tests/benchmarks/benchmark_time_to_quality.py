@@ -10,7 +10,8 @@ attention of ours, where its own would have 114 million parameters), float32, ba
 500 steps, linear betas, epsilon, `EMAModel`. Its 1,000 DDPM steps would take hours here: both are sampled by DDIM in 50.
 
 Writes `table.md`, `table.json`, `ours.png` and `stock.png` into `--output_dir`. What is done already, a model or a batch of
-samples, is not done again. Exits with 1 if ours is over 150, or over a third of stock's.
+samples, is not done again; a folder of other minutes, images, or another seed is refused. Exits with 1 if ours is over 150, or
+over a third of stock's.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -37,6 +39,19 @@ from tiny_diffusers.train_scripts import train_unconditional
 
 GRID_IMAGES = 100
 STOCK_BATCH, STOCK_EPOCHS, STOCK_WARMUP = 16, 100, 500
+
+
+def other_run(output_dir: Path, asked: dict) -> str | None:
+    """What a run in `output_dir` was made with and is not asked for, as flags, or None."""
+    config, run = output_dir / "ours" / "config.yaml", output_dir / "stock" / "run.json"
+    ours = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    ours["minutes"] = ours.get("max_train_minutes")
+    stock = json.loads(run.read_text()).get("settings", {}) if run.is_file() else {}
+    for made in (ours, stock):
+        differing = [f"--{name} {made[name]}" for name in asked if made.get(name) not in (None, asked[name])]
+        if differing:
+            return " ".join(differing)
+    return None
 
 
 def train_ours(folder: Path, args: argparse.Namespace) -> None:
@@ -62,7 +77,7 @@ def stock_unet(ours: dict) -> UNet2DModel:
     )
 
 
-def train_stock(folder: Path, data: ImageData, ours: dict, args: argparse.Namespace) -> None:
+def train_stock(folder: Path, data: ImageData, ours: dict, asked: dict, args: argparse.Namespace) -> None:
     """The loop of diffusers' example, until the minutes are over."""
     device = default_device()
     torch.manual_seed(args.seed)
@@ -91,7 +106,7 @@ def train_stock(folder: Path, data: ImageData, ours: dict, args: argparse.Namesp
 
     ema.copy_to(unet.parameters())
     DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    (folder / "run.json").write_text(json.dumps({"steps": step, "global_batch": STOCK_BATCH}))
+    (folder / "run.json").write_text(json.dumps({"steps": step, "global_batch": STOCK_BATCH, "settings": asked}))
 
 
 def images_seen(folder: Path) -> int:
@@ -144,11 +159,21 @@ def main() -> int:
         args.dataset_name, split="test", resolution=args.resolution, max_samples=args.num_references
     )
 
+    asked = {name: getattr(args, name) for name in ("dataset_name", "minutes", "seed")}
+    asked["resolution"] = train_data.images.shape[-1]
+    made_with = other_run(args.output_dir, asked)
+    if made_with:
+        print(
+            f"error: {args.output_dir} holds a run of {made_with}: delete {args.output_dir}, or name another --output_dir.",
+            file=sys.stderr,
+        )
+        return 2
+
     ours, stock = args.output_dir / "ours", args.output_dir / "stock"
     if not (ours / "model_index.json").is_file():
         train_ours(ours, args)
     if not (stock / "run.json").is_file():
-        train_stock(stock, train_data, json.loads((ours / "unet" / "config.json").read_text()), args)
+        train_stock(stock, train_data, json.loads((ours / "unet" / "config.json").read_text()), asked, args)
 
     shape = tuple(train_data.images.shape[1:])
     reference = metrics.FrechetReference(extract(extractor, test_data.images))

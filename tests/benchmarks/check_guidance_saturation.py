@@ -46,6 +46,8 @@ def main() -> int:
     pipe = TinyPipeline.from_pretrained(args.checkpoint).to(device, default_dtype(device))
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
+    # a checkpoint may have been saved with thresholding, which would make the static mode dynamic
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=False)
     classes = torch.arange(args.num_images) % len(pipe.config.id2label)
     real = load_images(args.dataset_name, split="test", resolution=pipe.unet.config.sample_size).images
     shares, rows = {"real": share_at_the_ends(real)}, []

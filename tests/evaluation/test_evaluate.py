@@ -1,16 +1,30 @@
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from torch import nn
 
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli, hub
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDCGANGenerator,
+    TinyDCGANPipeline,
+    TinyDDIMScheduler,
+    TinyPipeline,
+    TinyVAEModel,
+    TinyVAEPipeline,
+    cli,
+    hub,
+)
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import METRICS, Protocol, Report, compare, evaluate, features, images
@@ -58,6 +72,13 @@ def image_data(count=60, seed=0, labels=True, name="blobs"):
         "test",
         images.fingerprint(pixels.numpy()),
     )
+
+
+def vae(reconstruction="logistic", **options):
+    torch.manual_seed(0)
+    pipe = TinyVAEPipeline(TinyVAEModel(8, 1, 4, (8,), reconstruction=reconstruction, **options).eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def values(report):
@@ -219,13 +240,51 @@ class TestMeasures:
         generator = torch.Generator().manual_seed(0)
         expected = pipe.scheduler.variational_bound(pipe.unet, sample, generator=generator).total.mean().item()
         assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
-        assert "bound" in report.source["likelihood"]
+        assert "bound" in report.source["likelihood"] and "256 levels" in report.markdown()
+        assert report.measured_by["likelihood_levels"] == 256
 
     def test_a_pipelines_own_likelihood_goes_before_the_schedulers(self, pipeline):
         pipe = pipeline()
         pipe.bits_per_dim = lambda images, class_labels=None, generator=None: torch.full((len(images),), 2.5)
         report = evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]}))
         assert values(report) == {"bits_per_dim": 2.5}
+
+    def test_what_has_no_likelihood_is_said_before_an_image_is_drawn(self, pipeline, monkeypatch):
+        gan = TinyDCGANPipeline(TinyDCGANGenerator(8, 1, 4, (8,)).eval())
+        solver = pipeline()
+        solver.scheduler = EulerDiscreteScheduler()
+        drawn, sample = [], images.sample
+        monkeypatch.setattr(images, "sample", lambda *args, **kwargs: drawn.append(1) or sample(*args, **kwargs))
+        by_name = Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]})
+        for pipe, why in ((gan, "a TinyDCGANPipeline has no"), (solver, "EulerD.*TinyDDIM"), (vae("mse"), "'mse'")):
+            with pytest.raises(UserError, match=f"leave out bits_per_dim: .*{why}") as refusal:
+                evaluate(pipe, image_data(), by_name)
+            assert "\n" not in str(refusal.value)
+        assert not drawn
+        report = evaluate(gan, image_data(), Protocol(**{**NO_BASELINES, "sampling": {}, "metrics": list(METRICS)}))
+        assert "bits_per_dim" not in report.figures and "precision" in report.figures
+        assert "Bits/dim were not measured: a TinyDCGANPipeline has no likelihood." in report.warnings
+
+    def test_reconstructions_are_of_the_first_of_the_reference(self, tmp_path, pipeline):
+        pipe, reference = vae(), image_data()
+        protocol = Protocol(**{**NO_BASELINES, "sampling": {}, "kind": "reconstructions"})
+        report = evaluate(pipe, reference, protocol, output_dir=tmp_path)
+        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        first = reference.images[images.order_of(reference.images.numpy())[:24].copy()]
+        expected = pipe.reconstruct(first / 255, output_type="np").images[..., 0]
+        np.testing.assert_allclose(np.load(path)[:, 0], 255 * expected, atol=1)
+        assert report.protocol["kind"] == "reconstructions"
+        assert report.markdown().startswith("24 reconstructions, seed 0") and "nothing of samples" in report.markdown()
+
+        every = evaluate(
+            pipe, reference, Protocol(**{**NO_BASELINES, "sampling": {}, "kind": "reconstructions", "num_images": 99})
+        )
+        assert every.measured_by["num_images"] == 60 and any("99 images were asked" in line for line in every.warnings)
+        for given, what in ((pipeline(), "TinyPipeline"), (reference, "folder")):
+            with pytest.raises(UserError, match=f"--kind reconstructions: .*{what}"):
+                evaluate(given, reference, protocol)
+        with pytest.raises(UserError, match="Did you mean 'reconstructions'"):
+            Protocol(kind="reconstruction")
 
     def test_every_metric_runs_together(self, pipeline):
         protocol = Protocol(**{**FAST, "metrics": list(METRICS), "likelihood_images": 4})
@@ -249,6 +308,26 @@ class TestCompare:
         other = evaluate(image_data(seed=1), reference, Protocol(**{**NO_BASELINES, **change}))
         with pytest.raises(UserError, match="differ"):
             compare({"A": one, "B": other})
+
+    def test_refuses_reconstructions_beside_samples_and_bits_of_other_levels(self):
+        options = {
+            **NO_BASELINES,
+            "sampling": {},
+            "likelihood_images": 4,
+            "metrics": ["kernel_distance", "bits_per_dim"],
+        }
+        samples, binary = (evaluate(vae(num_levels=n), image_data(), Protocol(**options)) for n in (256, 2))
+        with pytest.raises(UserError, match="likelihood_levels differ, 256 and 2"):
+            compare({"A": samples, "B": binary})
+        again = evaluate(vae(), image_data(), Protocol(**{**options, "kind": "reconstructions"}))
+        with pytest.raises(UserError, match="kind differ, samples and reconstructions"):
+            compare({"A": samples, "B": again})
+        assert "24 reconstructions against" in compare({"A": again})
+
+        gan = evaluate(image_data(seed=1), image_data(), Protocol(**{**options, "metrics": ["kernel_distance"]}))
+        assert "Bits/dim" in compare({"A": samples, "GAN": gan})
+        with pytest.raises(UserError, match="'A' and 'B'.*likelihood_levels"):
+            compare({"GAN": gan, "A": samples, "B": binary})
 
 
 class TestBadInput:
@@ -357,6 +436,19 @@ class TestCommandLine:
         assert self.run("evaluate", "--images", tmp_path / "images", *self.OPTIONS, "--output", output) == 0
         assert values(Report.load(output))["precision"] == 1  # they are among the reference
 
+    def test_reconstructions_leave_the_report_and_the_card_of_the_samples_alone(self, tmp_path, capsys):
+        folder = tmp_path / "vae"
+        vae().save_pretrained(folder)
+        hub.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
+        steps = self.OPTIONS.index("--num_inference_steps")
+        options = self.OPTIONS[:steps] + self.OPTIONS[steps + 2 :]
+        assert self.run("evaluate", folder, *options, "--kind", "reconstructions") == 0
+        assert "40 reconstructions" in capsys.readouterr().out
+        assert not (folder / "report.json").exists() and "## Results" not in (folder / "README.md").read_text()
+        report = folder / "reconstructions" / "report.json"
+        assert self.run("evaluate", "--from_report", report, "--output", tmp_path / "again") == 0
+        assert Report.load(tmp_path / "again").kind == "reconstructions"
+
     def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
         def line(*arguments):
             assert self.run("evaluate", *arguments) == 2
@@ -378,6 +470,27 @@ class TestCommandLine:
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("report: ") == 1  # the main process's
         assert values(Report.load(tmp_path / "two")) == pytest.approx(values(Report.load(tmp_path / "one")), rel=1e-6)
+
+
+def test_the_benchmark_of_the_families_reuses_nothing_that_was_made_with_other_settings(tmp_path):
+    path = Path(__file__).parents[1] / "benchmarks" / "benchmark_families.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    run = {"seed": 0, "dataset_name": "digits", "resolution": 8}
+    args = Namespace(**run, minutes=1.0, num_images=24, likelihood_images=4, output_dir=tmp_path)
+    benchmark.check("VAE", args)  # there is nothing yet
+    folder = tmp_path / "VAE"
+    folder.mkdir()
+    (folder / "model_index.json").touch()
+    (folder / "config.yaml").write_text(json.dumps(run | {"max_train_minutes": 1.0}))
+    report = Report(asdict(benchmark.protocol_of("VAE", args)), measured_by={}, source={}, figures={})
+    (folder / "report.json").write_text(json.dumps(asdict(report)))
+    benchmark.check("VAE", args)
+    other = {"minutes": 2.0, "seed": 1, "dataset_name": "mnist", "resolution": 16}
+    for name, value in {**other, "num_images": 25, "likelihood_images": 5}.items():
+        with pytest.raises(SystemExit, match=f"VAE was made with .*{name}.*: delete it"):
+            benchmark.check("VAE", Namespace(**{**vars(args), name: value}))
 
 
 @pytest.mark.skipif("TINY_DIFFUSERS_DATA" not in os.environ, reason="TINY_DIFFUSERS_DATA is not set")

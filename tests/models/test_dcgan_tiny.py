@@ -133,6 +133,7 @@ def test_in_evaluation_an_image_does_not_depend_on_its_batch(network):
         ({"block_out_channels": (8, 10**9)}, ["block_out_channels"]),
         ({"num_class_embeds": 0}, ["num_class_embeds", "0"]),
         ({"class_embed_dim": None}, ["class_embed_dim"]),
+        ({"sample_size": None}, ["sample_size None"]),
     ],
     ids=str,
 )

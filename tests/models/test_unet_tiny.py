@@ -419,7 +419,11 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
     "options, message",
     [
         ({"sample_size": 9}, "multiple of 2"),
-        ({"sample_size": 12, "patch_size": 4}, "multiple of 8"),
+        ({"sample_size": 12, "patch_size": 4}, "multiple of 8.*smaller patch_size.*block_out_channels"),
+        ({"sample_size": (8, 8)}, "sample_size \\(8, 8\\)"),
+        ({"patch_size": (1, 2)}, "patch_size \\(1, 2\\)"),
+        ({"norm_num_groups": [4]}, "norm_num_groups \\[4\\]"),
+        ({"mid_attention": ("none", "full")}, "mid_attention \\('none', 'full'\\)"),
         ({"norm_num_groups": 3}, "norm_num_groups 3 does not divide the width 8"),
         ({"attention": ("none",)}, "1 entries for 2 levels"),
         ({"attention": "fulll"}, "Did you mean 'full'"),

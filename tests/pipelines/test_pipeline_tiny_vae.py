@@ -81,6 +81,7 @@ def test_images_are_taken_in_every_form(pipe, images):
     outputs = [pipe.reconstruct(form, output_type="np").images for form in forms]
     for output in outputs[1:]:
         np.testing.assert_allclose(output, outputs[0], atol=1e-4)
+    assert pipe.encode([image.resize((16, 12)) for image in pil]).shape == (4, 3)
 
 
 def test_a_walk_ends_in_the_two_reconstructions_and_is_a_line_between(pipe, images):
@@ -147,6 +148,13 @@ def test_sixteen_bits(pipe):
         (lambda pipe: pipe(2, latents=torch.zeros(2, 4)), r"latents.*\(2, 3\), got \(2, 4\)"),
         (lambda pipe: pipe(2, generators(3)), "got 3 for a batch of 2"),
         (lambda pipe: pipe.reconstruct(torch.zeros(2, 3, 8, 8)), "images"),
+        (lambda pipe: pipe.reconstruct(torch.zeros(2, 1, 16, 16)), r"\(1, 8, 8\), got \(2, 1, 16, 16\)"),
+        (lambda pipe: pipe.encode(np.zeros((2, 8, 4, 1), np.float32)), r"\(1, 8, 8\), got \(2, 1, 8, 4\)"),
+        (lambda pipe: pipe.encode(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), "floats.*uint8"),
+        (lambda pipe: pipe.encode(np.zeros((2, 8, 8, 1), np.uint8)), "floats.*uint8"),
+        (lambda pipe: pipe.encode(torch.full((2, 1, 8, 8), 200.0)), "0, 1.*200"),
+        (lambda pipe: pipe.interpolate(torch.full((2, 1, 8, 8), -0.5)), "0, 1.*-0.5"),
+        (lambda pipe: pipe.reconstruct(torch.full((2, 1, 8, 8), math.nan)), "0, 1.*nan"),
         (lambda pipe: pipe.interpolate(torch.zeros(3, 1, 8, 8)), "must be 2 images"),
         (lambda pipe: pipe.interpolate(torch.zeros(2, 1, 8, 8), num_frames=1), "num_frames.*1"),
         (lambda pipe: pipe.bits_per_dim(torch.zeros(2, 1, 8, 8)), "uint8.*float32"),

@@ -9,9 +9,12 @@ from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.trainer import Trainer
 
 
-TINY = [
+TINY_NETWORK = [
     *("--block_out_channels", "8", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
-    *("--layers_per_block", "1", "--max_train_samples", "64", "--train_batch_size", "8", "--eval_batch_size", "4"),
+    *("--layers_per_block", "1"),
+]
+TINY = [
+    *("--max_train_samples", "64", "--train_batch_size", "8", "--eval_batch_size", "4"),
     *("--checkpointing_steps", "2", "--ddpm_num_inference_steps", "2"),
     *("--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
 ]
@@ -21,14 +24,15 @@ TINY = [
 def train(tmp_path, request):
     """
     Runs a script in this process; returns the run's folder. A test's module names its own script and arguments as
-    SCRIPT and TINY.
+    SCRIPT and TINY. With `network=False` the network is left to what the other arguments say of it.
     """
     of_module = getattr(request.module, "SCRIPT", train_unconditional)
-    tiny = getattr(request.module, "TINY", TINY)
+    tiny = getattr(request.module, "TINY", None)
 
-    def run(*argv, name="run", steps=6, script=of_module):
+    def run(*argv, name="run", steps=6, script=of_module, network=True):
         length = ["--max_train_steps", str(steps)] if steps else []
-        script.main([*tiny, *length, "--output_dir", str(tmp_path / name), *argv])
+        small = tiny or (TINY_NETWORK + TINY if network else TINY)
+        script.main([*small, *length, "--output_dir", str(tmp_path / name), *argv])
         return tmp_path / name
 
     return run
@@ -59,9 +63,9 @@ def train_in_two(train, monkeypatch):
 def check_mistake(train):
     """That a mistake is one line, with these words in it."""
 
-    def check(argv, words):
+    def check(argv, words, **options):
         with pytest.raises(UserError) as error:
-            train(*argv)
+            train(*argv, **options)
         assert "\n" not in str(error.value).strip()
         for word in words:
             assert word in str(error.value)

@@ -10,6 +10,8 @@ from PIL import Image
 
 from tiny_diffusers import TinyPipeline, train_scripts
 from tiny_diffusers.data import ImageData
+from tiny_diffusers.train_scripts.train_dcgan import DCGANArguments, build_dcgan
+from tiny_diffusers.train_scripts.train_vae import VAEArguments, build_vae
 from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
 from tiny_diffusers.training.diffusion import DiffusionArguments, build_scheduler, build_unet
 
@@ -56,13 +58,19 @@ def test_each_cell_is_what_its_script_takes(recipe, cell):
     arguments = parse_arguments(arguments_class_of(script_of(recipe)), flags(recipe, cell))
     if cell:
         assert Path(arguments.output_dir) == Path("runs", recipe.stem, cell)
-    if isinstance(arguments, DiffusionArguments):  # its names and sizes go together, too
+    # its names and sizes go together, too
+    size = arguments.resolution or 32
+    images, names = torch.zeros(1, 3, size, size, dtype=torch.uint8), dict(enumerate("abcdefghij"))
+    data = ImageData(images, None, names, "stand-in", "train", "")
+    if isinstance(arguments, DiffusionArguments):
         build_scheduler(arguments)
-        size = arguments.resolution or 32
-        images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-        classes = 10 if "class_dropout_prob" in vars(arguments) else None
-        with torch.device("meta"):
-            build_unet(arguments, ImageData(images, None, None, "stand-in", "train", ""), classes)
+    with torch.device("meta"):
+        if isinstance(arguments, DiffusionArguments):
+            build_unet(arguments, data, 10 if "class_dropout_prob" in vars(arguments) else None)
+        elif isinstance(arguments, VAEArguments):
+            build_vae(arguments, data)
+        elif isinstance(arguments, DCGANArguments):
+            build_dcgan(arguments, data)
 
 
 def test_cells_of_a_recipe_differ():

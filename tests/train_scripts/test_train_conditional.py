@@ -151,7 +151,7 @@ def test_guidance_without_dropped_labels_warns_and_says_why(train, capsys):
 
 
 def test_a_stock_network_has_a_row_more_than_classes(train, stock_config):
-    folder = train("--model_config_name_or_path", stock_config)
+    folder = train("--model_config_name_or_path", stock_config, network=False)
     pipe = TinyPipeline.from_pretrained(folder)
     assert type(pipe).__name__ == "TinyConditionalPipeline" and type(pipe.unet).__name__ == "UNet2DModel"
     assert pipe.unet.config.num_class_embeds == 11 and pipe.config.null_class_id == 10
@@ -161,10 +161,9 @@ def test_a_stock_network_has_a_row_more_than_classes(train, stock_config):
 @pytest.mark.parametrize("stock", [False, True])
 def test_fine_tuning_keeps_the_classes_it_knows_by_name(train, stock_config, capsys, stock):
     network = ("--model_config_name_or_path", stock_config) if stock else ()
-    first = train(*network, "--classes", "1,2,3", name="first")
-    second = train(
-        *("--classes", "3,7", "--pretrained_model_name_or_path", str(first), "--learning_rate", "0"), name="second"
-    )
+    first = train(*network, "--classes", "1,2,3", name="first", network=not stock)
+    loaded = ("--pretrained_model_name_or_path", str(first))
+    second = train("--classes", "3,7", *loaded, "--learning_rate", "0", name="second", network=False)
     assert "1 of the 2 classes are new to the checkpoint" in capsys.readouterr().err
     before, after = class_table(first), class_table(second)
     assert len(before) == 4 and len(after) == 3
@@ -185,11 +184,17 @@ def test_fine_tuning_from_no_classes_and_to_none(train):
         train("--pretrained_model_name_or_path", str(conditional), name="back", script=train_unconditional)
 
 
-def test_another_prediction_type_than_the_checkpoints_is_said(train, capsys):
-    first = train("--prediction_type", "epsilon", name="first")
-    assert "epsilon" not in capsys.readouterr().err
-    train("--pretrained_model_name_or_path", str(first), name="second")
-    assert "--prediction_type epsilon goes on" in capsys.readouterr().err
+def test_another_process_than_the_checkpoints_is_said(train, capsys):
+    process = ("--prediction_type", "epsilon", "--ddpm_beta_schedule", "quadratic", "--ddpm_num_steps", "900")
+    first = train(*process, name="first", steps=1)
+    assert "goes on" not in capsys.readouterr().err
+    loaded = ("--pretrained_model_name_or_path", str(first))
+    train(*loaded, *process, name="same", steps=1)
+    assert "goes on" not in capsys.readouterr().err
+    train(*loaded, name="second", steps=1)
+    said = capsys.readouterr().err
+    for kept in ("--prediction_type epsilon", "--ddpm_beta_schedule quadratic", "--ddpm_num_steps 900"):
+        assert f"{kept} goes on" in said
 
 
 @pytest.mark.parametrize("conditioning", ["add", "scale"])
@@ -216,6 +221,7 @@ def images_of(size, channels=3):
         (["--patch_size", "2", "--attention", "full", "--block_out_channels", "64", "64"], None),
         (["--patch_size", "1", "--attention", "linear", "--block_out_channels", "64", "64"], None),
         (["--patch_size", "1", "--attention", "none", "full", "--block_out_channels", "64", "64"], None),
+        (["--patch_size", "1", "--attention", "none", "--block_out_channels", "64"], "4.3 GFLOP.*for --mid_attention"),
     ],
 )
 def test_full_attention_at_64x64_on_a_cpu_is_warned_of_with_its_cost(capsys, monkeypatch, argv, cost):
@@ -225,6 +231,25 @@ def test_full_attention_at_64x64_on_a_cpu_is_warned_of_with_its_cost(capsys, mon
         build_unet(arguments, images_of(64), num_class_embeds=1)
     said = capsys.readouterr().err
     assert (said == "") if cost is None else re.search(f"64x64 places.*{cost}", said)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "levels"),
+    [(8, 1, 2), (26, 1, 2), (28, 2, 2), (32, 2, 3), (48, 2, 3), (52, 2, 2), (60, 2, 2), (62, 1, 2), (64, 2, 3)],
+)
+def test_the_default_network_fits_its_resolution(size, patch_size, levels):
+    arguments = parse_arguments(ConditionalArguments, [])
+    with torch.device("meta"):
+        config = build_unet(arguments, images_of(size), num_class_embeds=1).config
+    assert (config.patch_size, len(config.block_out_channels)) == (patch_size, levels)
+    assert config.resnet_time_scale_shift == "scale_shift" and "full" in config.attention
+    assert arguments.block_out_channels == list(config.block_out_channels) and arguments.patch_size == patch_size
+
+
+@pytest.mark.parametrize("size", [9, 31])
+def test_an_odd_resolution_is_refused_with_what_to_change(size):
+    with pytest.raises(UserError, match="patch_size 1: .*patch_size, or fewer levels in block_out_channels"):
+        build_unet(parse_arguments(ConditionalArguments, []), images_of(size), num_class_embeds=1)
 
 
 def test_a_preset_is_a_base_that_flags_change():

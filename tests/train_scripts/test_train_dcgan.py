@@ -13,28 +13,32 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tiny_diffusers import TinyDCGANDiscriminator, TinyDCGANGenerator, TinyDCGANPipeline, TinyPipeline
+from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.train_scripts import train_dcgan
-from tiny_diffusers.train_scripts.train_dcgan import DCGAN
+from tiny_diffusers.train_scripts.train_dcgan import DCGAN, DCGANArguments
 from tiny_diffusers.training.draws import Draws
-from tiny_diffusers.training.trainer import Batch
+from tiny_diffusers.training.trainer import Batch, Trainer, start
 
 
 SCRIPT = train_dcgan
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = [
-    *("--generator_channels", "8", "--discriminator_channels", "8", "--latent_dim", "4", "--train_batch_size", "8"),
-    *("--max_train_samples", "64", "--eval_batch_size", "20", "--checkpointing_steps", "2", "--logging_steps", "2"),
-    *("--mixed_precision", "no", "--num_threads", "1"),
+    # two levels: the discriminator has no batch norm on the first
+    *("--generator_channels", "8", "8", "--discriminator_channels", "8", "8", "--latent_dim", "4"),
+    *("--train_batch_size", "8", "--max_train_samples", "64", "--eval_batch_size", "20", "--checkpointing_steps", "2"),
+    *("--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
 ]
 
 
 def make(classes: int | None = None, **options) -> DCGAN:
     torch.manual_seed(0)
-    sizes = {"sample_size": 8, "block_out_channels": (8,), "num_class_embeds": classes}
+    sizes = {"sample_size": 8, "block_out_channels": (8, 8), "num_class_embeds": classes}
     generator = TinyDCGANGenerator(out_channels=1, latent_dim=4, **sizes)
     discriminator = TinyDCGANDiscriminator(in_channels=1, **sizes)
-    return DCGAN(generator, discriminator, None if classes is None else dict(enumerate("abc")), **options)
+    return DCGAN(
+        generator, discriminator, None if classes is None else dict(enumerate("abcdefghijkl"[:classes])), **options
+    )
 
 
 def batch(step: int = 0, labels: torch.Tensor | None = None) -> Batch:
@@ -169,10 +173,11 @@ def test_a_conditional_run_has_a_row_for_each_class(train):
     folder = train("--class_conditional")
     pipe = TinyPipeline.from_pretrained(folder)
     assert pipe.config.id2label == {k: str(k) for k in range(10)}
-    images, options = make(classes=3).sample(
-        TinyDCGANPipeline(make(classes=3).modules["generator"].eval(), id2label=dict(enumerate("abc"))), 6, 0
-    )
-    assert len(images) == 6 and options == {"columns": 2, "row_labels": ["a", "b", "c"]}
+    for classes, labels in ((3, "abc"), (12, "abcdefghij")):
+        family = make(classes=classes)
+        pipe = TinyDCGANPipeline(family.modules["generator"].eval(), id2label=family.id2label)
+        images, options = family.sample(pipe, 2 * len(labels), 0)
+        assert len(images) == 2 * len(labels) and options == {"columns": 2, "row_labels": list(labels)}
     assert "class_labels=" in (folder / "README.md").read_text()
     assert "guidance_scale" not in (folder / "README.md").read_text()
 
@@ -184,6 +189,45 @@ def test_averaged_weights_and_copied_statistics_are_what_is_saved(train):
         if "running" in name or "num_batches" in name:
             assert torch.equal(tensor, trained[name]), name
     assert any(not torch.equal(saved[name], trained[name]) for name in saved)
+
+
+def test_a_skipped_step_leaves_the_statistics_as_they_were(train, read_log, monkeypatch):
+    seen, optimize = [], Trainer._optimize
+
+    def broken_once(self, step):
+        seen.append([buffer.clone() for buffer in self.buffers])
+        return optimize(self, step)
+
+    def batch(self, step, micro_batch, draw=Trainer.batch):
+        drawn = draw(self, step, micro_batch)
+        drawn.images.fill_(torch.nan if step == 1 else 0.5)
+        return drawn
+
+    monkeypatch.setattr(Trainer, "_optimize", broken_once)
+    monkeypatch.setattr(Trainer, "batch", batch)
+    folder = train(steps=4)
+    assert [line["step"] for line in read_log(folder) if "skipped" in line] == [2]
+    before, after = seen[1:3]
+    assert len(before) == 9 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for network in ("generator", "discriminator"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / network / WEIGHTS).values())
+
+
+def test_float16_with_several_micro_batches_is_refused(tmp_path):
+    """Of one gradient scaler accelerate unscales both networks' gradients, whichever is clipped."""
+    arguments = DCGANArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1)
+    accelerator, data = start(arguments), load_images("digits", max_samples=8)
+    assert not accelerator.ddp_handler.broadcast_buffers
+    arguments.mixed_precision, arguments.gradient_accumulation_steps = "fp16", 2
+    with pytest.raises(UserError, match="--mixed_precision fp16 --gradient_accumulation_steps 2"):
+        Trainer(arguments, accelerator, data, make())
+
+
+def test_noise_that_outlasts_the_run_is_said(train, capsys):
+    train("--instance_noise", "0.1", "--instance_noise_steps", "7")
+    assert "--instance_noise_steps 7: the run ends before, after 6 steps" in capsys.readouterr().err
+    train("--instance_noise", "0.1", "--instance_noise_steps", "6", name="fits")
+    assert "instance_noise_steps" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stopped_at", [2, 3])
@@ -286,7 +330,8 @@ def test_it_covers_the_modes_of_a_mixture(tmp_path):
         (["--validation_split", "0.1"], ["--validation_split", "no validation loss"]),
         (["--early_stopping_patience", "3"], ["--early_stopping_patience"]),
         (["--gradient_checkpointing"], ["--gradient_checkpointing", "batch norm"]),
-        (["--resolution", "9"], ["9", "multiple of 2"]),
+        (["--resolution", "9"], ["9", "multiple of 4", "--generator_channels"]),
+        (["--discriminator_channels", "8", "0"], ["--discriminator_channels 0"]),
         (["--latent_dim", "0"], ["latent_dim", "0"]),
         (["--class_embed_dim", "0", "--class_conditional"], ["class_embed_dim", "0"]),
         (["--pretrained_model_name_or_path", "no/such/folder"], ["no/such/folder"]),
@@ -301,3 +346,14 @@ def test_a_checkpoint_of_other_images_or_classes_is_refused(train):
     for argv in (["--resolution", "16"], ["--class_conditional"]):
         with pytest.raises(UserError, match="its images have"):
             train("--pretrained_model_name_or_path", str(folder), *argv, name="other")
+    folder = train("--class_conditional", "--classes", "1,2", name="classes")
+    with pytest.raises(UserError, match=r"its classes are \['1', '2'\], but those of digits are \['3', '4'\]"):
+        train("--pretrained_model_name_or_path", str(folder), "--class_conditional", "--classes", "3,4", name="other")
+
+
+def test_flags_that_a_checkpoint_does_not_have_are_refused(train):
+    folder = train()
+    argv = ["--pretrained_model_name_or_path", str(folder), "--discriminator_channels", "8", "16", "--latent_dim", "5"]
+    with pytest.raises(UserError, match=r"--latent_dim 5 \(it has 4\), --discriminator_channels \[8, 16\]"):
+        train(*argv, name="other")
+    train("--pretrained_model_name_or_path", str(folder), "--smoke", name="smoke")  # which asks for a width of 8

@@ -1,8 +1,10 @@
 """The way from images to a shared model, and every mistake on it."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from safetensors.torch import load_file
 from tiny_diffusers import TinyPipeline
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.train_scripts import train_unconditional
+from tiny_diffusers.training.arguments import parse_arguments
+from tiny_diffusers.training.diffusion import DiffusionArguments, build_scheduler
 from tiny_diffusers.training.trainer import Trainer, launch
 
 
@@ -84,13 +88,90 @@ def test_fine_tuning_starts_from_the_other_models_weights(train):
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
 
+def test_the_network_by_resolution_stands_in_the_runs_files_and_resumes_silently(train, train_in_two, capsys):
+    first = train(steps=2, network=False, name="first")
+    config = (first / "config.yaml").read_text()
+    assert "block_out_channels:\n- 64\n- 64\n" in config and "resnet_time_scale_shift: scale_shift\n" in config
+    card = (first / "README.md").read_text()
+    assert "--block_out_channels 64 64" in card and "--attention none full" in card
+    capsys.readouterr()
+    resumed = train_in_two(stopped_at=1, steps=2, network=False)
+    assert "warning" not in capsys.readouterr().err
+    again = train("--config", str(first / "config.yaml"), steps=2, network=False, name="again")
+    weights = [(folder / "unet" / WEIGHTS).read_bytes() for folder in (first, resumed, again)]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_config_with_classes_and_other_timesteps_is_settled_by_the_run(train, tmp_path, stock):
+    config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "num_class_embeds": 3}
+    if stock:
+        blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        config |= {"_class_name": "UNet2DModel", "attention_head_dim": 8, "class_embed_type": "timestep", **blocks}
+        config |= {"time_embedding_type": "learned", "num_train_timesteps": 20}
+    else:
+        config |= {"_class_name": "TinyUNet2DModel", "attention": "none", "time_embedding": "learned"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = ("--model_config_name_or_path", str(tmp_path / "config.json"), "--ddpm_num_steps", "50")
+    saved = json.loads((train(*loaded, steps=1, network=False) / "unet" / "config.json").read_text())
+    assert (saved["num_train_timesteps"], saved["num_class_embeds"]) == (50, None)
+
+
+def test_dropout_alone_of_the_networks_flags_is_applied_to_a_pretrained_network(train, check_mistake):
+    first = str(train("--dropout", "0.1", name="first", steps=1))
+    loaded = ("--pretrained_model_name_or_path", first)
+    second = train(*loaded, "--dropout", "0.3", "--learning_rate", "0", name="second", steps=1)
+    assert json.loads((second / "unet" / "config.json").read_text())["dropout"] == 0.3
+    a, b = (load_file(Path(folder) / "unet" / WEIGHTS) for folder in (first, second))
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+    differing = ["--block_out_channels 8 16 (it has 8 8)", "--patch_size 2 (it has 1)", "leave such flags out"]
+    check_mistake([*loaded, "--block_out_channels", "8", "16", "--patch_size", "2"], differing)
+    check_mistake([*loaded, "--dropout", "1.5"], ["dropout 1.5", "[0, 1)"])
+    check_mistake([*loaded, "--preset", "plain-256"], ["--pretrained_model_name_or_path and --preset", "one of them"])
+    check_mistake([*loaded, "--resolution", "16"], ["8x8", "16x16", "--resolution 8"])
+    check_mistake([*loaded, "--variance_type", "learned_range"], ["1 channels", "--variance_type fixed_small"])
+    train(*loaded, "--smoke", name="smoke", steps=1, network=False)  # which can't shrink it
+
+
+def test_flags_that_a_stock_network_does_not_know_are_refused(check_mistake, tmp_path):
+    config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
+    loaded = ["--model_config_name_or_path", str(tmp_path / "config.json"), "--norm_num_groups", "4"]
+    words = ["--patch_size 2 (it knows no such option)", "--dropout 0.1 (it has 0.0)"]
+    check_mistake([*loaded, "--patch_size", "2", "--dropout", "0.1"], words, network=False)
+
+
+def test_a_time_embedding_made_for_other_timesteps_is_refused(train, check_mistake):
+    first = train("--time_embedding", "learned", "--ddpm_num_steps", "50", name="first", steps=1)
+    loaded = ["--pretrained_model_name_or_path", str(first)]
+    check_mistake(loaded, ["--ddpm_num_steps 1000", "--ddpm_num_steps 50"], network=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        (
+            ["--ddpm_num_steps", "300"],
+            "keeps 0.22 .*use --beta_start 0.00033 --beta_end 0.067, or --ddpm_beta_schedule",
+        ),
+        (["--beta_end", "0.001"], "use --beta_start 0.0001 --beta_end 0.02, or"),
+        (["--ddpm_num_steps", "1", "--beta_end", "0.5"], "use --ddpm_beta_schedule cosine."),
+    ],
+)
+def test_betas_that_end_before_noise_are_warned_of_with_ones_that_do_not(capsys, argv, advice):
+    build_scheduler(parse_arguments(DiffusionArguments, ["--ddpm_beta_schedule", "linear", *argv]))
+    assert re.search(advice, capsys.readouterr().err)
+
+
 def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
     from diffusers import DDIMPipeline, DiffusionPipeline, UNet2DModel
 
     config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
-    folder = train("--model_config_name_or_path", str(tmp_path / "config.json"))
+    folder = train("--model_config_name_or_path", str(tmp_path / "config.json"), network=False)
 
     stock = DiffusionPipeline.from_pretrained(folder)
     assert type(stock) is DDIMPipeline and type(stock.unet) is UNet2DModel

@@ -100,6 +100,22 @@ def test_fine_tuning_starts_from_the_other_models_weights(train):
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_said(train, capsys):
+    train("--kl_warmup_steps", "7")
+    assert "--kl_warmup_steps 7: the run ends before, after 6 steps" in capsys.readouterr().err
+    train("--kl_warmup_steps", "7", "--kl_weight", "0", name="none")
+    assert "kl_warmup_steps" not in capsys.readouterr().err
+
+
+def test_flags_that_a_checkpoint_does_not_have_are_refused(train):
+    folder = train()
+    argv = ["--pretrained_model_name_or_path", str(folder), "--num_levels", "2", "--reconstruction", "bernoulli"]
+    with pytest.raises(
+        UserError, match=r"--reconstruction bernoulli \(it has logistic\), --num_levels 2 \(it has 256\)"
+    ):
+        train(*argv, name="other")
+
+
 def test_it_learns_the_digits(tmp_path):
     """From 8 bits a pixel to fewer than 5, and reconstructions that are nearer to their image than to any other."""
     train_vae.main(

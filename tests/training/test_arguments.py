@@ -124,6 +124,7 @@ def test_smoke_shrinks_a_recipe_and_the_command_line_still_wins(tmp_path):
         ("cells: {a: 1}", ["--cell", "a"], ["must be a list"]),
         ("cells: [{name: a, lerning_rate: 1}]", ["--cell", "a"], ["Did you mean 'learning_rate'"]),
         ("cells: [{name: a, cell: b}]", ["--cell", "a"], ["Unknown key", "cell"]),
+        ("preset: plain-256\ncells: [{name: a, preset: null}]", ["--cell", "a"], ["'preset' has no value", "'a'"]),
         (None, ["--cell", "small"], ["--cell small", "--config"]),
     ],
 )

@@ -269,6 +269,17 @@ def test_what_makes_a_resumed_run_another_run_is_said(run, capsys):
         assert words in said
 
 
+def test_the_seconds_of_a_run_are_added_up_unless_a_kill_has_lost_some(whole, run):
+    facts = json.loads((whole / "run.json").read_text())
+    assert 0 < facts.pop("seconds") < 100
+    (run / "run.json").write_text(json.dumps(facts | {"seconds": 1000}))
+    _train(run, *RESUME)
+    assert 1000 <= json.loads((run / "run.json").read_text())["seconds"] < 1100
+    (run / "run.json").write_text(json.dumps(facts))
+    _train(run, *RESUME)
+    assert "seconds" not in json.loads((run / "run.json").read_text())
+
+
 def test_a_damaged_settings_file_is_named(run):
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="config.yaml is damaged"):

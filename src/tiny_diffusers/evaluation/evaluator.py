@@ -26,7 +26,7 @@ from . import features as feature_extractors
 from . import images as image_sets
 from . import metrics
 from .metrics import Estimate
-from .report import Protocol, Report
+from .report import METRICS, Protocol, Report
 
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ _HIDDEN = ".evaluation"  # in a checkpoint's folder; hidden files are not pushed
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # what the report says of them, given or not
 _MIN_OF_CLASS = 10  # images of a class, for figures of its own
 
+_IMAGES = (ImageData, np.ndarray, torch.Tensor)  # what may be measured in place of a pipeline
+
 # What a pipeline's own `bits_per_dim` is worth; for diffusion it is the scheduler's bound.
-_LIKELIHOODS = {"TinyPixelCNNPipeline": "exact", "TinyVAEPipeline": "ELBO: an upper bound on it"}
+_LIKELIHOODS = {"TinyPixelCNNPipeline": "exact", "TinyVAEPipeline": "the ELBO: an upper bound"}
 
 
 @dataclass
@@ -53,6 +55,15 @@ class _Set:
     order: np.ndarray  # (N,): the numbers of the images that the rows of the others are of
     labels: np.ndarray | None
     features: np.ndarray
+
+
+@dataclass
+class _Likelihood:
+    """Bits/dim of real images: what they are worth, and of how many levels of a pixel they are."""
+
+    bits: np.ndarray
+    kind: str
+    levels: int
 
 
 def evaluate(
@@ -108,6 +119,12 @@ def evaluate(
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")
+    no_likelihood = None
+    if "bits_per_dim" in protocol.metrics:
+        no_likelihood = _why_no_likelihood(pipe_or_images, reference)
+        by_name = set(protocol.metrics) != set(METRICS)
+        if no_likelihood and by_name and not isinstance(pipe_or_images, _IMAGES):
+            raise UserError(f"leave out bits_per_dim: {no_likelihood}.")
     work = Path(output_dir, _HIDDEN) if output_dir is not None else cache_root() / "samples"
     cache = cache_root() / "features"
 
@@ -152,14 +169,14 @@ def evaluate(
 
     # 3. Likelihoods
     likelihood = None
-    if "bits_per_dim" in protocol.metrics and source["kind"] == "pipeline":
+    if "bits_per_dim" in protocol.metrics and no_likelihood is None:
         likelihood = _bits_per_dim(pipe_or_images, real, protocol, work / f"bits-{source['key']}.npy", state)
 
     # 4. Figures, from what lies on disk now
     report = None
     if state.is_main_process:
         sets = _Sets(generated, real, seen, baselines, _is_same(reference, training))
-        report = _Figures(protocol, extractor, sets).report(source, reference, training, likelihood)
+        report = _Figures(protocol, extractor, sets).report(source, reference, training, likelihood, no_likelihood)
         report.command = command
         report.measured_by["reference"]["load"] = load or {}
         if output_dir is not None:
@@ -206,7 +223,11 @@ def _source(
     given: Any, reference: ImageData, protocol: Protocol, work: Path, state: "PartialState", name: str | None
 ) -> tuple[ImageData, dict[str, Any]]:
     """The images to judge, drawn where they are a pipeline's; and what the report says of where they come from."""
-    if isinstance(given, ImageData | np.ndarray | torch.Tensor):
+    reconstructs = protocol.kind == "reconstructions"
+    if reconstructs and not hasattr(given, "reconstruct"):
+        what = "a folder of images" if isinstance(given, _IMAGES) else f"a {type(given).__name__}"
+        raise UserError(f"--kind reconstructions: {what} reconstructs no images; leave it out, or give a VAE.")
+    if isinstance(given, _IMAGES):
         data = _with_labels_of(_as_data(given, name or "images"), reference)
         return data, {"kind": "images", "name": name or data.name, "fingerprint": data.fingerprint}
 
@@ -229,18 +250,25 @@ def _source(
     if scheduler is not None:
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         source["scheduler"] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
-    described = json.dumps([source, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()])
-    source["key"] = hashlib.sha256(described.encode()).hexdigest()[:16]
+    described = [source, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
+    if reconstructs:
+        described += [protocol.kind, reference.fingerprint]
+    source["key"] = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
+    real = None
+    if reconstructs:
+        real = reference.images.numpy()
+        real = real[image_sets.order_of(real)[: protocol.num_images]]
     images = image_sets.sample(
         given,
         tuple(reference.images.shape[1:]),
         work / f"samples-{source['key']}.npy",
-        num_images=protocol.num_images,
+        num_images=protocol.num_images if real is None else len(real),
         seed=protocol.seed,
         batch_size=protocol.batch_size,
         options=protocol.sampling,
         class_labels=labels,
+        real=real,
         state=state,
     )
     images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch wants memory that it may write to
@@ -277,17 +305,36 @@ def _labels_to_ask_for(
     return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
 
 
+def _why_no_likelihood(given: Any, reference: ImageData) -> str | None:
+    """Why there are no bits/dim, found out before any image is drawn; None where there are."""
+    if isinstance(given, _IMAGES):
+        return "a folder of images has no likelihood"
+    scheduler = getattr(given, "scheduler", None)
+    if hasattr(given, "bits_per_dim"):  # though the network may have none: one image tells
+        conditional = bool(getattr(given, "_class_ids", [])) and reference.labels is not None
+        try:
+            given.bits_per_dim(
+                reference.images[:1],
+                class_labels=reference.labels[:1].to(given.device) if conditional else None,
+                generator=torch.Generator("cpu").manual_seed(0),
+            )
+        except ValueError as error:
+            return str(error).removesuffix(".")
+    elif scheduler is None:
+        return f"a {type(given).__name__} has no likelihood"
+    elif not hasattr(scheduler, "variational_bound"):
+        return (
+            f"a {type(scheduler).__name__} has no bound of the likelihood; TinyDDIMScheduler, TinyDDPMScheduler have"
+        )
+    return None
+
+
 def _bits_per_dim(
     pipe: "DiffusionPipeline", real: _Set, protocol: Protocol, path: Path, state: "PartialState"
-) -> np.ndarray:
+) -> _Likelihood:
     """Bits/dim of each of the first real images, by the pipeline's own method or its scheduler's variational bound."""
     count = min(protocol.likelihood_images, len(real.order))
     scheduler = getattr(pipe, "scheduler", None)
-    if not hasattr(pipe, "bits_per_dim") and not hasattr(scheduler, "variational_bound"):
-        raise UserError(
-            f"A {type(pipe).__name__}{f' with {type(scheduler).__name__}' if scheduler else ''} has no likelihood: leave "
-            "out bits_per_dim, or use TinyDDIMScheduler or TinyDDPMScheduler."
-        )
     conditional = bool(getattr(pipe, "_class_ids", [])) and real.labels is not None
 
     def compute(start: int, stop: int) -> np.ndarray:
@@ -305,7 +352,11 @@ def _bits_per_dim(
         return bound.total.float().cpu().numpy()
 
     path = path.with_stem(f"{path.stem}-{image_sets.fingerprint(real.images)[:16]}-{count}")
-    return image_sets.fill(path, (count,), np.float32, compute, protocol.batch_size, state, "Bits/dim")
+    bits = image_sets.fill(path, (count,), np.float32, compute, protocol.batch_size, state, "Bits/dim")
+    configs = [getattr(part, "config", {}) for part in pipe.components.values()]
+    levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
+    kind = _LIKELIHOODS.get(type(pipe).__name__, "the variational bound: an upper bound")
+    return _Likelihood(bits, f"{kind}, of images with {levels} levels", levels)
 
 
 # What is found
@@ -334,29 +385,35 @@ class _Figures:
         return any(name in self.protocol.metrics for name in names)
 
     def report(
-        self, source: dict, reference: ImageData, training: ImageData | None, likelihood: np.ndarray | None
+        self,
+        source: dict,
+        reference: ImageData,
+        training: ImageData | None,
+        likelihood: _Likelihood | None,
+        no_likelihood: str | None,
     ) -> Report:
         sets = self.sets
         figures = self._distances(sets.generated, sets.real, self.target)
         if "frechet_distance" in figures and self.protocol.num_bootstrap:
             figures["frechet_distance"] = self._with_error(figures["frechet_distance"])
         if likelihood is not None:
-            error = likelihood.std(ddof=1) / np.sqrt(len(likelihood)) if len(likelihood) > 1 else None
-            figures["bits_per_dim"] = Estimate(float(likelihood.mean()), error, "standard error over images")
+            bits, source = likelihood.bits, {**source, "likelihood": likelihood.kind}
+            error = bits.std(ddof=1) / np.sqrt(len(bits)) if len(bits) > 1 else None
+            figures["bits_per_dim"] = Estimate(float(bits.mean()), error, "standard error over images")
         baselines = self._baselines()
         per_class = self._per_class(figures, baselines, reference.id2label)
         if self._asked("nearest_neighbour") and sets.seen is not None:
             self._nearest(figures, baselines)
         return Report(
             protocol=asdict(self.protocol),
-            measured_by=self._measured_by(reference, training),
-            source={**source, "likelihood": _kind_of_likelihood(source)} if likelihood is not None else source,
+            measured_by=self._measured_by(reference, training, likelihood),
+            source=source,
             figures=_as_json(figures),
             per_class={label: _as_json(entries) for label, entries in per_class.items()},
             baselines={
                 kind: {"images": size, "figures": _as_json(entries)} for kind, (size, entries) in baselines.items()
             },
-            warnings=self._warnings(source, reference, training),
+            warnings=self._warnings(source, reference, training, no_likelihood),
             versions=_versions(),
         )
 
@@ -455,7 +512,9 @@ class _Figures:
             baselines["real"][1]["nearest_neighbour"] = Estimate(float(np.median(unseen)))
             baselines["real"][1]["near_copies"] = Estimate(0.01)
 
-    def _measured_by(self, reference: ImageData, training: ImageData | None) -> dict[str, Any]:
+    def _measured_by(
+        self, reference: ImageData, training: ImageData | None, likelihood: _Likelihood | None
+    ) -> dict[str, Any]:
         def describe(data: ImageData) -> dict[str, Any]:
             channels, height, width = data.images.shape[1:]
             return {
@@ -474,14 +533,22 @@ class _Figures:
             "reference": describe(reference),
             "max_neighbours": self.protocol.max_neighbours,
         }
-        if self._asked("bits_per_dim"):
+        if likelihood is not None:
             measured_by["likelihood_images"] = self.protocol.likelihood_images
+            measured_by["likelihood_levels"] = likelihood.levels
         if training is not None:
             measured_by["training"] = describe(training)
         return measured_by
 
-    def _warnings(self, source: dict, reference: ImageData, training: ImageData | None) -> list[str]:
+    def _warnings(
+        self, source: dict, reference: ImageData, training: ImageData | None, no_likelihood: str | None
+    ) -> list[str]:
         warnings = []
+        if self.protocol.kind == "reconstructions":
+            warnings.append(
+                "These are reconstructions of the reference's own images: the figures say how much the latents keep, and "
+                "nothing of samples."
+            )
         dim = self.sets.real.features.shape[1]
         for what, size in (("images", self.count), ("reference images", len(self.sets.real.features))):
             if size < max(_SMALL, dim):
@@ -505,15 +572,11 @@ class _Figures:
             warnings.append("The distance to the training set was not measured: no training set was given.")
         if self._asked("inception_score") and self.extractor.classifier is None:
             warnings.append(f"No classifier's score was measured: '{self.protocol.features}' have no classifier.")
-        if self._asked("bits_per_dim") and source["kind"] != "pipeline":
-            warnings.append("Bits/dim were not measured: a folder of images has no likelihood.")
-        if self._asked("bits_per_dim") and source["kind"] == "pipeline":
-            warnings.append(f"Bits/dim are {_kind_of_likelihood(source)}.")
+        if no_likelihood is not None:
+            warnings.append(f"Bits/dim were not measured: {no_likelihood}.")
+        if "likelihood" in source:
+            warnings.append(f"Bits/dim are {source['likelihood']}.")
         return warnings + [f"{reference.name}: {note}." for note in reference.notes]
-
-
-def _kind_of_likelihood(source: dict) -> str:
-    return _LIKELIHOODS.get(source["class"], "the variational bound: an upper bound")
 
 
 def _rows(part: _Set, rows: slice | np.ndarray) -> _Set:

@@ -95,6 +95,7 @@ def sample(
     batch_size: int,
     options: dict,
     class_labels: np.ndarray | None,
+    real: np.ndarray | None,
     state: "PartialState",
 ) -> np.ndarray:
     """
@@ -110,6 +111,7 @@ def sample(
         batch_size (`int`): Images drawn at a time.
         options (`dict`): Further arguments of the call.
         class_labels (`np.ndarray` of shape `(N,)`, *optional*): The classes to ask for.
+        real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): uint8 images to reconstruct, in place of sampling.
         state (`PartialState`): The processes.
 
     Returns:
@@ -120,7 +122,11 @@ def sample(
     def draw(start: int, stop: int) -> np.ndarray:
         generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
         labels = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
-        output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **labels, **options)
+        if real is None:
+            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **labels, **options)
+        else:
+            pixels = torch.from_numpy(real[start:stop]) / 255
+            output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)
         images = to_uint8(output.images.float().cpu())
         if images.shape[1:] != shape:
             raise UserError(

@@ -2,6 +2,7 @@
 A figure with everything that made it: the protocol, the report that carries it, and the table of several reports.
 """
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +25,7 @@ METRICS = (
     "bits_per_dim",
 )
 BASELINES = ("real", "blurred", "pixel_gaussian", "noise")
+KINDS = ("samples", "reconstructions")
 
 # figure -> its name with any features, with those of `inception`, and whether lower is better (None: neither is)
 FIGURES = {
@@ -55,6 +57,8 @@ class Protocol:
     How images are drawn, and how they are measured.
 
     Args:
+        kind (`str`): `"samples"`, or `"reconstructions"` of the reference's first images in the order of their hashes, by
+            the pipeline's `reconstruct`.
         sampling (`dict`): Arguments of the pipeline's call: `num_inference_steps`, `eta`, `guidance_scale`, ...
         seed (`int`): Image i is drawn with seed + i.
         batch_size (`int`): Images drawn at a time.
@@ -62,13 +66,14 @@ class Protocol:
         feature_weights (`str`, *optional*): Where the features' weights are, where they need to be told.
         feature_dtype (`str`): What the features' network computes in, `"float32"` or `"bfloat16"`.
         metrics (`list[str]`): Of `METRICS`.
-        num_images (`int`): Images drawn, or taken of a folder.
+        num_images (`int`): Images drawn, reconstructed, or taken of a folder.
         num_bootstrap (`int`): Resamples behind the Frechet distance's standard error; 0 for none.
         baselines (`list[str]`): Of `BASELINES`.
         max_neighbours (`int`): At most so many images a side in precision, recall, density and coverage.
         likelihood_images (`int`): Real images that bits/dim are a mean over.
     """
 
+    kind: str = "samples"
     sampling: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     batch_size: int = 64
@@ -83,7 +88,12 @@ class Protocol:
     likelihood_images: int = 256
 
     def __post_init__(self):
-        for kind, given, allowed in (("metric", self.metrics, METRICS), ("baseline", self.baselines, BASELINES)):
+        lists = (
+            ("--kind", [self.kind], KINDS),
+            ("metric", self.metrics, METRICS),
+            ("baseline", self.baselines, BASELINES),
+        )
+        for kind, given, allowed in lists:
             for name in given:
                 if name not in allowed:
                     raise unknown(kind, name, allowed)
@@ -163,12 +173,22 @@ class Report:
         general, with_inception, _ = FIGURES[figure]
         return with_inception if self.protocol["features"] == "inception" else general
 
+    @property
+    def images(self) -> str:
+        """What was measured, in words: "10,000 images", or "10,000 reconstructions"."""
+        return f"{self.measured_by['num_images']:,} {'images' if self.kind == 'samples' else self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """The protocol's; those of before there was a choice are of samples."""
+        return self.protocol.get("kind", "samples")
+
     def summary(self) -> str:
         """The protocol in one line, for a table's caption."""
         reference, of = self.measured_by["reference"], self.measured_by["features"]
         sampling = ", ".join(f"{name} {value}" for name, value in self.source.get("sampling", {}).items())
         return (
-            f"{self.measured_by['num_images']:,} images{f' ({sampling})' if sampling else ''}, seed "
+            f"{self.images}{f' ({sampling})' if sampling else ''}, seed "
             f"{self.protocol['seed']}, against {reference['images']:,} of {reference['name']} ({reference['split']}); "
             f"features {self.protocol['features']} in {of['dtype']}, resize: {of['resize']}"
         )
@@ -199,7 +219,7 @@ class Report:
                 "dataset_name": reference["name"],
                 "dataset_split": reference["split"],
                 "metric_type": figure,
-                "metric_name": f"{self.label(figure)} ({self.protocol['features']}, {self.measured_by['num_images']} images)",
+                "metric_name": f"{self.label(figure)} ({self.protocol['features']}, {self.images})",
                 "metric_value": round(entry["value"], 6),
                 "metric_args": {name: entry[name] for name in ("error", "error_kind") if entry[name] is not None}
                 or None,
@@ -221,21 +241,24 @@ def compare(reports: dict[str, Report]) -> str:
     Raises:
         [`~tiny_diffusers.errors.UserError`]: where two were measured differently; it names what differs.
     """
-    (first_name, first), *others = reports.items()
-    for name, other in others:
+    for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
         ignored = {"load", "file", "name"}  # where the same images, and the same weights, were read from
         if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
             ignored.add("training")
-        difference = _difference(first.measured_by, other.measured_by, ignored)
+        if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
+            ignored |= {"likelihood_images", "likelihood_levels"}
+        one, two = ({"kind": report.kind, **report.measured_by} for report in (first, other))
+        difference = _difference(one, two, ignored)
         if difference is not None:
             where, a, b = difference
             raise UserError(
                 f"'{first_name}' and '{name}' can't stand in one column: their {where} differ, {a} and {b}. Evaluate both by "
                 "one protocol (evaluate --from_report)."
             )
+    first = next(iter(reports.values()))
     reference, of = first.measured_by["reference"], first.measured_by["features"]
     caption = (
-        f"{first.measured_by['num_images']:,} images against {reference['images']:,} of {reference['name']} "
+        f"{first.images} against {reference['images']:,} of {reference['name']} "
         f"({reference['split']}); features {first.protocol['features']} in {of['dtype']}."
     )
     rows = {}

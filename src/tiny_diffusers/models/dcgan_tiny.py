@@ -33,9 +33,9 @@ MAX_PARAMETERS = 4e9
 def _check_config(config: dict) -> int:
     """The side of the coarsest map. Raises a ValueError for a config that cannot be built, before anything is allocated."""
     for name, (low, high) in SIZES.items():
-        given = config.get(name)
-        if given is None and name in ("in_channels", "out_channels", "latent_dim", "num_class_embeds"):
+        if name not in config or (name == "num_class_embeds" and config[name] is None):
             continue
+        given = config[name]
         for value in given if isinstance(given, tuple) else (given,):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
@@ -47,7 +47,7 @@ def _check_config(config: dict) -> int:
     if rest:
         raise ValueError(
             f"sample_size {config['sample_size']} is not possible with {levels} levels, each of which halves it: it must "
-            f"be a multiple of {2**levels}. Take another size, or fewer levels."
+            f"be a multiple of {2**levels}. Take another size, or fewer levels of block_out_channels."
         )
     # one convolution covers the whole of the coarsest map
     parameters = sum(16 * width**2 for width in widths) + smallest**2 * widths[-1] * config.get("latent_dim", 1)

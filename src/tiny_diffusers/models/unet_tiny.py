@@ -111,7 +111,7 @@ def _check_config(config: dict) -> None:
 
     for name, allowed in CHOICES.items():
         given = config[name]
-        for value in given if isinstance(given, tuple) else (given,):
+        for value in given if name == "attention" and isinstance(given, tuple) else (given,):
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -121,7 +121,7 @@ def _check_config(config: dict) -> None:
         given = config[name]
         if given is None and name in ("time_embedding_dim", "num_class_embeds"):
             continue
-        for value in given if isinstance(given, tuple) else (given,):
+        for value in given if name == "block_out_channels" else (given,):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
     if not isinstance(config["dropout"], (int, float)) or not 0 <= config["dropout"] < 1:
@@ -139,7 +139,8 @@ def _check_config(config: dict) -> None:
     if config["sample_size"] % multiple:
         raise ValueError(
             f"sample_size {config['sample_size']} is not possible with {levels} levels and patch_size "
-            f"{config['patch_size']}: it must be a multiple of {multiple}. Take another size, or fewer levels."
+            f"{config['patch_size']}: it must be a multiple of {multiple}. Take another size, a smaller patch_size, or "
+            "fewer levels in block_out_channels."
         )
     for width in widths:
         if width % config["norm_num_groups"]:
@@ -539,7 +540,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         class_conditioning (`str`, *optional*, defaults to `"add"`):
             `"add"`: the class's embedding is added to the time's. `"scale"`: it scales each residual block's feature
-            map, a' = c * a + t, with c from one-hot through two linear layers with an activation between.
+            map, a' = c * a + t, with c from one-hot through two linear layers with an activation between; with
+            `"scale_shift"` it multiplies the time's scale, a' = c * (1 + s) * norm(a) + t.
         resnet_time_scale_shift (`str`, *optional*, defaults to `"default"`):
             `"default"`: the embedding is added in each residual block. `"scale_shift"`: it scales and shifts what the
             block has normalised (adaptive group norm, arXiv 2105.05233).

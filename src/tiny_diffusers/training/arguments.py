@@ -96,9 +96,7 @@ class TrainingArguments(DataArguments):
     ema_max_decay: float = flag(0.9999, "Highest decay of the average.")
     ema_inv_gamma: float = flag(1.0, "Inverse gamma of the average's warm-up.")
     ema_power: float = flag(0.75, "Power of the average's warm-up; 0 for a constant decay.")
-    ema_start_step: int | None = flag(
-        0, "The average starts as a copy of the weights after this step; None: a tenth of the run, at most 2,000."
-    )
+    ema_start_step: int | None = flag(0, "The average starts as a copy of the weights after this step.")
 
     mixed_precision: str = flag("auto", "no, fp16, bf16, or auto: bf16 where the hardware has it.")
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
@@ -205,6 +203,12 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise UserError(
             f"--config: the cells of {path} must be a list of 'name: value' lines, each with its own name."
         )
+    for cell in cells:
+        for key, value in cell.items():
+            if value is None:
+                raise UserError(
+                    f"--config: '{key}' has no value in the cell '{cell['name']}' of {path}: give it one, or leave it out."
+                )
     changes = [{key: value for key, value in cell.items() if key != "name"} for cell in cells]
     return recipe, dict(zip(names, changes, strict=True))
 

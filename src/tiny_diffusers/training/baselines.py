@@ -1,6 +1,7 @@
 """What the scripts of the two baselines, VAE and DCGAN, share."""
 
-from typing import TypeVar
+import dataclasses
+from typing import Any, TypeVar
 
 from ..errors import UserError
 from .arguments import TrainingArguments
@@ -41,3 +42,27 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, not a {pipeline_class.__name__}."
         )
     return pipeline
+
+
+def check_given(arguments: TrainingArguments, config: dict[str, Any]) -> None:
+    """
+    Sees to it that what is asked of the network is what a checkpoint's network is.
+
+    Args:
+        arguments ([`TrainingArguments`]): The run's settings; those at their default, or that `--smoke` sets, ask nothing.
+        config (`dict[str, Any]`): flag -> what the checkpoint has there.
+
+    Raises:
+        UserError: If they differ; it names the flags.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
+    defaults |= arguments.SMOKE if arguments.smoke else {}
+    differing = []
+    for name, value in config.items():
+        given, value = getattr(arguments, name), list(value) if isinstance(value, tuple) else value
+        if given not in (defaults[name], value):
+            differing.append(f"--{name} {given} (it has {value})")
+    if differing:
+        raise UserError(
+            f"--pretrained_model_name_or_path: its network is another than {', '.join(differing)}; leave the flags out."
+        )

@@ -15,6 +15,7 @@ from torch import nn
 from ..data import ImageData
 from ..errors import UserError, unknown
 from ..hardware import default_device
+from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
 from .arguments import TrainingArguments, flag
@@ -69,7 +70,11 @@ class DiffusionArguments(TrainingArguments):
     act_fn: str | None = flag(None, "silu or gelu.")
     downsample: str | None = flag(None, "conv or maxpool.")
     upsample: str | None = flag(None, "nearest, bilinear or transposed.")
-    resnet_time_scale_shift: str | None = flag(None, "default: blocks add the time embedding; or scale_shift.")
+    resnet_time_scale_shift: str | None = flag(
+        None,
+        "default: blocks add the time embedding; scale_shift: it scales and shifts what they have normalised. The "
+        "scripts' own network has scale_shift, presets have default.",
+    )
 
 
 @dataclass
@@ -77,7 +82,9 @@ class ConditionalArguments(DiffusionArguments):
     """The classes, and how they guide."""
 
     class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped, without which guidance can't work.")
-    class_conditioning: str | None = flag(None, "add: to the time embedding, or scale: the feature maps.")
+    class_conditioning: str | None = flag(
+        None, "add: to the time embedding, or scale: the feature maps (with scale_shift, the time's scale of them)."
+    )
     guidance_scales: list[float] | None = flag(None, "Guidance scales of the sample grids; 1 and 3 when not given.")
     ema_start_step: int | None = flag(
         None,
@@ -121,15 +128,15 @@ def default_network(resolution: int) -> dict[str, Any]:
     The network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that there are
     many steps, and from 24 pixels on patches, so that the costly first level runs on a quarter of the places.
     """
-    network = {"layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
+    network = {"patch_size": 1, "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
     if resolution < 24:
         return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
-    network["patch_size"] = 2
-    if resolution >= 48:
-        return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"]}
-    if resolution % 8:  # such as 28, which can't be halved once more
+    if resolution % 4 == 0:  # there are levels enough beside the patches
+        network["patch_size"] = 2
+    if resolution % 8:  # such as 28 or 30, which can't be halved once more
         return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
-    return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "full", "none"]}
+    attention = ["none", "none", "full"] if resolution >= 48 else ["none", "full", "none"]
+    return network | {"block_out_channels": [64, 128, 128], "attention": attention}
 
 
 def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:
@@ -161,28 +168,38 @@ def build_scheduler(arguments: DiffusionArguments) -> TinyDDIMScheduler:
         raise UserError(str(error)) from error
     last_signal = float(scheduler.alphas_cumprod[-1].sqrt())
     if last_signal > 0.05:
-        scale = 1000 / arguments.ddpm_num_steps
+        advice = "--ddpm_beta_schedule cosine"
+        start, end = (min(beta * 1000 / arguments.ddpm_num_steps, 0.999) for beta in (1e-4, 0.02))
+        scaled = TinyDDIMScheduler.from_config(scheduler.config, beta_start=start, beta_end=end)
+        if float(scaled.alphas_cumprod[-1].sqrt()) <= 0.05:
+            advice = f"--beta_start {start:.2g} --beta_end {end:.2g}, or {advice}"
         _warn(
             f"the last timestep keeps {last_signal:.2f} of the image (sqrt of its alpha_cumprod), but sampling "
-            f"starts from pure noise; use --beta_start {arguments.beta_start * scale:.2g} --beta_end "
-            f"{min(arguments.beta_end * scale, 0.999):.2g}, or --ddpm_beta_schedule cosine."
+            f"starts from pure noise; use {advice}."
         )
     return scheduler
 
 
 def build_unet(arguments: DiffusionArguments, data: ImageData, num_class_embeds: int | None = None) -> nn.Module:
     """
-    The network: a checkpoint's, a configuration's, or [`TinyUNet2DModel`] by the arguments.
+    The network: a checkpoint's, a configuration's, or [`TinyUNet2DModel`] by the arguments. Where these leave it to the
+    resolution, they are given the values that are settled, for the run's files.
 
     Raises:
-        UserError: If it does not fit the data, or cannot be built.
+        UserError: If it does not fit the data or the arguments, or cannot be built.
     """
+    sources = ("pretrained_model_name_or_path", "model_config_name_or_path", "preset")
+    sources = [f"--{name}" for name in sources if getattr(arguments, name)]
+    if len(sources) > 1:
+        raise UserError(f"{' and '.join(sources)}: each stands for a network of its own, so give one of them.")
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     try:
         if arguments.pretrained_model_name_or_path:
-            unet = _pretrained_unet(arguments, data.id2label if num_class_embeds else None)
+            unet = _pretrained_unet(arguments, resolution, data.id2label if num_class_embeds else None)
+            unet = _follow_arguments(unet, arguments)
         elif arguments.model_config_name_or_path:
             unet = _configured_unet(arguments, channels, resolution, num_class_embeds)
+            unet = _follow_arguments(unet, arguments)
         else:
             from ..models.unet_tiny import PRESETS, TinyUNet2DModel
 
@@ -195,6 +212,10 @@ def build_unet(arguments: DiffusionArguments, data: ImageData, num_class_embeds:
                 given["attention"] = given["attention"][0]  # one name for all levels
             elif "block_out_channels" in given and "attention" not in given and not arguments.preset:
                 given["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
+            if not arguments.preset:  # for the run's files, which must make it again when defaults have changed
+                for name, value in {**base, **given}.items():
+                    if getattr(arguments, name) is None:
+                        setattr(arguments, name, value)
             torch.manual_seed(arguments.seed)  # the initial weights are the seed's alone
             settled = {
                 "sample_size": resolution,
@@ -214,7 +235,43 @@ def build_unet(arguments: DiffusionArguments, data: ImageData, num_class_embeds:
     return unet
 
 
-def _pretrained_unet(arguments: DiffusionArguments, id2label: dict[int, str] | None) -> nn.Module:
+def _follow_arguments(unet: nn.Module, arguments: DiffusionArguments) -> nn.Module:
+    """A loaded network, with the dropout that is given: it has no weights. What else differs from it is refused."""
+    config = {name: list(value) if isinstance(value, tuple) else value for name, value in unet.config.items()}
+    levels, ours = len(config["block_out_channels"]), "patch_size" in config  # a stock network has none
+    if ours:
+        if isinstance(config["attention"], str):
+            config["attention"] = [config["attention"]] * levels
+        config["time_embedding_dim"] = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+
+    refused = []
+    for name in _NETWORK_ARGUMENTS:
+        given = getattr(arguments, name, None)
+        if arguments.smoke and given == arguments.SMOKE.get(name):  # --smoke's, not the user's
+            setattr(arguments, name, None)
+            continue
+        if name == "attention" and given is not None and len(given) == 1:
+            given = given * levels
+        if given is None or given == config.get(name):
+            continue
+        if name == "dropout" and ours:
+            dropping = type(unet).from_config(unet.config, dropout=given)
+            dropping.load_state_dict(unet.state_dict())
+            unet = dropping
+            continue
+        has = f"it has {_spelled(config[name])}" if name in config else "it knows no such option"
+        refused.append(f"--{name} {_spelled(given)} ({has})")
+    if refused:
+        source = arguments.pretrained_model_name_or_path or arguments.model_config_name_or_path
+        raise UserError(f"{', '.join(refused)}: {source} settles the network, so leave such flags out.")
+    return unet
+
+
+def _spelled(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _pretrained_unet(arguments: DiffusionArguments, resolution: int, id2label: dict[int, str] | None) -> nn.Module:
     from ..pipelines.pipeline_tiny import TinyPipeline
 
     name = arguments.pretrained_model_name_or_path
@@ -224,17 +281,51 @@ def _pretrained_unet(arguments: DiffusionArguments, id2label: dict[int, str] | N
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
-    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type != arguments.prediction_type:
-        _warn(
-            f"{name} has learned to predict {prediction_type}, and would have to learn {arguments.prediction_type} "
-            f"anew; --prediction_type {prediction_type} goes on from what it knows."
-        )
+    _check_checkpoint(pipeline, arguments, resolution)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, arguments.seed)
     elif unet.config.get("num_class_embeds") is not None:
         raise UserError(f"--pretrained_model_name_or_path: {name} has classes: go on with train_conditional.py.")
     return unet.float()
+
+
+def _check_checkpoint(pipeline: Any, arguments: DiffusionArguments, resolution: int) -> None:
+    """Refuses what the checkpoint's network can't do, and warns of what it would have to learn anew."""
+    name, config = arguments.pretrained_model_name_or_path, pipeline.unet.config
+    size = config.get("sample_size") or resolution
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height, width) != (resolution, resolution):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} makes images of {height}x{width}, but those of the data are "
+            f"{resolution}x{resolution}: give --resolution {height}."
+        )
+    if config.out_channels != config.in_channels * (2 if arguments.variance_type == "learned_range" else 1):
+        fitting = "learned_range" if config.out_channels > config.in_channels else "fixed_small"
+        raise UserError(
+            f"--variance_type {arguments.variance_type}: the network of {name} has {config.out_channels} channels of "
+            f"output for images of {config.in_channels}: give --variance_type {fitting}."
+        )
+    depends = config.get("time_embedding", config.get("time_embedding_type")) in ("learned", "fourier")
+    steps = config.get("num_train_timesteps")
+    if depends and steps not in (None, arguments.ddpm_num_steps):
+        raise UserError(
+            f"--ddpm_num_steps {arguments.ddpm_num_steps}: the time embedding of {name} is made for {steps} timesteps: "
+            f"give --ddpm_num_steps {steps}."
+        )
+
+    papers = {theirs: ours for ours, theirs in BETA_SCHEDULE_ALIASES.items()}
+    learned = {"prediction_type": "epsilon", **pipeline.scheduler.config}
+    for flag_name, key in (
+        ("prediction_type", "prediction_type"),
+        ("ddpm_beta_schedule", "beta_schedule"),
+        ("ddpm_num_steps", "num_train_timesteps"),
+    ):
+        own, asked = (papers.get(value, value) for value in (learned.get(key), getattr(arguments, flag_name)))
+        if own not in (None, asked):
+            _warn(
+                f"{name} has learned with --{flag_name} {own}, and would have to learn {asked} anew; --{flag_name} "
+                f"{own} goes on from what it knows."
+            )
 
 
 def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Module:
@@ -286,11 +377,14 @@ def _configured_unet(
         from diffusers import UNet2DModel as unet_class
     else:
         raise unknown(f"_class_name in {path}", class_name, ["TinyUNet2DModel", "UNet2DModel"])
-    # The file describes the architecture; what the data settle is settled here.
-    config |= {"sample_size": resolution, "in_channels": channels}
+    # The file describes the architecture; what the data and the flags settle is settled here.
+    config |= {"sample_size": resolution, "in_channels": channels, "num_train_timesteps": arguments.ddpm_num_steps}
     config["out_channels"] = channels * (2 if arguments.variance_type == "learned_range" else 1)
-    if num_class_embeds is not None:  # a stock network has no null class of its own
-        config["num_class_embeds"] = num_class_embeds + (1 if class_name == "UNet2DModel" else 0)
+    config["num_class_embeds"] = num_class_embeds
+    if class_name == "UNet2DModel":
+        config["class_embed_type"] = None  # a table
+        if num_class_embeds is not None:  # it has no null class of its own
+            config["num_class_embeds"] += 1
     torch.manual_seed(arguments.seed)
     return unet_class.from_config(config)
 
@@ -302,17 +396,22 @@ def _warn_of_costly_attention(unet: nn.Module) -> None:
         return
     widths, kinds = config.block_out_channels, config.attention
     kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
-    for level, (width, kind) in enumerate(zip(widths, kinds, strict=True)):
+    blocks = 2 * config.layers_per_block + 1
+    layers = [
+        (level, width, kind, blocks, f"level {level + 1} of --attention")
+        for level, (width, kind) in enumerate(zip(widths, kinds, strict=True))
+    ]
+    layers.append((len(widths) - 1, widths[-1], config.mid_attention, 1, "--mid_attention"))
+    for level, width, kind, count, where in layers:
         side = config.sample_size // config.patch_size >> level
         places = side**2
         if kind == "full" and places >= _COSTLY_PLACES:
             attention = 4 * places**2 * width  # two products of matrices, a multiplication and an addition each
             convolutions = 2 * 2 * 9 * places * width**2  # two of 3x3 a block
-            blocks = 2 * config.layers_per_block + 1
             _warn(
-                f"full attention over {side}x{side} places costs {blocks * attention / 1e9:.1f} GFLOP an image and pass, "
+                f"full attention over {side}x{side} places costs {count * attention / 1e9:.1f} GFLOP an image and pass, "
                 f"{attention / convolutions:.0f} times the convolutions beside it: on a CPU give 'linear' or 'none' for "
-                f"level {level + 1} of --attention, or a larger --patch_size."
+                f"{where}, or a larger --patch_size."
             )
 
 

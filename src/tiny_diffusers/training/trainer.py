@@ -25,7 +25,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate import __version__ as accelerate_version
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+)
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -75,12 +80,14 @@ class Family:
             names that the pipeline gives them.
         null_label (`int`, *optional*): The label that stands for no label.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`.
+        phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns where the run ends within it.
     """
 
     name: str
     modules: dict[str, nn.Module]
     null_label: int | None = None
     label_dropout: float = 0.0
+    phases: dict[str, int] = {}
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
         """
@@ -156,6 +163,9 @@ def start(arguments: TrainingArguments) -> Accelerator:
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=trackers or None,
             project_dir=Path(arguments.output_dir or "runs") / arguments.logging_dir,
+            # Batch norm's statistics play no part in training, and to overwrite them in a second forward pass, as DDP
+            # does before each, makes torch refuse the backward pass of the first.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise UserError(f"--mixed_precision {arguments.mixed_precision}: {error}") from error
@@ -221,6 +231,13 @@ class Trainer:
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator, data: ImageData, family: Family):
         self.arguments, self.accelerator, self.data, self.family = arguments, accelerator, data, family
         self.device = accelerator.device
+        micro_batches = arguments.gradient_accumulation_steps
+        if arguments.mixed_precision == "fp16" and micro_batches > 1 and len(family.modules) > 1:
+            # accelerate unscales the gradients of all optimisers when it clips those of one
+            raise UserError(
+                f"--mixed_precision fp16 --gradient_accumulation_steps {micro_batches}: the {' and the '.join(family.modules)} "
+                "share one gradient scaler, which cannot accumulate; take bf16 or no, or a larger --train_batch_size."
+            )
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes weights in the plain layout alone
         self.memory_format = torch.contiguous_format if sharded else torch.channels_last
         name = Path(arguments.train_data_dir or data.name).name
@@ -312,16 +329,22 @@ class Trainer:
             module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
             if arguments.gradient_checkpointing:
                 if not getattr(module, "_supports_gradient_checkpointing", False):
-                    raise UserError(f"--gradient_checkpointing: {type(module).__name__} does not know it; leave it out.")
+                    raise UserError(
+                        f"--gradient_checkpointing: {type(module).__name__} does not know it; leave it out."
+                    )
                 module.enable_gradient_checkpointing()
             if arguments.use_ema:
                 self.averages[name] = EMA(
                     module, arguments.ema_max_decay, arguments.ema_inv_gamma, arguments.ema_power
                 )
+            if self.device.type == "cuda" and accelerator.num_processes > 1:
+                module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place, with the same weights
             if compiles:
                 module.compile_repeated_blocks(dynamic=False)  # in place: names, weights and averages stay as they are
             optimizer = makers[arguments.optimizer](module.parameters())
             self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
+        networks = [module for module in self.modules.values() if any(b.is_floating_point() for b in module.buffers())]
+        self.buffers = [buffer for network in networks for buffer in network.buffers()]  # batch norm's statistics
 
     def _can_compile(self) -> bool:
         """Whether the networks' blocks can be compiled here; says why where they can't."""
@@ -367,6 +390,9 @@ class Trainer:
             arguments.ema_start_step = min(2000, self.max_steps // 10)
         for average in self.averages.values():
             average.start_step = arguments.ema_start_step
+        for name, steps in self.family.phases.items():
+            if steps > self.max_steps:
+                self._warn(f"--{name} {steps}: the run ends before, after {self.max_steps:,} steps; give fewer.")
 
     def _steps_in(self, seconds: float) -> int:
         """How many steps fit into `seconds`, by the speed of some trial steps, whose effect is undone."""
@@ -417,6 +443,7 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         self.prepare()
         if accelerator.is_main_process:
+            self.earlier_seconds = _read(self.output_dir / "run.json", json.loads).get("seconds") if self.step else 0.0
             self._write_run_files()
             self._trim_log()
         self._say_what_runs()
@@ -427,6 +454,8 @@ class Trainer:
         try:
             with self._writing(), self._progress_bar() as bar:
                 self._loop(bar)
+                if accelerator.is_main_process:
+                    self._write_seconds()
             if self.stop_signal:
                 if accelerator.is_main_process:
                     print(
@@ -490,6 +519,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """One step of the run: every network's update, its average, its learning rate."""
+        before = [buffer.clone() for buffer in self.buffers]
         finite = self._optimize(self.step)
         self.step += 1
         for lr_scheduler in self.lr_schedulers.values():
@@ -498,6 +528,8 @@ class Trainer:
             self.bad_steps = 0
             self._update_averages(self.step)
             return
+        for buffer, saved in zip(self.buffers, before, strict=True):  # the forward passes have moved them
+            buffer.copy_(saved)
         self.skipped += 1
         self.bad_steps += 1
         self.sums.clear()
@@ -879,6 +911,13 @@ class Trainer:
         checkpoints.replace_file(
             self.output_dir / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         )
+
+    def _write_seconds(self) -> None:
+        """Adds what the loop has taken to `run.json`; nothing where a killed run's share of it is not known."""
+        path = self.output_dir / "run.json"
+        if self.earlier_seconds is not None:
+            facts = _read(path, json.loads) | {"seconds": round(self.earlier_seconds + self.seconds, 1)}
+            checkpoints.replace_file(path, lambda staging: staging.write_text(json.dumps(facts, indent=2), "utf-8"))
 
     def _data_facts(self) -> dict[str, Any]:
         data = self.data
