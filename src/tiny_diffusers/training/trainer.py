@@ -337,7 +337,9 @@ class Trainer:
                 self.averages[name] = EMA(
                     module, arguments.ema_max_decay, arguments.ema_inv_gamma, arguments.ema_power
                 )
-            if self.device.type == "cuda" and accelerator.num_processes > 1:
+            norms = {type(part) for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+            # PixelCNN's baseline has a batch norm of its own kind, which torch would replace by one that it can't call
+            if self.device.type == "cuda" and accelerator.num_processes > 1 and norms == {nn.BatchNorm2d}:
                 module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place, with the same weights
             if compiles:
                 module.compile_repeated_blocks(dynamic=False)  # in place: names, weights and averages stay as they are
