@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -244,23 +241,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     for name in names:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
-def test_two_processes_train_one_model(tmp_path, read_log):
-    """Gradients are shared, so the two processes' networks stay one: a batch norm's statistics are each one's own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [train_dcgan.__file__, *TINY, "--max_train_steps", "4", "--output_dir", str(tmp_path / "run")]
-    command += ["--gradient_accumulation_steps", "2"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in read_log(tmp_path / "run")] == [2, 4]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
 
 
 def test_fine_tuning_starts_from_both_networks(train):
