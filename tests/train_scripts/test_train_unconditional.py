@@ -287,6 +287,12 @@ def test_as_a_process(tmp_path):
     assert result.returncode == 2 and "--seed" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_of_few_images_ten_grids_are_drawn_and_not_one_every_ten_epochs(train):
+    few = ("--max_train_samples", "4", "--validation_split", "0", "--checkpointing_steps", "100")
+    folder = train(*few, steps=100)  # of 8 images each: 200 epochs
+    assert len(list((folder / "samples").iterdir())) == 9  # and the last in samples.png
+
+
 def test_colour_and_range_survive_training(train, tmp_path):
     """A model that has seen one picture only gives that picture back: no channel swapped, no range shifted."""
     image = np.zeros((8, 8, 3), np.uint8)

@@ -114,7 +114,10 @@ class TrainingArguments(DataArguments):
     early_stopping_patience: int | None = flag(
         None, "Stop after so many validations in a row without a better loss; the best weights are saved."
     )
-    save_images_epochs: int = flag(10, "Save a grid of samples every so many epochs; 0 for none on the way.")
+    save_images_epochs: int | None = flag(
+        None,
+        "Save a grid of samples every so many epochs, 0 for none on the way; every 10, ten a run at most, if not given.",
+    )
     save_model_epochs: int | None = flag(None, "Save the pipeline itself, too, every so many epochs.")
     eval_batch_size: int = flag(64, "Images in the sample grids.")
     logging_steps: int = flag(10, "Write the mean loss to the log every so many steps.")

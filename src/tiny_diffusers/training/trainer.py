@@ -388,6 +388,10 @@ class Trainer:
             self.max_steps = math.ceil(arguments.num_epochs * self.steps_per_epoch)
         arguments.max_train_steps = self.max_steps
         self.validation_steps = arguments.validation_steps or max(1, self.max_steps // 20)
+        # Of a few images an epoch is a step or two, and a grid costs more than that.
+        self.grid_epochs = arguments.save_images_epochs
+        if self.grid_epochs is None:
+            self.grid_epochs = max(10, self.max_steps / self.steps_per_epoch / 10)
         if arguments.ema_start_step is None:
             arguments.ema_start_step = min(2000, self.max_steps // 10)
         for average in self.averages.values():
@@ -499,7 +503,7 @@ class Trainer:
                 self.step % self.validation_steps == 0 or self.step == self.max_steps
             ):
                 improved = self._log_validation()
-            if self._epochs_passed(arguments.save_images_epochs) and self.step < self.max_steps:
+            if self._epochs_passed(self.grid_epochs) and self.step < self.max_steps:
                 if accelerator.is_main_process:
                     self._save_grid(self.output_dir / "samples" / f"step-{self.step:07d}.png")
             if self._epochs_passed(arguments.save_model_epochs) and accelerator.is_main_process:
@@ -514,7 +518,7 @@ class Trainer:
                 break
         self.seconds = time.perf_counter() - began
 
-    def _epochs_passed(self, every: int | None) -> bool:
+    def _epochs_passed(self, every: float | None) -> bool:
         """Whether the last step was the first after another `every` epochs."""
         steps = (every or math.inf) * self.steps_per_epoch
         return self.step // steps > (self.step - 1) // steps
