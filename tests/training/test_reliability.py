@@ -318,38 +318,17 @@ assert True in spread  # so it was sharded
 """
 
 
-def _torchrun(folder, *argv, script=train_unconditional.__file__, environment=None):
-    """Two processes of four images each."""
-    length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "25")
+def _torchrun(script, *argv, environment=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    command += [str(script), *TINY, *length, "--output_dir", str(folder), *argv]
+    command += [str(script), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    process = _torchrun(folder)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    return folder
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
-def test_two_processes_compute_what_one_does(two_processes, tmp_path):
-    threads = torch.get_num_threads()
-    one = _train(tmp_path / "one", "--num_threads", "2", "--checkpointing_steps", "50", steps=50)
-    torch.set_num_threads(threads)
-    assert json.loads((two_processes / "run.json").read_text())["processes"] == 2
-    # Of 64 images 3 are held out: one process measures all, of two one has none.
-    for ours, theirs in zip(_log(one), _log(two_processes), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"grad_norm"}:
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (ours["step"], name)
-    ours, theirs = (load_file(folder / "unet" / WEIGHTS) for folder in (one, two_processes))
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+def _halves(folder, *argv):
+    """The unconditional script's arguments for two processes of four images each."""
+    length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "25")
+    return [*TINY, *length, "--output_dir", str(folder), *argv]
 
 
 _FAMILIES = {
@@ -381,27 +360,40 @@ def _settings(name, folder, batch):
 
 
 @pytest.fixture(scope="module")
-def families_on_two_processes(tmp_path_factory):
-    """The runs of all of them in one launch, as most of a launch is imports."""
-    folder = tmp_path_factory.mktemp("families")
+def two_processes(tmp_path_factory):
+    """A folder with a run of each script, all in one launch, as most of a launch is imports."""
+    folder = tmp_path_factory.mktemp("two")
     (folder / "runs.py").write_text(_IN_ONE_GROUP)
-    argv = json.dumps({name: _settings(name, folder, 4) for name in _FAMILIES})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(folder / "runs.py"), argv],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    argv = {"train_unconditional": _halves(folder / "train_unconditional")}
+    argv |= {name: _settings(name, folder, 4) for name in _FAMILIES}
+    process = _torchrun(folder / "runs.py", json.dumps(argv))
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     return folder
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+def test_two_processes_compute_what_one_does(two_processes, tmp_path):
+    threads = torch.get_num_threads()
+    one = _train(tmp_path / "one", "--num_threads", "2", "--checkpointing_steps", "50", steps=50)
+    torch.set_num_threads(threads)
+    two = two_processes / "train_unconditional"
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    # Of 64 images 3 are held out: one process measures all, of two one has none.
+    for ours, theirs in zip(_log(one), _log(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"grad_norm"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (ours["step"], name)
+    ours, theirs = (load_file(folder / "unet" / WEIGHTS) for folder in (one, two))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.parametrize("name", _FAMILIES)
-def test_two_processes_train_the_other_families_as_one_does(name, families_on_two_processes, tmp_path):
+def test_two_processes_train_the_other_families_as_one_does(name, two_processes, tmp_path):
     """But for the DCGAN's figures: it has batch norm, whose statistics are of each process's own images."""
-    two = families_on_two_processes / name
+    two = two_processes / name
     importlib.import_module(f"tiny_diffusers.train_scripts.{name}").main(_settings(name, tmp_path, 8))
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     for ours, theirs in zip(_log(tmp_path / name), _log(two), strict=True):
@@ -413,7 +405,9 @@ def test_two_processes_train_the_other_families_as_one_does(name, families_on_tw
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_processes, tmp_path):
     folder = tmp_path / "run"
-    process = _torchrun(folder, "--checkpointing_steps", "1")  # slow enough to be met in the middle
+    process = _torchrun(
+        train_unconditional.__file__, *_halves(folder, "--checkpointing_steps", "1")
+    )  # slow enough to be met in the middle
     while not (folder / "train_log.jsonl").exists() or not _log(folder):
         assert process.poll() is None, process.stdout.read()
     process.terminate()
@@ -422,10 +416,10 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     assert f"stopped at step {stopped.name.partition('-')[2]}: --resume_from_checkpoint latest" in output
     assert checkpoints.damage(stopped) is None and stopped.name != "checkpoint-50"
 
-    process = _torchrun(folder, *RESUME)
+    process = _torchrun(train_unconditional.__file__, *_halves(folder, *RESUME))
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    _assert_equal(two_processes, folder)
+    _assert_equal(two_processes / "train_unconditional", folder)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
@@ -433,23 +427,22 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"), reason="accelerate is too old for FSDP 2"
 )
 def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_processes, tmp_path):
-    folder, script = tmp_path / "run", tmp_path / "sharded.py"
-    shutil.copytree(two_processes, folder)
+    two, folder, script = two_processes / "train_unconditional", tmp_path / "run", tmp_path / "sharded.py"
+    shutil.copytree(two, folder)
     shutil.rmtree(folder / "checkpoint-50")
     script.write_text(SHARDED)
-    process = _torchrun(
-        folder, *RESUME, script=script, environment={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    )
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    process = _torchrun(script, *_halves(folder, *RESUME), environment=sharded)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    for ours, theirs in zip(_log(folder), _log(two_processes), strict=True):
+    for ours, theirs in zip(_log(folder), _log(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     for name in (
         f"unet/{WEIGHTS}",
         f"checkpoint-50/unet/{WEIGHTS}",
         "checkpoint-50/unet_optimizer/optimizer.safetensors",
     ):
-        ours, theirs = load_file(folder / name), load_file(two_processes / name)
+        ours, theirs = load_file(folder / name), load_file(two / name)
         assert ours.keys() == theirs.keys()
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
