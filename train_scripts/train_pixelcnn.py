@@ -20,7 +20,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.models.pixelcnn_tiny import TinyPixelCNNModel
 from tiny_diffusers.pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from tiny_diffusers.training.arguments import TrainingArguments, flag, parse_arguments
-from tiny_diffusers.training.baselines import load_pretrained
+from tiny_diffusers.training.baselines import check_given, load_pretrained
 from tiny_diffusers.training.draws import DataOrder
 from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load_data, start
 
@@ -147,13 +147,10 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
                     f"--pretrained_model_name_or_path: its {name} is {pixelcnn.config[name]}, but {data.name} and the "
                     f"arguments ask for {value}."
                 )
-        for name in _NETWORK_ARGUMENTS:
-            given, trained = getattr(arguments, name), pixelcnn.config[name]
-            if given not in (trained, PixelCNNArguments.__dataclass_fields__[name].default):
-                raise UserError(
-                    f"--pretrained_model_name_or_path: its {name} is {trained}, and can't become {given}: leave --{name} out."
-                )
-            setattr(arguments, name, trained)  # what the run's settings and its card say
+        network = {name: pixelcnn.config[name] for name in _NETWORK_ARGUMENTS}
+        check_given(arguments, network)
+        for name, value in network.items():
+            setattr(arguments, name, value)  # what the run's settings and its card say
         if pixelcnn.config.variant != "plusplus":
             arguments.num_mixtures = None
         return pixelcnn

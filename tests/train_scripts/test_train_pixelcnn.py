@@ -69,7 +69,7 @@ def test_training_goes_on_from_a_checkpoint(train):
     before, after = (TinyPipeline.from_pretrained(f).pixelcnn.network.head.weight for f in (first, second))
     torch.testing.assert_close(before, after, rtol=0, atol=2e-3)
 
-    with pytest.raises(UserError, match="its hidden_channels is 8, and can't become 16"):
+    with pytest.raises(UserError, match=r"--hidden_channels 16 \(it has 8\)"):
         train("--hidden_channels", "16", "--pretrained_model_name_or_path", str(first), name="third")
 
 

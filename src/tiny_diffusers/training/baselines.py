@@ -1,4 +1,4 @@
-"""What the scripts of the two baselines, VAE and DCGAN, share."""
+"""What the scripts of VAE, DCGAN and PixelCNN share."""
 
 import dataclasses
 from typing import Any, TypeVar
