@@ -28,7 +28,15 @@ from tiny_diffusers.training.trainer import Batch, Family, Trainer, launch, load
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialised from
 _MAX_GRID_CLASSES = 10
 _SINGLE_IMAGE_EPOCH = 1000
-_NETWORK_ARGUMENTS = ("variant", "hidden_channels", "num_layers", "num_mixtures", "num_frequencies", "dropout")
+_NETWORK_ARGUMENTS = (
+    "variant",
+    "hidden_channels",
+    "num_layers",
+    "num_mixtures",
+    "num_frequencies",
+    "dilations",
+    "dropout",
+)
 
 
 @dataclass
@@ -47,6 +55,9 @@ class PixelCNNArguments(TrainingArguments):
     num_layers: int | None = flag(None, "Layers, or blocks of each resolution (plusplus); by variant if not given.")
     num_mixtures: int | None = flag(None, "Logistics in the mixture (plusplus); 10 if not given.")
     num_frequencies: int = flag(0, "Waves of 2, 4, ... levels that the input is taken apart into, 8 for all (gated).")
+    dilations: list[int] | None = flag(
+        None, "Of the layers, one after the other and again from the first (gated); 1 if not given."
+    )
     dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.")
     num_levels: int = flag(256, "Levels that sub-pixels are quantised to, 2 to 256.")
     class_conditional: bool = flag(False, "Condition on the images' classes.")
@@ -150,7 +161,8 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
         network = {name: pixelcnn.config[name] for name in _NETWORK_ARGUMENTS}
         check_given(arguments, network)
         for name, value in network.items():
-            setattr(arguments, name, value)  # what the run's settings and its card say
+            # what the run's settings and its card say
+            setattr(arguments, name, list(value) if isinstance(value, tuple) else value)
         if pixelcnn.config.variant != "plusplus":
             arguments.num_mixtures = None
         return pixelcnn
@@ -163,6 +175,7 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
             num_layers=arguments.num_layers,
             num_mixtures=arguments.num_mixtures or 10,
             num_frequencies=arguments.num_frequencies,
+            dilations=arguments.dilations or (1,),
             dropout=arguments.dropout,
         )
     except ValueError as error:

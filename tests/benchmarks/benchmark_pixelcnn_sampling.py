@@ -31,9 +31,10 @@ def recipe_network(recipe: str, **config) -> TinyPixelCNNModel:
 
     path = Path(train_scripts.__file__).parent / "recipes" / f"{recipe}.yaml"
     arguments = parse_arguments(PixelCNNArguments, ["--config", str(path)])
-    names = ("variant", "hidden_channels", "num_layers", "num_levels", "num_frequencies")
+    names = ("variant", "hidden_channels", "num_layers", "num_levels", "num_frequencies", "dilations")
     torch.manual_seed(0)
-    return TinyPixelCNNModel(**{name: getattr(arguments, name) for name in names}, **config).eval()
+    given = {name: getattr(arguments, name) for name in names}
+    return TinyPixelCNNModel(**{name: value for name, value in given.items() if value is not None}, **config).eval()
 
 
 def cached_seconds(model: TinyPixelCNNModel, batch_size: int) -> float:

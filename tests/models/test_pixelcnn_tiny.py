@@ -13,6 +13,7 @@ from tiny_diffusers.models.pixelcnn_tiny import Frequencies, Gate, LinearCrossEn
 
 VARIANTS = ("baseline", "gated", "plusplus")
 WITH_LIKELIHOOD = ("gated", "plusplus")
+NETWORKS = [*((variant, {}) for variant in VARIANTS), ("gated", {"num_frequencies": 4, "dilations": (2, 1, 3)})]
 
 
 def make_model(variant="gated", channels=1, size=8, levels=256, classes=None, width=12, layers=3, **config):
@@ -49,10 +50,10 @@ def raster_order(channels, size):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("variant", "frequencies"), [*((variant, 0) for variant in VARIANTS), ("gated", 4)])
-def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, frequencies, channels):
+@pytest.mark.parametrize(("variant", "options"), NETWORKS)
+def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, options, channels):
     size, layers = 6, {"gated": 5, "plusplus": 2}.get(variant)
-    model = make_model(variant, channels, size, levels=16, width=24, layers=layers, num_frequencies=frequencies)
+    model = make_model(variant, channels, size, levels=16, width=24, layers=layers, **options)
     x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
     output = model(x).sample
     order = raster_order(channels, size)
@@ -67,13 +68,13 @@ def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, 
             assert (gradient[before] > 0).all(), f"{(c, i, j)} has a blind spot"
 
 
-def test_the_receptive_field_of_a_gated_layer_is_one_row_and_column_more():
-    for layers in (1, 3):
-        model = make_model(layers=layers, size=15, levels=4)
+def test_the_receptive_field_of_a_gated_layer_is_its_dilation_more():
+    for layers, dilations in ((1, (1,)), (3, (1,)), (1, (3,)), (3, (1, 4))):
+        model = make_model(layers=layers, size=15, levels=4, dilations=dilations)
         x = torch.rand(1, 1, 15, 15).requires_grad_()
         (gradient,) = torch.autograd.grad(model(x).sample[..., 14, 7].sum(), x)
         rows, columns = (gradient[0, 0] != 0).nonzero().T
-        reach = 3 + layers
+        reach = 3 + sum((dilations * layers)[:layers])
         assert 14 - rows.min() == reach
         assert (7 - columns.min(), columns.max() - 7) == (min(7, reach), min(7, reach))
 
@@ -92,12 +93,12 @@ def test_the_receptive_field_of_a_gated_layer_is_one_row_and_column_more():
         (1, 1, 2, 1, 2),
     ],
 )
-@pytest.mark.parametrize(("variant", "frequencies"), [*((variant, 0) for variant in VARIANTS), ("gated", 8)])
+@pytest.mark.parametrize(("variant", "options"), NETWORKS)
 def test_a_step_of_either_kind_gives_what_the_whole_image_gives(
-    variant, frequencies, channels, size, levels, batch, classes
+    variant, options, channels, size, levels, batch, classes
 ):
     classes = None if variant == "baseline" else classes
-    model = make_model(variant, channels, size, levels, classes, num_frequencies=frequencies)
+    model = make_model(variant, channels, size, levels, classes, **options)
     images = random_images(batch, channels, size, levels)
     labels = None if classes is None else torch.arange(batch) % (classes + 1)
     with torch.no_grad():
@@ -409,6 +410,9 @@ def test_the_loss_comes_from_forward_so_that_wrappers_see_it():
         ({"variant": "plusplus", "dropout": 1.0}, "dropout 1.0"),
         ({"variant": "plusplus", "num_frequencies": 4}, "only 'gated' takes"),
         ({"num_frequencies": -1}, "num_frequencies -1"),
+        ({"dilations": (1, 0)}, "dilations"),
+        ({"dilations": ()}, "one or more"),
+        ({"variant": "baseline", "dilations": (2,)}, "only the layers of 'gated'"),
         ({"variant": "baseline", "num_class_embeds": 10}, "no gates"),
         ({"variant": "baseline", "num_layers": 2}, "3 or more"),
     ],

@@ -13,8 +13,9 @@ horizontal part, which runs once a pixel (gated: once a sub-pixel, on that chann
 """
 
 import difflib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,11 @@ def _check_config(config: dict) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
+    low, high = 1, 256
+    if not config["dilations"] or not all(isinstance(d, int) and low <= d <= high for d in config["dilations"]):
+        raise ValueError(
+            f"dilations {config['dilations']} are not possible: they must be integers from {low} to {high}, one or more."
+        )
     dropout = config["dropout"]
     if dropout is not None and (not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
         raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
@@ -85,6 +91,10 @@ def _check_config(config: dict) -> None:
         raise ValueError(
             f"num_frequencies {config['num_frequencies']} is not possible with variant {variant!r}: only 'gated' takes its "
             "input apart into frequencies."
+        )
+    if variant != "gated" and set(config["dilations"]) != {1}:
+        raise ValueError(
+            f"dilations {config['dilations']} are not possible with variant {variant!r}: only the layers of 'gated' have them."
         )
     if variant == "baseline" and config["num_layers"] in (1, 2):
         raise ValueError(
@@ -162,6 +172,7 @@ class CausalConv2d(nn.Module):
     Args:
         in_channels (`int`), out_channels (`int`): Features.
         kernel_size (`tuple[int, int]`): Height and width of the window.
+        dilation (`int`): Distance of the window's rows and columns.
         left (`int`, *optional*): Columns of the window left of the place; all but the last by default.
         above (`bool`): Whether the window ends with the row above.
         mask (`str`, *optional*): `"A"`, `"B"`, or None for the whole window.
@@ -176,6 +187,7 @@ class CausalConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int] = (1, 1),
+        dilation: int = 1,
         left: int | None = None,
         above: bool = False,
         mask: str | None = None,
@@ -187,6 +199,7 @@ class CausalConv2d(nn.Module):
         super().__init__()
         kh, kw = self.kernel_size = kernel_size
         self.left = kw - 1 if left is None else left
+        self.dilation = dilation
         self.above, self.groups, self.stride, self.resolution = above, groups, stride, resolution
         self.reads_canvas = above or mask == "A"
         self.is_pointwise = kernel_size == (1, 1) and groups == 1
@@ -234,12 +247,13 @@ class CausalConv2d(nn.Module):
         if self.kernel_size == (1, 1):
             return F.linear(x, kernel.flatten(1), self.bias)
         kh, kw = self.kernel_size
-        padding = (self.left, kw - 1 - self.left, kh - 1 + self.above, -int(self.above))
+        d = self.dilation
+        padding = (d * self.left, d * (kw - 1 - self.left), d * (kh - 1) + self.above, -int(self.above))
         x = F.pad(x.permute(0, 3, 1, 2), padding)  # (B, H, W, C) -> (B, C, H', W'), channels-last in memory
-        return F.conv2d(x, kernel, self.bias, stride=self.stride).permute(0, 2, 3, 1)
+        return F.conv2d(x, kernel, self.bias, self.stride, dilation=d).permute(0, 2, 3, 1)
 
     def _row(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
-        kh, kw = self.kernel_size
+        (kh, kw), d = self.kernel_size, self.dilation
         if self.reads_canvas:
             bottom = cache.row + cache.margin + (not self.above)
             start = cache.margin - self.left
@@ -247,15 +261,16 @@ class CausalConv2d(nn.Module):
         else:
             window = self._buffer(x, cache)
             window[:, :-1] = window[:, 1:].clone()
-            window[:, -1, self.left : self.left + x.shape[1]] = x
+            window[:, -1, d * self.left : d * self.left + x.shape[1]] = x
+            window = window[:, ::d]
         if self.stride == 2 and not cache.begins(self.resolution + 1):
             return None
         weight, bias = self._prepared(cache, as_image=True)[0]
-        y = F.conv2d(window.permute(0, 3, 1, 2), weight, bias, stride=self.stride)  # (B, out, 1, W)
+        y = F.conv2d(window.permute(0, 3, 1, 2), weight, bias, self.stride, dilation=(1, d))  # (B, out, 1, W)
         return y[:, :, 0].transpose(1, 2)
 
     def _pixel(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
-        kh, kw = self.kernel_size
+        (kh, kw), d = self.kernel_size, self.dilation
         column, group = cache.column >> self.resolution, cache.group
         if self.reads_canvas:
             bottom, start = cache.row + cache.margin + 1, column + cache.margin - self.left
@@ -265,17 +280,17 @@ class CausalConv2d(nn.Module):
             if kh > 1 and column == group == 0:
                 rows[:, :-1] = rows[:, 1:].clone()
             D = x.shape[-1]
-            rows[:, -1, self.left + column, group * D : (group + 1) * D] = x
-            window = rows[:, :, column : column + kw]
+            rows[:, -1, d * self.left + column, group * D : (group + 1) * D] = x
+            window = rows[:, ::d, column : column + d * (kw - 1) + 1 : d]
         if self.stride == 2 and not cache.begins(self.resolution + 1):
             return None
         weight, bias = self._prepared(cache)[group]
         return F.linear(window.flatten(1)[:, : self.visible[group]], weight, bias)
 
     def _buffer(self, x: torch.Tensor, cache: RowCache) -> torch.Tensor:
-        """The last rows of the input, (B, kh, W + kw - 1, in_channels)."""
+        """The last rows of the input, (B, d (kh - 1) + 1, W + d (kw - 1), in_channels)."""
         if self not in cache.buffers:
-            kh, kw = self.kernel_size
+            kh, kw = (self.dilation * (n - 1) + 1 for n in self.kernel_size)
             width = -(-cache.width >> self.resolution)  # rounded up
             cache.buffers[self] = x.new_zeros(len(x), kh, width + kw - 1, self.weight.shape[1])
         return cache.buffers[self]
@@ -403,11 +418,11 @@ class GatedLayer(nn.Module):
     stack, and has a residual. The features of group c lie together, its two halves of the gate side by side.
     """
 
-    def __init__(self, channels: int, groups: int, num_labels: int):
+    def __init__(self, channels: int, groups: int, dilation: int, num_labels: int):
         super().__init__()
         self.groups, self.share = groups, channels // groups
-        self.conv_v = CausalConv2d(channels, 2 * channels, (2, 3), left=1)
-        self.conv_h = CausalConv2d(channels, 2 * channels, (1, 2), mask="B", groups=groups)
+        self.conv_v = CausalConv2d(channels, 2 * channels, (2, 3), dilation, left=1)
+        self.conv_h = CausalConv2d(channels, 2 * channels, (1, 2), dilation, mask="B", groups=groups)
         self.v_to_h = CausalConv2d(channels, 2 * channels)
         self.conv_out = CausalConv2d(channels, channels, mask="B", groups=groups)
         self.classes = nn.Linear(num_labels, 4 * channels, bias=False) if num_labels else None
@@ -471,7 +486,8 @@ class GatedPixelCNN(nn.Module):
         numbers = 1 if self.encoding is None else self.encoding.numbers
         self.in_v = CausalConv2d(C * numbers, width, (3, 7), left=3, above=True)
         self.in_h = CausalConv2d(C * numbers, width, (1, 4), mask="A", groups=C)
-        self.layers = nn.ModuleList([GatedLayer(width, C, num_labels) for _ in range(config["num_layers"])])
+        dilations = itertools.islice(itertools.cycle(config["dilations"]), config["num_layers"])
+        self.layers = nn.ModuleList([GatedLayer(width, C, dilation, num_labels) for dilation in dilations])
         self.head = CausalConv2d(width, width, mask="B", groups=C)
         self.out = CausalConv2d(width, C * L, mask="B", groups=C)
 
@@ -785,12 +801,15 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             Features of a layer (of each stack). 192 for `gated`, 160 for `plusplus`, 210 for `baseline` when not given.
             A multiple of `in_channels` but for `plusplus` (the defaults are brought to one).
         num_layers (`int`, *optional*):
-            `gated`: layers, 15 when not given; each lets the network see one row and one column further than the first
-            convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
+            `gated`: layers, 15 when not given; each lets the network see its dilation's rows and columns further than the
+            first convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
             convolutions, 4 when not given, two of them masked and the others 1x1.
         num_mixtures (`int`, *optional*, defaults to 10): Logistics K in the mixture of `plusplus`.
         num_frequencies (`int`, *optional*, defaults to 0):
             Waves that the input of `gated` is taken apart into, of 2, 4, ... levels: 8 tell all of 256 levels apart.
+        dilations (`tuple[int]`, *optional*, defaults to `(1,)`):
+            Of the convolutions in the layers of `gated`, one after the other, and again from the first
+            (arXiv 1511.07122): with `(1, 2, 4, 8)` a few layers see far.
         dropout (`float`, *optional*): Dropout of `plusplus`, 0.5 when not given.
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not for
@@ -829,8 +848,11 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         dropout: float | None = None,
         num_class_embeds: int | None = None,
         num_frequencies: int = 0,
+        dilations: Sequence[int] = (1,),
     ):
         super().__init__()
+        # JSON has lists where Python has tuples: the config is the same after a save and a load
+        self.register_to_config(dilations=tuple(dilations))
         given = dict(self.config)
         _check_config(given)
         config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
