@@ -158,6 +158,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     rows = result["rows"]
     assert [row["what"].split(",")[0].split(":")[0] for row in rows] == [
         "training",
+        "a convolution of it alone",
         "sampling",
         "waiting for images",
         "evaluation",

@@ -446,6 +446,22 @@ class StockTraining:
 
 
 @contextlib.contextmanager
+def _convolution(settings: Settings, dtype: str) -> Iterator[tuple[Callable, dict]]:
+    """The first level's 3x3 convolution by itself, channels-last: what the hardware gives at that time."""
+    _set_up_process(settings)
+    placed = {
+        "device": hardware.default_device(),
+        "dtype": getattr(torch, dtype),
+        "memory_format": torch.channels_last,
+    }
+    width = settings.block_out_channels[0]
+    images = torch.randn(settings.batch_size, width, settings.resolution, settings.resolution).to(**placed)
+    weight = torch.randn(width, width, 3, 3).to(**placed)
+    F.conv2d(images, weight, padding=1)
+    yield lambda: F.conv2d(images, weight, padding=1), {"operations": 2 * 9 * width * images.numel()}
+
+
+@contextlib.contextmanager
 def _tiny_sampler(settings: Settings, dtype: str) -> Iterator[tuple[Callable, dict]]:
     """Our pipeline as `tiny-diffusers sample` loads and calls it, with as many generators as images."""
     from .pipelines.pipeline_tiny import TinyPipeline
@@ -534,14 +550,21 @@ def _training(settings: Settings) -> Iterator[Row]:
         if dtype != "float32":
             contenders[f"{_STOCK}, {dtype} autocast"] = Contender(stack, _stock_steps, settings, dtype)
         parameters = {name: contender.facts["parameters"] for name, contender in contenders.items()}
-        figures = _rates(contenders, settings.rounds, settings.batch_size)
+        convolutions = {
+            name: Contender(stack, _convolution, settings, name) for name in dict.fromkeys([dtype, "float32"])
+        }
+        runs = {name: lambda c=c: settings.batch_size / c.seconds() for name, c in contenders.items()}
+        runs |= {name: lambda c=c: c.facts["operations"] / c.seconds() / 1e12 for name, c in convolutions.items()}
+        figures = in_turns(runs, settings.rounds)
+    size = f"{settings.resolution}x{settings.resolution}, batch {settings.batch_size}"
     yield Row(
-        f"training, {settings.resolution}x{settings.resolution}, batch {settings.batch_size}",
+        f"training, {size}",
         "images/s",
-        figures,
+        {name: figures[name] for name in contenders},
         [(ours, name) for name in contenders if name != ours],
         [f"parameters: {parameters[ours]:,} ours, {parameters[float32]:,} stock"],
     )
+    yield Row(f"a convolution of it alone, {size}", "TFLOP/s", {name: figures[name] for name in convolutions})
 
 
 def _sampling(settings: Settings) -> Iterator[Row]:

@@ -216,6 +216,15 @@ def test_a_layer_compiles_as_one_graph(kind, scale_shift):
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
 
+def test_compiled_blocks_leave_norms_and_attention_to_torch_on_a_cpu():
+    unet, captured = make(), []
+    plain = unet(images(unet), 3).sample
+    unet.compile_repeated_blocks(backend=lambda graph, _: captured.append(graph.code) or graph.forward)
+    torch.testing.assert_close(unet(images(unet), 3).sample, plain)
+    code = "".join(captured)
+    assert "conv2d" in code and "group_norm" not in code and "attention" not in code
+
+
 def test_repeated_blocks_are_those_that_diffusers_compiles():
     names = {type(module).__name__ for module in make().modules()}
     assert set(TinyUNet2DModel._repeated_blocks) <= names
