@@ -107,6 +107,14 @@ def test_training_steps_the_trainer():
         assert any((a != b).any() for a, b in zip(before, trainer.modules["unet"].parameters(), strict=True))
 
 
+def test_ours_computes_in_the_format_that_is_asked_for():
+    settings = replace(TINY, dtype="float32")
+    with benchmark.tiny_trainer(settings, **benchmark._compared_network(settings)) as trainer:
+        assert trainer.accelerator.mixed_precision == "no"
+    training, _ = measure(settings, ["training"])
+    assert list(training.figures) == ["TinyUNet2DModel, float32", "UNet2DModel, float32"]
+
+
 def test_stock_training_steps():
     stock = benchmark.StockTraining(TINY, torch.float32)
     before = [parameter.clone() for parameter in stock.unet.parameters()]
@@ -194,9 +202,12 @@ def test_quality_compares_few_evaluations_with_all_steps(tmp_path, monkeypatch, 
     reference = ImageData(digits.images[:16], None, None, "digits", "test", "")
     monkeypatch.setattr(benchmark, "load_images", lambda *args, **kwargs: reference)
     (row,) = measure(replace(TINY, checkpoint=str(tmp_path / "model"), dataset_name="digits"), ["quality"])
-    assert list(row.figures) == ["DPMSolverMultistepScheduler, 2 steps", "TinyDDPMScheduler, 4 steps"]
-    (ratio,) = row.ratios().values()
-    assert ratio[0] > 0
+    assert list(row.figures) == [
+        "DPMSolverMultistepScheduler, sde-dpmsolver++, 2 steps",
+        "DPMSolverMultistepScheduler, 2 steps",
+        "TinyDDPMScheduler, 4 steps",
+    ]
+    assert [ratio > 0 for (ratio,) in row.ratios().values()] == [True, True]
     assert all("bootstrap" in note for note in row.notes)
 
 

@@ -95,8 +95,13 @@ class TestSample:
 
     def test_the_scheduler_is_the_one_asked_for(self, checkpoint, tmp_path):
         pipe = TinyPipeline.from_pretrained(checkpoint)
-        for name, scheduler in (("dpm", DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler)):
-            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        config = pipe.scheduler.config
+        for name, scheduler in (
+            ("dpm", DPMSolverMultistepScheduler.from_config(config)),
+            ("sde_dpm", DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")),
+            ("euler", EulerDiscreteScheduler.from_config(config)),
+        ):
+            pipe.scheduler = scheduler
             (image,) = sample(checkpoint, tmp_path / name, "--num_images", 1, "--scheduler", name)
             expected = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=3).images[0]
             np.testing.assert_allclose(image, np.asarray(expected), atol=1)

@@ -175,7 +175,7 @@ def build_pixelcnn(arguments: PixelCNNArguments, data: ImageData) -> TinyPixelCN
             num_layers=arguments.num_layers,
             num_mixtures=arguments.num_mixtures or 10,
             num_frequencies=arguments.num_frequencies,
-            dilations=arguments.dilations or (1,),
+            dilations=(1,) if arguments.dilations is None else arguments.dilations,
             dropout=arguments.dropout,
         )
     except ValueError as error:

@@ -36,7 +36,7 @@ from . import __version__, hardware
 from .data import ImageData, load_images
 from .errors import UserError, unknown
 from .training.diffusion import Diffusion, DiffusionArguments, build_scheduler, build_unet
-from .training.trainer import Trainer, start
+from .training.trainer import MIXED_PRECISION, Trainer, start
 
 
 # Shapes of the data sets that the training loop is fed with: (images, channels, side)
@@ -67,6 +67,7 @@ class Settings:
         sampling_steps (`int`): Steps of DDIM in a call.
         rounds (`int`): How often each contender runs, after a run that warms it up.
         num_threads (`int`, *optional*): CPU threads; the physical cores when not given.
+        dtype (`str`): What ours computes in; `"auto"` is what it chooses for this machine.
         dataset_name (`str`, *optional*):
             A Hub id or a folder: for the row `data`, in place of images of noise, and for the row `quality`.
         checkpoint (`str`, *optional*): The diffusion model of the row `quality`, a Hub id or a folder.
@@ -79,10 +80,12 @@ class Settings:
     sampling_steps: int = 50
     rounds: int = 5
     num_threads: int | None = None
+    dtype: str = "auto"
     dataset_name: str | None = None
     checkpoint: str | None = None
 
     def __post_init__(self):
+        self.block_out_channels = tuple(self.block_out_channels)
         if len(self.block_out_channels) < 2:
             raise UserError(
                 f"--block_out_channels {' '.join(map(str, self.block_out_channels))}: two levels or more are compared, "
@@ -194,7 +197,7 @@ def machine(settings: Settings) -> dict[str, Any]:
         "physical_cores": hardware.physical_cores(),
         "threads": settings.num_threads or hardware.physical_cores(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "dtype": _name(hardware.default_dtype(device)),
+        "dtype": _name(_dtype(settings)),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -314,6 +317,13 @@ def _set_threads(settings: Settings) -> None:
     torch.set_num_threads(settings.num_threads or hardware.physical_cores())
 
 
+def _dtype(settings: Settings) -> torch.dtype:
+    """What ours computes in."""
+    if settings.dtype == "auto":
+        return hardware.default_dtype(hardware.default_device())
+    return getattr(torch, settings.dtype)
+
+
 def _set_up_process(settings: Settings) -> None:
     """As this package's command line does."""
     _set_threads(settings)
@@ -373,6 +383,7 @@ def tiny_trainer(settings: Settings, data: ImageData | None = None, **arguments:
             validation_split=0,
             max_train_steps=10**6,
             num_threads=settings.num_threads,
+            mixed_precision=MIXED_PRECISION[_dtype(settings)],
             **arguments,
         )
         accelerator = start(arguments)
@@ -540,7 +551,7 @@ def stock_feature_network(device: torch.device) -> Callable[[torch.Tensor], torc
 
 
 def _training(settings: Settings) -> Iterator[Row]:
-    dtype = _name(hardware.default_dtype(hardware.default_device()))
+    dtype = _name(_dtype(settings))
     ours, float32 = f"{_TINY}, {dtype}", f"{_STOCK}, float32"
     with contextlib.ExitStack() as stack:
         contenders = {
@@ -568,7 +579,7 @@ def _training(settings: Settings) -> Iterator[Row]:
 
 
 def _sampling(settings: Settings) -> Iterator[Row]:
-    dtype = _name(hardware.default_dtype(hardware.default_device()))
+    dtype = _name(_dtype(settings))
     ours, stock = f"TinyPipeline, {dtype}", "DDIMPipeline, float32"
     with contextlib.ExitStack() as stack:
         contenders = {
@@ -701,7 +712,7 @@ def _evaluation(settings: Settings) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         contenders = {
             f"efficientnet-lite0, {dtype}": Contender(stack, _tiny_features, settings, dtype)
-            for dtype in dict.fromkeys(["float32", _name(hardware.default_dtype(hardware.default_device()))])
+            for dtype in dict.fromkeys(["float32", _name(_dtype(settings))])
         }
         compared = [(name, stock) for name in contenders]
         contenders[stock] = Contender(stack, _stock_features, settings)
@@ -725,11 +736,20 @@ def _quality(settings: Settings) -> Iterator[Row]:
     _set_up_process(settings)
     device = hardware.default_device()
     pipe = TinyPipeline.from_pretrained(settings.checkpoint)
-    nn.Module.to(pipe.unet, device, hardware.default_dtype(device), memory_format=torch.channels_last)
+    nn.Module.to(pipe.unet, device, _dtype(settings), memory_format=torch.channels_last)
     reference = load_images(settings.dataset_name, split="test", resolution=pipe.unet.config.sample_size)
     config, figures, notes = pipe.scheduler.config, {}, []
-    for scheduler, steps in ((DPMSolverMultistepScheduler, _FEW_STEPS), (TinyDDPMScheduler, _MANY_STEPS)):
-        pipe.scheduler = scheduler.from_config(config)
+    sde = {"algorithm_type": "sde-dpmsolver++"}
+    few, many = f"{_FEW_STEPS} steps", f"TinyDDPMScheduler, {_MANY_STEPS} steps"
+    samplers = {
+        f"DPMSolverMultistepScheduler, {sde['algorithm_type']}, {few}": (
+            DPMSolverMultistepScheduler.from_config(config, **sde),
+            _FEW_STEPS,
+        ),
+        f"DPMSolverMultistepScheduler, {few}": (DPMSolverMultistepScheduler.from_config(config), _FEW_STEPS),
+        many: (TinyDDPMScheduler.from_config(config), _MANY_STEPS),
+    }
+    for name, (pipe.scheduler, steps) in samplers.items():
         protocol = Protocol(
             sampling={"num_inference_steps": steps},
             batch_size=settings.batch_size,
@@ -738,11 +758,10 @@ def _quality(settings: Settings) -> Iterator[Row]:
             baselines=[],
         )
         figure = evaluate(pipe, reference, protocol).figures["frechet_distance"]
-        name = f"{scheduler.__name__}, {steps} steps"
         figures[name] = [figure["value"]]
         notes.append(f"{name}: {figure['value']:.1f} +- {figure['error']:.1f}, {figure['error_kind']}")
     what = f"Frechet distance of {_QUALITY_IMAGES:,} samples to {len(reference):,} real images"
-    yield Row(what, "efficientnet-lite0", figures, [tuple(figures)], notes)
+    yield Row(what, "efficientnet-lite0", figures, [(name, many) for name in samplers if name != many], notes)
 
 
 def _compile(settings: Settings) -> Iterator[Row]:
@@ -777,27 +796,36 @@ def _scaling(settings: Settings) -> Iterator[Row]:
         "batch": {f"batch {size}": replace(settings, batch_size=size) for size in _BATCH_SIZES},
         "width": {
             "widths " + ", ".join(map(str, wide)): replace(settings, block_out_channels=wide)
-            for wide in ([w // 2 for w in widths], list(widths), [2 * w for w in widths])
+            for wide in (tuple(w // 2 for w in widths), widths, tuple(2 * w for w in widths))
         },
     }
-    for name, variants in families.items():
-        trained, evaluated = {}, {}
-        for variant, changed in variants.items():
-            size = changed.batch_size
-            with tiny_trainer(changed, **_compared_network(changed)) as trainer:
-                step, evaluate = trainer.train_step, _evaluation_of(trainer, changed)
-                for run in (step, evaluate):
-                    _warm_up(run)
-                trained[variant] = [size / _seconds(step) for _ in range(settings.rounds)]
-                evaluated[variant] = [size / _seconds(evaluate) for _ in range(settings.rounds)]
-            gc.collect()
-        yield Row(f"training by {name}", "images/s", trained)
-        yield Row(f"one network evaluation by {name}", "images/s", evaluated)
+    variants = {name: changed for family in families.values() for name, changed in family.items()}
+    trained, evaluated = ({name: [] for name in variants} for _ in range(2))
+    for _ in range(settings.rounds):
+        measured = []  # of this round: the size that all start from is measured once, whatever it is called
+        for name, changed in variants.items():
+            rates = next((rates for known, rates in measured if known == changed), None) or _scaled_rates(changed)
+            measured.append((changed, rates))
+            trained[name].append(rates[0])
+            evaluated[name].append(rates[1])
+    for family, names in families.items():
+        yield Row(f"training by {family}", "images/s", {name: trained[name] for name in names})
+        yield Row(f"one network evaluation by {family}", "images/s", {name: evaluated[name] for name in names})
+
+
+def _scaled_rates(settings: Settings) -> tuple[float, float]:
+    """Images/s in training and in evaluations of the network. What it takes is free again afterwards."""
+    gc.collect()
+    with tiny_trainer(settings, **_compared_network(settings)) as trainer:
+        runs = trainer.train_step, _evaluation_of(trainer, settings)
+        for run in runs:
+            _warm_up(run)
+        return tuple(settings.batch_size / _seconds(run) for run in runs)
 
 
 def _evaluation_of(trainer: Trainer, settings: Settings) -> Callable[[], Any]:
     """One evaluation of the network, cast once, as sampling does it."""
-    dtype = hardware.default_dtype(trainer.device)
+    dtype = _dtype(settings)
     network = nn.Module.to(copy.deepcopy(trainer.averages["unet"].module), dtype)
     sample = torch.randn(settings.batch_size, 3, settings.resolution, settings.resolution).to(trainer.device, dtype)
     return torch.no_grad()(lambda: network(sample, 500).sample)

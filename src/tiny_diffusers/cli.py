@@ -33,8 +33,11 @@ SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
+    "sde_dpm": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# and what two of one class set
+SCHEDULER_OPTIONS = {"dpm": {"algorithm_type": "dpmsolver++"}, "sde_dpm": {"algorithm_type": "sde-dpmsolver++"}}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
@@ -381,8 +384,11 @@ def _take_arguments(args: argparse.Namespace, report) -> None:
         kind = "checkpoint" if report.source["kind"] == "pipeline" else "images"
         setattr(args, kind, report.source["name"])
     settings = report.protocol | load | report.protocol["sampling"]
-    scheduler_class = report.source.get("scheduler", {}).get("class")
-    settings["scheduler"] = next((name for name, cls in SCHEDULERS.items() if cls == scheduler_class), None)
+    scheduler = report.source.get("scheduler", {})
+    known = {name: {"class": cls} | SCHEDULER_OPTIONS.get(name, {}) for name, cls in SCHEDULERS.items()}
+    settings["scheduler"] = next(
+        (name for name, options in known.items() if options.items() <= scheduler.items()), None
+    )
     settings["dtype"] = report.source.get("dtype", args.dtype)
     for name, value in settings.items():
         if hasattr(args, name):
@@ -492,6 +498,9 @@ def add_benchmark(commands) -> None:
         "--layers_per_block", type=_positive, default=2, help="residual blocks of a level, in both (default: 2)"
     )
     parser.add_argument("--num_threads", type=_positive, help="CPU threads (default: the physical cores)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="what this package computes in (default: what it chooses)"
+    )
     parser.add_argument(
         "--dataset_name", help="images for the rows data (default: noise) and quality: a Hub id or a folder"
     )
@@ -642,7 +651,8 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
             )
         name = SCHEDULERS[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+        options = SCHEDULER_OPTIONS.get(args.scheduler, {})
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(memory_format=torch.channels_last)  # what convolutions compute in, so that none converts

@@ -44,6 +44,7 @@ SIZES = {
     "num_layers": (1, 64),
     "num_mixtures": (1, 1024),
     "num_frequencies": (0, 16),
+    "dilations": (1, 256),
     "num_class_embeds": (1, 100_000),
 }
 
@@ -64,17 +65,15 @@ def _check_config(config: dict) -> None:
         near = difflib.get_close_matches(str(variant), DEFAULTS, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"Unknown variant {variant!r}: it must be one of {', '.join(DEFAULTS)}.{hint}")
+    if not config["dilations"]:
+        raise ValueError("dilations () are not possible: they must be one or more.")
     for name, (low, high) in SIZES.items():
-        value = config[name]
-        if value is None and name in ("hidden_channels", "num_layers", "num_class_embeds"):
+        given = config[name]
+        if given is None and name in ("hidden_channels", "num_layers", "num_class_embeds"):
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
-    low, high = 1, 256
-    if not config["dilations"] or not all(isinstance(d, int) and low <= d <= high for d in config["dilations"]):
-        raise ValueError(
-            f"dilations {config['dilations']} are not possible: they must be integers from {low} to {high}, one or more."
-        )
+        for value in given if name == "dilations" else (given,):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
     dropout = config["dropout"]
     if dropout is not None and (not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
         raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")

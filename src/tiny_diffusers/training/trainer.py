@@ -45,6 +45,8 @@ from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
 
 
+# Number format -> accelerate's name for training in it.
+MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 # What a run leaves in its folder, beside its components' folders; --overwrite_output_dir deletes these and no more.
 _RUN_FILES = (
     *("config.yaml", "run.json", "train_log.jsonl", "model_index.json", "README.md"),
@@ -147,11 +149,10 @@ def start(arguments: TrainingArguments) -> Accelerator:
         except ImportError as error:
             raise UserError(f"--report_to {name}: it is not installed; pip install {name}.") from error
 
-    formats = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     if arguments.mixed_precision == "auto":
-        arguments.mixed_precision = formats[default_dtype(default_device())]
-    if arguments.mixed_precision not in formats.values():
-        raise unknown("--mixed_precision", arguments.mixed_precision, ["auto", *formats.values()])
+        arguments.mixed_precision = MIXED_PRECISION[default_dtype(default_device())]
+    if arguments.mixed_precision not in MIXED_PRECISION.values():
+        raise unknown("--mixed_precision", arguments.mixed_precision, ["auto", *MIXED_PRECISION.values()])
     _check_sharding(arguments)
     # accelerate's launcher starts one process on CPUs without MPI, whatever it was asked for; this is what is left of that.
     asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
