@@ -52,6 +52,24 @@ def test_same_seed_same_weights_and_samples_to_the_bit(train):
     assert (one / "unet" / WEIGHTS).read_bytes() != (other / "unet" / WEIGHTS).read_bytes()
 
 
+def test_the_layout_changes_nothing_but_the_speed(train, monkeypatch, capsys):
+    seen = set()
+    forward = torch.nn.Conv2d.forward
+
+    def spy(self, x):
+        seen.add((x.is_contiguous(), self.weight.is_contiguous()))
+        return forward(self, x)
+
+    last = load_file(train(name="last") / "unet" / WEIGHTS)
+    assert "channels_last, fused adamw, foreach average, into" in capsys.readouterr().out
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", spy)
+    contiguous = load_file(train("--memory_format", "contiguous_format", name="contiguous") / "unet" / WEIGHTS)
+    assert "contiguous_format, fused adamw" in capsys.readouterr().out
+    assert seen == {(True, True)}
+    for key, weight in last.items():
+        torch.testing.assert_close(contiguous[key], weight, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("stopped_at", [2, 3, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at):
     options = ("--dropout", "0.1", "--random_flip", "--gradient_accumulation_steps", "2")
@@ -236,6 +254,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_stop_the_run(trai
         (["--prediction_type", "epsilom"], ["epsilom", "epsilon"]),
         (["--lr_scheduler", "cosin"], ["cosin", "cosine"]),
         (["--mixed_precision", "bf61"], ["bf61", "bf16"]),
+        (["--memory_format", "channels_lats"], ["channels_lats", "channels_last"]),
         (["--report_to", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--optimizer", "adamm"], ["adamm", "adam"]),
         (["--norm_num_groups", "3"], ["3", "8"]),

@@ -579,6 +579,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
     ```
     """
 
+    memory_format = torch.channels_last  # of the feature maps
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock", "AttentionBlock"]
     _repeated_blocks = ["ResidualBlock", "AttentionBlock"]
@@ -721,7 +723,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         # 2. patches; channels-last is several times faster on CPUs and on GPUs in 16 bits, and unreliable on MPS
         x = F.pixel_unshuffle(sample.to(self.conv_in.weight.dtype), self.config.patch_size)
         if x.device.type != "mps":
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self.memory_format)
 
         # 3. down, through the middle, and up
         x = self.conv_in(x)

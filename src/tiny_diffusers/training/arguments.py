@@ -99,6 +99,7 @@ class TrainingArguments(DataArguments):
     ema_start_step: int | None = flag(0, "The average starts as a copy of the weights after this step.")
 
     mixed_precision: str = flag("auto", "no, fp16, bf16, or auto: bf16 where the hardware has it.")
+    memory_format: str = flag("channels_last", "channels_last or contiguous_format: how weights and feature maps lie.")
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
     compile: bool = flag(False, "Compile the network's repeated blocks.")
     num_threads: int | None = flag(None, "CPU threads; the physical cores over the local processes when not given.")

@@ -47,6 +47,7 @@ from .ema import EMA
 
 # Number format -> accelerate's name for training in it.
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+_MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
 # What a run leaves in its folder, beside its components' folders; --overwrite_output_dir deletes these and no more.
 _RUN_FILES = (
     *("config.yaml", "run.json", "train_log.jsonl", "model_index.json", "README.md"),
@@ -240,7 +241,9 @@ class Trainer:
                 "share one gradient scaler, which cannot accumulate; take bf16 or no, or a larger --train_batch_size."
             )
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes weights in the plain layout alone
-        self.memory_format = torch.contiguous_format if sharded else torch.channels_last
+        if arguments.memory_format not in _MEMORY_FORMATS:
+            raise unknown("--memory_format", arguments.memory_format, _MEMORY_FORMATS)
+        self.memory_format = torch.contiguous_format if sharded else _MEMORY_FORMATS[arguments.memory_format]
         name = Path(arguments.train_data_dir or data.name).name
         self.output_dir = Path(arguments.output_dir or f"runs/{family.name}-{name}")
         arguments.output_dir = str(self.output_dir)
@@ -309,7 +312,7 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         learning_rate = arguments.learning_rate * (self.global_batch if arguments.scale_lr else 1)
         betas = (arguments.adam_beta1, arguments.adam_beta2)
-        fused = self.device.type in ("cpu", "cuda")
+        fused = self._fuses()
         makers = {
             "adamw": lambda p: torch.optim.AdamW(
                 p, learning_rate, betas, arguments.adam_epsilon, arguments.adam_weight_decay, fused=fused
@@ -328,6 +331,8 @@ class Trainer:
         self.modules, self.optimizers, self.averages = {}, {}, {}
         for name, module in self.family.modules.items():
             module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
+            if hasattr(module, "memory_format"):
+                module.memory_format = _MEMORY_FORMATS[arguments.memory_format]
             if arguments.gradient_checkpointing:
                 if not getattr(module, "_supports_gradient_checkpointing", False):
                     raise UserError(
@@ -348,6 +353,10 @@ class Trainer:
             self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
         networks = [module for module in self.modules.values() if any(b.is_floating_point() for b in module.buffers())]
         self.buffers = [buffer for network in networks for buffer in network.buffers()]  # batch norm's statistics
+
+    def _fuses(self) -> bool:
+        """Whether torch's optimisers have one kernel for all weights here."""
+        return self.device.type in ("cpu", "cuda")
 
     def _can_compile(self) -> bool:
         """Whether the networks' blocks can be compiled here; says why where they can't."""
@@ -952,8 +961,9 @@ class Trainer:
         )
         print(
             f"on {self.device} x {self.accelerator.num_processes}, {torch.get_num_threads()} threads, "
-            f"mixed precision {arguments.mixed_precision}, {str(self.memory_format).removeprefix('torch.')}, into "
-            f"{self.output_dir}",
+            f"mixed precision {arguments.mixed_precision}, {str(self.memory_format).removeprefix('torch.')}, "
+            f"{'fused ' if self._fuses() else ''}{arguments.optimizer}, "
+            f"{'foreach' if arguments.use_ema else 'no'} average, into {self.output_dir}",
             flush=True,
         )
 
