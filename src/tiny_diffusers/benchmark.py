@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,10 @@ class Contender:
         """Mean time of a run, over as many as fill a round."""
         return self._pool.submit(_time, id(self)).result()
 
+    def rate(self, amount: float) -> float:
+        """Of what a run does so much of, how much it does in a second."""
+        return amount / self.seconds()
+
 
 # In a contender's process: what it runs, and the contexts that this lives in
 _prepared: dict[int, tuple[contextlib.ExitStack, Callable]] = {}
@@ -283,7 +288,7 @@ def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 def _rates(contenders: dict[str, Contender], rounds: int, images: int) -> dict[str, list[float]]:
     """Images/s of contenders whose run makes so many images."""
-    return in_turns({name: lambda c=c: images / c.seconds() for name, c in contenders.items()}, rounds)
+    return in_turns({name: partial(c.rate, images) for name, c in contenders.items()}, rounds)
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -319,9 +324,7 @@ def _set_threads(settings: Settings) -> None:
 
 def _dtype(settings: Settings) -> torch.dtype:
     """What ours computes in."""
-    if settings.dtype == "auto":
-        return hardware.default_dtype(hardware.default_device())
-    return getattr(torch, settings.dtype)
+    return hardware.dtype_called(settings.dtype, hardware.default_device())
 
 
 def _set_up_process(settings: Settings) -> None:
@@ -564,8 +567,8 @@ def _training(settings: Settings) -> Iterator[Row]:
         convolutions = {
             name: Contender(stack, _convolution, settings, name) for name in dict.fromkeys([dtype, "float32"])
         }
-        runs = {name: lambda c=c: settings.batch_size / c.seconds() for name, c in contenders.items()}
-        runs |= {name: lambda c=c: c.facts["operations"] / c.seconds() / 1e12 for name, c in convolutions.items()}
+        runs = {name: partial(c.rate, settings.batch_size) for name, c in contenders.items()}
+        runs |= {name: partial(c.rate, c.facts["operations"] / 1e12) for name, c in convolutions.items()}
         figures = in_turns(runs, settings.rounds)
     size = f"{settings.resolution}x{settings.resolution}, batch {settings.batch_size}"
     yield Row(
@@ -739,17 +742,15 @@ def _quality(settings: Settings) -> Iterator[Row]:
     nn.Module.to(pipe.unet, device, _dtype(settings), memory_format=torch.channels_last)
     reference = load_images(settings.dataset_name, split="test", resolution=pipe.unet.config.sample_size)
     config, figures, notes = pipe.scheduler.config, {}, []
-    sde = {"algorithm_type": "sde-dpmsolver++"}
-    few, many = f"{_FEW_STEPS} steps", f"TinyDDPMScheduler, {_MANY_STEPS} steps"
+    sde = DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")
+    ode, ddpm = DPMSolverMultistepScheduler.from_config(config), TinyDDPMScheduler.from_config(config)
     samplers = {
-        f"DPMSolverMultistepScheduler, {sde['algorithm_type']}, {few}": (
-            DPMSolverMultistepScheduler.from_config(config, **sde),
-            _FEW_STEPS,
-        ),
-        f"DPMSolverMultistepScheduler, {few}": (DPMSolverMultistepScheduler.from_config(config), _FEW_STEPS),
-        many: (TinyDDPMScheduler.from_config(config), _MANY_STEPS),
+        f"DPMSolverMultistepScheduler, sde-dpmsolver++, {_FEW_STEPS} steps": (sde, _FEW_STEPS),
+        f"DPMSolverMultistepScheduler, {_FEW_STEPS} steps": (ode, _FEW_STEPS),
+        f"TinyDDPMScheduler, {_MANY_STEPS} steps": (ddpm, _MANY_STEPS),
     }
-    for name, (pipe.scheduler, steps) in samplers.items():
+    for name, (scheduler, steps) in samplers.items():
+        pipe.scheduler = scheduler
         protocol = Protocol(
             sampling={"num_inference_steps": steps},
             batch_size=settings.batch_size,
@@ -761,7 +762,8 @@ def _quality(settings: Settings) -> Iterator[Row]:
         figures[name] = [figure["value"]]
         notes.append(f"{name}: {figure['value']:.1f} +- {figure['error']:.1f}, {figure['error_kind']}")
     what = f"Frechet distance of {_QUALITY_IMAGES:,} samples to {len(reference):,} real images"
-    yield Row(what, "efficientnet-lite0", figures, [(name, many) for name in samplers if name != many], notes)
+    *few, many = samplers
+    yield Row(what, "efficientnet-lite0", figures, [(name, many) for name in few], notes)
 
 
 def _compile(settings: Settings) -> Iterator[Row]:
@@ -800,7 +802,7 @@ def _scaling(settings: Settings) -> Iterator[Row]:
         },
     }
     variants = {name: changed for family in families.values() for name, changed in family.items()}
-    trained, evaluated = ({name: [] for name in variants} for _ in range(2))
+    trained, evaluated = {name: [] for name in variants}, {name: [] for name in variants}
     for _ in range(settings.rounds):
         measured = []  # of this round: the size that all start from is measured once, whatever it is called
         for name, changed in variants.items():

@@ -639,7 +639,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
         raise UserError(f"--device {args.device} can't be used here: {_first_line(error)}") from error
     if device.type == "cpu":
         hardware.keep_freed_memory()
-    dtype = hardware.default_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = hardware.dtype_called(args.dtype, device)
     if args.dtype == "auto" and dtype != torch.float32:
         print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)
 

@@ -58,6 +58,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def dtype_called(name: str, device: torch.device) -> torch.dtype:
+    """A number format by its name in torch; `"auto"` is [`default_dtype`]."""
+    return default_dtype(device) if name == "auto" else getattr(torch, name)
+
+
 def keep_freed_memory() -> None:
     """
     Keeps what tensors on the CPU leave behind for the next ones, for the rest of the process. glibc's allocator hands large

@@ -12,7 +12,7 @@ batched matrix products, two to five times faster than torch's own; what may be 
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,11 +157,6 @@ def _check_config(config: dict) -> None:
             )
 
 
-@torch.compiler.disable
-def _uncompiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return function(x)
-
-
 class GroupNormAct(nn.GroupNorm):
     """
     Group normalisation (arXiv 1803.08494), and an activation after it. Statistics are in float32 at least.
@@ -180,7 +175,7 @@ class GroupNormAct(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)"""
-        return self._normalize(x) if self.compiles else _uncompiled(self._normalize, x)
+        return self._normalize(x) if self.compiles else self._normalize_uncompiled(x)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         # in 16 bits and channels-last, torch's CPU kernel works a channel at a time, two to five times slower than in
@@ -189,6 +184,8 @@ class GroupNormAct(nn.GroupNorm):
             h = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
             return self.act(h).to(x.dtype)
         return self.act(super().forward(x))
+
+    _normalize_uncompiled = torch.compiler.disable(_normalize)
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -336,7 +333,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)"""
-        return self._attention(x) if self.compiles else _uncompiled(self._attention, x)
+        return self._attention(x) if self.compiles else self._attention_uncompiled(x)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
@@ -345,6 +342,8 @@ class AttentionBlock(nn.Module):
         h = self.attend(qkv).reshape(B, H * W, C)
         h = x + self.to_out(h).view(B, H, W, C).permute(0, 3, 1, 2)
         return h.mul_(math.sqrt(0.5)) if self.skip_rescale else h
+
+    _attention_uncompiled = torch.compiler.disable(_attention)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """(B, L, 3, heads, d) -> (B, L, heads, d)"""

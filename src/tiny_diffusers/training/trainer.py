@@ -154,6 +154,8 @@ def start(arguments: TrainingArguments) -> Accelerator:
         arguments.mixed_precision = MIXED_PRECISION[default_dtype(default_device())]
     if arguments.mixed_precision not in MIXED_PRECISION.values():
         raise unknown("--mixed_precision", arguments.mixed_precision, ["auto", *MIXED_PRECISION.values()])
+    if arguments.memory_format not in _MEMORY_FORMATS:
+        raise unknown("--memory_format", arguments.memory_format, _MEMORY_FORMATS)
     _check_sharding(arguments)
     # accelerate's launcher starts one process on CPUs without MPI, whatever it was asked for; this is what is left of that.
     asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
@@ -241,8 +243,6 @@ class Trainer:
                 "share one gradient scaler, which cannot accumulate; take bf16 or no, or a larger --train_batch_size."
             )
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes weights in the plain layout alone
-        if arguments.memory_format not in _MEMORY_FORMATS:
-            raise unknown("--memory_format", arguments.memory_format, _MEMORY_FORMATS)
         self.memory_format = torch.contiguous_format if sharded else _MEMORY_FORMATS[arguments.memory_format]
         name = Path(arguments.train_data_dir or data.name).name
         self.output_dir = Path(arguments.output_dir or f"runs/{family.name}-{name}")
