@@ -571,6 +571,18 @@ class TinyPipeline(DiffusionPipeline):
             _update_json(scheduler_config, {"_class_name": stock.__name__})
 
 
+def image_generators(seed: int, num_images: int, first: int = 0) -> list[torch.Generator]:
+    """
+    Returns one CPU generator for each image, so that an image is independent of its batch.
+
+    Args:
+        seed (`int`): Image i has the seed `seed + i`.
+        num_images (`int`): Number of generators.
+        first (`int`, *optional*, defaults to 0): Index i of the first image.
+    """
+    return [torch.Generator().manual_seed(seed + i) for i in range(first, first + num_images)]
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
