@@ -1,7 +1,7 @@
 """
-What the pipelines with classes share: labels in every form that a user may give them, and classifier-free guidance.
+`ClassConditioningMixin`: class labels in any form, and classifier-free guidance.
 
-This file travels with checkpoints: it imports nothing but numpy, torch and diffusers.
+This file travels with checkpoints, so it imports only the standard library, numpy, torch and diffusers.
 """
 
 import contextlib
@@ -20,40 +20,39 @@ ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Ten
 
 class ClassConditioningMixin:
     """
-    Class labels and classifier-free guidance for a [`DiffusionPipeline`] around a network with classes.
+    Mixin with class labels and classifier-free guidance, for a [`DiffusionPipeline`] with a class-conditional network.
 
-    A network embeds each class as one row of a table. One of this project's has `num_class_embeds` = K classes and
-    K + 1 rows, of which row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all, and the
-    pipeline's `null_class_id` says which of them, if any, is the null class.
+    A network has an embedding table with one row per class. The networks of this package have `num_class_embeds` = K
+    classes and K + 1 rows, where row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all.
+    The pipeline's `null_class_id` is the row of the null class, or None if there is no null class.
     """
 
     def _register_classes(
         self, id2label: dict[int, str] | None, null_class_id: int | None, class_dropout_prob: float | None
     ):
-        """Puts what is known of the classes into the pipeline's config, once it fits the network."""
+        """Checks the arguments against the network and saves them in the pipeline's config."""
         rows = self._num_rows
         if rows == 0:
             null_class_id = None
         elif null_class_id is not None:
             if not -rows <= null_class_id < rows:
                 raise ValueError(
-                    f"`null_class_id` must be one of the network's {rows} rows, 0 to {rows - 1}, or None for a network "
-                    f"without a null class, got {null_class_id}."
+                    f"`null_class_id` must be one of the network's {rows} rows, 0 to {rows - 1}, or None for no null "
+                    f"class, got {null_class_id}."
                 )
             null_class_id %= rows
         self.register_to_config(null_class_id=null_class_id, class_dropout_prob=class_dropout_prob)
         self._register_names(id2label)
 
     def _register_names(self, id2label: dict[int, str] | None):
-        """Puts the classes' names into the pipeline's config, once they fit the network."""
+        """Checks the class names against the network and saves them in the pipeline's config."""
         if id2label is not None:
             id2label = {int(class_id): str(name) for class_id, name in id2label.items()}
             unknown = sorted(set(id2label) - set(self._class_ids))
             if unknown:
                 raise ValueError(
-                    f"`id2label` names {unknown}, which {'is' if len(unknown) == 1 else 'are'} no class of the "
-                    f"network's: its classes are {self._allowed_classes} and its null class is "
-                    f"{self._null_class_id}."
+                    f"`id2label` has ids that are no class of the network: {unknown}. The network's classes are "
+                    f"{self._allowed_classes} and its null class is {self._null_class_id}."
                 )
             if len(set(id2label.values())) < len(id2label):
                 raise ValueError(f"`id2label` gives one name to several classes: {id2label}.")
@@ -61,12 +60,12 @@ class ClassConditioningMixin:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale w of the last call, which a callback may change as `pipeline._guidance_scale`."""
+        """Returns the guidance scale w of the last call. A callback may change it by `pipeline._guidance_scale`."""
         return self._guidance_scale
 
     @property
     def _num_rows(self) -> int:
-        """The rows of the network's table of classes, the null class's among them; 0 where it has no classes."""
+        """Returns the number of rows of the class embedding, null class included, or 0 without classes."""
         num_class_embeds = self._network.config.get("num_class_embeds")
         if num_class_embeds is None:
             return 0
@@ -74,7 +73,7 @@ class ClassConditioningMixin:
 
     @property
     def _null_class_id(self) -> int | None:
-        """The null class's row: the last for a family without guidance, whose config says nothing of it."""
+        """Returns the row of the null class: the last one if the pipeline has no `null_class_id` in its config."""
         return self.config.get("null_class_id", self._num_rows - 1 if self._num_rows else None)
 
     @property
@@ -99,8 +98,7 @@ class ClassConditioningMixin:
         if self._num_rows and guidance_scale != 1 and self.config.class_dropout_prob == 0:
             warnings.warn(
                 f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, so its "
-                "null class is as it was initialised, and guidance leads away from nothing. Use 1, or train with "
-                "`--class_dropout_prob 0.1`.",
+                "null class was never trained. Use 1, or train with `--class_dropout_prob 0.1`.",
                 stacklevel=4,
             )
         start, end = guidance_interval
@@ -113,9 +111,9 @@ class ClassConditioningMixin:
         self, class_labels: ClassLabels | None, batch_size: int | None, guidance_scale: float | None = None
     ) -> tuple[torch.Tensor | None, int]:
         """
-        Labels as the network takes them, ids (B,) or mixing weights (B, rows) on the device (None for a network without
-        classes), and B: the number of labels, or `batch_size` where there is one label or none. A family without guidance
-        gives no `guidance_scale`.
+        Converts labels to the network's input on the device: ids (B,), mixing weights (B, rows), or None for a network
+        without classes. Also returns B: the number of labels, or `batch_size` if there is one label or none. Pipelines
+        without guidance pass no `guidance_scale`.
         """
         if class_labels is None:
             batch_size = 1 if batch_size is None else batch_size
@@ -130,18 +128,18 @@ class ClassConditioningMixin:
         elif self._num_rows == 0:
             raise ValueError("The network has no classes: leave out `class_labels`.")
         else:
-            labels = self._to_rows(class_labels)
+            labels = self._parse_labels(class_labels)
 
         if len(labels) == 1 and batch_size is not None:
             labels = labels.repeat_interleave(batch_size, dim=0)
         elif batch_size not in (None, len(labels)):
             raise ValueError(
-                f"`class_labels` needs one label, or one for each of {batch_size} images, got {len(labels)}."
+                f"`class_labels` must be one label, or one for each of {batch_size} images, got {len(labels)}."
             )
         return labels.to(self._execution_device), len(labels)
 
-    def _to_rows(self, class_labels: ClassLabels) -> torch.Tensor:
-        """Ids (B,) or mixing weights (B, rows) from whatever names them."""
+    def _parse_labels(self, class_labels: ClassLabels) -> torch.Tensor:
+        """Converts labels in any form to ids (B,) or mixing weights (B, rows)."""
         if isinstance(class_labels, str):
             class_labels = [class_labels]
         if isinstance(class_labels, Sequence) and len(class_labels) > 0:
@@ -155,8 +153,8 @@ class ClassConditioningMixin:
             labels = labels.reshape(1, -1) if labels.ndim < 2 else labels
             if labels.shape[1:] != (self._num_rows,) or not torch.isfinite(labels).all():
                 raise ValueError(
-                    f"Float `class_labels` are weights of the network's {self._num_rows} rows and must be finite and of "
-                    f"the shape (B, {self._num_rows}), got {tuple(labels.shape)}."
+                    f"Float `class_labels` are weights of the network's {self._num_rows} rows. They must be finite "
+                    f"and of shape (B, {self._num_rows}), got {tuple(labels.shape)}."
                 )
             return labels.float()
         labels = labels.reshape(-1).long()
@@ -182,13 +180,13 @@ class ClassConditioningMixin:
     def _is_guided(self, step: int) -> bool:
         return self._guidance_at(step) not in (0, 1)
 
-    def _guided(
+    def _guided_predict(
         self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         """
-        The network under guidance, as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null),
-        [Ho & Salimans](https://huggingface.co/papers/2207.12598), eq. 6, with w for their 1 + w; outside the interval
-        w = 1.
+        Returns the guided network as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null). This
+        is eq. 6 of [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. Outside the
+        interval, w = 1.
         """
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
         if labels is not None and self._null_class_id is not None:
@@ -196,7 +194,7 @@ class ClassConditioningMixin:
             if labels.is_floating_point():
                 null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
             both = torch.cat([labels, null])
-        else:  # nothing to lead away from: w = 1 throughout
+        else:  # without a null class, w = 1 throughout
             self._guidance_interval = (0.0, 0.0)
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
@@ -215,24 +213,24 @@ class ClassConditioningMixin:
     def _predict(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        mixes = class_labels is not None and class_labels.is_floating_point()
-        if mixes and isinstance(self._network, UNet2DModel):
-            with _mixing_rows(self._network.class_embedding):
+        is_mixture = class_labels is not None and class_labels.is_floating_point()
+        if is_mixture and isinstance(self._network, UNet2DModel):
+            with _mix_embeddings(self._network.class_embedding):
                 return super()._predict(sample, timestep, class_labels)
         return super()._predict(sample, timestep, class_labels)
 
 
 @contextlib.contextmanager
-def _mixing_rows(embedding: torch.nn.Embedding):
-    """Lets a table that is looked up by ids, (B,) -> (B, D), be given weights of its rows, (B, rows) -> (B, D)."""
-    given = []
+def _mix_embeddings(embedding: torch.nn.Embedding):
+    """Makes an embedding, which maps ids (B,) to (B, D), map weights of its rows (B, rows) to (B, D) instead."""
+    inputs = []
 
     def look_up_all(module: torch.nn.Module, args: tuple) -> torch.Tensor:
-        given.append(args[0])
+        inputs.append(args[0])
         return torch.arange(module.num_embeddings, device=args[0].device)
 
     def mix(module: torch.nn.Module, args: tuple, rows: torch.Tensor) -> torch.Tensor:
-        return given.pop().to(rows.dtype) @ rows  # (B, rows) @ (rows, D)
+        return inputs.pop().to(rows.dtype) @ rows  # (B, rows) @ (rows, D)
 
     handles = [embedding.register_forward_pre_hook(look_up_all), embedding.register_forward_hook(mix)]
     try:

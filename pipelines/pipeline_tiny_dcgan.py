@@ -1,7 +1,7 @@
 """
-`TinyDCGANPipeline`: samples of a DCGAN, of a class where its generator knows classes.
+`TinyDCGANPipeline`: unconditional and class-conditional samples of a DCGAN.
 
-This file travels with checkpoints: it imports nothing but torch, diffusers and its siblings.
+This file travels with checkpoints, so it imports only the standard library, torch, diffusers and its siblings.
 """
 
 from typing import Optional
@@ -9,24 +9,24 @@ from typing import Optional
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from .pipeline_tiny import TinyPipeline, TinyPipelineOutput
+from .pipeline_tiny import Generators, TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 
 
 class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
     r"""
-    Generation of small images with the generator of a GAN, in one pass.
+    Pipeline for the generation of small images with the generator of a GAN, in one pass.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Parameters:
         generator ([`ModelMixin`]):
-            The network, a `TinyDCGANGenerator`, in evaluation mode.
+            A `TinyDCGANGenerator` in evaluation mode.
         discriminator ([`ModelMixin`], *optional*):
-            A `TinyDCGANDiscriminator`. Sampling needs none; it is kept for training on from here.
+            A `TinyDCGANDiscriminator`. Sampling doesn't use it; it is saved for further training.
         id2label (`dict[int, str]`, *optional*):
-            The names of the classes, by id.
+            The class names by id.
 
     Example:
 
@@ -54,47 +54,47 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         self,
         class_labels: ClassLabels | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> TinyPipelineOutput | tuple:
         r"""
-        Samples a batch of images: z of N(0, I), through the generator.
+        Samples a batch of images by passing z from N(0, I) through the generator.
 
         Args:
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
-                The classes, as ids or names: one for each image, or one for all. Floats, `(B, num_class_embeds + 1)`, are
-                weights of the rows of the network's table of classes. Needed for a generator with classes.
+                The classes, as ids or names: one for each image, or one for all. Floats `(B, num_class_embeds + 1)`
+                are weights of the rows of the network's class embedding. Required for a generator with classes.
             batch_size (`int`, *optional*):
-                The number of images: by default one for each label, or one.
+                The number of images. Defaults to the number of labels, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes sampling deterministic. A list has one for each image, which is then independent of its batch.
+                Makes sampling deterministic. A list has one generator per image, which makes each image independent of
+                its batch.
             latents (`torch.Tensor` of shape `(batch_size, latent_dim)`, *optional*):
-                z, drawn from N(0, I) where it is not given.
+                z, drawn from N(0, I) by default.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
-                `"latent"` (the images as they are generated, in [-1, 1]).
+                `"latent"` (the generator's output, in [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
 
         Returns:
-            [`TinyPipelineOutput`] or `tuple`: the images.
+            [`TinyPipelineOutput`] or `tuple`: The images.
 
         Raises:
-            `ValueError`: for an argument outside what is said above, an unknown class among them; for samples that are
-            not finite.
+            `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
         """
         self._check_output(1 if batch_size is None else batch_size, output_type)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
         latents = self._prepare_latents(batch_size, generator, latents)
         sample = self.generator(latents, labels).sample
-        return self._output(sample, None, output_type, return_dict)
+        return self._postprocess(sample, None, output_type, return_dict)
 
     @property
     def _latents_shape(self) -> tuple[int]:
         return (self._network.config.latent_dim,)
 
 
-# `custom_pipeline=` loads the one pipeline class that it finds in a file.
+# `custom_pipeline=` expects exactly one pipeline class in a file.
 del TinyPipeline

@@ -1,4 +1,4 @@
-"""What `TinyDDPMScheduler` and `TinyDDIMScheduler` share: noise schedules, interchange of configs, losses, the bound."""
+"""`TinySchedulerMixin`: noise schedules, configs for stock solvers, training losses and the variational bound."""
 
 import difflib
 import math
@@ -13,41 +13,43 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# the papers' names -> diffusers' names, which every stock solver knows
+Generators = torch.Generator | list[torch.Generator]
+
+# The papers' names, and diffusers' names for them, which every stock solver knows.
 BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2", "quadratic": "scaled_linear"}
-# stock DDPM alone knows these, so their betas are written into the config, where every stock solver looks first
+# Only stock DDPM knows these. Their betas are saved in the config, where every stock solver looks first.
 WRITTEN_OUT_SCHEDULES = ("sigmoid", "laplace")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", *WRITTEN_OUT_SCHEDULES, *BETA_SCHEDULE_ALIASES)
-
 LEARNED_VARIANCES = ("learned", "learned_range")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-LOSS_TYPES = ("l2", "l1", "huber", "pseudo_huber")
-HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
-# what settles the betas where they are not given
+# The config's arguments that take one of several names.
+CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", *WRITTEN_OUT_SCHEDULES, *BETA_SCHEDULE_ALIASES),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "loss_type": ("l2", "l1", "huber", "pseudo_huber"),
+    "huber_schedule": ("constant", "exponential", "snr"),
+}
+# The arguments that determine the betas if `trained_betas` is not given.
 SCHEDULE_ARGUMENTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-# what no stock scheduler takes
+# The arguments that no stock scheduler takes.
 TRAINING_ARGUMENTS = ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
 
-# the half-log-SNR from which DPM-Solver's authors start on the cosine schedule: its own first, -9.9, is too low for them
+# The half-log-SNR at which DPM-Solver's authors start on the cosine schedule. Its own first value, -9.9, is too low.
 COSINE_LAMBDA_MIN = -5.1
 
 
 def check_known(name: str, given: Any, allowed: Sequence[str]) -> None:
-    """Raises `ValueError`, naming the nearest of the `allowed` values, if `given` is none of them."""
+    """Raises `ValueError` with the nearest of the `allowed` values if `given` is not one of them."""
     if given not in allowed:
         nearest = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"Unknown {name} {given!r}: it must be one of {', '.join(allowed)}. Did you mean {nearest!r}?"
-        )
+        raise ValueError(f"Unknown {name} {given!r}: must be one of {', '.join(allowed)}. Did you mean {nearest!r}?")
 
 
 def discretized_gaussian_nll(sample: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """
-    Negative log-likelihood in nats of 256 grey levels on [-1, 1] under a Gaussian whose tails fall to the two end levels
-    (Ho et al. 2020, equation 13). Same shape as `sample`.
+    Computes the negative log-likelihood, in nats, of 256 grey levels on [-1, 1] under a discretized Gaussian whose
+    tails belong to the two end levels (Ho et al. 2020, equation 13). The result has the shape of `sample`.
     """
     scale = torch.exp(-0.5 * log_variance) / math.sqrt(2)
     upper = torch.erf((sample + 1 / 255 - mean) * scale)
@@ -64,14 +66,15 @@ def mean_flat(values: torch.Tensor) -> torch.Tensor:
 @dataclass
 class TinyVariationalBoundOutput(BaseOutput):
     """
-    The variational bound on the negative log-likelihood, in bits per dimension (Ho et al. 2020, equation 5).
+    Output class for the variational bound on the negative log-likelihood (Ho et al. 2020, equation 5), in bits per
+    dimension.
 
     Args:
-        total (`torch.Tensor` of shape `(batch_size,)`): The bound: `prior` plus all `terms`.
+        total (`torch.Tensor` of shape `(batch_size,)`): The bound: `prior` plus the sum of `terms`.
         prior (`torch.Tensor` of shape `(batch_size,)`): L_T, KL(q(x_T | x_0) || N(0, I)).
         terms (`torch.Tensor` of shape `(batch_size, num_train_timesteps)`):
-            Column t is L_t of timestep t: column 0 the discretised decoder, -log p(x_0 | x_1) in the paper's counting
-            from one; the others KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
+            The term L_t of each timestep t. Column 0 is the discretized decoder, -log p(x_0 | x_1) in the paper, which
+            counts from 1. The other columns are KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
     """
 
     total: torch.Tensor
@@ -81,28 +84,31 @@ class TinyVariationalBoundOutput(BaseOutput):
 
 class TinySchedulerMixin:
     """
-    What a tiny scheduler adds to the stock scheduler that it stands before: the four noise schedules under both their
-    names, a config that any stock solver reads, any decreasing sequence of timesteps, losses and the bound.
+    Mixin for a stock scheduler. It adds four noise schedules under both their names, a config that any stock solver
+    reads, custom timesteps, training losses and the variational bound.
     """
 
-    # 1. The config
+    # 1. Config
+
+    def _check_choices(self, *names: str) -> None:
+        for name in names:
+            check_known(name, self.config[name], CHOICES[name])
 
     def _resolve_schedule(self) -> dict[str, Any]:
-        """The arguments that settle the betas, checked, in the spelling of stock schedulers."""
+        """Checks the arguments that determine the betas and returns them under their stock names."""
         config = self.config
-        check_known("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
+        self._check_choices("beta_schedule")
         beta_schedule = BETA_SCHEDULE_ALIASES.get(config.beta_schedule, config.beta_schedule)
         num_train_timesteps, trained_betas = config.num_train_timesteps, config.trained_betas
 
         if trained_betas is not None:
             trained_betas = np.asarray(trained_betas, dtype=np.float64)
             if trained_betas.ndim != 1 or not np.all((trained_betas > 0) & (trained_betas <= 1)):
-                raise ValueError("trained_betas must be one list of numbers in (0, 1], one for each timestep.")
+                raise ValueError("trained_betas must be a flat list of numbers in (0, 1], one for each timestep.")
             trained_betas = trained_betas.tolist()
             num_train_timesteps = len(trained_betas)
-
         if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, not {num_train_timesteps}.")
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}.")
 
         if trained_betas is None and beta_schedule in WRITTEN_OUT_SCHEDULES:
             stock = DDPMScheduler(num_train_timesteps, config.beta_start, config.beta_end, beta_schedule)
@@ -117,36 +123,31 @@ class TinySchedulerMixin:
         }
 
     def _resolve_training(self) -> None:
-        """Settles what is not given and checks the rest. Called last in `__init__`: the config is complete after it."""
+        """Checks the other arguments and completes the config. Must be called last in `__init__`."""
         config = self.config
-        check_known("prediction_type", config.prediction_type, PREDICTION_TYPES)
-        check_known("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
-        check_known("loss_type", config.loss_type, LOSS_TYPES)
-        check_known("huber_schedule", config.huber_schedule, HUBER_SCHEDULES)
+        self._check_choices("prediction_type", "timestep_spacing", "loss_type", "huber_schedule")
         if not 0 < config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], not {config.dynamic_thresholding_ratio}.")
+            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}.")
         if config.snr_gamma is not None and not config.snr_gamma > 0:
-            raise ValueError(
-                f"snr_gamma must be above 0 (5.0 is usual), or None for no weighting, not {config.snr_gamma}."
-            )
+            raise ValueError(f"snr_gamma must be above 0, such as 5.0, or None, got {config.snr_gamma}.")
 
         scheduled = config.huber_schedule != "constant"
         huber_delta = config.huber_delta if config.huber_delta is not None else (0.1 if scheduled else 1.0)
         if not 0 < huber_delta < math.inf:
-            raise ValueError(f"huber_delta must be above 0, not {huber_delta}.")
+            raise ValueError(f"huber_delta must be above 0 and finite, got {huber_delta}.")
         if scheduled and huber_delta >= 1:
             raise ValueError(
-                f"huber_delta must be below 1 with huber_schedule={config.huber_schedule!r}, which goes from 1 to it, not "
-                f"{huber_delta}."
+                f"huber_delta must be below 1 with huber_schedule={config.huber_schedule!r}, which goes from 1 to "
+                f"huber_delta, got {huber_delta}."
             )
-        # solvers of diffusers say None where the variance is fixed
+        # Stock solvers have None for a fixed variance.
         self.register_to_config(huber_delta=huber_delta, variance_type=config.variance_type or "fixed_small")
 
         if config.beta_schedule == "squaredcos_cap_v2" and config.trained_betas is None:
             self.register_to_config(lambda_min_clipped=COSINE_LAMBDA_MIN)
 
-        # diffusers leaves out what is named here when another class is made from this config in the same process, which
-        # would give a solver its own default for, say, beta_end. Only what no stock class takes may be left out.
+        # In the same process, `from_config` of another class drops the arguments listed here. A solver would then use
+        # its own default for, say, beta_end, so only arguments that no stock class takes may be listed.
         if "_use_default_values" in config:
             unused = [name for name in TRAINING_ARGUMENTS if name in config["_use_default_values"]]
             self.register_to_config(_use_default_values=unused)
@@ -154,13 +155,14 @@ class TinySchedulerMixin:
     @classmethod
     def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
         """
-        As in diffusers, but what is asked for wins over what is stored: a `beta_schedule`, `beta_start`, `beta_end` or
-        `num_train_timesteps` over stored `trained_betas`, and a `huber_schedule` over the delta of another one.
+        Instantiates a scheduler from a config, as in diffusers. Arguments also override the stored values that depend
+        on them: `beta_schedule`, `beta_start`, `beta_end` and `num_train_timesteps` override `trained_betas`, and
+        `huber_schedule` overrides `huber_delta`.
 
         Args:
             config (`dict`): The config of any scheduler of diffusers or of this package.
             return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return unused arguments as well.
-            kwargs (*optional*): Arguments of `__init__` that replace those of `config`.
+            kwargs (*optional*): Arguments of `__init__` that override those of `config`.
 
         Returns:
             A scheduler of this class, or a tuple of it and the unused arguments.
@@ -176,7 +178,7 @@ class TinySchedulerMixin:
             config = {name: value for name, value in config.items() if name not in stale}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    # 2. The steps of sampling
+    # 2. Sampling
 
     def set_timesteps(
         self,
@@ -185,33 +187,33 @@ class TinySchedulerMixin:
         timesteps: list[int] | None = None,
     ) -> None:
         """
-        Sets the timesteps to sample with: `num_inference_steps` of them, spaced by the config's `timestep_spacing` (Lin et
-        al. 2023, https://huggingface.co/papers/2305.08891, table 2), or a given list.
+        Sets the timesteps for sampling: `num_inference_steps` of them, spaced by the config's `timestep_spacing` (Lin
+        et al. 2023, https://huggingface.co/papers/2305.08891, table 2), or custom ones.
 
         Args:
-            num_inference_steps (`int`, *optional*): How many, from 1 to `num_train_timesteps`.
-            device (`str` or `torch.device`, *optional*): The device to put them on.
+            num_inference_steps (`int`, *optional*): The number of timesteps, from 1 to `num_train_timesteps`.
+            device (`str` or `torch.device`, *optional*): The device to move the timesteps to.
             timesteps (`list[int]`, *optional*):
-                The timesteps themselves, strictly decreasing, from `num_train_timesteps - 1` to 0 at most.
+                Custom timesteps, strictly decreasing, from at most `num_train_timesteps - 1` to at least 0.
 
         Raises:
-            `ValueError`: If both or neither are given, or one is out of range, or the list is not decreasing.
+            `ValueError`: If both or neither are given, a value is out of range, or the list is not decreasing.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("Give either num_inference_steps or timesteps, not both and not neither.")
-        check_known("variance_type", self.config.variance_type, VARIANCE_TYPES)
+            raise ValueError("Give exactly one of num_inference_steps and timesteps.")
+        self._check_choices("variance_type")
 
         self.custom_timesteps = timesteps is not None
         values = np.asarray(timesteps) if self.custom_timesteps else self._spaced_timesteps(num_inference_steps)
         if values.ndim != 1 or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError("timesteps must be a list of integers, one at least.")
+            raise ValueError("timesteps must be a list of at least one integer.")
         if np.any(values[1:] >= values[:-1]):
-            raise ValueError(f"timesteps must be strictly decreasing, not {values.tolist()}.")
+            raise ValueError(f"timesteps must be strictly decreasing, got {values.tolist()}.")
         last = self.config.num_train_timesteps - 1
         if values[0] > last or values[-1] < 0:
+            offset = self.config.steps_offset
             raise ValueError(
-                f"timesteps go from {values[0]} to {values[-1]}, but must lie between {last} and 0 (steps_offset is "
-                f"{self.config.steps_offset})."
+                f"timesteps must be in [0, {last}], got {values[0]} to {values[-1]} (steps_offset {offset})."
             )
 
         self.num_inference_steps = len(values)
@@ -221,29 +223,22 @@ class TinySchedulerMixin:
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
             raise ValueError(
-                f"num_inference_steps must be an integer from 1 to {total}, the number of steps trained with, not "
-                f"{num_inference_steps}."
+                f"num_inference_steps must be an integer from 1 to T = {total}, got {num_inference_steps}."
             )
         if self.config.timestep_spacing == "leading":
             step_ratio = total // num_inference_steps
             return np.arange(num_inference_steps)[::-1] * step_ratio + self.config.steps_offset
         if self.config.timestep_spacing == "trailing":
-            # rounding may make arange one longer than asked for
+            # by rounding, arange can have one value too many
             spaced = np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]
             return spaced.round().astype(np.int64) - 1
-        first = 0 if num_inference_steps > 1 else total - 1  # a single step is from the noise, not from timestep 0
+        first = 0 if num_inference_steps > 1 else total - 1  # a single step starts at the noise, not at timestep 0
         return np.linspace(first, total - 1, num_inference_steps).round()[::-1].astype(np.int64)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """
-        The timestep that a step from `timestep` leads to: the next lower entry of `timesteps`, or -1 (the image itself)
-        below the last. Before `set_timesteps`, `timestep - 1`.
-
-        Args:
-            timestep (`int` or 0-dimensional `torch.Tensor`): The current timestep.
-
-        Returns:
-            `int` or `torch.Tensor`: The timestep before it in the diffusion process.
+        Returns the timestep that a step from `timestep` (`int` or 0-dimensional `torch.Tensor`) leads to: the next
+        lower entry of `timesteps`, or -1 (the image itself) after the last. Before `set_timesteps`: `timestep - 1`.
         """
         if self.num_inference_steps is None:
             return timestep - 1
@@ -256,41 +251,41 @@ class TinySchedulerMixin:
         if self.config.variance_type in LEARNED_VARIANCES:
             allowed.append((batch, 2 * channels, *rest))
         if model_output.shape not in allowed:
+            shapes = " or ".join(str(tuple(shape)) for shape in allowed)
             raise ValueError(
-                f"The network's output is {tuple(model_output.shape)}, but for a sample of {tuple(sample.shape)} and "
-                f"variance_type {self.config.variance_type!r} it must be {' or '.join(str(tuple(x)) for x in allowed)}."
+                f"The model output for variance_type {self.config.variance_type!r} must be {shapes}, got "
+                f"{tuple(model_output.shape)}."
             )
 
     def _split_variance(
         self, model_output: torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prediction and, from a network with twice the channels, what it says of the variance."""
+        """Splits the model output into the prediction and the predicted variance (None without one)."""
         self._check_output(model_output, sample)
         if model_output.shape == sample.shape:
             return model_output, None
         return model_output.chunk(2, dim=1)
 
     def _check_variance(self, predicted_variance: torch.Tensor | None) -> None:
+        self._check_choices("variance_type")
         variance_type = self.config.variance_type
-        check_known("variance_type", variance_type, VARIANCE_TYPES)
         if variance_type in LEARNED_VARIANCES and predicted_variance is None:
             raise ValueError(f"variance_type {variance_type!r} needs a network with twice the channels of its sample.")
 
     def _predict(
         self, prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 and the noise that the network's prediction stands for, at a noise level."""
+        """Computes the predicted x_0 and the predicted noise from the network's prediction, at a noise level."""
+        signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.config.prediction_type == "epsilon":
-            return (sample - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5, prediction
+            return (sample - sigma * prediction) / signal, prediction
         if self.config.prediction_type == "sample":
-            return prediction, (sample - alpha_bar**0.5 * prediction) / (1 - alpha_bar) ** 0.5
-        # x_0 and noise are x_t and v turned by the angle whose cosine is sqrt(alpha_bar) (Salimans & Ho 2022, appendix D)
-        pred_original_sample = alpha_bar**0.5 * sample - (1 - alpha_bar) ** 0.5 * prediction
-        pred_epsilon = (1 - alpha_bar) ** 0.5 * sample + alpha_bar**0.5 * prediction
-        return pred_original_sample, pred_epsilon
+            return prediction, (sample - signal * prediction) / sigma
+        # Salimans & Ho 2022, appendix D: (x_t, v) rotated by the angle whose cosine is sqrt(alpha_bar).
+        return signal * sample - sigma * prediction, sigma * sample + signal * prediction
 
     def _clip(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
-        """Dynamic thresholding, static clipping or neither, as the config says."""
+        """Applies dynamic thresholding, clipping or neither, by the config."""
         if self.config.thresholding:
             return self._threshold_sample(pred_original_sample)
         if self.config.clip_sample:
@@ -308,9 +303,9 @@ class TinySchedulerMixin:
         reduction: str = "mean",
     ) -> torch.Tensor:
         """
-        The loss of a batch of predictions made at `add_noise(sample, noise, timesteps)`, in float32.
+        Computes the loss of a batch of predictions at `add_noise(sample, noise, timesteps)`, in float32.
 
-        The network's target is the noise, the image or the velocity, as the config's `prediction_type` says. With d the
+        The network's target is the noise, the image or the velocity, by the config's `prediction_type`. With d the
         difference from it and delta the config's `huber_delta` under its `huber_schedule`, the loss of a pixel is
 
         - `l2`: d^2;
@@ -318,53 +313,51 @@ class TinySchedulerMixin:
         - `huber`: 0.5 d^2 where |d| < delta, delta (|d| - 0.5 delta) elsewhere (Huber 1964);
         - `pseudo_huber`: delta^2 (sqrt(1 + (d / delta)^2) - 1) (https://huggingface.co/papers/2403.16728).
 
-        An image's loss is the mean of its pixels', times the min-SNR weight where `snr_gamma` is set
-        (https://huggingface.co/papers/2303.09556). With `variance_type="learned_range"` 0.001 T L_t is added, the
-        variational bound's term in bits per dimension with the predicted mean detached, for the variance to learn from
-        (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, equation 16).
+        The loss of an image is the mean over its pixels, times the min-SNR weight if `snr_gamma` is set
+        (https://huggingface.co/papers/2303.09556). With `variance_type="learned_range"`, 0.001 T L_t is added, which
+        trains the variance: L_t is the term of the variational bound in bits per dimension, with the predicted mean
+        detached (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, equation 16).
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                The network's output; with `variance_type="learned_range"`, of twice the channels.
+                The network's output, with twice the channels for `variance_type="learned_range"`.
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The images, in [-1, 1].
-            noise (`torch.Tensor` of the same shape): The noise that was added to them, from N(0, I).
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): Each image's timestep, integers in [0, T).
+            noise (`torch.Tensor` of the same shape): The noise added to the images, from N(0, I).
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): The timestep of each image, an integer in [0, T).
             reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` or `"sum"` over the images, or `"none"`.
 
         Returns:
-            `torch.Tensor`: A scalar, or of shape `(batch_size,)` with `reduction="none"`.
+            `torch.Tensor`: The loss, a scalar, or of shape `(batch_size,)` with `reduction="none"`.
 
         Raises:
-            `ValueError`: If the shapes don't fit, or `reduction` or `variance_type` is not known or can't be trained.
+            `ValueError`: If shapes don't match, `reduction` or `variance_type` is unknown, or `variance_type` is
+                `learned`, which can't be trained.
         """
         check_known("reduction", reduction, ("mean", "sum", "none"))
-        check_known("variance_type", self.config.variance_type, VARIANCE_TYPES)
+        self._check_choices("variance_type")
         if self.config.variance_type == "learned":
             raise ValueError("variance_type 'learned' can't be trained: use 'learned_range'.")
         if noise.shape != sample.shape:
-            raise ValueError(f"noise must have the shape of sample, {tuple(sample.shape)}, not {tuple(noise.shape)}.")
+            raise ValueError(f"noise must have the shape of sample, {tuple(sample.shape)}, got {tuple(noise.shape)}.")
         if timesteps.shape != sample.shape[:1] or timesteps.is_floating_point():
             raise ValueError(
-                f"timesteps must be {len(sample)} integers, one for each image, not {timesteps.dtype} of shape "
+                f"timesteps must be {len(sample)} integers, one for each image, got {timesteps.dtype} of shape "
                 f"{tuple(timesteps.shape)}."
             )
         sample, noise, timesteps = sample.float(), noise.float(), timesteps.to(sample.device)
         prediction, predicted_variance = self._split_variance(model_output.float(), sample)
 
-        if self.config.prediction_type == "epsilon":
-            target = noise
-        elif self.config.prediction_type == "sample":
-            target = sample
-        else:
+        target = {"epsilon": noise, "sample": sample}.get(self.config.prediction_type)
+        if target is None:
             target = self.get_velocity(sample, noise, timesteps)
         loss = mean_flat(self._pixel_loss(prediction - target, timesteps))  # (B,)
 
         if self.config.snr_gamma is not None:
-            loss = loss * self._min_snr_weight(timesteps)
+            loss = loss * self._gather(self._min_snr_weights, timesteps, like=loss)
 
         if self.config.variance_type == "learned_range":
             noisy_sample = self.add_noise(sample, noise, timesteps)
-            alpha_bar = self._at(self._alpha_bars, timesteps, like=sample)
+            alpha_bar = self._gather(self._alpha_bars, timesteps, like=sample)
             pred_original_sample, _ = self._predict(prediction.detach(), noisy_sample, alpha_bar)
             bound = self._bound_terms(sample, pred_original_sample, predicted_variance, timesteps)
             loss = loss + 0.001 * self.config.num_train_timesteps * bound
@@ -375,13 +368,13 @@ class TinySchedulerMixin:
 
     @property
     def _alpha_bars(self) -> torch.Tensor:
-        """`alphas_cumprod` in float64: in float32, 1 - alphas_cumprod and what is made of it is off by 1e-4 near t = 0."""
+        """Returns `alphas_cumprod` in float64. In float32, 1 - alphas_cumprod has an error of 1e-4 near t = 0."""
         return torch.cumprod(1 - self.betas.double(), dim=0)  # (T,)
 
     @staticmethod
-    def _at(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Each image's entry of a table over all timesteps, ready to broadcast over the images."""
-        values = table.to(like.dtype).to(like.device)[timesteps]  # the dtype first: not every device has float64
+    def _gather(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Gathers each image's value from a table over all timesteps, shaped to broadcast with `like`."""
+        values = table.to(like.dtype).to(like.device)[timesteps]  # dtype first: not all devices support float64
         return values.reshape(-1, *[1] * (like.ndim - 1))  # (B,) -> (B, 1, 1, 1)
 
     def _pixel_loss(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -389,74 +382,66 @@ class TinySchedulerMixin:
             return error.square()
         if self.config.loss_type == "l1":
             return error.abs()
-        delta = self._huber_delta(timesteps, like=error)
+        delta = self._gather(self._huber_deltas, timesteps, like=error)
         if self.config.loss_type == "huber":
             return torch.where(error.abs() < delta, 0.5 * error.square(), delta * (error.abs() - 0.5 * delta))
-        # the same as in the docstring, without its cancellation where |d| is far below delta
+        # Equal to the docstring's formula, without its cancellation for |d| far below delta.
         return error.square() / (1 + torch.sqrt(1 + (error / delta).square()))
 
-    def _huber_delta(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """delta_t of each image (https://huggingface.co/papers/2403.16728)."""
+    @property
+    def _huber_deltas(self) -> torch.Tensor:
+        """Returns delta_t for all t (https://huggingface.co/papers/2403.16728)."""
         delta, total = self.config.huber_delta, self.config.num_train_timesteps
         if self.config.huber_schedule == "exponential":
-            deltas = delta ** (torch.arange(total) / total)
-        elif self.config.huber_schedule == "snr":
+            return delta ** (torch.arange(total) / total)
+        if self.config.huber_schedule == "snr":
             sigmas = ((1 - self._alpha_bars) / self._alpha_bars).sqrt()
-            deltas = (1 - delta) / (1 + sigmas).square() + delta
-        else:
-            deltas = torch.full((total,), delta)
-        return self._at(deltas, timesteps, like)
+            return (1 - delta) / (1 + sigmas).square() + delta
+        return torch.full((total,), delta)
 
-    def _min_snr_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """min(SNR, gamma), the weight of a loss in x_0, in the units of the prediction."""
+    @property
+    def _min_snr_weights(self) -> torch.Tensor:
+        """Returns min(SNR, gamma), the weight of a loss in x_0, as a weight of the prediction's loss, for all t."""
         alpha_bars, gamma = self._alpha_bars, self.config.snr_gamma
         snr = alpha_bars / (1 - alpha_bars)
         if self.config.prediction_type == "epsilon":
-            weights = (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, and its limit 1 where snr is 0
-        elif self.config.prediction_type == "sample":
-            weights = snr.clamp(max=gamma)
-        else:
-            weights = snr.clamp(max=gamma) / (snr + 1)
-        return weights.float().to(timesteps.device)[timesteps]
+            return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, which is 1 in the limit of snr = 0
+        if self.config.prediction_type == "sample":
+            return snr.clamp(max=gamma)
+        return snr.clamp(max=gamma) / (snr + 1)
 
-    # 4. The variational bound
+    # 4. Variational bound
 
     def _bound_terms(
-        self,
-        sample: torch.Tensor,
-        pred_original_sample: torch.Tensor,
-        predicted_variance: torch.Tensor | None,
-        timesteps: torch.Tensor,
+        self, x_0: torch.Tensor, pred_x_0: torch.Tensor, pred_variance: torch.Tensor | None, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """L_t of each image at its timestep, in bits per dimension, given what is predicted for x_0."""
-        self._check_variance(predicted_variance)
-        # q(x_{t-1} | x_t, x_0) for all t (Ho et al. 2020, equations 6 and 7): its mean's share of x_0, and its variance
+        """Computes L_t of each image at its timestep, in bits per dimension, from the predicted x_0 and variance."""
+        self._check_variance(pred_variance)
+        # q(x_{t-1} | x_t, x_0) for all t: its mean's coefficient of x_0, its variance (Ho et al. 2020, equations 6, 7)
         alpha_bars, betas = self._alpha_bars, self.betas.double()
         alpha_bars_prev = torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
         original_coeffs = alpha_bars_prev.sqrt() * betas / (1 - alpha_bars)
         variances = (1 - alpha_bars_prev) / (1 - alpha_bars) * betas
-        # the last variance is 0, with which no decoder could be: it takes the one before, as Nichol & Dhariwal's does
+        # At t = 0 the variance is 0, which gives no decoder. Like Nichol & Dhariwal, use the variance of t = 1.
         variances[0] = variances[1] if len(variances) > 1 else betas[0]
 
-        posterior_log = self._at(variances.log(), timesteps, like=sample)
+        posterior_log = self._gather(variances.log(), timesteps, like=x_0)
         if self.config.variance_type == "learned":
-            model_log = predicted_variance.log()
+            model_log = pred_variance.log()
         elif self.config.variance_type == "learned_range":  # Nichol & Dhariwal 2021, equation 15
-            share = (predicted_variance + 1) / 2
-            model_log = share * self._at(betas.log(), timesteps, like=sample) + (1 - share) * posterior_log
+            share = (pred_variance + 1) / 2
+            model_log = share * self._gather(betas.log(), timesteps, like=x_0) + (1 - share) * posterior_log
         elif self.config.variance_type in ("fixed_large", "fixed_large_log"):
-            large = torch.cat([variances[:1], betas[1:]])
-            model_log = self._at(large.log(), timesteps, like=sample)
+            model_log = self._gather(torch.cat([variances[:1], betas[1:]]).log(), timesteps, like=x_0)
         else:
             model_log = posterior_log
 
-        decoder_nll = discretized_gaussian_nll(sample, pred_original_sample, model_log)
-        # both means have the same share of x_t, so they differ in that of x_0 alone
-        error = self._at(original_coeffs, timesteps, like=sample) * (sample - pred_original_sample)
+        decoder_nll = discretized_gaussian_nll(x_0, pred_x_0, model_log)
+        # Both means have the same coefficient of x_t, so they differ only by that of x_0.
+        error = self._gather(original_coeffs, timesteps, like=x_0) * (x_0 - pred_x_0)
         log_ratio = posterior_log - model_log
         kl = 0.5 * (torch.exp(log_ratio) - 1 - log_ratio + error.square() * torch.exp(-model_log))
-        terms = torch.where(timesteps == 0, mean_flat(decoder_nll), mean_flat(kl))
-        return terms / math.log(2)
+        return torch.where(timesteps == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2)
 
     @torch.no_grad()
     def variational_bound(
@@ -464,19 +449,19 @@ class TinySchedulerMixin:
         model: Callable,
         sample: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
     ) -> TinyVariationalBoundOutput:
         """
-        The variational bound on the negative log-likelihood of images of 256 grey levels, in bits per dimension, term by
-        term (Ho et al. 2020, https://huggingface.co/papers/2006.11239, equation 5, with Nichol & Dhariwal's variances). One
-        noise sample a term, all T terms: T passes of the network. Predictions of x_0 are clipped or thresholded as in
-        `step`; the variance is the config's `variance_type`.
+        Computes the variational bound on the negative log-likelihood of images with 256 grey levels, in bits per
+        dimension (Ho et al. 2020, https://huggingface.co/papers/2006.11239, equation 5, with Nichol & Dhariwal's
+        variances). Each of the T terms takes one noise sample and one pass of the network. x_0 is clipped or
+        thresholded as in `step`, and the variance is that of `variance_type`.
 
         Args:
             model (`Callable`): The network, called as `model(sample, timesteps).sample`.
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1], 2k/255 - 1.
-            class_labels (`torch.Tensor`, *optional*): Handed to the network if given.
-            generator (`torch.Generator` or a list of them, *optional*): Makes the noise, and so the result, repeatable.
+            class_labels (`torch.Tensor`, *optional*): Passed to the network if given.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the result deterministic.
 
         Returns:
             [`TinyVariationalBoundOutput`]: The bound and its terms, for each image.

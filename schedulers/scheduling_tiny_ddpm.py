@@ -1,4 +1,4 @@
-"""DDPM: ancestral sampling (Ho et al. 2020, https://huggingface.co/papers/2006.11239), and training."""
+"""`TinyDDPMScheduler`: DDPM (Ho et al. 2020, https://huggingface.co/papers/2006.11239), with training losses."""
 
 import math
 from typing import Literal
@@ -9,47 +9,54 @@ from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401  (loaders look
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
-from .scheduling_tiny_common import TinySchedulerMixin
+from .scheduling_tiny_common import Generators, TinySchedulerMixin
 
 
 class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
     """
-    Stock [`DDPMScheduler`] with four noise schedules that every stock solver reads, any decreasing sequence of timesteps,
-    thresholding as published, and what training needs: see `training_loss` and `variational_bound`.
+    Extends [`DDPMScheduler`] with four noise schedules that every stock solver reads, custom timesteps, dynamic
+    thresholding as published, the training loss (`training_loss`) and the variational bound (`variational_bound`).
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`): The number of diffusion steps, T.
         beta_start (`float`, defaults to `0.0001`): The first beta, b0. Not used by `cosine`.
         beta_end (`float`, defaults to `0.02`): The last beta, b1. Not used by `cosine`.
         beta_schedule (`str`, defaults to `"linear"`):
-            `linear`; `cosine`, or `squaredcos_cap_v2` (Nichol & Dhariwal 2021, s = 0.008, betas up to 0.999); `sigmoid`,
-            sigmoid(linspace(-6, 6, T)) (b1 - b0) + b0; `quadratic`, or `scaled_linear`, linspace(sqrt b0, sqrt b1, T)^2;
-            or `laplace`. The config keeps the second names, diffusers' own.
-        trained_betas (`list[float]` or `np.ndarray`, *optional*): The betas themselves; they settle T as well.
+            - `linear`: linspace(b0, b1, T);
+            - `cosine` or `squaredcos_cap_v2`: Nichol & Dhariwal 2021, with s = 0.008 and betas of at most 0.999;
+            - `sigmoid`: sigmoid(linspace(-6, 6, T)) (b1 - b0) + b0;
+            - `quadratic` or `scaled_linear`: linspace(sqrt b0, sqrt b1, T)^2;
+            - `laplace`: as in diffusers.
+
+            Of two names, the config has the second, which is diffusers'.
+        trained_betas (`list[float]` or `np.ndarray`, *optional*): The betas themselves. T is then their number.
         variance_type (`str`, defaults to `"fixed_small"`):
-            The variance of a reverse step: `fixed_small` (tilde beta), `fixed_large` (beta), `learned_range` (between the
-            two, by a network with twice the channels), or stock's `learned` and the `_log` spellings of the fixed ones.
+            The variance of a reverse step: `fixed_small` (tilde beta), `fixed_large` (beta), `learned_range` (between
+            the two, predicted by a network with twice the channels), or the stock `learned`, `fixed_small_log` and
+            `fixed_large_log`.
         clip_sample (`bool`, defaults to `True`): Whether to clip the predicted x_0.
-        prediction_type (`str`, defaults to `"epsilon"`): What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type (`str`, defaults to `"epsilon"`):
+            The network's prediction: `epsilon` (noise), `sample` (x_0) or `v_prediction` (velocity).
         thresholding (`bool`, defaults to `False`):
-            Whether to threshold the predicted x_0 dynamically (Saharia et al. 2022, section 2.3), in place of clipping.
+            Whether to threshold the predicted x_0 dynamically (Saharia et al. 2022, section 2.3) instead of clipping.
         dynamic_thresholding_ratio (`float`, defaults to `0.995`): The percentile of dynamic thresholding, in (0, 1].
-        clip_sample_range (`float`, defaults to `1.0`): Where to clip.
+        clip_sample_range (`float`, defaults to `1.0`): The magnitude at which x_0 is clipped.
         sample_max_value (`float`, defaults to `1e6`):
-            An upper limit of the dynamic threshold. Stock's is 1, with which thresholding is plain clipping.
+            The maximum of the dynamic threshold. The stock default of 1 makes thresholding plain clipping.
         timestep_spacing (`str`, defaults to `"leading"`): `leading`, `trailing` or `linspace`.
         steps_offset (`int`, defaults to `0`): Added to the timesteps of `leading`.
-        rescale_betas_zero_snr (`bool`, defaults to `False`): Whether to rescale the betas to end without any signal.
+        rescale_betas_zero_snr (`bool`, defaults to `False`): Whether to rescale the betas to a terminal SNR of 0.
         loss_type (`str`, defaults to `"l2"`): `l2`, `l1`, `huber` or `pseudo_huber`.
-        huber_delta (`float`, *optional*): Of the Huber losses. Defaults to 1.0, or 0.1 with a `huber_schedule`.
+        huber_delta (`float`, *optional*):
+            delta of the Huber losses. Defaults to 1.0, or to 0.1 if `huber_schedule` is not `constant`.
         huber_schedule (`str`, defaults to `"constant"`):
-            How delta goes over the timesteps from 1 to `huber_delta` (https://huggingface.co/papers/2403.16728):
-            `constant`, `exponential` (delta^(t / T)) or `snr` ((1 - delta) / (1 + sigma_t)^2 + delta). The last two need
-            0 < `huber_delta` < 1.
-        snr_gamma (`float`, *optional*): Of the min-SNR weighting; 5.0 is usual.
+            The schedule of delta over the timesteps (https://huggingface.co/papers/2403.16728): `constant`,
+            `exponential` (delta^(t / T)) or `snr` ((1 - delta) / (1 + sigma_t)^2 + delta). The last two go from 1 to
+            delta and require 0 < `huber_delta` < 1.
+        snr_gamma (`float`, *optional*): gamma of the min-SNR weighting, such as 5.0. None disables it.
 
     Raises:
-        `ValueError`: If a name is not known (it names the nearest) or a number out of range.
+        `ValueError`: If a name is unknown (the error suggests the nearest one) or a number is out of range.
     """
 
     @register_to_config
@@ -96,26 +103,26 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple:
         """
-        One reverse step, from x_t to x at the next timestep of `timesteps` (Ho et al. 2020, equations 6, 7 and 11).
+        Takes one reverse step, from x_t to x at the next of the `timesteps` (Ho et al. 2020, equations 6, 7 and 11).
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                The network's output; with a learned variance, of twice the channels.
+                The network's output, with twice the channels for a learned variance.
             timestep (`int` or 0-dimensional `torch.Tensor`): The current timestep t.
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
-            generator (`torch.Generator` or a list of them, *optional*): One, or one for each image.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One generator, or one per image.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `DDPMSchedulerOutput` or a tuple.
 
         Returns:
-            [`~schedulers.scheduling_ddpm.DDPMSchedulerOutput`] or `tuple`: The earlier sample and the predicted x_0, in
-            the dtype of `sample`; the arithmetic is in float32 at least.
+            [`~schedulers.scheduling_ddpm.DDPMSchedulerOutput`] or `tuple`: The previous sample and the predicted
+            x_0, in the dtype of `sample`. They are computed in float32 at least.
 
         Raises:
-            `ValueError`: If the network's output doesn't fit the sample and the `variance_type`.
+            `ValueError`: If the shape of `model_output` doesn't match `sample` and the `variance_type`.
         """
         self._check_output(model_output, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -131,9 +138,9 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
     ) -> torch.Tensor:
         variance_type = variance_type or self.config.variance_type
         self._check_variance(predicted_variance)
-        # the last step gives its mean, for an image has no noise; stock's does at timestep 0 alone
+        # The last step adds no noise, whatever its timestep. Stock DDPM omits the noise only at timestep 0.
         if self.previous_timestep(t) < 0:
             return torch.tensor(-math.inf if variance_type == "learned_range" else 0.0)  # a log in learned_range
         if variance_type == "fixed_large_log":
-            variance_type = "fixed_large"  # stock's would be a log that is never undone
+            variance_type = "fixed_large"  # stock DDPM returns the log and uses it as the variance
         return super()._get_variance(t, predicted_variance, variance_type)

@@ -7,7 +7,7 @@ from tiny_diffusers import TinyUNet2DModel
 
 @pytest.fixture
 def make_unet():
-    """A factory of tiny random networks, stock ones or ours, none of whose outputs is zero at the start."""
+    """Returns a factory of small networks, stock or this package's, with random weights that give nonzero outputs."""
 
     def make(stock: bool = True, classes: int | None = None, channels: int = 1, learned: bool = False, **config):
         torch.manual_seed(0)
@@ -35,7 +35,7 @@ def make_unet():
 
 @pytest.fixture
 def quiet():
-    """A pipeline without its progress bar."""
+    """Returns a function that disables a pipeline's progress bar."""
 
     def silence(pipe):
         pipe.set_progress_bar_config(disable=True)

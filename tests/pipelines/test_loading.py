@@ -36,7 +36,7 @@ def unet(request, make_unet):
 
 @pytest.fixture
 def saved(make_unet, tmp_path):
-    """The folder of an unconditional checkpoint with our network."""
+    """Returns the folder of an unconditional checkpoint with a network of this package."""
     TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()).save_pretrained(tmp_path)
     return tmp_path
 
@@ -55,7 +55,7 @@ def images(pipe, *labels, **arguments) -> np.ndarray:
     return pipe(*labels, generator=torch.Generator().manual_seed(0), **arguments).images
 
 
-# ------------------------------------------------------------------------------------------------------ the front door
+# ----------------------------------------------------------------------------------------------------- from_pretrained
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def images(pipe, *labels, **arguments) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("stock", [True, False])
-def test_a_saved_pipeline_comes_back_as_it_was(make_unet, tmp_path, stock, scheduler, config):
+def test_a_pipeline_survives_saving_and_loading(make_unet, tmp_path, stock, scheduler, config):
     pipe = TinyPipeline(make_unet(stock=stock), scheduler(**config))
     pipe.save_pretrained(tmp_path)
     loaded = TinyPipeline.from_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_a_saved_pipeline_comes_back_as_it_was(make_unet, tmp_path, stock, sched
     np.testing.assert_array_equal(images(loaded), images(pipe))
 
 
-def test_the_front_door_returns_the_class_that_the_checkpoint_names(unet, tmp_path):
+def test_the_base_class_returns_the_class_that_the_checkpoint_names(unet, tmp_path):
     for pipeline_class in (TinyConditionalPipeline, TinyInterpolationPipeline):
         folder = tmp_path / pipeline_class.__name__
         pipeline_class(unet, TinyDDIMScheduler(), id2label=NAMES, null_class_id=None).save_pretrained(folder)
@@ -98,7 +98,7 @@ def test_a_subclass_loads_itself(unet, tmp_path):
     assert renamed.config.id2label == {0: "tiger"}
 
 
-def test_a_conditional_pipeline_comes_back_as_it_was(unet, tmp_path):
+def test_a_conditional_pipeline_survives_saving_and_loading(unet, tmp_path):
     pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
     pipe.save_pretrained(tmp_path)
     loaded = TinyPipeline.from_pretrained(tmp_path)
@@ -109,13 +109,13 @@ def test_a_conditional_pipeline_comes_back_as_it_was(unet, tmp_path):
         )
 
 
-def test_how_many_labels_were_dropped_is_remembered(unet, tmp_path):
+def test_class_dropout_prob_is_saved(unet, tmp_path):
     TinyConditionalPipeline(unet, TinyDDIMScheduler(), class_dropout_prob=0.1).save_pretrained(tmp_path)
     for pipeline_class in (TinyPipeline, TinyInterpolationPipeline):
         assert pipeline_class.from_pretrained(tmp_path).config.class_dropout_prob == 0.1
 
 
-def test_pipelines_are_made_from_one_another(unet):
+def test_from_pipe_shares_the_components(unet):
     pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label=NAMES)
     walk = TinyInterpolationPipeline.from_pipe(pipe)
     assert walk.unet is pipe.unet and walk.config.id2label == NAMES
@@ -127,13 +127,13 @@ def test_components_can_be_given(saved, make_unet):
     assert loaded.unet is unet and loaded.scheduler is scheduler
 
 
-def test_precision_is_float32_unless_asked(make_unet, tmp_path):
+def test_the_dtype_is_float32_by_default(make_unet, tmp_path):
     TinyPipeline(make_unet(stock=False).half(), TinyDDIMScheduler()).save_pretrained(tmp_path)
     assert TinyPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
     assert TinyPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 
 
-def test_a_hub_id_is_loaded_from_the_cache_of_the_hub(saved, tmp_path_factory):
+def test_a_hub_id_is_loaded_from_the_cache(saved, tmp_path_factory):
     cache = tmp_path_factory.mktemp("hub")
     repository, commit = cache / "models--me--digits", "0" * 40
     shutil.copytree(saved, repository / "snapshots" / commit)
@@ -152,12 +152,12 @@ def test_a_variant_is_loaded(make_unet, tmp_path):
         TinyPipeline.from_pretrained(tmp_path, variant="ema")
 
 
-# -------------------------------------------------------------------------------------------------- stock, both ways
+# ------------------------------------------------------------------------------------- exchange with stock diffusers
 
 
 @pytest.mark.parametrize(("ours", "stock"), [(TinyDDIMScheduler, DDIMScheduler), (TinyDDPMScheduler, DDPMScheduler)])
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine", "sigmoid", "quadratic"])
-def test_stock_diffusers_loads_a_stock_network_s_checkpoint_and_samples_the_same(
+def test_stock_diffusers_loads_and_samples_a_checkpoint_with_a_stock_network(
     make_unet, tmp_path, ours, stock, beta_schedule
 ):
     pipe = TinyPipeline(make_unet(), ours(beta_schedule=beta_schedule, loss_type="huber"))
@@ -177,7 +177,7 @@ def test_stock_diffusers_loads_a_stock_network_s_checkpoint_and_samples_the_same
     ("pipeline", "scheduler", "ours"),
     [(DDIMPipeline, DDIMScheduler, TinyDDIMScheduler), (DDPMPipeline, DDPMScheduler, TinyDDPMScheduler)],
 )
-def test_a_stock_checkpoint_becomes_ours(make_unet, tmp_path, pipeline, scheduler, ours):
+def test_a_stock_checkpoint_is_loaded_into_this_packages_classes(make_unet, tmp_path, pipeline, scheduler, ours):
     stock = pipeline(make_unet(), scheduler(beta_schedule="scaled_linear"))
     stock.save_pretrained(tmp_path)
     loaded = TinyPipeline.from_pretrained(tmp_path)
@@ -191,7 +191,7 @@ def test_stock_diffusers_loads_the_components_of_a_conditional_checkpoint(make_u
     assert type(loaded) is DDIMPipeline and loaded.unet.config.num_class_embeds == 4
 
 
-def test_a_checkpoint_holds_what_stock_diffusers_writes(make_unet, tmp_path):
+def test_a_checkpoint_has_the_files_and_keys_of_stock_diffusers(make_unet, tmp_path):
     TinyPipeline(make_unet(), TinyDDIMScheduler()).save_pretrained(tmp_path / "ours")
     DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path / "stock")
     files = [
@@ -202,10 +202,10 @@ def test_a_checkpoint_holds_what_stock_diffusers_writes(make_unet, tmp_path):
     assert set(read(tmp_path / "ours" / "model_index.json")) == set(read(tmp_path / "stock" / "model_index.json"))
 
 
-# ------------------------------------------------------------------------------------------------ code and its trust
+# ----------------------------------------------------------------------------------------------- code in checkpoints
 
 
-def test_our_classes_need_no_trust_whatever_module_the_index_names(saved):
+def test_this_packages_classes_are_found_whatever_module_the_index_names(saved):
     for unet_module in ("unet_tiny", "diffusers_modules.local.unet_tiny", "no.such.module", "subprocess"):
         edit(
             saved / "model_index.json",
@@ -218,7 +218,7 @@ def test_our_classes_need_no_trust_whatever_module_the_index_names(saved):
         assert type(loaded.unet) is TinyUNet2DModel and type(loaded.scheduler) is TinyDDIMScheduler
 
 
-def test_code_beside_the_weights_is_not_run_for_our_classes(saved):
+def test_code_beside_the_weights_is_not_run_for_this_packages_classes(saved):
     marker = saved / "ran"
     for path in ("pipeline_tiny.py", "unet/unet_tiny.py"):
         (saved / path).write_text(f"open({str(marker)!r}, 'w')\n")
@@ -250,12 +250,12 @@ def test_code_beside_the_weights_is_not_run_for_our_classes(saved):
         {"_class_name": None},
     ],
 )
-def test_what_is_neither_ours_nor_diffusers_is_refused(saved, changes):
+def test_other_classes_are_refused(saved, changes):
     marker = saved / "ran"
     for path in ("pipeline_mine.py", "unet/unet_mine.py"):
         (saved / path).write_text(f"open({str(marker)!r}, 'w')\n")
     edit(saved / "model_index.json", **changes)
-    with pytest.raises(ValueError, match="model_index.json|only networks|no pipeline of ours") as error:
+    with pytest.raises(ValueError, match="model_index.json|only networks|not a pipeline of this package") as error:
         TinyPipeline.from_pretrained(saved)
     assert "\n" not in str(error.value) and not marker.exists()
 
@@ -293,16 +293,16 @@ def test_pickled_weights_run_no_code(saved):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+def test_a_missing_checkpoint_is_named(tmp_path):
     for given in (tmp_path / "nowhere", "no such name", "../a/b/c"):
-        with pytest.raises(ValueError, match="neither a folder nor a model that can be had from the Hub") as error:
+        with pytest.raises(ValueError, match="neither a folder nor a model that can be loaded from the Hub") as error:
             TinyPipeline.from_pretrained(given)
         assert str(given) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="neither a folder nor a model"):
         TinyPipeline.from_pretrained("me/nothing-of-that-name", local_files_only=True, cache_dir=tmp_path)
 
 
-def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no model_index.json"):
         TinyPipeline.from_pretrained(tmp_path)
 
@@ -310,7 +310,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"_class_name": 3}'])
 def test_a_damaged_index_is_named(saved, content):
     (saved / "model_index.json").write_text(content)
-    with pytest.raises(ValueError, match="model_index.json|no pipeline of ours"):
+    with pytest.raises(ValueError, match="model_index.json|not a pipeline of this package"):
         TinyPipeline.from_pretrained(saved)
 
 
@@ -327,14 +327,39 @@ def test_a_damaged_index_is_named(saved, content):
         ("scheduler/scheduler_config.json", {"trained_betas": {"a": 1}}),
     ],
 )
-def test_values_of_a_wrong_type_are_refused_in_one_line(saved, path, changes):
+def test_config_values_of_a_wrong_type_are_refused_in_one_line(saved, path, changes):
     edit(saved / path, **changes)
-    with pytest.raises(ValueError, match=f"{saved.name} can't be loaded, one of its configs is damaged") as error:
+    with pytest.raises(ValueError, match=f"{saved.name} can't be loaded: one of its configs is damaged") as error:
         TinyPipeline.from_pretrained(saved)
     assert "\n" not in str(error.value)
 
 
-def test_too_little_memory_is_not_called_damage(saved, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"layers_per_block": 10**6}, 64),
+        ({"sample_size": 10**6}, 4096),
+        ({"in_channels": 10**6}, 4096),
+        ({"block_out_channels": [8] * 65}, 4096),
+        ({"norm_num_groups": 2**21}, 2**20),
+    ],
+)
+def test_sizes_that_would_take_all_memory_or_time_are_refused(saved, changes, limit):
+    edit(saved / "unet" / "config.json", **changes)
+    with pytest.raises(
+        ValueError, match=f"{next(iter(changes))} is too large, at most 64 integers of at most {limit} "
+    ):
+        TinyPipeline.from_pretrained(saved)
+
+
+def test_weights_outside_the_folder_are_refused(saved):
+    index = saved / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
+    with pytest.raises(ValueError, match="names '../../secret.safetensors', which is not a file in the same folder"):
+        TinyPipeline.from_pretrained(saved)
+
+
+def test_out_of_memory_is_not_reported_as_damage(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -348,5 +373,5 @@ def test_missing_weights_are_named(saved):
     weights = load_file(path)
     del weights["conv_in.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="unet lacks 1 weights, conv_in.weight"):
+    with pytest.raises(ValueError, match="unet lacks 1 weights, first conv_in.weight"):
         TinyPipeline.from_pretrained(saved)

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler, TinyPipeline
+from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 
 
 SCHEDULERS = [
@@ -29,23 +30,19 @@ SCHEDULERS = [
 ]
 
 
-def generators(count: int, first: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(first, first + count)]
-
-
 @pytest.fixture(params=["stock", "tiny"])
 def pipe(request, make_unet, quiet):
     return quiet(TinyPipeline(make_unet(stock=request.param == "stock"), TinyDDIMScheduler()))
 
 
 class OneImageNetwork(ModelMixin, ConfigMixin):
-    """The ideal noise predictor for data that is one grey image x_0: eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+    """Ideal noise predictor for data of a single grey image x_0: eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
 
     @register_to_config
     def __init__(self, sample_size=(4, 6), in_channels=1):
         super().__init__()
         self.x_0 = torch.nn.Parameter(torch.tensor(0.5))
-        # Solvers ask between the trained timesteps too: log-SNR linear there, as they take it.
+        # Solvers also use values between the training timesteps, where they interpolate the log-SNR linearly.
         self.log_snr = torch.logit(TinyDDIMScheduler().alphas_cumprod.double())
 
     def forward(self, sample, timestep):
@@ -55,23 +52,23 @@ class OneImageNetwork(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=(sample - abar**0.5 * self.x_0) / (1 - abar) ** 0.5)
 
 
-# --------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------------------- output
 
 
-def test_stock_pipeline_gives_the_same_images(make_unet, quiet):
+def test_the_stock_pipeline_gives_the_same_images(make_unet, quiet):
     unet, scheduler = make_unet(), DDIMScheduler()
     ours, stock = quiet(TinyPipeline(unet, scheduler)), quiet(DDIMPipeline(unet, scheduler))
     for eta in (0.0, 1.0):
         arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": eta, "output_type": "np"}
-        images = ours(generator=generators(2), **arguments).images
-        np.testing.assert_allclose(images, stock(generator=generators(2), **arguments).images, atol=1e-6)
+        images = ours(generator=image_generators(0, 2), **arguments).images
+        np.testing.assert_allclose(images, stock(generator=image_generators(0, 2), **arguments).images, atol=1e-6)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_output_types_are_one_image_in_three_forms(make_unet, quiet, channels, mode):
     pipe = quiet(TinyPipeline(make_unet(channels=channels, sample_size=(8, 16)), TinyDDIMScheduler()))
     pil, array, tensor = (
-        pipe(2, generators(2), num_inference_steps=3, output_type=output_type).images
+        pipe(2, image_generators(0, 2), num_inference_steps=3, output_type=output_type).images
         for output_type in ("pil", "np", "pt")
     )
     assert [image.mode for image in pil] == [mode, mode] and pil[0].size == (16, 8)
@@ -84,9 +81,13 @@ def test_output_types_are_one_image_in_three_forms(make_unet, quiet, channels, m
 
 
 def test_tuple_and_dict_are_equal(pipe):
-    output = pipe(generator=generators(1), num_inference_steps=3, output_type="np", return_intermediates=2)
+    output = pipe(generator=image_generators(0, 1), num_inference_steps=3, output_type="np", return_intermediates=2)
     images, intermediates = pipe(
-        generator=generators(1), num_inference_steps=3, output_type="np", return_intermediates=2, return_dict=False
+        generator=image_generators(0, 1),
+        num_inference_steps=3,
+        output_type="np",
+        return_intermediates=2,
+        return_dict=False,
     )
     assert isinstance(output, ImagePipelineOutput)
     np.testing.assert_array_equal(output.images, images)
@@ -97,10 +98,16 @@ def test_tuple_and_dict_are_equal(pipe):
 @pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, TinyDDPMScheduler])
 def test_a_list_of_generators_makes_an_image_independent_of_its_batch(pipe, scheduler):
     pipe.scheduler = scheduler()
-    batch = pipe(16, generators(16), num_inference_steps=5, eta=0.5, output_type="np").images
+    batch = pipe(16, image_generators(0, 16), num_inference_steps=5, eta=0.5, output_type="np").images
     for i in (0, 7, 15):
-        alone = pipe(1, generators(1, first=i), num_inference_steps=5, eta=0.5, output_type="np").images
+        alone = pipe(1, image_generators(0, 1, first=i), num_inference_steps=5, eta=0.5, output_type="np").images
         np.testing.assert_allclose(alone[0], batch[i], atol=1e-4)
+
+
+def test_image_generators_have_consecutive_seeds():
+    draws = [torch.randn(4, generator=generator) for generator in image_generators(5, 2, first=3)]
+    for draw, seed in zip(draws, (8, 9), strict=True):
+        assert torch.equal(draw, torch.randn(4, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_one_seed_gives_one_image(pipe):
@@ -112,7 +119,7 @@ def test_one_seed_gives_one_image(pipe):
 
 
 @pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, diffusers.EulerDiscreteScheduler])
-def test_given_latents_are_the_ones_that_the_generator_draws(pipe, scheduler):
+def test_latents_replace_the_generators_noise(pipe, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     given = pipe(latents=latents, num_inference_steps=3, output_type="pt").images
@@ -120,11 +127,11 @@ def test_given_latents_are_the_ones_that_the_generator_draws(pipe, scheduler):
     torch.testing.assert_close(given, drawn, rtol=0, atol=0)
 
 
-def test_a_network_in_low_precision_is_near_one_in_full(make_unet, quiet):
+def test_bfloat16_is_near_float32_and_float64_stays_float64(make_unet, quiet):
     pipe = quiet(TinyPipeline(make_unet(), TinyDDIMScheduler()))
-    full = pipe(generator=generators(1), num_inference_steps=5, output_type="pt").images
+    full = pipe(generator=image_generators(0, 1), num_inference_steps=5, output_type="pt").images
     pipe.to(torch.bfloat16)
-    low = pipe(generator=generators(1), num_inference_steps=5, output_type="pt").images
+    low = pipe(generator=image_generators(0, 1), num_inference_steps=5, output_type="pt").images
     assert low.dtype == torch.float32 and pipe.unet.dtype == torch.bfloat16
     assert (low - full).abs().mean() < 0.05
     pipe.to(torch.float64)
@@ -135,11 +142,11 @@ def test_a_network_in_low_precision_is_near_one_in_full(make_unet, quiet):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_stock_scheduler_finds_the_one_image_there_is(name, quiet):
+def test_every_stock_scheduler_finds_the_single_image(name, quiet):
     scheduler = getattr(diffusers, name).from_config(TinyDDIMScheduler(clip_sample=False).config)
     pipe = quiet(TinyPipeline(OneImageNetwork(), scheduler))
     output = pipe(2, num_inference_steps=20, output_type="pt", return_intermediates=3)
-    # every x_0 prediction on the way is exact, whether the scheduler or the pipeline makes it
+    # Every intermediate x_0 is exact, whether the scheduler or the pipeline predicts it.
     for intermediate in output.intermediates:
         torch.testing.assert_close(
             intermediate.pred_original_sample, torch.full((2, 1, 4, 6), 0.75), atol=5e-3, rtol=0
@@ -150,7 +157,7 @@ def test_every_stock_scheduler_finds_the_one_image_there_is(name, quiet):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_x_0_is_predicted_for_solvers_that_do_not_tell(make_unet, quiet, name, prediction_type):
+def test_x_0_is_predicted_for_solvers_that_do_not_return_it(make_unet, quiet, name, prediction_type):
     tiny = TinyDDIMScheduler(prediction_type=prediction_type)
     pipe = quiet(TinyPipeline(make_unet(), getattr(diffusers, name).from_config(tiny.config)))
     for timestep, x_t, x_0 in pipe(num_inference_steps=4, output_type="latent", return_intermediates=2).intermediates:
@@ -182,7 +189,7 @@ def test_a_second_order_scheduler_evaluates_the_network_twice_a_step(pipe):
         "EulerDiscreteScheduler",
     ],
 )
-def test_a_learned_variance_is_used_or_left_out(make_unet, quiet, name):
+def test_a_learned_variance_is_used_or_dropped(make_unet, quiet, name):
     tiny = TinyDDPMScheduler(variance_type="learned_range")
     schedulers = {"TinyDDPM": tiny, "TinyDDIM": TinyDDIMScheduler.from_config(tiny.config)}
     scheduler = schedulers.get(name) or getattr(diffusers, name).from_config(tiny.config)
@@ -191,12 +198,12 @@ def test_a_learned_variance_is_used_or_left_out(make_unet, quiet, name):
     assert output.images.shape == output.intermediates[0].pred_original_sample.shape == (2, 1, 8, 8)
 
 
-def test_a_scheduler_may_say_none_of_the_variance(make_unet, quiet):
+def test_the_variance_type_may_be_none(make_unet, quiet):
     pipe = quiet(TinyPipeline(make_unet(), diffusers.DDPMScheduler(variance_type=None)))
     assert len(pipe(2, num_inference_steps=2).images) == 2
 
 
-def test_given_timesteps_are_the_ones_visited(pipe):
+def test_custom_timesteps_are_used(pipe):
     visited = []
 
     def note(pipe, step, timestep, tensors):
@@ -207,12 +214,12 @@ def test_given_timesteps_are_the_ones_visited(pipe):
     assert visited == [900, 300, 20]
 
 
-# ------------------------------------------------------------------------------------------------- the way
+# ----------------------------------------------------------------------------- intermediates and callbacks
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 10])
 def test_intermediates_are_evenly_spaced_and_end_with_the_image(pipe, count):
-    output = pipe(2, generators(2), num_inference_steps=10, output_type="np", return_intermediates=count)
+    output = pipe(2, image_generators(0, 2), num_inference_steps=10, output_type="np", return_intermediates=count)
     timesteps = [intermediate.timestep for intermediate in output.intermediates]
     assert len(timesteps) == count and timesteps[-1] == 0
     assert timesteps == sorted(timesteps, reverse=True)
@@ -245,7 +252,7 @@ def test_a_callback_sees_and_changes_the_latents(pipe):
     pipe(num_inference_steps=2, callback_on_step_end=lambda *a: a[-1], callback_on_step_end_tensor_inputs=[])
 
 
-def test_a_callback_can_end_the_sampling(pipe):
+def test_a_callback_can_stop_sampling(pipe):
     seen = []
 
     def stop_after_two(pipe, step, timestep, tensors):
@@ -259,7 +266,7 @@ def test_a_callback_can_end_the_sampling(pipe):
     assert not pipe.interrupt
 
 
-def test_a_callback_object_brings_its_tensors(pipe):
+def test_a_callback_object_names_its_own_tensors(pipe):
     class Zero(PipelineCallback):
         tensor_inputs = ["latents"]
 
@@ -274,18 +281,19 @@ def test_no_gradients_are_kept(pipe):
     assert not pipe(num_inference_steps=1, output_type="pt").images.requires_grad
 
 
-# ---------------------------------------------------------------------------------------------- a citizen
+# ------------------------------------------------------------------------------- conventions of diffusers
 
 
-def test_components_make_the_pipeline_again(pipe, quiet):
+def test_a_pipeline_can_be_rebuilt_from_its_components(pipe, quiet):
     again = quiet(TinyPipeline(**pipe.components))
     arguments = {"num_inference_steps": 2, "output_type": "np"}
     np.testing.assert_array_equal(
-        again(generator=generators(1), **arguments).images, pipe(generator=generators(1), **arguments).images
+        again(generator=image_generators(0, 1), **arguments).images,
+        pipe(generator=image_generators(0, 1), **arguments).images,
     )
 
 
-def test_arguments_are_named_and_defaulted_as_in_diffusers():
+def test_arguments_have_the_names_and_defaults_of_diffusers():
     ours, stock = (inspect.signature(c.__call__).parameters for c in (TinyPipeline, DDIMPipeline))
     for name in set(stock) - {"self", "use_clipped_model_output"}:
         assert ours[name].default == stock[name].default
@@ -298,7 +306,7 @@ def test_the_progress_bar_can_be_configured(make_unet, capsys):
     assert "denoising" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------ invalid input
 
 
 @pytest.mark.parametrize(
@@ -312,11 +320,11 @@ def test_the_progress_bar_can_be_configured(make_unet, capsys):
         ({"eta": float("nan")}, "eta.*got nan"),
         ({"latents": torch.zeros(1, 1, 8, 9)}, r"latents.*\(1, 1, 8, 8\), got \(1, 1, 8, 9\)"),
         ({"latents": torch.zeros(2, 1, 8, 8)}, "latents.*shape"),
-        ({"batch_size": 3, "generator": generators(2)}, "got 2 for a batch of 3"),
+        ({"batch_size": 3, "generator": image_generators(0, 2)}, "got 2 for a batch of 3"),
         ({"batch_size": 0}, "batch_size.*got 0"),
         ({"output_type": "jpg"}, "output_type.*'pil', 'np', 'pt', 'latent', got 'jpg'"),
-        ({"timesteps": [10, 20]}, "timesteps.*decrease"),
-        ({"timesteps": [20, 20]}, "timesteps.*decrease"),
+        ({"timesteps": [10, 20]}, "timesteps.*strictly decreasing"),
+        ({"timesteps": [20, 20]}, "timesteps.*strictly decreasing"),
         ({"timesteps": [1000, 20]}, "timesteps.*999"),
         ({"timesteps": []}, "timesteps"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt"),
@@ -324,24 +332,24 @@ def test_the_progress_bar_can_be_configured(make_unet, capsys):
         ({"num_inference_steps": 3, "return_intermediates": 4}, "return_intermediates.*3 steps"),
     ],
 )
-def test_bad_input_is_refused(pipe, arguments, message):
+def test_invalid_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(**arguments)
     assert "\n" not in str(error.value)
 
 
-def test_a_scheduler_without_given_timesteps_is_named(pipe):
+def test_a_scheduler_without_custom_timesteps_is_named(pipe):
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler takes no list"):
+    with pytest.raises(ValueError, match="DDIMScheduler does not support custom `timesteps`"):
         pipe(timesteps=[20, 10])
 
 
-def test_a_stock_network_with_classes_is_sent_to_the_conditional_pipeline(make_unet):
+def test_a_stock_network_with_classes_needs_the_conditional_pipeline(make_unet):
     with pytest.raises(ValueError, match="TinyConditionalPipeline"):
         TinyPipeline(make_unet(classes=3), TinyDDIMScheduler())()
 
 
-def test_our_network_with_classes_samples_its_null_class(make_unet, quiet):
+def test_a_tiny_network_with_classes_samples_its_null_class(make_unet, quiet):
     assert (
         len(quiet(TinyPipeline(make_unet(stock=False, classes=3), TinyDDIMScheduler()))(2, num_inference_steps=2)[0])
         == 2
@@ -353,8 +361,8 @@ def test_a_network_without_a_size_is_refused(make_unet):
         TinyPipeline(make_unet(sample_size=None), TinyDDIMScheduler())()
 
 
-def test_samples_that_are_not_finite_are_refused(pipe):
+def test_nonfinite_samples_are_refused(pipe):
     with torch.no_grad():
         next(pipe.unet.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite: in torch.float32.*bfloat16"):
+    with pytest.raises(ValueError, match="not finite: the network overflows in torch.float32.*bfloat16"):
         pipe(num_inference_steps=2)

@@ -9,13 +9,10 @@ from diffusers import (
 )
 
 from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyDDPMScheduler
+from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
-
-
-def generators(count: int, first: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(first, first + count)]
 
 
 @pytest.fixture(params=["stock", "tiny"])
@@ -26,17 +23,21 @@ def pipe(request, make_unet, quiet):
 
 @pytest.fixture
 def sample(pipe):
-    """Two images of the pipeline's from always the same noise, as a tensor."""
+    """Returns a function that samples two images as a tensor, always from the same noise."""
 
     def call(class_labels=None, pipe=pipe, batch_size=2, **arguments):
-        arguments = {"num_inference_steps": 4, "output_type": "pt", "generator": generators(batch_size)} | arguments
+        arguments = {
+            "num_inference_steps": 4,
+            "output_type": "pt",
+            "generator": image_generators(0, batch_size),
+        } | arguments
         return pipe(class_labels, batch_size, **arguments).images
 
     return call
 
 
 def count_passes(pipe, **arguments) -> list[int]:
-    """The batch size of each pass of the network."""
+    """Returns the batch size of each pass of the network."""
     sizes = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     pipe(**arguments)
@@ -48,7 +49,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-5, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------- labels and what they mean
+# ------------------------------------------------------------------------------------------------------------ labels
 
 
 @pytest.mark.parametrize(
@@ -72,33 +73,33 @@ def test_a_class_is_an_id_a_name_or_a_row_of_weights(sample, labels, guidance_sc
     assert same(sample(labels, guidance_scale=guidance_scale), sample([2, 0], guidance_scale=guidance_scale))
 
 
-def test_one_label_is_for_all_images(sample):
+def test_one_label_applies_to_all_images(sample):
     assert same(sample("dog"), sample(["dog", "dog"]))
     assert same(sample(1), sample([1, 1]))
     assert same(sample(torch.tensor(1)), sample([1, 1]))
     assert same(sample(torch.tensor([0.0, 1, 0, 0])), sample([1, 1]))
 
 
-def test_labels_settle_the_batch_size(pipe):
+def test_labels_determine_the_batch_size(pipe):
     assert len(pipe(["cat", "dog", "frog"], num_inference_steps=1).images) == 3
     assert len(pipe("cat", num_inference_steps=1).images) == 1
     assert len(pipe("cat", 2, num_inference_steps=1).images) == 2
 
 
 def test_classes_differ(sample):
-    images = sample(["cat", "dog"], generator=generators(1) + generators(1))
+    images = sample(["cat", "dog"], generator=image_generators(0, 1) + image_generators(0, 1))
     assert not same(images[0], images[1])
 
 
 def test_a_list_of_generators_makes_an_image_independent_of_its_batch(pipe):
     arguments = {"guidance_scale": 2.0, "num_inference_steps": 4, "output_type": "pt"}
-    batch = pipe([i % 3 for i in range(16)], generator=generators(16), **arguments).images
+    batch = pipe([i % 3 for i in range(16)], generator=image_generators(0, 16), **arguments).images
     for i in (0, 5, 15):
-        alone = pipe(i % 3, generator=generators(1, first=i), **arguments).images
+        alone = pipe(i % 3, generator=image_generators(0, 1, first=i), **arguments).images
         torch.testing.assert_close(alone[0], batch[i], atol=1e-4, rtol=0)
 
 
-def test_the_walk_between_two_classes_is_a_line_between_rows_of_the_table(pipe):
+def test_mixing_weights_interpolate_between_classes(pipe):
     x_t, timestep = torch.randn(1, 1, 8, 8), torch.tensor(500)
     half = pipe._predict(x_t, timestep, torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
     ends = [pipe._predict(x_t, timestep, torch.tensor([label])) for label in (0, 1)]
@@ -110,28 +111,28 @@ def test_the_walk_between_two_classes_is_a_line_between_rows_of_the_table(pipe):
 
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.0, 4.0])
-def test_guidance_is_the_line_through_both_predictions(pipe, w):
+def test_guidance_is_linear_in_both_predictions(pipe, w):
     x_t, timestep = torch.randn(2, 1, 8, 8), torch.tensor(500)
     labels, null = torch.tensor([0, 2]), torch.tensor([3, 3])
     pipe._num_timesteps = 1
-    guided = pipe._guided(labels, w, (0.0, 1.0))(x_t, timestep, 0)
+    guided = pipe._guided_predict(labels, w, (0.0, 1.0))(x_t, timestep, 0)
     eps_c, eps_null = (pipe.unet(x_t, timestep, class_labels=rows).sample for rows in (labels, null))
     torch.testing.assert_close(guided, w * eps_c + (1 - w) * eps_null, atol=1e-5, rtol=0)
 
 
-def test_a_plain_scale_takes_one_pass_and_guidance_both_halves_in_one_batch(pipe):
+def test_guidance_doubles_the_batch_and_no_guidance_does_not(pipe):
     arguments = {"num_inference_steps": 2, "batch_size": 3}
     assert count_passes(pipe, class_labels="cat", guidance_scale=1.0, **arguments) == [3, 3]
     assert count_passes(pipe, class_labels="cat", guidance_scale=0.0, **arguments) == [3, 3]
     assert count_passes(pipe, class_labels="cat", guidance_scale=2.0, **arguments) == [6, 6]
 
 
-def test_no_guidance_at_all_is_unconditional(sample):
+def test_a_guidance_scale_of_0_is_unconditional(sample):
     assert same(sample(guidance_scale=0.0), sample("dog", guidance_scale=0.0))
     assert same(sample(guidance_scale=0.0), sample(torch.tensor([0.0, 0, 0, 1])))
 
 
-def test_outside_the_interval_sampling_is_plain(pipe, sample):
+def test_steps_outside_the_interval_are_not_guided(pipe, sample):
     plain, guided = sample("cat"), sample("cat", guidance_scale=3.0)
     assert same(sample("cat", guidance_scale=3.0, guidance_interval=(0.0, 1.0)), guided)
     assert same(sample("cat", guidance_scale=3.0, guidance_interval=(0.5, 0.5)), plain)
@@ -140,8 +141,8 @@ def test_outside_the_interval_sampling_is_plain(pipe, sample):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dynamic_thresholding": 0.9}], ids=["clipped", "thresholded"])
-def test_under_guidance_the_noise_is_what_x_t_holds_beyond_the_clipped_x_0(pipe, arguments):
-    """As Imagen's sampler has it; the noise of the unclipped prediction would lead away from the class."""
+def test_under_guidance_the_noise_is_recomputed_from_the_clipped_x_0(pipe, arguments):
+    """As in Imagen's sampler: the noise of the unclipped prediction would lead away from the class."""
     pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True, sample_max_value=2.0)
     latents = 5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"latents": latents, "output_type": "latent", "num_inference_steps": 5, "return_intermediates": 5}
@@ -154,7 +155,7 @@ def test_under_guidance_the_noise_is_what_x_t_holds_beyond_the_clipped_x_0(pipe,
         assert torch.allclose(following.sample, expected, atol=1e-5) == anew
 
 
-def test_a_callback_can_change_the_scale_on_the_way(pipe):
+def test_a_callback_can_change_the_guidance_scale(pipe):
     def increase(pipe, step, timestep, tensors):
         pipe._guidance_scale += 1.0
         return tensors
@@ -163,7 +164,7 @@ def test_a_callback_can_change_the_scale_on_the_way(pipe):
     assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
 
 
-def test_under_guidance_a_learned_variance_is_the_conditional_one(make_unet, quiet):
+def test_under_guidance_a_learned_variance_is_conditional(make_unet, quiet):
     pipe = quiet(
         TinyConditionalPipeline(
             make_unet(classes=3, learned=True), TinyDDPMScheduler(variance_type="learned_range"), id2label=NAMES
@@ -171,7 +172,7 @@ def test_under_guidance_a_learned_variance_is_the_conditional_one(make_unet, qui
     )
     x_t, timestep = torch.randn(2, 1, 8, 8), torch.tensor(500)
     pipe._num_timesteps = 1
-    guided = pipe._guided(torch.tensor([0, 1]), 3.0, (0.0, 1.0))(x_t, timestep, 0)
+    guided = pipe._guided_predict(torch.tensor([0, 1]), 3.0, (0.0, 1.0))(x_t, timestep, 0)
     conditional, null = (pipe._predict(x_t, timestep, torch.tensor(rows)) for rows in ([0, 1], [3, 3]))
     torch.testing.assert_close(guided[:, :1], 3 * conditional[:, :1] - 2 * null[:, :1], atol=1e-5, rtol=0)
     torch.testing.assert_close(guided[:, 1:], conditional[:, 1:], atol=1e-5, rtol=0)
@@ -179,7 +180,7 @@ def test_under_guidance_a_learned_variance_is_the_conditional_one(make_unet, qui
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
-def test_stock_solvers_are_guided_too(pipe, sample, scheduler):
+def test_stock_solvers_can_be_guided(pipe, sample, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     assert not same(sample("cat", guidance_scale=4.0), sample("cat"))
 
@@ -188,7 +189,7 @@ def test_stock_solvers_are_guided_too(pipe, sample, scheduler):
 
 
 @pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, TinyDDPMScheduler, DPMSolverMultistepScheduler])
-def test_thresholding_by_argument_is_the_scheduler_s_own(pipe, sample, scheduler):
+def test_thresholding_by_argument_is_the_schedulers_own(pipe, sample, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     by_argument = sample("cat", guidance_scale=5.0, dynamic_thresholding=0.9)
     assert not pipe.scheduler.config.thresholding
@@ -205,7 +206,7 @@ def test_thresholding_with_a_stock_scheduler_is_more_than_clipping(pipe, sample)
     assert not same(sample("cat", dynamic_thresholding=0.5, **arguments), sample("cat", **arguments))
 
 
-def test_the_threshold_holds_each_image_s_prediction(pipe):
+def test_thresholding_keeps_high_guidance_finite(pipe):
     output = pipe(
         "cat", 2, guidance_scale=20.0, dynamic_thresholding=0.9, num_inference_steps=3, output_type="pt",
         return_intermediates=3,
@@ -214,10 +215,10 @@ def test_the_threshold_holds_each_image_s_prediction(pipe):
     assert output.intermediates[-1].pred_original_sample.shape == (2, 1, 8, 8)
 
 
-# ------------------------------------------------------------------------------------------- names and the null class
+# ------------------------------------------------------------------------------------- class names and the null class
 
 
-def test_the_null_class_is_the_last_row_unless_said(make_unet):
+def test_the_null_class_is_the_last_row_by_default(make_unet):
     stock, ours = make_unet(classes=3), make_unet(stock=False, classes=3)
     for unet in (stock, ours):
         assert TinyConditionalPipeline(unet, TinyDDIMScheduler()).config.null_class_id == 3
@@ -242,12 +243,12 @@ def test_without_a_null_class_every_row_is_a_class(make_unet, quiet):
         ({"id2label": {0: "cat", 1: "cat"}}, "one name"),
     ],
 )
-def test_names_that_do_not_fit_the_network_are_refused(make_unet, arguments, message):
+def test_class_names_that_do_not_match_the_network_are_refused(make_unet, arguments, message):
     with pytest.raises(ValueError, match=message):
         TinyConditionalPipeline(make_unet(classes=3), TinyDDIMScheduler(), **arguments)
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize(
@@ -270,11 +271,11 @@ def test_names_that_do_not_fit_the_network_are_refused(make_unet, arguments, mes
         ({"class_labels": 0, "dynamic_thresholding": 0.0}, r"\(0, 1\].*got 0.0"),
         ({"class_labels": 0, "dynamic_thresholding": 1.1}, r"\(0, 1\].*got 1.1"),
         ({"class_labels": 0, "num_inference_steps": 0}, "num_inference_steps"),
-        ({"class_labels": [0, 1], "generator": generators(3)}, "got 3 for a batch of 2"),
+        ({"class_labels": [0, 1], "generator": image_generators(0, 3)}, "got 3 for a batch of 2"),
         ({"class_labels": [0, 1], "latents": torch.zeros(1, 1, 8, 8)}, "latents"),
     ],
 )
-def test_bad_input_is_refused(pipe, arguments, message):
+def test_invalid_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(**arguments)
     assert "\n" not in str(error.value)

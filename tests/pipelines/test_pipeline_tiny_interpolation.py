@@ -15,6 +15,7 @@ from tiny_diffusers import (
     TinyInterpolationPipeline,
     TinyPipeline,
 )
+from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 from tiny_diffusers.pipelines.pipeline_tiny_interpolation import slerp
 
 
@@ -39,7 +40,7 @@ def noise(count: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- the path
 
 
-def test_slerp_keeps_to_the_sphere_and_to_equal_angles():
+def test_slerp_stays_on_the_sphere_with_equal_angles():
     x, y = noise(2).double().split(1)
     x, y = x / x.norm(), y / y.norm()
     path = slerp(x, y, torch.linspace(0, 1, 5, dtype=torch.float64).view(-1, 1, 1, 1))
@@ -50,14 +51,14 @@ def test_slerp_keeps_to_the_sphere_and_to_equal_angles():
     torch.testing.assert_close(path[-1], y[0])
 
 
-def test_slerp_on_one_line_is_linear():
+def test_slerp_of_collinear_points_is_linear():
     x, share = noise(1), torch.tensor([0.0, 0.5, 1.0]).view(-1, 1, 1, 1)
     torch.testing.assert_close(slerp(x, 3 * x, share), torch.lerp(x, 3 * x, share))
     assert torch.isfinite(slerp(x, -x, share)).all()
 
 
 @pytest.mark.parametrize("interpolation", ["slerp", "linear"])
-def test_the_ends_are_the_two_samples_made_alone(pipe, quiet, interpolation):
+def test_the_ends_are_the_two_samples(pipe, quiet, interpolation):
     alone = quiet(TinyPipeline(**{name: pipe.components[name] for name in ("unet", "scheduler")}))
     latents = noise(2)
     frames = pipe(latents=latents, num_frames=5, interpolation=interpolation, **QUICK).images
@@ -78,7 +79,7 @@ def test_the_frames_are_in_order_and_the_path_is_smooth(pipe):
     assert steps.max() < 0.5 * to_start[-1]
 
 
-def test_linear_frames_between_have_less_noise_than_spherical_ones(pipe):
+def test_linear_interpolation_has_less_noise_than_slerp(pipe):
     middle = {}
     for interpolation in ("slerp", "linear"):
         output = pipe(
@@ -95,16 +96,16 @@ def test_frames_are_ready_for_a_gif(pipe, tmp_path):
         assert gif.n_frames == 4 and gif.size == (8, 8)
 
 
-def test_the_way_of_each_frame_is_returned(pipe):
+def test_intermediates_are_returned_for_each_frame(pipe):
     output = pipe(seeds=(0, 1), num_frames=3, num_inference_steps=4, output_type="np", return_intermediates=2)
     assert [i.sample.shape for i in output.intermediates] == [(3, 8, 8, 1)] * 2
 
 
-# ------------------------------------------------------------------------------------------------------- the classes
+# ----------------------------------------------------------------------------------------------------------- classes
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_classes_are_walked_between_at_once(conditional, quiet, guidance_scale):
+def test_classes_are_interpolated_with_the_latents(conditional, quiet, guidance_scale):
     alone = quiet(TinyConditionalPipeline(**conditional.components, id2label=conditional.config.id2label))
     latents, arguments = noise(2), {"guidance_scale": guidance_scale, **QUICK}
     frames = conditional(latents=latents, class_labels=["cat", "frog"], num_frames=3, **arguments).images
@@ -116,7 +117,7 @@ def test_classes_are_walked_between_at_once(conditional, quiet, guidance_scale):
     torch.testing.assert_close(alone(weights, latents=middle, **arguments).images[0], frames[1], atol=1e-4, rtol=0)
 
 
-def test_one_class_stays(conditional, quiet):
+def test_one_class_applies_to_all_frames(conditional, quiet):
     alone = quiet(TinyConditionalPipeline(**conditional.components, id2label=conditional.config.id2label))
     frames = conditional(latents=noise(2), class_labels="dog", num_frames=3, **QUICK).images
     torch.testing.assert_close(alone("dog", latents=noise(2)[:1], **QUICK).images[0], frames[0], atol=1e-4, rtol=0)
@@ -128,9 +129,9 @@ def test_one_class_stays(conditional, quiet):
 
 @pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, DDIMScheduler])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_inversion_finds_the_noise_and_the_noise_gives_the_image_back(make_unet, quiet, scheduler, prediction_type):
+def test_inversion_reconstructs_images(make_unet, quiet, scheduler, prediction_type):
     unet = make_unet()
-    with torch.no_grad():  # a gentle network, whose map from noise to image is one to one
+    with torch.no_grad():  # small outputs make the map from noise to image invertible
         unet.conv_out.weight.mul_(0.1)
         unet.conv_out.bias.zero_()
     config = {"prediction_type": prediction_type, "clip_sample": False, "beta_end": 0.005}
@@ -144,18 +145,18 @@ def test_inversion_finds_the_noise_and_the_noise_gives_the_image_back(make_unet,
     assert latents.shape == (2, 1, 8, 8) and psnr > 30
 
 
-def test_a_trained_models_own_samples_come_back_from_their_latents(quiet):
+def test_inversion_reconstructs_a_trained_models_samples(quiet):
     folder = Path(__file__).parents[2] / "model_cards" / "digits-8"
     pipe = quiet(TinyInterpolationPipeline.from_pretrained(folder))
     alone = quiet(TinyPipeline(**{name: pipe.components[name] for name in ("unet", "scheduler")}))
     call = {"num_inference_steps": 100, "output_type": "pt"}
-    images = alone(4, [torch.Generator().manual_seed(seed) for seed in range(4)], **call).images
+    images = alone(4, image_generators(0, 4), **call).images
     again = alone(4, latents=pipe.invert(images, num_inference_steps=100), **call).images
     psnr = -10 * torch.log10((again - images).square().mean(dim=(1, 2, 3)))
     assert psnr.min() > 30
 
 
-def test_images_come_in_every_form(pipe):
+def test_images_are_accepted_in_every_form(pipe):
     pil = [PIL.Image.fromarray(np.full((8, 8), value, dtype=np.uint8)) for value in (51, 204)]
     array = np.stack([np.asarray(image) for image in pil])[..., None] / 255.0
     forms = [pil, array.astype(np.float32), torch.from_numpy(array).permute(0, 3, 1, 2).float()]
@@ -169,14 +170,14 @@ def test_images_come_in_every_form(pipe):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------ invalid input
 
 
 @pytest.mark.parametrize(
     ("scheduler", "eta"),
     [(TinyDDIMScheduler, 0.5), (TinyDDPMScheduler, 0.0), (EulerAncestralDiscreteScheduler, 0.0)],
 )
-def test_a_path_that_will_not_be_smooth_is_said(pipe, caplog, scheduler, eta):
+def test_a_path_that_is_not_smooth_is_warned_about(pipe, caplog, scheduler, eta):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     with caplog.at_level(logging.WARNING):
         pipe(seeds=(0, 1), num_frames=2, num_inference_steps=2, eta=eta)
@@ -184,7 +185,7 @@ def test_a_path_that_will_not_be_smooth_is_said(pipe, caplog, scheduler, eta):
 
 
 @pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, DDIMScheduler, EulerDiscreteScheduler])
-def test_a_smooth_path_is_walked_in_silence(pipe, caplog, scheduler):
+def test_a_smooth_path_is_not_warned_about(pipe, caplog, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     with caplog.at_level(logging.WARNING):
         pipe(seeds=(0, 1), num_frames=2, num_inference_steps=2)
@@ -203,19 +204,19 @@ def test_a_smooth_path_is_walked_in_silence(pipe, caplog, scheduler):
         ({"seeds": None, "images": torch.zeros(3, 1, 8, 8)}, "images.*2 images.*got"),
         ({"class_labels": 0}, "no classes"),
         ({"num_inference_steps": 2000}, "num_inference_steps"),
-        ({"generator": [torch.Generator()]}, "got 1 for 16 frames"),
+        ({"generator": [torch.Generator()]}, "got 1 for a batch of 16"),
     ],
 )
-def test_bad_input_is_refused(pipe, arguments, message):
+def test_invalid_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(**({"seeds": (0, 1)} | arguments))
     assert "\n" not in str(error.value)
 
 
-def test_classes_are_needed_where_the_network_has_them(conditional):
+def test_a_network_with_classes_needs_labels(conditional):
     with pytest.raises(ValueError, match="needs `class_labels`.*cat"):
         conditional(seeds=(0, 1))
-    with pytest.raises(ValueError, match="needs one label"):
+    with pytest.raises(ValueError, match="must be one label"):
         conditional(seeds=(0, 1), class_labels=[0, 1, 2])
 
 

@@ -1,4 +1,4 @@
-"""Sampling, completing and measuring with a PixelCNN."""
+"""Sampling, completion and likelihoods with a PixelCNN."""
 
 import itertools
 
@@ -15,7 +15,7 @@ VARIANTS = ("baseline", "gated", "plusplus")
 
 @pytest.fixture
 def make_pipe(quiet):
-    """A factory of pipelines around tiny random networks."""
+    """Returns a factory of pipelines with small random networks."""
 
     def make(variant="gated", channels=1, size=5, levels=256, classes=None, id2label=None, class_dropout_prob=None):
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_a_list_of_generators_makes_each_image_independent_of_its_batch(make_pip
 
 
 @pytest.mark.parametrize("variant", ["gated", "plusplus"])
-def test_samples_of_a_toy_come_as_often_as_their_likelihood_says(make_pipe, variant):
+def test_sample_frequencies_match_the_likelihood(make_pipe, variant):
     pipe = make_pipe(variant, channels=2, size=1, levels=3)
     every = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=2))).view(-1, 2, 1, 1)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_output_types(make_pipe):
     assert len(pipe().images) == 1
 
 
-def test_the_baseline_draws_nothing(make_pipe):
+def test_the_baseline_is_deterministic(make_pipe):
     images = make_pipe("baseline")(2, generator=seeded(1, 2), output_type="pt").images
     assert torch.equal(images[0], images[1])
 
@@ -131,14 +131,14 @@ def test_the_progress_bar_counts_pixels(make_pipe):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_completing_keeps_what_is_given_and_goes_on_as_sampling_would(make_pipe, variant):
+def test_completion_keeps_the_given_pixels_and_samples_the_rest(make_pipe, variant):
     pipe = make_pipe(variant, channels=3, levels=16)
     images = pipe(2, generator=seeded(1, 2), output_type="pt").images
     mask = torch.zeros(5, 5, dtype=torch.bool)
     mask[:2] = True
     mask[2, :3] = True
     again = pipe(2, generator=seeded(1, 2), images=images, mask=mask, output_type="pt").images
-    assert torch.equal(again, images)  # each sub-pixel has its own random numbers, so the rest comes out as it was
+    assert torch.equal(again, images)  # each sub-pixel has its own random numbers, so the rest is sampled as before
     if variant != "baseline":
         other = pipe(2, generator=seeded(3, 4), images=images, mask=mask, output_type="pt").images
         assert torch.equal(other[..., :2, :], images[..., :2, :])
@@ -146,7 +146,7 @@ def test_completing_keeps_what_is_given_and_goes_on_as_sampling_would(make_pipe,
         assert not torch.equal(other, images)
 
 
-def test_images_to_complete_come_in_any_form_and_masks_too(make_pipe):
+def test_images_and_masks_are_accepted_in_every_form(make_pipe):
     pipe = make_pipe(channels=3, levels=16)
     tensor, array, pil = (pipe(2, generator=seeded(1), output_type=kind).images for kind in ("pt", "np", "pil"))
     mask = np.zeros((2, 1, 5, 5))
@@ -204,7 +204,7 @@ def test_bits_per_dim_of_8_bit_images(make_pipe, variant):
     with torch.no_grad():
         expected = coarse.pixelcnn.nll((images // 64) / 3, torch.tensor([0, 1, 1]))
     torch.testing.assert_close(coarse.bits_per_dim(images, [0, 1, 1]), expected)
-    assert coarse.bits_per_dim(images).shape == (3,)  # of no class
+    assert coarse.bits_per_dim(images).shape == (3,)  # null class
     with pytest.raises(ValueError, match="uint8"):
         pipe.bits_per_dim(images / 255)
     without_dropout = make_pipe(variant, classes=2, class_dropout_prob=0.0)
@@ -213,7 +213,7 @@ def test_bits_per_dim_of_8_bit_images(make_pipe, variant):
         without_dropout.bits_per_dim(images)
 
 
-def test_the_baseline_refuses_what_needs_a_distribution(make_pipe):
+def test_the_baseline_has_no_likelihood_and_no_temperature(make_pipe):
     pipe = make_pipe("baseline")
     with pytest.raises(ValueError, match="no likelihood"):
         pipe.bits_per_dim(torch.zeros(1, 1, 5, 5, dtype=torch.uint8))
@@ -221,11 +221,11 @@ def test_the_baseline_refuses_what_needs_a_distribution(make_pipe):
         pipe(temperature=0.9)
 
 
-# ---------------------------------------------------------------------------------------------- loading, bad input
+# --------------------------------------------------------------------------------------- loading and invalid input
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_front_door_loads_it(make_pipe, quiet, tmp_path, variant):
+def test_a_pipeline_survives_saving_and_loading(make_pipe, quiet, tmp_path, variant):
     classes = None if variant == "baseline" else 2
     pipe = make_pipe(variant, levels=16, classes=classes, id2label=classes and {0: "cat", 1: "frog"})
     pipe.save_pretrained(tmp_path)
@@ -237,7 +237,7 @@ def test_the_front_door_loads_it(make_pipe, quiet, tmp_path, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_drawn_of_no_number_is_refused(make_pipe, variant):
+def test_nonfinite_parameters_are_refused(make_pipe, variant):
     pipe = make_pipe(variant, size=2)
     with torch.no_grad():
         for parameter in pipe.pixelcnn.parameters():
@@ -253,7 +253,7 @@ def test_what_is_drawn_of_no_number_is_refused(make_pipe, variant):
         ({"temperature": float("nan")}, "temperature"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"output_type": "latent"}, "'pil', 'np', 'pt'"),
-        ({"batch_size": 2, "generator": [torch.Generator()]}, "one for each image"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "one per image"),
         ({"images": torch.zeros(1, 1, 5, 5)}, "together"),
         ({"images": torch.zeros(1, 1, 4, 4), "mask": torch.ones(4, 4)}, "5 by 5"),
         ({"images": torch.full((1, 1, 5, 5), 2.0), "mask": torch.ones(5, 5)}, r"\[0, 1\]"),
@@ -267,13 +267,13 @@ def test_what_is_drawn_of_no_number_is_refused(make_pipe, variant):
         ({"images": np.zeros((5, 5, 1)), "mask": torch.ones(5, 5)}, r"\(B, H, W, C\), got \(5, 5, 1\)"),
     ],
 )
-def test_bad_input(make_pipe, options, message):
+def test_invalid_input_is_refused(make_pipe, options, message):
     with pytest.raises(ValueError, match=message):
         make_pipe(levels=16)(**options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_completion_is_of_exact_levels_whatever_the_given_images_are_in(make_pipe, dtype):
+def test_a_completion_has_exact_levels_for_any_dtype(make_pipe, dtype):
     pipe, mask = make_pipe(), torch.ones(5, 5)
     given = torch.randint(256, (2, 1, 5, 5), generator=seeded(0)) / 255
     completed = pipe(images=given.to(dtype), mask=mask, output_type="pt").images
@@ -281,7 +281,7 @@ def test_a_completion_is_of_exact_levels_whatever_the_given_images_are_in(make_p
     torch.testing.assert_close(completed, given, rtol=0, atol=1e-6)
 
 
-def test_one_label_serves_several_given_images_and_a_mask_may_be_a_picture(make_pipe):
+def test_one_label_applies_to_all_images_and_a_mask_may_be_pil(make_pipe):
     pipe = make_pipe(levels=16, classes=2)
     mask = Image.fromarray(np.repeat(np.uint8([255, 255, 0, 0, 0])[:, None], 5, axis=1))
     given = torch.zeros(4, 1, 5, 5)
@@ -289,7 +289,7 @@ def test_one_label_serves_several_given_images_and_a_mask_may_be_a_picture(make_
     assert completed.shape == given.shape and not completed[:, :, :2].any()
 
 
-def test_a_mask_that_is_not_causal_is_refused_by_the_pixel_that_breaks_it(make_pipe):
+def test_a_mask_that_is_not_causal_is_refused_with_its_first_pixel(make_pipe):
     mask = torch.zeros(5, 5)
     mask[:2] = 1
     mask[3, 2] = 1

@@ -1,4 +1,4 @@
-"""Gaussian data, on which the ideal network is known in closed form, so that whole chains can be checked exactly."""
+"""Gaussian data. Its ideal network is known in closed form, so whole sampling chains can be checked exactly."""
 
 import math
 from types import SimpleNamespace
@@ -8,13 +8,13 @@ import torch
 
 
 class GaussianData:
-    """Pixels that are independent draws from N(mean, std^2)."""
+    """Data of independent pixels from N(mean, std^2)."""
 
     def __init__(self, mean: float, std: float):
         self.mean, self.std = mean, std
 
     def posterior_of_original(self, x_t, alpha_bar):
-        """Mean and variance of x_0 given x_t."""
+        """Returns the mean and variance of x_0 given x_t."""
         x_t_variance = alpha_bar * self.std**2 + 1 - alpha_bar
         gain = alpha_bar**0.5 * self.std**2 / x_t_variance
         return self.mean + gain * (x_t - alpha_bar**0.5 * self.mean), self.std**2 * (1 - alpha_bar) / x_t_variance
@@ -29,16 +29,16 @@ class GaussianData:
         }[prediction_type]
 
     def ideal_variances(self, scheduler):
-        """Var(x_{t-1} | x_t) over the data, for all t: (T,)."""
+        """Returns Var(x_{t-1} | x_t) for all t, (T,)."""
         chain = Chain(scheduler)
         _, x_0_variance = self.posterior_of_original(0.0, chain.alpha_bar)
         return chain.posterior_variance + chain.original_coeff**2 * x_0_variance
 
     def network(self, scheduler):
-        """A network that predicts ideally, its variance too where the scheduler has a learned one."""
+        """Returns the ideal network, with the ideal variance for `learned_range`."""
         chain, ideal = Chain(scheduler), self.ideal_variances(scheduler)
         low, high = chain.decoder_posterior_variance.log(), chain.beta.log()
-        share = 2 * (ideal.log() - low) / (high - low) - 1  # as `learned_range` reads it
+        share = 2 * (ideal.log() - low) / (high - low) - 1  # the network's output for `learned_range`
 
         def unet(sample, timesteps, class_labels=None):
             t = torch.as_tensor(timesteps).expand(len(sample)).reshape(-1, 1, 1, 1)
@@ -51,7 +51,7 @@ class GaussianData:
 
 
 class Chain:
-    """The papers' quantities over all timesteps in float64, from the betas alone (Ho et al. 2020, equations 6 and 7)."""
+    """Quantities of the papers for all timesteps in float64, from the betas (Ho et al. 2020, equations 6 and 7)."""
 
     def __init__(self, scheduler):
         self.beta = scheduler.betas.double()
@@ -76,7 +76,7 @@ def gaussian():
 
 @pytest.fixture
 def bits_of_levels():
-    """-log2 of the probability of each of 256 levels on [-1, 1] under a Gaussian whose tails fall to the end levels."""
+    """Returns a function for the bits of 256 levels on [-1, 1] under a Gaussian with its tails in the end levels."""
 
     def bits(sample, mean, std):
         normal = torch.distributions.Normal(mean, std)

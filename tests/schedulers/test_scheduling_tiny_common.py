@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler
 
 
-# numpy's complaints about diffusers' solvers
+# NumPy warns about the code of diffusers' solvers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 BOTH = pytest.mark.parametrize("cls", [TinyDDPMScheduler, TinyDDIMScheduler])
 SCHEDULES = ["linear", "cosine", "sigmoid", "quadratic"]
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 
-# EDM has no betas; the SDE solver needs torchsde
+# EDM has no betas, and the SDE solver needs torchsde.
 ALL_COMPATIBLE = sorted(TinyDDPMScheduler().compatibles, key=lambda cls: cls.__name__)
 COMPATIBLE = [
     cls for cls in ALL_COMPATIBLE if cls.__name__ != "EDMEulerScheduler" and not getattr(cls, "_backends", None)
@@ -28,7 +28,7 @@ COMPATIBLE = [
 
 
 def betas_from_formula(schedule, T=1000, b0=1e-4, b1=0.02):
-    """The four schedules in float64 (Nichol & Dhariwal 2021, equation 17, for cosine)."""
+    """Computes the four schedules in float64 (Nichol & Dhariwal 2021, equation 17, for cosine)."""
     if schedule == "linear":
         return np.linspace(b0, b1, T)
     if schedule == "quadratic":
@@ -47,13 +47,13 @@ def random_batch(channels=3, batch=4, seed=0):
     return output, sample, noise
 
 
-# The noise schedules
+# Noise schedules
 
 
 @BOTH
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("T", [10, 1000])
-def test_betas_are_those_of_the_formulas(cls, schedule, T):
+def test_betas_match_the_formulas(cls, schedule, T):
     scheduler = cls(num_train_timesteps=T, beta_schedule=schedule)
     betas = betas_from_formula(schedule, T)
     torch.testing.assert_close(scheduler.betas.double(), torch.from_numpy(betas), rtol=2e-5, atol=1e-9)
@@ -76,7 +76,7 @@ def test_sigmoid_is_stock_ddpms(cls):
 
 
 @BOTH
-def test_trained_betas_settle_the_number_of_timesteps(cls, tmp_path):
+def test_trained_betas_determine_the_number_of_timesteps(cls, tmp_path):
     betas = np.array([0.1, 0.2, 0.3])
     scheduler = cls(num_train_timesteps=1000, trained_betas=betas)
     assert scheduler.config.num_train_timesteps == len(scheduler) == len(scheduler.timesteps) == 3
@@ -84,13 +84,13 @@ def test_trained_betas_settle_the_number_of_timesteps(cls, tmp_path):
     torch.testing.assert_close(cls.from_pretrained(tmp_path).betas, torch.tensor(betas, dtype=torch.float32))
 
 
-# The config, here and in stock diffusers
+# Config, here and in stock diffusers
 
 
 @BOTH
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("other", COMPATIBLE, ids=lambda cls: cls.__name__)
-def test_every_stock_scheduler_has_the_same_alphas_and_gives_the_config_back(cls, schedule, other, tmp_path):
+def test_every_stock_scheduler_has_the_same_alphas_and_keeps_the_config(cls, schedule, other, tmp_path):
     options = {"num_train_timesteps": 100, "beta_end": 0.15, "prediction_type": "v_prediction", "loss_type": "huber"}
     scheduler = cls(beta_schedule=schedule, huber_schedule="snr", snr_gamma=5.0, **options)
     in_process = other.from_config(scheduler.config)
@@ -121,7 +121,7 @@ def test_every_stock_solver_samples_the_data(schedule, other, gaussian):
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(64, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        # some solvers have timesteps between those of training
+        # Some solvers use values between the training timesteps.
         alpha_bar = np.interp(float(t), np.arange(T), tiny.alphas_cumprod.numpy())
         output = data.predict(scheduler.scale_model_input(x_t, t), alpha_bar, "epsilon")
         seeded = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -142,7 +142,7 @@ def test_only_cosine_asks_solvers_to_clip_the_first_noise_levels(cls):
 
 
 @BOTH
-def test_a_schedule_asked_for_wins_over_stored_betas(cls, tmp_path):
+def test_schedule_arguments_override_stored_betas(cls, tmp_path):
     cls(beta_schedule="sigmoid").save_pretrained(tmp_path)
     for asked in (
         {"beta_schedule": "linear"},
@@ -159,11 +159,11 @@ def test_a_schedule_asked_for_wins_over_stored_betas(cls, tmp_path):
 
 @BOTH
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_config_says_everything_before_and_after_a_save_and_load(cls, schedule, tmp_path):
+def test_a_config_is_complete_before_and_after_saving(cls, schedule, tmp_path):
     scheduler = cls(beta_schedule=schedule, huber_schedule="exponential")
     scheduler.save_pretrained(tmp_path)
     loaded = cls.from_pretrained(tmp_path)
-    # as diffusers' own test of it: what was left to defaults is the one thing that a file does not say
+    # As in diffusers' own test: only `_use_default_values` is not saved.
     assert {name: value for name, value in scheduler.config.items() if name != "_use_default_values"} == loaded.config
     for again in (cls.from_config(scheduler.config), cls.from_config(loaded.config)):
         assert {name: again.config[name] for name in loaded.config if not name.startswith("_")} == {
@@ -175,8 +175,8 @@ def test_a_config_says_everything_before_and_after_a_save_and_load(cls, schedule
 @BOTH
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), T=st.integers(2, 60), schedule=st.sampled_from([*SCHEDULES, None]))
-def test_any_config_survives_a_save_a_load_and_a_stock_solver(cls, data, T, schedule, tmp_path):
-    """`None` stands for betas that are given."""
+def test_any_config_survives_saving_and_a_stock_solver(cls, data, T, schedule, tmp_path):
+    """A schedule of `None` stands for `trained_betas`."""
     choices = {
         "prediction_type": PREDICTION_TYPES,
         "variance_type": ["fixed_small", "fixed_large", "learned_range"],
@@ -206,7 +206,7 @@ def test_any_config_survives_a_save_a_load_and_a_stock_solver(cls, data, T, sche
 
 @BOTH
 @pytest.mark.parametrize("other", ALL_COMPATIBLE, ids=lambda cls: cls.__name__)
-def test_a_default_config_comes_back_identical_from_any_compatible(cls, other):
+def test_a_default_config_survives_any_compatible_scheduler(cls, other):
     if getattr(other, "_backends", None):
         pytest.skip("needs a package that is not installed")
     given = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -223,12 +223,12 @@ def test_the_two_schedulers_take_each_others_config():
 
 
 @BOTH
-def test_the_solvers_of_diffusers_may_say_none_of_the_variance(cls, tmp_path):
+def test_the_variance_type_of_stock_solvers_may_be_none(cls, tmp_path):
     diffusers.DPMSolverMultistepScheduler().save_pretrained(tmp_path)
     assert cls.from_pretrained(tmp_path).config.variance_type == "fixed_small"
 
 
-# The timesteps
+# Timesteps
 
 
 @BOTH
@@ -242,7 +242,7 @@ def test_any_number_of_steps_is_a_decreasing_subsequence(cls, data, T, spacing):
     assert len(timesteps) == scheduler.num_inference_steps == N
     assert T > timesteps[0] and timesteps[-1] >= 0
     assert all(a > b for a, b in itertools.pairwise(timesteps))
-    # each step leads to the next entry, the last one to the image
+    # Each step leads to the next entry, and the last step to the image.
     assert [int(scheduler.previous_timestep(t)) for t in scheduler.timesteps] == [*timesteps[1:], -1]
     if N == T:
         assert timesteps == list(range(T))[::-1]
@@ -251,14 +251,14 @@ def test_any_number_of_steps_is_a_decreasing_subsequence(cls, data, T, spacing):
 
     stock = diffusers.DDPMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
     stock.set_timesteps(N)
-    # stock's trailing may run on to -1, its linspace of one step is at 0 where there is no noise
+    # Stock's `trailing` may include -1, and its `linspace` of one step is at 0, where there is no noise.
     if stock.timesteps[-1] >= 0 and N > 1:
         assert torch.equal(scheduler.timesteps, stock.timesteps)
 
 
 @BOTH
 @pytest.mark.parametrize("give", [list, np.array, torch.tensor])
-def test_timesteps_may_be_given(cls, give):
+def test_custom_timesteps_are_used(cls, give):
     scheduler = cls()
     scheduler.set_timesteps(timesteps=give([901, 400, 7]))
     assert scheduler.timesteps.tolist() == [901, 400, 7] and scheduler.num_inference_steps == 3
@@ -288,7 +288,7 @@ def test_timesteps_may_be_given(cls, give):
     ],
     ids=str,
 )
-def test_timesteps_that_cannot_be_are_refused(cls, asked):
+def test_invalid_timesteps_are_refused(cls, asked):
     with pytest.raises(ValueError, match="timesteps|num_inference_steps"):
         cls(num_train_timesteps=100).set_timesteps(**asked)
 
@@ -302,7 +302,7 @@ def test_an_offset_beyond_the_last_timestep_is_refused(cls):
         scheduler.set_timesteps(10)
 
 
-# What every scheduler of diffusers does
+# Conventions of diffusers
 
 
 @BOTH
@@ -348,7 +348,7 @@ def test_a_list_of_generators_makes_an_image_independent_of_its_batch(cls):
 
 @BOTH
 @pytest.mark.parametrize("channels", [2, 6, 9])
-def test_an_output_that_does_not_fit_is_refused(cls, channels):
+def test_a_model_output_of_another_shape_is_refused(cls, channels):
     scheduler = cls()
     scheduler.set_timesteps(10)
     with pytest.raises(ValueError, match="variance_type"):
@@ -362,13 +362,13 @@ def test_an_output_that_does_not_fit_is_refused(cls, channels):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ratio", [0.9, 0.995, 1.0])
-def test_dynamic_thresholding_is_sahariass(cls, prediction_type, dtype, ratio):
+def test_dynamic_thresholding_is_that_of_saharia_et_al(cls, prediction_type, dtype, ratio):
     scheduler = cls(prediction_type=prediction_type, thresholding=True, dynamic_thresholding_ratio=ratio)
     unclipped = cls(prediction_type=prediction_type, clip_sample=False)
     for each in (scheduler, unclipped):
         each.set_timesteps(10)
     _, sample, noise = random_batch()
-    # the second image's prediction stays within [-1, 1], the others go far beyond
+    # The prediction of the second image is within [-1, 1], the others are far outside.
     output = {"epsilon": noise, "sample": 4 * sample, "v_prediction": 5 * noise}[prediction_type].clone()
     if prediction_type == "sample":
         output[1] = sample[1]
@@ -384,7 +384,7 @@ def test_dynamic_thresholding_is_sahariass(cls, prediction_type, dtype, ratio):
 
 
 @BOTH
-def test_x_0_is_clipped_where_asked_or_left_alone(cls):
+def test_x_0_is_clipped_by_the_config(cls):
     _, sample, noise = random_batch()
     for options, limit in (({}, 1), ({"clip_sample_range": 2.0}, 2), ({"clip_sample": False}, 5)):
         scheduler = cls(prediction_type="sample", **options)
@@ -393,7 +393,7 @@ def test_x_0_is_clipped_where_asked_or_left_alone(cls):
         torch.testing.assert_close(x_0, (5 * sample).clamp(-limit, limit))
 
 
-# The loss
+# Training loss
 
 
 def target_of(scheduler, prediction_type, sample, noise, timesteps):
@@ -405,7 +405,7 @@ def target_of(scheduler, prediction_type, sample, noise, timesteps):
 @BOTH
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "pseudo_huber"])
-def test_losses_are_those_of_torch_and_the_formulas(cls, prediction_type, loss_type):
+def test_losses_match_torch_and_the_formulas(cls, prediction_type, loss_type):
     delta = 0.7
     scheduler = cls(prediction_type=prediction_type, loss_type=loss_type, huber_delta=delta)
     output, sample, noise = random_batch()
@@ -430,7 +430,7 @@ def test_losses_are_those_of_torch_and_the_formulas(cls, prediction_type, loss_t
 @BOTH
 @pytest.mark.parametrize("loss_type", ["huber", "pseudo_huber"])
 @pytest.mark.parametrize("schedule", ["exponential", "snr"])
-def test_delta_goes_over_the_timesteps(cls, loss_type, schedule, chain):
+def test_delta_follows_its_schedule(cls, loss_type, schedule, chain):
     delta, t = 0.05, torch.tensor([0, 250, 999])
     alpha_bar = chain(cls()).alpha_bar[t]
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
@@ -455,7 +455,7 @@ def test_pseudo_huber_is_l2_below_delta_and_l1_above(cls):
 
 
 @BOTH
-def test_huber_delta_is_settled_and_recorded(cls):
+def test_huber_delta_is_resolved_and_saved(cls):
     assert cls().config.huber_delta == 1.0
     assert cls(huber_schedule="snr").config.huber_delta == 0.1
     assert cls(huber_schedule="snr", huber_delta=0.3).config.huber_delta == 0.3
@@ -465,7 +465,7 @@ def test_huber_delta_is_settled_and_recorded(cls):
 @BOTH
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_make_one_loss_of_all_prediction_types(cls, gamma, chain):
-    """Whatever is predicted, the weighted l2 loss is min(SNR, gamma) |x_0 - predicted x_0|^2 (equations 4 to 6)."""
+    """The weighted l2 loss of any prediction is min(SNR, gamma) |x_0 - predicted x_0|^2 (equations 4 to 6)."""
     output, sample, noise = random_batch()
     timesteps = torch.tensor([1, 100, 500, 900])
     alpha_bar = chain(cls()).alpha_bar[timesteps].float()
@@ -488,7 +488,7 @@ def test_min_snr_weights_make_one_loss_of_all_prediction_types(cls, gamma, chain
 
 @BOTH
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_no_signal_at_all_gives_no_nan(cls, prediction_type):
+def test_a_terminal_snr_of_0_gives_no_nan(cls, prediction_type):
     scheduler = cls(prediction_type=prediction_type, rescale_betas_zero_snr=True, snr_gamma=5.0, huber_schedule="snr")
     assert scheduler.alphas_cumprod[-1] == 0
     output, sample, noise = random_batch()
@@ -525,7 +525,7 @@ def test_the_bound_trains_the_variance_alone_and_the_simple_loss_the_mean_alone(
 
 @BOTH
 def test_the_hybrid_loss_is_least_at_the_ideal_variance(cls, gaussian):
-    """Nichol & Dhariwal's point: L_t, unlike L_simple, tells the variance. Its gradient vanishes at the ideal one."""
+    """Nichol & Dhariwal: L_t, unlike L_simple, depends on the variance. Its gradient is 0 at the ideal variance."""
     scheduler = cls(variance_type="learned_range", clip_sample=False, num_train_timesteps=100)
     data = gaussian(mean=0.1, std=0.4)
     generator = torch.Generator().manual_seed(0)
@@ -555,7 +555,7 @@ def test_the_hybrid_loss_is_least_at_the_ideal_variance(cls, gaussian):
         ({"variance_type": "learned"}, {}, "learned_range"),
     ],
 )
-def test_what_a_loss_cannot_be_made_of_is_refused(cls, options, change, words):
+def test_invalid_training_inputs_are_refused(cls, options, change, words):
     given = {
         "output": torch.zeros(2, 3, 8, 8),
         "sample": torch.zeros(2, 3, 8, 8),
@@ -567,18 +567,18 @@ def test_what_a_loss_cannot_be_made_of_is_refused(cls, options, change, words):
         cls(**options).training_loss(*given.values())
 
 
-# The variational bound
+# Variational bound
 
 
 def kl_bits(variance, posterior_variance, mean_error_variance):
-    """E KL(q || p) for a reverse step of that variance whose mean misses the posterior's by that much (nats to bits)."""
+    """Computes E KL(q || p) in bits for a reverse step, from its variance and the variance of its mean's error."""
     ratio = posterior_variance / variance
     return 0.5 * (ratio - 1 - ratio.log() + mean_error_variance / variance) / math.log(2)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_every_term_of_the_bound_is_the_analytic_one(variance_type, prediction_type, gaussian, chain):
+def test_every_term_of_the_bound_is_analytic(variance_type, prediction_type, gaussian, chain):
     options = {"num_train_timesteps": 100, "beta_end": 0.15, "clip_sample": False}
     scheduler = TinyDDPMScheduler(variance_type=variance_type, prediction_type=prediction_type, **options)
     data, c = gaussian(mean=0.1, std=0.25), chain(scheduler)
@@ -601,10 +601,11 @@ def test_every_term_of_the_bound_is_the_analytic_one(variance_type, prediction_t
     torch.testing.assert_close(bound.prior.mean().double(), prior, rtol=0.05, atol=1e-8)
 
 
-def test_the_ideal_variance_reaches_the_entropy_and_the_least_misses_it_by_half_a_bit(gaussian, chain, bits_of_levels):
+def test_the_ideal_variance_reaches_the_entropy_and_tilde_beta_does_not(gaussian, chain, bits_of_levels):
     """
-    Tilde beta is the variance of x_{t-1} given x_t *and x_0*; not knowing x_0, the ideal one is r times larger. A step
-    with tilde beta then costs (r - 1) / 2 nats, one with the ideal variance log(r) / 2: together half a bit and more.
+    Tilde beta is the variance of x_{t-1} given x_t *and x_0*. Without x_0, the ideal variance is r times larger. A
+    step then costs (r - 1) / 2 nats with tilde beta and log(r) / 2 with the ideal variance. The difference is more
+    than half a bit over all steps.
     """
     data, bounds = gaussian(mean=0.1, std=0.25), {}
     sample = 0.1 + 0.25 * torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -614,7 +615,7 @@ def test_the_ideal_variance_reaches_the_entropy_and_the_least_misses_it_by_half_
         generator = torch.Generator().manual_seed(1)
         bounds[variance_type] = scheduler.variational_bound(data.network(scheduler), sample, generator=generator)
 
-    # of these very samples, which spares the test the noise of drawing them
+    # The entropy of these samples, which removes their sampling noise from the comparison.
     entropy = bits_of_levels(sample, 0.1, 0.25).mean().item()
     assert bounds["learned_range"].total.mean().item() == pytest.approx(entropy, abs=0.02)
 
@@ -625,7 +626,7 @@ def test_the_ideal_variance_reaches_the_entropy_and_the_least_misses_it_by_half_
     assert missed == pytest.approx(gap, abs=0.02)
 
 
-def test_the_decoder_spreads_its_probability_over_exactly_256_levels():
+def test_the_decoders_probabilities_of_256_levels_sum_to_1():
     from tiny_diffusers.schedulers.scheduling_tiny_common import discretized_gaussian_nll
 
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -634,7 +635,7 @@ def test_the_decoder_spreads_its_probability_over_exactly_256_levels():
         assert torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_the_bound_hands_labels_over_and_repeats_with_a_generator(gaussian):
+def test_the_bound_passes_labels_and_is_deterministic_with_a_generator(gaussian):
     scheduler = TinyDDIMScheduler(num_train_timesteps=4)
     ideal, seen = gaussian(0.0, 0.3).network(scheduler), []
 
@@ -650,7 +651,7 @@ def test_the_bound_hands_labels_over_and_repeats_with_a_generator(gaussian):
     assert torch.equal(first.total, again.total) and seen[-1] is None
 
 
-# What is refused
+# Invalid settings
 
 
 @BOTH
@@ -677,7 +678,7 @@ def test_the_bound_hands_labels_over_and_repeats_with_a_generator(gaussian):
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_are_refused(cls, options, words):
+def test_invalid_settings_are_refused(cls, options, words):
     with pytest.raises(ValueError, match=words):
         cls(**options)
 

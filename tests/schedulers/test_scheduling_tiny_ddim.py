@@ -20,7 +20,7 @@ def random_step(channels=3, seed=0):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("t", "prev"), [(1, 0), (2, 1), (2, 0), (500, 499), (500, 321), (999, 998), (999, 0)])
-def test_one_step_is_that_of_the_paper(schedule, eta, t, prev, chain):
+def test_one_step_matches_the_paper(schedule, eta, t, prev, chain):
     """Song et al. 2021, equations 12 and 16."""
     scheduler = TinyDDIMScheduler(beta_schedule=schedule, clip_sample=False)
     scheduler.set_timesteps(timesteps=[t, prev])
@@ -45,7 +45,7 @@ def test_one_step_is_that_of_the_paper(schedule, eta, t, prev, chain):
 def test_sampling_equals_stock_to_the_bit_where_stock_is_right(
     eta, use_clipped_model_output, prediction_type, set_alpha_to_one
 ):
-    """`leading` with a number of steps that divides T is what stock's t - T // N is right for."""
+    """Stock's t - T // N is right for `leading` with a number of steps that divides T."""
     options = {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one, "num_train_timesteps": 100}
     finals = []
     for scheduler in (TinyDDIMScheduler(**options), DDIMScheduler(**options)):
@@ -59,7 +59,7 @@ def test_sampling_equals_stock_to_the_bit_where_stock_is_right(
     assert torch.equal(*finals)
 
 
-def test_eta_1_is_ddpm_with_the_least_variance():
+def test_eta_1_is_ddpm_with_the_smallest_variance():
     epsilon, x_t = random_step()
     ddim, ddpm = TinyDDIMScheduler(clip_sample=False), TinyDDPMScheduler(clip_sample=False)
     for scheduler in (ddim, ddpm):
@@ -71,7 +71,7 @@ def test_eta_1_is_ddpm_with_the_least_variance():
 
 
 def sampling_error(N, spacing, data):
-    """Against the flow that DDIM discretises: between Gaussians it is an affine map, known exactly."""
+    """Computes the error against the flow that DDIM discretizes, which is an affine map between Gaussians."""
     scheduler = TinyDDIMScheduler(timestep_spacing=spacing, clip_sample=False)
     scheduler.set_timesteps(N)
     x_t = torch.linspace(-2, 2, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
@@ -85,7 +85,7 @@ def sampling_error(N, spacing, data):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_the_error_falls_with_the_first_order_in_the_steps(spacing, gaussian):
+def test_the_error_is_of_first_order_in_the_steps(spacing, gaussian):
     data = gaussian(mean=0.2, std=0.5)
     steps = [17, 34, 68, 136]  # none divides T
     errors = [sampling_error(N, spacing, data) for N in steps]
@@ -94,8 +94,8 @@ def test_the_error_falls_with_the_first_order_in_the_steps(spacing, gaussian):
     assert sampling_error(1000, spacing, data) < 0.01
 
 
-def test_images_come_back_from_their_latents(gaussian):
-    """The deterministic steps are a bijection: equal latents give equal images, and eta > 0 does not."""
+def test_steps_are_deterministic_only_without_noise(gaussian):
+    """Equal latents give equal images with eta = 0, but not with eta > 0."""
     scheduler = TinyDDIMScheduler()
     scheduler.set_timesteps(10)
     epsilon, x_t = random_step()
@@ -104,7 +104,7 @@ def test_images_come_back_from_their_latents(gaussian):
     assert not torch.equal(*noisy)
 
 
-def test_what_a_network_says_of_the_variance_is_dropped():
+def test_a_predicted_variance_is_dropped():
     epsilon, x_t = random_step()
     learned, fixed = TinyDDIMScheduler(variance_type="learned_range"), TinyDDIMScheduler()
     for scheduler in (learned, fixed):
@@ -121,7 +121,7 @@ def test_eta_outside_its_range_is_refused(eta):
         scheduler.step(torch.zeros(1, 3, 8, 8), 500, torch.zeros(1, 3, 8, 8), eta=eta)
 
 
-def test_noise_given_twice_and_a_step_before_set_timesteps_are_refused():
+def test_two_sources_of_noise_and_a_step_before_set_timesteps_are_refused():
     scheduler, zeros = TinyDDIMScheduler(), torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match="set_timesteps"):
         scheduler.step(zeros, 500, zeros)

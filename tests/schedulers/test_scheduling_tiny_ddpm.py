@@ -21,7 +21,7 @@ def noise_of(x_t, seed):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "fixed_large_log"])
 @pytest.mark.parametrize("t", [1, 2, 500, 999])
-def test_one_step_is_that_of_the_paper(schedule, variance_type, t, chain):
+def test_one_step_matches_the_paper(schedule, variance_type, t, chain):
     """Ho et al. 2020, equation 11 (epsilon), with sigma^2 = tilde beta or beta."""
     scheduler = TinyDDPMScheduler(beta_schedule=schedule, variance_type=variance_type, clip_sample=False)
     epsilon, x_t = random_step()
@@ -31,7 +31,7 @@ def test_one_step_is_that_of_the_paper(schedule, variance_type, t, chain):
     expected = mean + variance.sqrt() * noise_of(x_t, seed=1)
 
     step = scheduler.step(epsilon, t, x_t, generator=torch.Generator().manual_seed(1))
-    # stock's float32 is off by up to 2e-4 at the first steps
+    # Stock's float32 has an error of up to 2e-4 at the first timesteps.
     torch.testing.assert_close(step.prev_sample, expected, rtol=1e-4, atol=5e-4 if t < 10 else 1e-5)
     x_0 = (x_t - (1 - c.alpha_bar[t]).sqrt() * epsilon) / c.alpha_bar[t].sqrt()
     torch.testing.assert_close(step.pred_original_sample, x_0, rtol=1e-4, atol=1e-5)
@@ -47,7 +47,7 @@ def test_posterior_variance_is_tilde_beta(schedule, t, chain):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_all_prediction_types_take_the_same_step(prediction_type, gaussian):
-    """One and the same ideal network, said in three ways."""
+    """The three predictions of the ideal network are equivalent."""
     data, (_, x_t) = gaussian(mean=0.1, std=0.5), random_step()
     results = []
     for kind in ("epsilon", prediction_type):
@@ -60,7 +60,7 @@ def test_all_prediction_types_take_the_same_step(prediction_type, gaussian):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 def test_sampling_equals_stock_to_the_bit_where_stock_is_right(prediction_type, variance_type):
-    """`leading` ends at timestep 0, so stock's noise on a last step above it does not show."""
+    """`leading` ends at timestep 0, so stock adds no noise at its last step either."""
     options = {"prediction_type": prediction_type, "variance_type": variance_type, "num_train_timesteps": 100}
     finals = []
     for scheduler in (TinyDDPMScheduler(**options), DDPMScheduler(**options)):
@@ -91,7 +91,7 @@ def test_a_learned_variance_lies_between_tilde_beta_and_beta(v, chain):
     torch.testing.assert_close(with_noise, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_without_a_variance_is_refused_where_it_is_to_be_learned():
+def test_a_learned_variance_needs_twice_the_channels():
     epsilon, x_t = random_step()
     with pytest.raises(ValueError, match="twice the channels"):
         TinyDDPMScheduler(variance_type="learned_range").step(epsilon, 200, x_t)
@@ -109,11 +109,11 @@ def test_the_last_step_adds_no_noise(variance_type, spacing, N):
 
 
 def sampled(scheduler, data, chain, pixels=16384):
-    """Samples with the ideal mean, and the mean and variance that they should have: a linear chain of Gaussians."""
+    """Samples with the ideal mean. Also returns the samples' expected mean and variance, from a chain of Gaussians."""
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, 1, 128, pixels // 128, generator=generator)
     mean, variance, timesteps = 0.0, 1.0, scheduler.timesteps.tolist()
-    alpha_bars = [*chain(scheduler).alpha_bar.tolist(), 1.0]  # that of -1, the image, is the last
+    alpha_bars = [*chain(scheduler).alpha_bar.tolist(), 1.0]  # index -1 is the image
     for t, prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
         alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[prev]
         beta = 1 - alpha_bar / alpha_bar_prev
@@ -128,7 +128,7 @@ def sampled(scheduler, data, chain, pixels=16384):
 
 
 def linear_step(data, alpha_bar, alpha_bar_prev, beta):
-    """The reverse step's mean is slope * x_t + offset, for the ideal network."""
+    """Returns slope and offset of the ideal network's reverse mean, slope * x_t + offset."""
 
     def mean(x_t):
         x_0, _ = data.posterior_of_original(x_t, alpha_bar)
