@@ -1,4 +1,4 @@
-"""The architecture of the paper, its initialisation, and classes as further channels."""
+"""The architecture of the paper, its initialization, and classes as further channels."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_every_option_trains_every_parameter_and_survives_a_save(network, option
 
 
 def test_at_64_pixels_it_is_the_network_of_the_paper():
-    """The layers, weights and order of PyTorch's DCGAN tutorial, which follows the paper."""
+    """Compares layers, weights and order with PyTorch's DCGAN tutorial, which follows the paper."""
     nz = nc = 3
 
     def up(cin, cout, *how):
@@ -82,7 +82,7 @@ def test_at_64_pixels_it_is_the_network_of_the_paper():
         torch.testing.assert_close(network(x)[0], expected.view_as(network(x)[0]))
 
 
-def test_it_begins_as_the_paper_says():
+def test_its_initial_weights_are_those_of_the_paper():
     for network in (TinyDCGANGenerator(), TinyDCGANDiscriminator()):
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -93,7 +93,7 @@ def test_it_begins_as_the_paper_says():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_classes_are_ids_or_weights_of_rows_and_none_is_the_last(network):
+def test_classes_are_labels_or_mixing_weights_and_none_is_the_last_row(network):
     model = make(network, num_class_embeds=K).eval()
     x = inputs(model)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_classes_are_ids_or_weights_of_rows_and_none_is_the_last(network):
         assert torch.equal(model(x, one_hot)[0], of_class[1])
 
 
-def test_a_class_is_tiled_onto_the_image_as_further_channels():
+def test_a_class_embedding_is_tiled_over_the_image_as_further_channels():
     model = make(TinyDCGANDiscriminator, channels=3, num_class_embeds=K, class_embed_dim=5).eval()
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -137,7 +137,7 @@ def test_in_evaluation_an_image_does_not_depend_on_its_batch(network):
     ],
     ids=str,
 )
-def test_what_cannot_be_built_is_said_before_it_is_tried(network, options, words):
+def test_a_config_that_cannot_be_built_is_refused(network, options, words):
     with pytest.raises(ValueError) as error:
         make(network, **options)
     for word in words:
@@ -145,7 +145,8 @@ def test_what_cannot_be_built_is_said_before_it_is_tried(network, options, words
 
 
 def test_a_first_convolution_that_would_fill_the_memory_is_refused():
-    with pytest.raises(ValueError, match="more levels"):
+    message = r"block_out_channels \(4096,\), latent_dim 65536, sample_size 1024 .* 4e\+09 .* more levels"
+    with pytest.raises(ValueError, match=message):
         TinyDCGANGenerator(sample_size=1024, latent_dim=65536, block_out_channels=(4096,))
 
 

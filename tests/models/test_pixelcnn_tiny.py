@@ -17,7 +17,7 @@ NETWORKS = [*((variant, {}) for variant in VARIANTS), ("gated", {"num_frequencie
 
 
 def make_model(variant="gated", channels=1, size=8, levels=256, classes=None, width=12, layers=3, **config):
-    """A random network, none of whose outputs is zero at the start."""
+    """Builds a random network whose outputs are not zero."""
     torch.manual_seed(0)
     model = TinyPixelCNNModel(
         sample_size=size,
@@ -42,7 +42,7 @@ def random_images(batch, channels, size, levels, seed=0):
 
 
 def raster_order(channels, size):
-    """The place of each sub-pixel in the order of generation, (C, H, W)."""
+    """Returns the position of each sub-pixel in the order of generation, (C, H, W)."""
     return torch.arange(size * size * channels).view(size, size, channels).permute(2, 0, 1)
 
 
@@ -51,7 +51,7 @@ def raster_order(channels, size):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
-def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, options, channels):
+def test_an_output_depends_on_all_sub_pixels_before_it_and_no_others(variant, options, channels):
     size, layers = 6, {"gated": 5, "plusplus": 2}.get(variant)
     model = make_model(variant, channels, size, levels=16, width=24, layers=layers, **options)
     x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -59,16 +59,16 @@ def test_an_output_depends_on_what_comes_before_it_and_on_nothing_else(variant, 
     order = raster_order(channels, size)
     directions = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     for c, i, j in itertools.product(range(channels), range(size), range(size)):
-        place = (slice(None), c, ..., i, j)
-        (gradient,) = torch.autograd.grad((output[place] * directions[place]).sum(), x, retain_graph=True)
+        position = (slice(None), c, ..., i, j)
+        (gradient,) = torch.autograd.grad((output[position] * directions[position]).sum(), x, retain_graph=True)
         gradient = gradient.abs().amax(0)
         before = order < order[c, i, j]
-        assert (gradient[~before] == 0).all(), f"{(c, i, j)} sees itself or what comes after it"
+        assert (gradient[~before] == 0).all(), f"{(c, i, j)} sees itself or a later sub-pixel"
         if variant in WITH_LIKELIHOOD:  # the receptive field is larger than the image
             assert (gradient[before] > 0).all(), f"{(c, i, j)} has a blind spot"
 
 
-def test_the_receptive_field_of_a_gated_layer_is_its_dilation_more():
+def test_a_gated_layer_extends_the_receptive_field_by_its_dilation():
     for layers, dilations in ((1, (1,)), (3, (1,)), (1, (3,)), (3, (1, 4))):
         model = make_model(layers=layers, size=15, levels=4, dilations=dilations)
         x = torch.rand(1, 1, 15, 15).requires_grad_()
@@ -79,7 +79,7 @@ def test_the_receptive_field_of_a_gated_layer_is_its_dilation_more():
         assert (7 - columns.min(), columns.max() - 7) == (min(7, reach), min(7, reach))
 
 
-# ---------------------------------------------------------------------------------------- incremental evaluation
+# ------------------------------------------------------------------------------------------ incremental sampling
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_receptive_field_of_a_gated_layer_is_its_dilation_more():
     ],
 )
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
-def test_a_step_of_either_kind_gives_what_the_whole_image_gives(
+def test_conditionals_with_and_without_a_cache_equal_those_of_the_whole_image(
     variant, options, channels, size, levels, batch, classes
 ):
     classes = None if variant == "baseline" else classes
@@ -105,13 +105,13 @@ def test_a_step_of_either_kind_gives_what_the_whole_image_gives(
         expected = model(images, labels).sample
     for use_cache in (True, False):
         canvas = torch.zeros_like(images)
-        places = []
+        positions = []
         for (c, i, j), parameters in model.conditionals(canvas, labels, use_cache):
             torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=1e-5, atol=1e-5)
             canvas[:, c, i, j] = images[:, c, i, j]
-            places.append((c, i, j))
+            positions.append((c, i, j))
         in_order = itertools.product(range(size), range(size), range(channels))
-        assert places == [(c, i, j) for i, j, c in in_order]
+        assert positions == [(c, i, j) for i, j, c in in_order]
 
 
 # -------------------------------------------------------------------------------------------------- likelihoods
@@ -129,7 +129,7 @@ def test_probabilities_of_all_images_sum_to_one(variant, channels, size, levels)
 
 
 @pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
-def test_nll_is_the_product_of_the_conditionals(variant):
+def test_the_likelihood_is_the_product_of_the_conditionals(variant):
     levels = 8
     model = make_model(variant, channels=3, size=4, levels=levels)
     images = random_images(2, 3, 4, levels)
@@ -147,7 +147,7 @@ def test_nll_is_the_product_of_the_conditionals(variant):
     torch.testing.assert_close(bits, -log_prob.flatten(1).mean(1) / math.log(2))
 
 
-def test_the_discretised_logistic_sums_to_one_wherever_it_lies():
+def test_the_discretized_logistic_sums_to_one_wherever_it_lies():
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
     means = torch.tensor([-40.0, -1.0, -0.37, 0.0, 1.0, 3.0], dtype=torch.float64).repeat(4)
     log_scales = torch.tensor([-7.0, -3.0, 0.0, 4.0], dtype=torch.float64).repeat_interleave(6)
@@ -176,7 +176,7 @@ def test_frequencies_tell_all_levels_apart():
     distances = torch.cdist(numbers, numbers) + torch.eye(256) * 9
     assert numbers.shape == (256, 17)
     assert torch.equal(numbers[:, 0], levels)
-    assert distances.min() > 1.9  # any two levels; the plain values of neighbours are 0.008 apart
+    assert distances.min() > 1.9  # any two levels; neighbours' plain values are 0.008 apart
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -190,7 +190,7 @@ def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
     logits = F.linear(x, weight, bias).view(21, channels, 5)
     expected = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
     loss = LinearCrossEntropy.apply(x, weight, bias, target)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)  # it sums in float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)  # which sums in float32
     ours = torch.autograd.grad((loss * scale).sum(), (x, weight, bias))
     theirs = torch.autograd.grad((expected * scale).sum(), (x, weight, bias))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -198,7 +198,7 @@ def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
 
 @pytest.mark.parametrize(("variant", "width", "layers", "steps"), [("gated", 16, 2, 250), ("plusplus", 8, 1, 80)])
 def test_it_learns_a_known_markov_random_field(variant, width, layers, steps):
-    """An Ising model on 3x3 binary images: its entropy is known by enumeration, its samples by their probabilities."""
+    """Trains on an Ising model of 3x3 binary images, whose probabilities and entropy are known by enumeration."""
     states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=9))).view(-1, 1, 3, 3)
     spins = 2 * states - 1
     bonds = (spins[..., 1:] * spins[..., :-1]).flatten(1).sum(1) + (spins[..., 1:, :] * spins[..., :-1, :]).flatten(
@@ -224,7 +224,7 @@ def test_it_learns_a_known_markov_random_field(variant, width, layers, steps):
     assert entropy - 1e-5 <= cross_entropy <= entropy + 0.02
 
 
-def test_the_mixture_sums_to_one_over_the_256_values_at_every_place():
+def test_the_mixture_sums_to_one_over_the_256_values_at_every_position():
     model = make_model("plusplus", channels=3, size=5)
     with torch.no_grad():
         parameters = model(random_images(2, 3, 5, 256)).sample  # (B, C, 3, K, H, W)
@@ -263,9 +263,9 @@ def test_a_low_temperature_draws_the_likeliest(variant):
         assert (drawn * 15).round().unique() == parameters.argmax()
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_a_level_without_probability_is_never_drawn():
     model = make_model(channels=1, size=1, levels=4)
-    uniform = torch.tensor([[0.0, 0.0], [1 - 2**-24, 0.0]])  # the least and the largest that there are
+    uniform = torch.tensor([[0.0, 0.0], [1 - 2**-24, 0.0]])  # the smallest and the largest possible numbers
     drawn = model.draw(torch.tensor([[-200.0, -200.0, 0.0, -1.0]]).expand(2, 4), uniform)
     assert (drawn * 3).round().tolist() == [2, 3]
 
@@ -284,12 +284,12 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(("variant", "channels"), [("gated", 5), ("baseline", 4), ("plusplus", 7)])
-def test_the_default_width_has_a_share_for_each_channel(variant, channels):
+def test_the_default_width_has_as_many_features_for_each_channel(variant, channels):
     with torch.device("meta"):
         TinyPixelCNNModel(8, channels, variant=variant)
 
 
-def test_in_training_mode_nothing_is_measured_or_drawn_that_would_differ():
+def test_networks_that_differ_in_training_mode_refuse_to_measure_or_draw():
     for variant, options in (("baseline", {}), ("plusplus", {}), ("plusplus", {"dropout": 0.3})):
         model = make_model(variant, size=4, **options).train()
         with pytest.raises(ValueError, match="eval"):
@@ -300,7 +300,7 @@ def test_in_training_mode_nothing_is_measured_or_drawn_that_would_differ():
         make_model(variant, size=4, dropout=0.0).train().nll(torch.zeros(1, 1, 4, 4))
 
 
-def test_initialisation_leaves_alone_what_has_no_weight_norm():
+def test_initialization_changes_only_weight_norms():
     for variant in ("baseline", "gated"):
         model = make_model(variant, size=4).train()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -308,7 +308,7 @@ def test_initialisation_leaves_alone_what_has_no_weight_norm():
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_walking_through_the_places_loads_what_is_offloaded():
+def test_conditionals_load_an_offloaded_network():
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class Counts(ModelHook):
@@ -354,7 +354,7 @@ def test_plusplus_starts_from_the_data():
     for name, conv in (("in", block.conv_in), ("gate", block.conv_out)):
         conv.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.flatten(0, -2)}))
     with torch.no_grad():
-        model.train()  # as it was initialised: with dropout, which averages out
+        model.train()  # as initialized: with dropout, which averages out
         torch.manual_seed(1)
         model(images)
     torch.testing.assert_close(seen["in"].mean(0), torch.zeros(8), rtol=0, atol=0.2)
@@ -363,7 +363,7 @@ def test_plusplus_starts_from_the_data():
 
 
 def test_plusplus_starts_calmly_where_it_sees_next_to_nothing():
-    """On 3x3 images its coarsest place sees nothing: what hardly varies there must not be blown up to a variance of 1."""
+    """The coarsest position of a 3x3 image sees nothing: outputs that hardly vary there must not be scaled up."""
     torch.manual_seed(0)
     model = TinyPixelCNNModel(3, 1, 2, "plusplus", hidden_channels=16, num_layers=2, num_mixtures=2, dropout=0.0)
     model.initialize(random_images(64, 1, 3, 2))
@@ -379,12 +379,12 @@ def test_save_and_load(variant, tmp_path):
     loaded = TinyPixelCNNModel.from_pretrained(tmp_path)
     images = random_images(2, 3, 4, 4)
     assert torch.equal(loaded(images).sample, model(images).sample)
-    private = ("_name_or_path", "_use_default_values")  # where it came from, not what it is
+    private = ("_name_or_path", "_use_default_values")  # neither describes the network
     configs = [{k: v for k, v in m.config.items() if k not in private} for m in (loaded, model)]
     assert configs[0] == configs[1]
 
 
-def test_the_loss_comes_from_forward_so_that_wrappers_see_it():
+def test_forward_returns_the_loss_to_run_within_wrappers():
     images = random_images(2, 1, 8, 256)
     for variant in VARIANTS:
         model = make_model(variant)
@@ -433,7 +433,7 @@ def test_impossible_configs(config, message):
         (torch.full((1, 1, 8, 8), 0.43), "between the network's 16 levels"),
     ],
 )
-def test_images_that_have_no_likelihood(images, message):
+def test_images_without_a_likelihood_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
         make_model(levels=16).nll(images)
 
@@ -448,12 +448,18 @@ def test_labels_that_do_not_fit():
     with pytest.raises(ValueError, match="without classes"):
         make_model(size=4, levels=4).nll(images, torch.tensor([0, 1]))
     model = make_model(size=4, levels=4, classes=2)
-    for labels in (torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.ones(2, 2)):
-        with pytest.raises(ValueError, match="class"):
+    refused = {
+        "class label 3 .* from 0 to 2": torch.tensor([0, 3]),
+        "class label -1": torch.tensor([-1, 0]),
+        "class_labels has shape \\(1,\\)": torch.tensor([0]),
+        "floats of shape \\(2, 3\\)": torch.ones(2, 2),
+    }
+    for message, labels in refused.items():
+        with pytest.raises(ValueError, match=message):
             model.nll(images, labels)
 
 
-def test_quantising_fills_the_levels_evenly():
+def test_quantizing_fills_the_levels_evenly():
     values = torch.arange(256).view(1, 1, 16, 16) / 255
     for levels in (2, 16, 256):
         counts = torch.bincount((make_model(levels=levels).quantize(values) * (levels - 1)).round().long().flatten())
@@ -462,7 +468,7 @@ def test_quantising_fills_the_levels_evenly():
         make_model(levels=512).quantize(values)
 
 
-def test_eight_bits_keep_a_level():
+def test_a_level_survives_rounding_to_8_bits():
     levels = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
     model = make_model(size=4, levels=16)
     assert torch.equal(model.to_levels((levels * 255).round() / 255), model.to_levels(levels))

@@ -1,4 +1,7 @@
+"""Options, calls and equations of the U-Net, and what it refuses."""
+
 import copy
+import json
 import math
 
 import pytest
@@ -24,7 +27,7 @@ from tiny_diffusers.models.unet_tiny import (
 TINY = {"sample_size": 8, "block_out_channels": (8, 8), "layers_per_block": 1, "attention": ("none", "full")}
 K = 3  # classes
 
-# every option of the constructor, away from its default
+# every option of the constructor at another value than its default
 OPTIONS = [
     {},
     {"in_channels": 1, "out_channels": 2},
@@ -54,13 +57,30 @@ OPTIONS = [
 
 
 def make(seed: int = 0, **options) -> TinyUNet2DModel:
-    """A network whose outputs are not zero: a new one's are, as its last convolutions are."""
+    """Builds a network whose outputs are not zero. Those of a new network are, as its last convolutions are zero."""
     torch.manual_seed(seed)
     unet = TinyUNet2DModel(**{**TINY, **options})
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return unet.eval()
+
+
+def block_config(**options) -> dict:
+    """The entries of a config that a layer reads."""
+    return {
+        "time_embedding_dim": 4,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "act_fn": "silu",
+        "dropout": 0.0,
+        "weight_standardization": False,
+        "skip_rescale": False,
+        "num_class_embeds": None,
+        "class_conditioning": "add",
+        "resnet_time_scale_shift": "default",
+        **options,
+    }
 
 
 def images(unet: TinyUNet2DModel, batch_size: int = 2) -> torch.Tensor:
@@ -92,7 +112,7 @@ def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(
     assert {name: loaded.config[name] for name in public} == public
 
 
-def test_a_new_network_predicts_zero_and_is_settled_by_the_seed():
+def test_a_new_network_predicts_zero_and_depends_only_on_the_seed():
     torch.manual_seed(0)
     first = TinyUNet2DModel(**TINY)
     torch.manual_seed(0)
@@ -128,6 +148,51 @@ def test_presets_have_the_sizes_of_the_reports(name):
         "self-attention-2-levels-half": 3.062531,
     }
     assert millions == pytest.approx(stated.get(name, millions), rel=0.02)
+
+
+# ---- defaults that depend on the widths
+
+
+@pytest.mark.parametrize(
+    ("widths", "attention", "groups", "head_dim"),
+    [
+        ((64, 128, 128), ("none", "full", "none"), 4, 64),  # the default
+        ((8,), ("none",), 4, 64),
+        ((8, 16), ("none", "full"), 4, 64),
+        ((6, 12), ("none", "full"), 3, 64),
+        ((8, 8, 8, 8), ("none", "full", "none", "none"), 4, 64),
+        ((10, 14), ("none", "full"), 2, 64),
+        ((7, 7), ("none", "full"), 1, 64),
+        ((8, 96), ("none", "full"), 4, 48),
+        ((96, 8, 80), ("none", "full", "none"), 4, 40),  # 80 is in the middle block
+        ((68,), ("none",), 4, 34),
+    ],
+)
+def test_options_left_at_none_fit_the_widths_and_are_saved(widths, attention, groups, head_dim, tmp_path):
+    torch.manual_seed(0)
+    unet = TinyUNet2DModel(8, block_out_channels=widths, layers_per_block=1)
+    resolved = {"attention": attention, "norm_num_groups": groups, "attention_head_dim": head_dim}
+    assert {name: unet.config[name] for name in resolved} == resolved
+    torch.manual_seed(0)
+    explicit = TinyUNet2DModel(8, block_out_channels=widths, layers_per_block=1, **resolved)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), explicit.parameters(), strict=True))
+    assert unet(images(unet), 3).sample.shape == (2, 3, 8, 8)
+
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in resolved} == {**resolved, "attention": list(attention)}
+    loaded = TinyUNet2DModel.from_pretrained(tmp_path)
+    assert {name: loaded.config[name] for name in resolved} == resolved
+
+
+def test_defaults_fit_the_widths_of_another_network_of_the_same_config():
+    config = TinyUNet2DModel(sample_size=8, block_out_channels=(8, 8)).config
+    config = TinyUNet2DModel.from_config(config, block_out_channels=(9, 9, 9)).config
+    assert (config.attention, config.norm_num_groups) == (("none", "full", "none"), 3)
+
+
+def test_without_attention_any_width_has_the_default_head_dim():
+    assert make(block_out_channels=(97, 97), attention="none", mid_attention="none").config.attention_head_dim == 64
 
 
 # ---- how it is called
@@ -209,20 +274,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 @pytest.mark.parametrize("kind", ["full", "linear"])
 def test_a_layer_compiles_as_one_graph(kind, scale_shift):
     torch.manual_seed(0)
-    residual = ResidualBlock(8, 16, 4, 4, "silu", 0.0, True, True, True, scale_shift)
-    layer = Layer(residual, AttentionBlock(16, kind, 8, 4, True))
+    classes = {"num_class_embeds": K, "class_conditioning": "scale"}
+    options = {"weight_standardization": True, "skip_rescale": True, "attention_head_dim": 8, **classes}
+    options["resnet_time_scale_shift"] = "scale_shift" if scale_shift else "default"
+    layer = Layer(8, 16, kind, block_config(**options))
     inputs = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
 
-def test_compiled_blocks_leave_norms_and_attention_to_torch_on_a_cpu():
+def test_compiled_blocks_compute_the_same_with_torchs_attention():
     unet, captured = make(), []
     plain = unet(images(unet), 3).sample
     unet.compile_repeated_blocks(backend=lambda graph, _: captured.append(graph.code) or graph.forward)
     torch.testing.assert_close(unet(images(unet), 3).sample, plain)
     code = "".join(captured)
-    assert "conv2d" in code and "group_norm" not in code and "attention" not in code
+    assert "conv2d" in code and "group_norm" in code and "scaled_dot_product_attention" in code
+    assert "autograd_function" not in code  # the CPU's own attention
 
 
 def test_repeated_blocks_are_those_that_diffusers_compiles():
@@ -253,7 +321,7 @@ def test_the_last_row_is_no_class_and_floats_mix_the_rows(conditioning):
 
 def test_a_scaling_class_multiplies_the_feature_map_and_the_time_is_added():
     torch.manual_seed(0)
-    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True, False)
+    block = ResidualBlock(8, 8, block_config(num_class_embeds=K, class_conditioning="scale"))
     torch.nn.init.normal_(block.conv2.weight)
     x, temb, cemb = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
     a = block.conv1(block.norm1(x))
@@ -264,28 +332,25 @@ def test_a_scaling_class_multiplies_the_feature_map_and_the_time_is_added():
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_residual_block_is_that_of_diffusers(scale_shift):
     torch.manual_seed(0)
-    block = ResidualBlock(8, 16, 4, 4, "silu", 0.0, False, False, False, scale_shift)
+    norm = "scale_shift" if scale_shift else "default"
+    block = ResidualBlock(8, 16, block_config(resnet_time_scale_shift=norm))
     torch.nn.init.normal_(block.conv2.weight)
     stock = ResnetBlock2D(
-        in_channels=8,
-        out_channels=16,
-        temb_channels=4,
-        groups=4,
-        eps=1e-5,
-        time_embedding_norm="scale_shift" if scale_shift else "default",
+        in_channels=8, out_channels=16, temb_channels=4, groups=4, eps=1e-5, time_embedding_norm=norm
     )
     names = {"time_proj": "time_emb_proj", "shortcut": "conv_shortcut"}
     for name, parameter in block.named_parameters():
         part, kind = name.split(".")
         stock.get_submodule(names.get(part, part)).get_parameter(kind).data.copy_(parameter)
     x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
-    # the network applies its activation to the embedding once for all blocks, stock in each
+    # the network applies the activation to the embedding once for all blocks, diffusers in each block
     torch.testing.assert_close(block(x, F.silu(temb)), stock(x, temb))
 
 
 def test_with_scale_and_shift_a_scaling_class_multiplies_the_times_scale():
     torch.manual_seed(0)
-    block = ResidualBlock(8, 8, 4, 4, "silu", 0.0, False, False, True, True)
+    options = {"class_conditioning": "scale", "resnet_time_scale_shift": "scale_shift"}
+    block = ResidualBlock(8, 8, block_config(num_class_embeds=K, **options))
     torch.nn.init.normal_(block.conv2.weight)
     x, temb, cemb = torch.randn(2, 8, 4, 4), torch.randn(2, 4), torch.randn(2, 4)
     a = block.norm2(block.conv1(block.norm1(x)))
@@ -294,7 +359,7 @@ def test_with_scale_and_shift_a_scaling_class_multiplies_the_times_scale():
     torch.testing.assert_close(block(x, temb, cemb), x + block.conv2(F.silu(c * (1 + s) * a + t)))
 
 
-# ---- its parts, against their equations
+# ---- parts, compared with their equations
 
 
 @settings(max_examples=25, deadline=None)
@@ -344,20 +409,20 @@ def test_attention_has_the_gradient_of_its_equation():
     assert torch.autograd.gradcheck(_CPUAttention.apply, (qkv,))
 
 
-def test_attention_is_the_same_a_few_images_at_a_time(monkeypatch):
+def test_attention_is_the_same_for_a_few_images_at_a_time(monkeypatch):
     qkv = torch.randn(5, 16, 3, 2, 8, requires_grad=True)
     direction = torch.randn(5, 16, 2, 8)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     torch.testing.assert_close(_CPUAttention.apply(qkv), expected)
     (expected,) = torch.autograd.grad(expected, qkv, direction)
-    monkeypatch.setattr(_CPUAttention, "ELEMENTS_AT_ONCE", 2 * 2 * 16 * 16)  # two images, and one left over
+    monkeypatch.setattr(_CPUAttention, "ELEMENTS_AT_ONCE", 2 * 2 * 16 * 16)  # two images at a time, and one left over
     (gradient,) = torch.autograd.grad(_CPUAttention.apply(qkv), qkv, direction)
     torch.testing.assert_close(gradient, expected)
 
 
-def test_linear_attention_is_its_equation_and_ignores_the_order_of_the_places():
-    block = AttentionBlock(8, "linear", 4, 2, False)
+def test_linear_attention_is_its_equation_and_ignores_the_order_of_the_positions():
+    block = AttentionBlock(8, "linear", block_config(norm_num_groups=2))
     qkv = torch.randn(2, 9, 3, 2, 4)
     expected = torch.empty(2, 9, 2, 4)
     for b in range(2):
@@ -413,15 +478,13 @@ def test_patches_are_pixel_unshuffle_and_back():
 
 def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
     torch.manual_seed(0)
-    kwargs = {"norm_num_groups": 2, "act_fn": "silu", "dropout": 0.0, "weight_standardization": False}
-    plain = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=False, class_scale=False, scale_shift=False)
-    rescaled = ResidualBlock(8, 8, 4, **kwargs, skip_rescale=True, class_scale=False, scale_shift=False)
+    plain, rescaled = (ResidualBlock(8, 8, block_config(skip_rescale=rescale)) for rescale in (False, True))
     rescaled.load_state_dict(plain.state_dict())
     x, temb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
     torch.testing.assert_close(rescaled(x, temb) * math.sqrt(2), plain(x, temb))
 
 
-# ---- bad input: each is named before anything is allocated
+# ---- bad input, refused before anything is allocated
 
 
 @pytest.mark.parametrize(
@@ -435,7 +498,8 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
         ({"mid_attention": ("none", "full")}, "mid_attention \\('none', 'full'\\)"),
         ({"norm_num_groups": 3}, "norm_num_groups 3 does not divide the width 8"),
         ({"attention": ("none",)}, "1 entries for 2 levels"),
-        ({"attention": "fulll"}, "Did you mean 'full'"),
+        ({"attention": "fulll"}, "Unknown attention 'fulll'.*Did you mean 'full'"),
+        ({"attention": ("none", "fulll")}, "Unknown attention 'fulll'"),
         ({"mid_attention": "lineer"}, "Did you mean 'linear'"),
         ({"time_embedding": "sinusoid"}, "Did you mean 'sinusoidal'"),
         ({"act_fn": "relu"}, "one of silu, gelu"),
@@ -445,12 +509,16 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
         ({"resnet_time_scale_shift": "scale-shift"}, "Did you mean 'scale_shift'"),
         ({"patch_size": 3}, "one of 1, 2, 4"),
         ({"attention_head_dim": 5}, "attention_head_dim 5 does not divide the width 8"),
+        ({"attention_head_dim": 0}, "attention_head_dim 0"),
+        ({"norm_num_groups": None, "attention": None, "block_out_channels": (0, 8)}, "block_out_channels 0"),
         ({"dropout": 1.5}, "dropout 1.5"),
         ({"num_class_embeds": 0}, "num_class_embeds 0"),
         ({"layers_per_block": 2.5}, "layers_per_block 2.5"),
         ({"block_out_channels": (8, 10**9)}, "block_out_channels 1000000000"),
         ({"block_out_channels": (4096, 4096), "layers_per_block": 32}, "parameters"),
         ({"block_out_channels": (), "attention": ()}, "0 levels"),
+        ({"block_out_channels": (), "attention": None}, "0 levels"),
+        ({"block_out_channels": (8,) * 9, "attention": None, "sample_size": 256}, "9 levels.*1 to 8"),
         ({"num_class_embeds": 10**12}, "num_class_embeds 1000000000000"),
         ({"time_embedding": "learned", "num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000"),
     ],

@@ -1,4 +1,4 @@
-"""The bound, term by term, against what is known of it."""
+"""Both terms of the evidence lower bound, compared with closed forms and exact likelihoods."""
 
 import math
 
@@ -34,7 +34,7 @@ def make(**options) -> TinyVAEModel:
 
 
 def images(vae: TinyVAEModel, batch_size: int = 2, seed: int = 1) -> torch.Tensor:
-    """On the 256 levels."""
+    """Draws images at the 256 levels."""
     config, generator = vae.config, torch.Generator().manual_seed(seed)
     shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
     return torch.randint(256, shape, generator=generator) / 127.5 - 1
@@ -64,7 +64,7 @@ def test_every_option_trains_every_parameter_and_survives_a_save(options, tmp_pa
 
 @pytest.mark.parametrize("log_cdf", LOG_CDFS.values(), ids=LOG_CDFS)
 @pytest.mark.parametrize("num_levels", [2, 16, 256])
-def test_a_discretised_likelihood_sums_to_one(log_cdf, num_levels):
+def test_a_discretized_likelihood_sums_to_one(log_cdf, num_levels):
     levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64).view(-1, 1, 1)
     mean = torch.tensor([-30.0, -1.0, -0.503, 0.0, 0.2, 1.0, 2.5]).view(1, -1, 1)
     log_scale = torch.tensor([-7.0, -4.0, -2.0, 0.0, 2.0])
@@ -75,7 +75,7 @@ def test_a_discretised_likelihood_sums_to_one(log_cdf, num_levels):
 
 
 @pytest.mark.parametrize("log_cdf", LOG_CDFS.values(), ids=LOG_CDFS)
-def test_it_and_its_gradient_are_finite_however_far_the_mean_is(log_cdf):
+def test_a_discretized_likelihood_and_its_gradient_are_finite_far_from_the_mean(log_cdf):
     levels = torch.linspace(-1, 1, 256)
     mean = torch.linspace(-40, 40, 81).view(-1, 1).requires_grad_()
     log_scale = torch.full((1, 1), -7.0, requires_grad=True)
@@ -86,7 +86,7 @@ def test_it_and_its_gradient_are_finite_however_far_the_mean_is(log_cdf):
 
 
 def test_the_bernoulli_likelihood_sums_to_one_on_binary_images_only():
-    """Over all binary images of one pixel, and over all grey ones."""
+    """Sums over all binary images of one pixel, and over all grey ones."""
     logits = torch.tensor([[-1.3, 0.4, 5.0]])
     sums = {}
     for num_levels in (2, 256):
@@ -106,7 +106,7 @@ def test_the_kl_is_the_closed_form():
     torch.testing.assert_close(vae(images(vae)).kl, expected)
 
 
-def test_the_squared_error_and_cross_entropy_are_what_they_are_called():
+def test_the_squared_error_and_the_cross_entropy_are_their_equations():
     sample = images(make())
     vae = make(reconstruction="mse")
     output = vae(sample)
@@ -122,8 +122,9 @@ def test_the_squared_error_and_cross_entropy_are_what_they_are_called():
 
 class Toy:
     """
-    x = W z + b + s e with orthogonal columns of W, whose posterior a VAE with linear halves can hold exactly: precision
-    1 + |w_i|^2 / s^2. Between so many levels, the discretised likelihood is the density times a level's width.
+    Linear model x = W z + b + s e with orthogonal columns of W. A VAE with a linear encoder and decoder represents its
+    posterior exactly, whose precision is 1 + |w_i|^2 / s^2. With so many levels, the discretized likelihood is the
+    density times the width of a level.
     """
 
     LEVELS, SCALE = 4096, 0.05
@@ -141,7 +142,7 @@ class Toy:
         self.log_likelihood = density + 16 * math.log(2 / (self.LEVELS - 1))  # (1000,)
 
     def vae(self, off: float = 0.0) -> TinyVAEModel:
-        """The optimum, or a VAE whose posterior is off it."""
+        """Builds the optimal VAE, or with `off` one whose posterior differs."""
         vae = TinyVAEModel(4, 1, 2, (8,), reconstruction="gaussian", num_levels=self.LEVELS).double()
         precision = 1 + self.W.square().sum(0) / self.SCALE**2
         encode, decode = nn.Linear(16, 4).double(), nn.Linear(2, 16).double()
@@ -210,7 +211,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_keep_the_terms_in_float32(dtype):
+def test_16_bit_weights_keep_the_terms_in_float32(dtype):
     vae = make()
     expected = vae(images(vae), torch.zeros(2, 3)).reconstruction_loss
     output = vae.to(dtype)(images(vae), torch.zeros(2, 3))
@@ -233,7 +234,7 @@ def test_sixteen_bits_keep_the_terms_in_float32(dtype):
     ],
     ids=str,
 )
-def test_what_cannot_be_built_is_said_before_it_is_tried(options, words):
+def test_a_config_that_cannot_be_built_is_refused(options, words):
     with pytest.raises(ValueError) as error:
         TinyVAEModel(**{**TINY, **options})
     for word in words:

@@ -1,6 +1,7 @@
-"""The files of the pipelines, schedulers and networks work where this package is not installed."""
+"""The files of pipelines, schedulers and networks work where this package is not installed."""
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_diffusers.models
+import tiny_diffusers.models as models
 import tiny_diffusers.pipelines
 import tiny_diffusers.schedulers
 from tiny_diffusers import (
@@ -22,19 +23,19 @@ from tiny_diffusers import (
     TinyDDIMScheduler,
     TinyInterpolationPipeline,
     TinyPipeline,
+    TinyPixelCNNModel,
+    TinyPixelCNNPipeline,
     TinyVAEModel,
     TinyVAEPipeline,
     hub,
 )
 
 
-ROOMS = [
-    Path(room.__file__).parent for room in (tiny_diffusers.pipelines, tiny_diffusers.schedulers, tiny_diffusers.models)
-]
+ROOMS = [Path(room.__file__).parent for room in (tiny_diffusers.pipelines, tiny_diffusers.schedulers, models)]
 FILES = [file for room in ROOMS for file in sorted(room.glob("*.py")) if file.name != "__init__.py"]
 ALLOWED = {"diffusers", "numpy", "PIL", "torch"} | sys.stdlib_module_names
 
-# Loads each folder in an environment without this package and writes its samples beside it.
+# Loads each folder in an environment without this package and saves its samples there.
 SAMPLE = """
 import json, sys
 sys.modules["tiny_diffusers"] = None
@@ -49,7 +50,7 @@ for folder, load, call in json.loads(sys.argv[1]):
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
-    """The packages that a file imports, anywhere in it, and its siblings."""
+    """Returns the packages and the siblings that a file imports, at any place in it."""
     packages, siblings = set(), set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -62,12 +63,35 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
     return packages, siblings
 
 
+def definitions(file: Path) -> set[str]:
+    """Returns the names of the functions, classes and constants that a file defines."""
+    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+    assigned = {target.id for node in nodes if isinstance(node, ast.Assign) for target in node.targets}
+    return assigned | {node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+
+def check_network_code(folder: Path, network: type) -> None:
+    """Checks that an exported network has one file, the only one that diffusers downloads, with all that it needs."""
+    source = Path(inspect.getsourcefile(network))
+    (file,) = folder.glob("*.py")
+    assert file.name == source.name and imports(file)[1] == set()
+    siblings = [source.with_name(f"{sibling}.py") for sibling in imports(source)[1]]
+    assert [sibling.name for sibling in siblings] == ["layers_tiny.py"]
+    assert definitions(file) == set.union(*map(definitions, [source, *siblings]))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_file_that_travels_takes_along_nothing_but_its_siblings(file):
+def test_a_file_that_travels_needs_only_its_siblings(file):
     packages, siblings = imports(file)
     assert packages <= ALLOWED
     for sibling in siblings:
         assert imports(file.with_name(f"{sibling}.py"))[1] == set()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parent == ROOMS[-1]], ids=lambda file: file.stem)
+def test_a_network_redefines_no_name_of_its_siblings(file):
+    for sibling in imports(file)[1]:  # an exported checkpoint has both in one file
+        assert not definitions(file) & definitions(file.with_name(f"{sibling}.py"))
 
 
 def test_file_names_are_unique_across_the_rooms():
@@ -83,6 +107,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     generator = TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
     discriminator = TinyDCGANDiscriminator(in_channels=1, **sizes)
     vae = TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
+    pixelcnn = TinyPixelCNNModel(4, 1, 4, hidden_channels=8, num_layers=1).eval()
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()), {"batch_size": 2, **steps}),
         "conditional": (TinyConditionalPipeline(unets["tiny"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
@@ -92,13 +117,17 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
             {"seeds": [0, 1], "class_labels": [0, 2], **steps},
         ),
         "vae": (TinyVAEPipeline(vae), {"batch_size": 2}),
+        "pixelcnn": (TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
         "dcgan": (TinyDCGANPipeline(generator, discriminator, {0: "cat", 1: "dog"}), {"class_labels": ["cat", "dog"]}),
     }
     jobs = []
     for name, (pipe, call) in plans.items():
         hub.export(pipe, tmp_path / name)
+        for key, component in pipe.components.items():
+            if type(component).__name__ in models.__all__:
+                check_network_code(tmp_path / name / key, type(component))
         jobs.append([str(tmp_path / name), {}, call])
-    # a stock checkpoint, under a pipeline of ours that is named as a file
+    # a stock checkpoint, loaded into one of our pipelines by its file
     stock_folder = tmp_path / "community"
     pipe = TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"})
     pipe.save_pretrained(stock_folder)

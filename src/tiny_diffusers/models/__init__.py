@@ -1,4 +1,4 @@
-"""The networks: each a diffusers `ModelMixin` in one self-contained file, so that the file can travel with a checkpoint."""
+"""The networks: one file each, which imports only torch, diffusers and `layers_tiny`, to travel with a checkpoint."""
 
 from .dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from .pixelcnn_tiny import TinyPixelCNNModel

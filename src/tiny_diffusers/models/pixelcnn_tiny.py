@@ -1,18 +1,17 @@
 """
-PixelCNNs of small images: p(x) as a product of one distribution for each sub-pixel, given those before it in raster
-order, channels R, G, B within a pixel.
+PixelCNNs for small images: p(x) is a product of one distribution for each sub-pixel, given those before it in raster
+order, with channels R, G, B within a pixel.
 
-Three variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
-(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517). The file needs torch and diffusers alone, so that it
-can be laid beside a checkpoint's weights.
+There are three variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
+(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517). The file travels with checkpoints, together with
+`layers_tiny.py`.
 
-Channels come last everywhere, so that one code describes a network on a whole image (B, H, W, C), on one row (B, W, C)
-and on one pixel (B, C). Only the convolutions look around, and know how to in each of the three: that is all that
-incremental sampling needs. Each network has a vertical part, which sees the rows above alone and runs once a row, and a
-horizontal part, which runs once a pixel (gated: once a sub-pixel, on that channel's share of the features).
+Channels come last everywhere, so the same code runs on an image (B, H, W, C), a row (B, W, C) and a pixel (B, C). Only
+the convolutions look at neighbours, and they have a method for each of the three cases: incremental sampling needs
+nothing else. Each network has a vertical part, which sees only the rows above and runs once per row, and a horizontal
+part, which runs once per pixel (`gated`: once per sub-pixel, on the features of that channel).
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -27,78 +26,60 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .layers_tiny import check_choice, check_dropout, check_shape, check_sizes, class_weights, refuse_labels
 
-# what an argument that is left at None is, for each variant
+
+# Values of the arguments that are None, for each variant
 DEFAULTS = {
     "baseline": {"hidden_channels": 210, "num_layers": 4, "dropout": 0.0},
     "gated": {"hidden_channels": 192, "num_layers": 15, "dropout": 0.0},
     "plusplus": {"hidden_channels": 160, "num_layers": 5, "dropout": 0.5},
 }
 
-# the sizes that an argument may have, so that a config from elsewhere cannot ask for more memory than any small image needs
-SIZES = {
-    "sample_size": (1, 1024),
-    "in_channels": (1, 16),
-    "num_levels": (2, 65536),
-    "hidden_channels": (1, 4096),
-    "num_layers": (1, 64),
-    "num_mixtures": (1, 1024),
-    "num_frequencies": (0, 16),
-    "dilations": (1, 256),
-    "num_class_embeds": (1, 100_000),
-}
-
-# PixelCNN++ works at so many resolutions, each half as fine as the one before.
+# Resolutions of PixelCNN++, each with half the height and width of the one before
 NUM_RESOLUTIONS = 3
-# Sub-pixels whose logits are held at a time in the loss: what a core's cache takes.
+# Sub-pixels whose logits the loss holds at a time, about what fits in the cache of a CPU core
 _CHUNK = 4096
-# An output of PixelCNN++ that varies less than this over the first images keeps its scale (a gate's: a tenth). Random
-# weights of length 1 on inputs of variance 1 give about 0.7; far less means inputs that hardly vary, as in the corner of an
-# image, where next to nothing is seen. Blown up, they dwarf all else on the next images, or after the next step.
+# Data-dependent initialization keeps the scale of an output of PixelCNN++ (of a gate: a tenth of it) whose standard
+# deviation on the first images is below this. Random weights of length 1 on inputs of variance 1 give about 0.7. Far
+# less means inputs that hardly vary, as in the corner of an image, where almost nothing is seen. Scaled up to a
+# variance of 1, such outputs would dominate on the next images or after the next step.
 _MIN_STD = 0.3
 
 
 def _check_config(config: dict) -> None:
     """Raises a ValueError for a config that cannot be built, before anything is allocated."""
-    variant = config["variant"]
-    if variant not in DEFAULTS:
-        near = difflib.get_close_matches(str(variant), DEFAULTS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"Unknown variant {variant!r}: it must be one of {', '.join(DEFAULTS)}.{hint}")
+    variant, width, channels = config["variant"], config["hidden_channels"], config["in_channels"]
+    check_choice("variant", variant, DEFAULTS)
     if not config["dilations"]:
-        raise ValueError("dilations () are not possible: they must be one or more.")
-    for name, (low, high) in SIZES.items():
-        given = config[name]
-        if given is None and name in ("hidden_channels", "num_layers", "num_class_embeds"):
-            continue
-        for value in given if name == "dilations" else (given,):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
-    dropout = config["dropout"]
-    if dropout is not None and (not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
-        raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
+        raise ValueError("dilations () are not possible: give one or more.")
+    check_sizes(config, in_channels=(1, 16))
+    if config["dropout"] is not None:
+        check_dropout(config["dropout"])
 
-    width, channels = config["hidden_channels"], config["in_channels"]
     if variant != "plusplus" and width is not None and width % channels:
         raise ValueError(
-            f"hidden_channels {width} is not possible: it must be a multiple of in_channels {channels}, as each channel "
-            "has its share of the features."
+            f"hidden_channels {width} is not possible: it must be a multiple of in_channels {channels}, as each "
+            "channel has its own features."
         )
-    if variant != "plusplus" and dropout:
-        raise ValueError(f"dropout {dropout} is not possible with variant {variant!r}: only 'plusplus' has dropout.")
+    if variant != "plusplus" and config["dropout"]:
+        raise ValueError(
+            f"dropout {config['dropout']} is not possible with variant {variant!r}: only 'plusplus' has dropout."
+        )
     if variant != "gated" and config["num_frequencies"]:
         raise ValueError(
-            f"num_frequencies {config['num_frequencies']} is not possible with variant {variant!r}: only 'gated' takes its "
-            "input apart into frequencies."
+            f"num_frequencies {config['num_frequencies']} is not possible with variant {variant!r}: only 'gated' "
+            "takes frequencies as input."
         )
     if variant != "gated" and set(config["dilations"]) != {1}:
         raise ValueError(
-            f"dilations {config['dilations']} are not possible with variant {variant!r}: only the layers of 'gated' have them."
+            f"dilations {config['dilations']} are not possible with variant {variant!r}: only the layers of 'gated' "
+            "have them."
         )
     if variant == "baseline" and config["num_layers"] in (1, 2):
         raise ValueError(
-            f"num_layers {config['num_layers']} is not possible with variant 'baseline': it has two masked convolutions and "
-            "one or more of 1x1, so give 3 or more."
+            f"num_layers {config['num_layers']} is not possible with variant 'baseline': it has two masked "
+            "convolutions and one or more of 1x1, so give 3 or more."
         )
     if variant == "baseline" and config["num_class_embeds"] is not None:
         raise ValueError(
@@ -107,26 +88,26 @@ def _check_config(config: dict) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ looking around
+# ------------------------------------------------------------------------------------------- causal convolutions
 
 
 class RowCache:
     """
-    What incremental sampling knows: where it is, the image so far, and of the input of each convolution the few rows
-    that are still needed.
+    State of incremental sampling: the current sub-pixel, the image so far, and the last input rows of each
+    convolution.
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): The image so far, in [0, 1].
-        network (`nn.Module`): What computes, in its own number format.
+        network (`nn.Module`): The network, whose dtype the cache has.
 
     Attributes:
-        row (`int`), column (`int`, *optional*), group (`int`): The sub-pixel that is computed. `column` is None while a
-            whole row is computed at once.
-        canvas (`torch.Tensor` of shape `(B, H + m, W + 2 m, C E)`): The image, as the network sees it: each value in
-            [-1, 1] as E numbers, in a margin of zeros.
+        row (`int`), column (`int`, *optional*), group (`int`):
+            The current sub-pixel. `column` is None while a whole row is computed at once.
+        canvas (`torch.Tensor` of shape `(B, H + m, W + 2 m, C E)`): The network's input: E features of each value in
+            [-1, 1], within a margin of zeros.
     """
 
-    margin = 4  # what the first convolutions reach at most
+    margin = 4  # upper limit of how far the first convolutions reach
 
     def __init__(self, sample: torch.Tensor, network: nn.Module):
         B, C, H, W = sample.shape
@@ -134,50 +115,50 @@ class RowCache:
         self.row, self.column, self.group = 0, None, 0
         self.width = W
         self.encoding = getattr(network, "encoding", None)
-        self.numbers = 1 if self.encoding is None else self.encoding.numbers  # E
+        self.num_features = 1 if self.encoding is None else self.encoding.num_features  # E
         dtype = network.out.weight.dtype
-        self.canvas = torch.zeros(B, H + m, W + 2 * m, C * self.numbers, dtype=dtype, device=sample.device)
+        self.canvas = torch.zeros(B, H + m, W + 2 * m, C * self.num_features, dtype=dtype, device=sample.device)
         self.buffers: dict[nn.Module, torch.Tensor] = {}
         self.weights: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def write(self, values: torch.Tensor) -> None:
-        """Puts x_cij in [0, 1], (B,), in its place."""
+        """Writes x_cij in [0, 1], (B,), to the current sub-pixel."""
         x = 2 * values[:, None] - 1
-        share = slice(self.group * self.numbers, (self.group + 1) * self.numbers)
-        place = self.canvas[:, self.row + self.margin, self.column + self.margin, share]
-        place.copy_(x if self.encoding is None else self.encoding(x))
+        features = slice(self.group * self.num_features, (self.group + 1) * self.num_features)
+        pixel = self.canvas[:, self.row + self.margin, self.column + self.margin, features]
+        pixel.copy_(x if self.encoding is None else self.encoding(x))
 
-    def pick(self, context: torch.Tensor, resolution: int, groups: int) -> torch.Tensor:
-        """This pixel's and group's share of a row that was computed at once: (B, W, G D) -> (B, D)"""
+    def select(self, context: torch.Tensor, resolution: int, groups: int) -> torch.Tensor:
+        """Selects the features of the current pixel and group from those of a row: (B, W, G D) -> (B, D)"""
         D = context.shape[-1] // groups
         return context[:, self.column >> resolution, self.group * D : (self.group + 1) * D]
 
-    def begins(self, resolution: int) -> bool:
-        """Whether a row, or a pixel, of this coarser resolution begins here."""
+    def starts(self, resolution: int) -> bool:
+        """Returns True if the current row or pixel is the first one of a position of this coarser resolution."""
         step = 1 << resolution
         return self.row % step == 0 and (self.column is None or self.column % step == 0)
 
 
 class CausalConv2d(nn.Module):
     """
-    A convolution over what comes before, on channels-last tensors: an image (B, H, W, C), or with a [`RowCache`] one row
-    (B, W, C) or pixel (B, C) of it.
+    Causal convolution of channels-last tensors: an image (B, H, W, C), or with a [`RowCache`] one row (B, W, C) or
+    pixel (B, C) of it.
 
-    Its window ends with the row of the place itself, or with the row above. With a mask the features are shared out
-    evenly to the groups (the image's channels), and group c sees, in raster order, what comes before its own place
-    (`"A"`, of the image) or up to it (`"B"`, of features). In that order a window's visible part is its beginning: the
-    mask, and the weights of incremental sampling, are nothing but that.
+    Its window ends with the row of the current position, or with the row above. With a mask, the features are divided
+    evenly between the groups (the image's channels), and group c sees, in raster order, what precedes its own values
+    (`"A"`, for images) or also these (`"B"`, for features). In this order the visible part of a window is a prefix,
+    whose length gives both the mask and the weights of incremental sampling.
 
     Args:
-        in_channels (`int`), out_channels (`int`): Features.
+        in_channels (`int`), out_channels (`int`): Input and output features.
         kernel_size (`tuple[int, int]`): Height and width of the window.
-        dilation (`int`): Distance of the window's rows and columns.
-        left (`int`, *optional*): Columns of the window left of the place; all but the last by default.
+        dilation (`int`): Distance between the window's rows and columns.
+        left (`int`, *optional*): Columns of the window left of the current one. Defaults to all but the last.
         above (`bool`): Whether the window ends with the row above.
         mask (`str`, *optional*): `"A"`, `"B"`, or None for the whole window.
-        groups (`int`): Groups G of the output's features (and, with a mask, of the input's).
+        groups (`int`): Groups G of the output features and, with a mask, of the input features.
         stride (`int`): 1, or 2 for the next coarser resolution.
-        resolution (`int`): The input's: 0 is the image's, each next half as fine.
+        resolution (`int`): Resolution of the input: 0 for the image's; each next one has half the height and width.
         weight_norm (`bool`): Whether the weight is g v / |v| (arXiv 1602.07868).
     """
 
@@ -204,7 +185,7 @@ class CausalConv2d(nn.Module):
         self.is_pointwise = kernel_size == (1, 1) and groups == 1
 
         window = kh * kw * in_channels
-        self.visible = [window] * groups  # sub-pixels or features at the window's beginning that group c sees
+        self.visible = [window] * groups  # length of the window's prefix that group c sees
         if mask is not None:
             before = ((kh - 1) * kw + self.left) * in_channels
             own = in_channels // groups
@@ -220,13 +201,13 @@ class CausalConv2d(nn.Module):
         if min(self.visible) < window:
             rows = torch.tensor([[1.0] * n + [0.0] * (window - n) for n in self.visible])
             rows = rows.repeat_interleave(out_channels // groups, dim=0)
-            # flat: four dimensions could be laid out channels-last, over which torch's data parallelism stumbles
+            # flat, as torch's data parallelism fails on a buffer of four dimensions that is channels-last
             visible = rows.view(out_channels, kh, kw, in_channels).permute(0, 3, 1, 2).reshape(out_channels, -1)
         self.register_buffer("mask", visible, persistent=False)
 
     @property
     def kernel(self) -> torch.Tensor:
-        """The weight as it is applied, (out, in, kh, kw)."""
+        """`torch.Tensor`: Weight with its mask and weight norm applied, (out, in, kh, kw)."""
         weight = self.weight if self.mask is None else self.weight * self.mask.view_as(self.weight)
         if self.gain is None:
             return weight
@@ -234,14 +215,14 @@ class CausalConv2d(nn.Module):
         return weight * (self.gain / norm)[:, None, None, None]
 
     def forward(self, x: torch.Tensor | None, cache: RowCache | None = None) -> torch.Tensor | None:
-        """(…, in_channels) -> (…, out_channels); None where the next coarser resolution has no place here."""
+        """(…, in_channels) -> (…, out_channels), or None where no position of the next coarser resolution starts"""
         if cache is None:
-            return self._image(x)
+            return self._forward_image(x)
         if self.is_pointwise:
-            return F.linear(x, *self._prepared(cache)[0])
-        return self._row(x, cache) if cache.column is None else self._pixel(x, cache)
+            return F.linear(x, *self._cached_weights(cache)[0])
+        return self._forward_row(x, cache) if cache.column is None else self._forward_pixel(x, cache)
 
-    def _image(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_image(self, x: torch.Tensor) -> torch.Tensor:
         kernel = self.kernel
         if self.kernel_size == (1, 1):
             return F.linear(x, kernel.flatten(1), self.bias)
@@ -251,51 +232,51 @@ class CausalConv2d(nn.Module):
         x = F.pad(x.permute(0, 3, 1, 2), padding)  # (B, H, W, C) -> (B, C, H', W'), channels-last in memory
         return F.conv2d(x, kernel, self.bias, self.stride, dilation=d).permute(0, 2, 3, 1)
 
-    def _row(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
+    def _forward_row(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
         (kh, kw), d = self.kernel_size, self.dilation
         if self.reads_canvas:
             bottom = cache.row + cache.margin + (not self.above)
             start = cache.margin - self.left
             window = cache.canvas[:, bottom - kh : bottom, start : start + cache.width + kw - 1]
         else:
-            window = self._buffer(x, cache)
+            window = self._cached_rows(x, cache)
             window[:, :-1] = window[:, 1:].clone()
             window[:, -1, d * self.left : d * self.left + x.shape[1]] = x
             window = window[:, ::d]
-        if self.stride == 2 and not cache.begins(self.resolution + 1):
+        if self.stride == 2 and not cache.starts(self.resolution + 1):
             return None
-        weight, bias = self._prepared(cache, as_image=True)[0]
+        weight, bias = self._cached_weights(cache, as_image=True)[0]
         y = F.conv2d(window.permute(0, 3, 1, 2), weight, bias, self.stride, dilation=(1, d))  # (B, out, 1, W)
         return y[:, :, 0].transpose(1, 2)
 
-    def _pixel(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
+    def _forward_pixel(self, x: torch.Tensor | None, cache: RowCache) -> torch.Tensor | None:
         (kh, kw), d = self.kernel_size, self.dilation
         column, group = cache.column >> self.resolution, cache.group
         if self.reads_canvas:
             bottom, start = cache.row + cache.margin + 1, column + cache.margin - self.left
             window = cache.canvas[:, bottom - kh : bottom, start : start + kw]
         else:
-            rows = self._buffer(x, cache)
+            rows = self._cached_rows(x, cache)
             if kh > 1 and column == group == 0:
                 rows[:, :-1] = rows[:, 1:].clone()
             D = x.shape[-1]
             rows[:, -1, d * self.left + column, group * D : (group + 1) * D] = x
             window = rows[:, ::d, column : column + d * (kw - 1) + 1 : d]
-        if self.stride == 2 and not cache.begins(self.resolution + 1):
+        if self.stride == 2 and not cache.starts(self.resolution + 1):
             return None
-        weight, bias = self._prepared(cache)[group]
+        weight, bias = self._cached_weights(cache)[group]
         return F.linear(window.flatten(1)[:, : self.visible[group]], weight, bias)
 
-    def _buffer(self, x: torch.Tensor, cache: RowCache) -> torch.Tensor:
-        """The last rows of the input, (B, d (kh - 1) + 1, W + d (kw - 1), in_channels)."""
+    def _cached_rows(self, x: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        """Returns the last rows of the input, (B, d (kh - 1) + 1, W + d (kw - 1), in_channels)."""
         if self not in cache.buffers:
             kh, kw = (self.dilation * (n - 1) + 1 for n in self.kernel_size)
             width = -(-cache.width >> self.resolution)  # rounded up
             cache.buffers[self] = x.new_zeros(len(x), kh, width + kw - 1, self.weight.shape[1])
         return cache.buffers[self]
 
-    def _prepared(self, cache: RowCache, as_image: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Weight and bias, as they are multiplied with: whole, or each group's visible part (out / G, visible)."""
+    def _cached_weights(self, cache: RowCache, as_image: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns weight and bias of the convolution, or those of each group's visible prefix, (out / G, visible)."""
         if self not in cache.weights:
             kernel = self.kernel
             if as_image:
@@ -308,7 +289,7 @@ class CausalConv2d(nn.Module):
 
 
 class Upsample(nn.Module):
-    """To the next finer resolution: each place becomes 2x2, a transposed convolution of that size and stride."""
+    """Transposed 2x2 convolution of stride 2 to the next finer resolution, which turns each position into 2x2."""
 
     def __init__(self, channels: int, resolution: int):
         super().__init__()
@@ -316,7 +297,7 @@ class Upsample(nn.Module):
         self.resolution = resolution  # the output's
 
     def forward(self, x: torch.Tensor | None, size: tuple[int, int], cache: RowCache | None = None) -> torch.Tensor:
-        """(B, H, W, D) -> (B, *size, D). With a cache x is None where it has no new place; the last one is kept then."""
+        """(B, H, W, D) -> (B, *size, D). With a cache, x is None where the last position still applies."""
         if x is not None:
             y = self.conv(x, cache).unflatten(-1, (2, 2, -1))  # (…, 2, 2, D)
         if cache is None:
@@ -341,21 +322,21 @@ class Upsample(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of channels-last tensors, or of one group's share of the features of a pixel."""
+    """Batch norm of channels-last tensors, or of one group's features of a pixel."""
 
     def forward(self, x: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
         if cache is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         D = x.shape[-1]
-        share = slice(cache.group * D, (cache.group + 1) * D)
-        statistics = self.running_mean[share], self.running_var[share]
-        return F.batch_norm(x, *statistics, self.weight[share], self.bias[share], eps=self.eps)
+        group = slice(cache.group * D, (cache.group + 1) * D)
+        statistics = self.running_mean[group], self.running_var[group]
+        return F.batch_norm(x, *statistics, self.weight[group], self.bias[group], eps=self.eps)
 
 
 class BaselinePixelCNN(nn.Module):
     """
-    Four convolutions, the first two of them over 4x7 windows (the causal half of 7x7), each followed by batch norm and
-    ReLU, with a residual around the second: a student report's network. It predicts intensities.
+    Network of a student report that predicts intensities: four convolutions, the first two with 4x7 windows (the
+    causal half of 7x7), each followed by batch norm and ReLU, and a residual connection around the second.
     """
 
     def __init__(self, config: dict):
@@ -371,7 +352,7 @@ class BaselinePixelCNN(nn.Module):
         self.norms = nn.ModuleList([BatchNorm(width) for _ in pointwise])
 
     def vertical(self, x: torch.Tensor | None, labels: None = None, cache: RowCache | None = None) -> None:
-        """Nothing: its windows are small enough to be looked at anew for each pixel."""
+        """Does nothing: the windows are small enough to be evaluated again for each pixel."""
 
     def horizontal(
         self, x: torch.Tensor | None, contexts: None, labels: None = None, cache: RowCache | None = None
@@ -388,8 +369,8 @@ class BaselinePixelCNN(nn.Module):
 
 class Gate(torch.autograd.Function):
     """
-    tanh(f) . sigmoid(g) of whole images on CPUs, by way of dense float32 tensors: on halves of one tensor, and in bfloat16,
-    torch's own functions take several times as long.
+    Computes tanh(f) . sigmoid(g) for whole images on CPUs. It copies to dense tensors in float32 or wider first:
+    torch's own functions take several times as long on halves of one tensor and in bfloat16.
     """
 
     @staticmethod
@@ -412,14 +393,15 @@ class Gate(torch.autograd.Function):
 
 class GatedLayer(nn.Module):
     """
-    A layer of the gated PixelCNN, fig. 2: y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4, in a vertical
-    stack, which sees the rows above whole, and a horizontal one, which sees what is left of the place and the vertical
-    stack, and has a residual. The features of group c lie together, its two halves of the gate side by side.
+    Layer of the gated PixelCNN (fig. 2): y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4.
+
+    The vertical stack sees all of the rows above. The horizontal stack sees the vertical stack and what is left of the
+    current position, and has a residual connection. Each group's features are adjacent, as are the halves of its gate.
     """
 
     def __init__(self, channels: int, groups: int, dilation: int, num_labels: int):
         super().__init__()
-        self.groups, self.share = groups, channels // groups
+        self.group_channels = channels // groups
         self.conv_v = CausalConv2d(channels, 2 * channels, (2, 3), dilation, left=1)
         self.conv_h = CausalConv2d(channels, 2 * channels, (1, 2), dilation, mask="B", groups=groups)
         self.v_to_h = CausalConv2d(channels, 2 * channels)
@@ -429,12 +411,12 @@ class GatedLayer(nn.Module):
     def vertical(
         self, v: torch.Tensor, labels: torch.Tensor | None, cache: RowCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The vertical stack's features, and what they and the class give to the horizontal gate."""
+        """Returns the features of the vertical stack, and what they and the class add to the horizontal gate."""
         y = self.conv_v(v, cache)
         if self.classes is None:
             v = self.gate(y)
             return v, self.v_to_h(v, cache)
-        bias_v, bias_h = _spread(self.classes(labels), y).chunk(2, dim=-1)
+        bias_v, bias_h = _broadcast(self.classes(labels), y).chunk(2, dim=-1)
         v = self.gate(y + bias_v)
         return v, self.v_to_h(v, cache) + bias_h
 
@@ -443,38 +425,39 @@ class GatedLayer(nn.Module):
         return h + self.conv_out(y, cache)
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
-        """(…, g * 2 * share) -> (…, g * share), for all g = G groups or for one"""
-        f, g = y.unflatten(-1, (-1, 2, self.share)).unbind(-2)
-        dense = y.ndim == 4 and y.device.type == "cpu"  # for one row or pixel it is not worth the calls
-        return (Gate.apply(f, g) if dense else torch.tanh(f) * torch.sigmoid(g)).flatten(-2)
+        """Applies the gate to all groups or to one: (…, g * 2 * group_channels) -> (…, g * group_channels)"""
+        f, g = y.unflatten(-1, (-1, 2, self.group_channels)).unbind(-2)
+        if y.ndim == 4 and y.device.type == "cpu":  # its copies do not pay for one row or pixel
+            return Gate.apply(f, g).flatten(-2)
+        return (torch.tanh(f) * torch.sigmoid(g)).flatten(-2)
 
 
 class Frequencies(nn.Module):
     """
-    Takes values apart, so that neighbouring levels look different: x in [-1, 1] -> x, and the sine and cosine of waves of
-    2, 4, ... 2^n levels (the Fourier features of arXiv 2107.00630). A network's first weights hardly tell level 253 from
-    254, and what comes after a stroke of the one is not what comes after the other.
+    Fourier features (arXiv 2107.00630), which make neighbouring levels look different: x in [-1, 1] becomes x and the
+    sines and cosines of waves of 2, 4, ... 2^n levels. Without them a network's first weights can hardly tell level
+    253 from 254, though different values follow these two in an image.
 
     Args:
-        num_frequencies (`int`): The number of waves n.
+        num_frequencies (`int`): Number n of waves.
         num_levels (`int`): Levels L of x.
     """
 
     def __init__(self, num_frequencies: int, num_levels: int):
         super().__init__()
-        self.numbers = 1 + 2 * num_frequencies
-        self.waves = [math.pi / 2**k for k in range(num_frequencies)]  # in radians a level
+        self.num_features = 1 + 2 * num_frequencies
+        self.waves = [math.pi / 2**k for k in range(num_frequencies)]  # in radians per level
         self.top = num_levels - 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, C) -> (…, C * numbers), each value's numbers together"""
+        """(…, C) -> (…, C * num_features), with the features of each value adjacent"""
         level = (x + 1) * (self.top / 2)
-        numbers = [x, *(wave(level * w) for w in self.waves for wave in (torch.sin, torch.cos))]
-        return torch.stack(numbers, dim=-1).flatten(-2)
+        features = [x, *(wave(level * w) for w in self.waves for wave in (torch.sin, torch.cos))]
+        return torch.stack(features, dim=-1).flatten(-2)
 
 
 class GatedPixelCNN(nn.Module):
-    """The gated PixelCNN (arXiv 1606.05328), with a softmax over the levels of each sub-pixel."""
+    """Gated PixelCNN (arXiv 1606.05328) with a softmax over the levels of each sub-pixel."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -482,9 +465,9 @@ class GatedPixelCNN(nn.Module):
         num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
         self.groups = C
         self.encoding = Frequencies(config["num_frequencies"], L) if config["num_frequencies"] else None
-        numbers = 1 if self.encoding is None else self.encoding.numbers
-        self.in_v = CausalConv2d(C * numbers, width, (3, 7), left=3, above=True)
-        self.in_h = CausalConv2d(C * numbers, width, (1, 4), mask="A", groups=C)
+        inputs = C if self.encoding is None else C * self.encoding.num_features
+        self.in_v = CausalConv2d(inputs, width, (3, 7), left=3, above=True)
+        self.in_h = CausalConv2d(inputs, width, (1, 4), mask="A", groups=C)
         dilations = itertools.islice(itertools.cycle(config["dilations"]), config["num_layers"])
         self.layers = nn.ModuleList([GatedLayer(width, C, dilation, num_labels) for dilation in dilations])
         self.head = CausalConv2d(width, width, mask="B", groups=C)
@@ -509,7 +492,7 @@ class GatedPixelCNN(nn.Module):
     ) -> torch.Tensor:
         h = self.in_h(x, cache)
         for layer, context in zip(self.layers, contexts, strict=True):
-            h = layer.horizontal(h, context if cache is None else cache.pick(context, 0, self.groups), cache)
+            h = layer.horizontal(h, context if cache is None else cache.select(context, 0, self.groups), cache)
         return F.relu(self.head(F.relu(h), cache))
 
     def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
@@ -517,20 +500,20 @@ class GatedPixelCNN(nn.Module):
 
 
 def _concat_elu(x: torch.Tensor) -> torch.Tensor:
-    """(…, D) -> (…, 2 D), the concatenated ELU of PixelCNN++."""
+    """Applies the concatenated ELU of PixelCNN++: (…, D) -> (…, 2 D)"""
     return F.elu(torch.cat([x, -x], dim=-1))
 
 
 class GatedResnet(nn.Module):
     """
-    A block of PixelCNN++: two convolutions with concatenated ELUs, dropout between them, a gate and a residual.
+    Block of PixelCNN++: two convolutions with concatenated ELUs, dropout between them, a gate and a residual.
 
     Args:
         channels (`int`): Features D.
-        window (`dict`): The convolutions' `kernel_size` and `left`.
-        resolution (`int`): Where it works.
-        has_skip (`bool`): Whether a shortcut comes in.
-        dropout (`float`): Before the second convolution.
+        window (`dict`): `kernel_size` and `left` of the convolutions.
+        resolution (`int`): Resolution of the block.
+        has_skip (`bool`): Whether the block takes a skip connection.
+        dropout (`float`): Dropout before the second convolution.
         num_labels (`int`): Rows of the class table, 0 for none.
     """
 
@@ -559,14 +542,14 @@ class GatedResnet(nn.Module):
             y = y + context
         y = self.conv_out(self.dropout(_concat_elu(y)), cache)
         if self.classes is not None:
-            y = y + _spread(self.classes(labels), y)
+            y = y + _broadcast(self.classes(labels), y)
         return x + F.glu(y, dim=-1)
 
 
 class Stream(nn.Module):
     """
-    One of the two streams of PixelCNN++: blocks at each resolution on the way to the coarsest, as many and one more on
-    the way back, with shortcuts between them.
+    One of the two streams of PixelCNN++: encoder blocks at each resolution, as many decoder blocks and one more, and
+    skip connections between them.
     """
 
     def __init__(self, config: dict, first: CausalConv2d, window: dict):
@@ -593,8 +576,8 @@ class Stream(nn.Module):
 
 class PixelCNNPlusPlus(nn.Module):
     """
-    PixelCNN++ (arXiv 1701.05517): a stream that sees the rows above, and one that sees what is left of the place, too;
-    every block of the second takes what its counterpart in the first has made.
+    PixelCNN++ (arXiv 1701.05517). Its vertical stream sees the rows above, and its horizontal stream also what is left
+    of the current position: each block of the horizontal stream takes the output of its counterpart.
     """
 
     groups = 1  # a pixel's channels are coupled in the mixture, not in the network
@@ -606,7 +589,7 @@ class PixelCNNPlusPlus(nn.Module):
         first_h = CausalConv2d(C, width, (2, 3), left=1, mask="A", weight_norm=True)
         self.vertical_stream = Stream(config, first_v, {"kernel_size": (2, 3), "left": 1})
         self.horizontal_stream = Stream(config, first_h, {"kernel_size": (2, 2)})
-        # one for each block of the horizontal stream, by the block's name there
+        # one for each block of the horizontal stream, under the block's name there
         self.v_to_h = nn.ModuleDict(
             {
                 name.replace(".", "_"): CausalConv2d(2 * width, width, weight_norm=True)
@@ -634,7 +617,7 @@ class PixelCNNPlusPlus(nn.Module):
         return F.elu(self._stream(stream, stream.first(x, cache), 0, contexts, labels, cache))
 
     def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
-        # means rounded to bfloat16 by autocast would cost narrow logistics hundredths of a bit
+        # autocast would round the means to bfloat16, which costs narrow logistics hundredths of a bit
         with torch.autocast(features.device.type, enabled=False):
             return self.out(features.to(self.out.weight.dtype), cache)
 
@@ -647,12 +630,15 @@ class PixelCNNPlusPlus(nn.Module):
         labels: torch.Tensor | None,
         cache: RowCache | None,
     ) -> torch.Tensor:
-        """From this resolution to the coarsest and back. The vertical stream writes the contexts, the other reads them."""
+        """
+        Runs a stream from this resolution to the coarsest and back. The vertical stream writes `contexts`, the
+        horizontal stream reads them.
+        """
 
         def run(blocks: str, index: int, h: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
             name, context = f"{blocks}_{resolution}_{index}", None
             if stream is self.horizontal_stream:
-                context = contexts[name] if cache is None else cache.pick(contexts[name], resolution, 1)
+                context = contexts[name] if cache is None else cache.select(contexts[name], resolution, 1)
             h = getattr(stream, blocks)[resolution][index](h, skip, context, labels, cache)
             if stream is self.vertical_stream:
                 contexts[name] = self.v_to_h[name](_concat_elu(h), cache)
@@ -674,8 +660,8 @@ class PixelCNNPlusPlus(nn.Module):
         return h
 
 
-def _spread(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B, D) -> (B, 1, ..., D), to be added to every place."""
+def _broadcast(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshapes a bias to be added at every position: (B, D) -> (B, 1, ..., D)"""
     return bias.view(len(bias), *[1] * (like.ndim - 2), -1)
 
 
@@ -684,8 +670,8 @@ def _spread(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    -log softmax(x W^T + b)[target] in nats, without ever holding all logits, which for 256 levels are most of the memory:
-    they are computed a chunk at a time, and once more for the gradient.
+    Computes -log softmax(x W^T + b)[target] in nats without holding all logits, which for 256 levels would take most
+    of the memory. The logits are computed a chunk at a time, and again for the gradient.
     """
 
     @staticmethod
@@ -714,7 +700,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, N, _CHUNK // C):
             rows = slice(start, start + _CHUNK // C)
             logits = F.linear(x[rows], weight, bias).unflatten(-1, (C, -1))
-            grad_logits = logits.softmax(-1, dtype=wide)  # where it is nearly 1, bfloat16 could not say how nearly
+            grad_logits = logits.softmax(-1, dtype=wide)  # bfloat16 could not tell probabilities near 1 apart
             grad_logits.scatter_add_(-1, target[rows, :, None], -torch.ones_like(grad_logits[..., :1]))
             grad_logits = grad_logits.mul_(grad[rows, :, None]).flatten(1)  # (n, C, L) -> (n, C L)
             grad_bias += grad_logits.sum(0)
@@ -726,12 +712,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def _split_mixture(raw: torch.Tensor, x: torch.Tensor, num_mixtures: int) -> tuple[torch.Tensor, ...]:
     """
-    The mixture's parameters with the linear coupling of the channels, PixelCNN++ eq. 3: the mean of each channel is moved
-    by those before it.
+    Returns the parameters of the mixture after the linear coupling of the channels (PixelCNN++ eq. 3), in which the
+    channels before a channel shift its mean.
 
     Args:
-        raw (`torch.Tensor` of shape `(…, P)`): The network's output.
-        x (`torch.Tensor` of shape `(…, C)`): The channels of the pixel itself, in [-1, 1].
+        raw (`torch.Tensor` of shape `(…, P)`): Output of the network.
+        x (`torch.Tensor` of shape `(…, C)`): Channels of the pixel itself, in [-1, 1].
 
     Returns:
         `tuple` of log-weights (…, K), means (…, C, K) and log-scales (…, C, K).
@@ -740,22 +726,23 @@ def _split_mixture(raw: torch.Tensor, x: torch.Tensor, num_mixtures: int) -> tup
     raw = raw.float()
     log_weights = raw[..., :K].log_softmax(-1)
     means, log_scales, coefficients = [], [], raw[..., K:]
-    for c in range(C):  # each channel's 2 + c parameters lie together
+    for c in range(C):  # the 2 + c parameters of a channel are adjacent
         own, coefficients = coefficients.split([(2 + c) * K, coefficients.shape[-1] - (2 + c) * K], dim=-1)
         mean, log_scale, *couplings = own.split(K, dim=-1)
         for d, coupling in enumerate(couplings):
             mean = mean + torch.tanh(coupling) * x[..., d, None]
         means.append(mean)
-        log_scales.append(log_scale.clamp(-7.0, 7.0))  # above, every bin has nothing, and its logarithm no gradient
+        log_scales.append(log_scale.clamp(-7.0, 7.0))  # beyond, every bin is empty and its logarithm has no gradient
     return log_weights, torch.stack(means, -2), torch.stack(log_scales, -2)
 
 
 def _logistic_log_prob(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, num_levels: int) -> torch.Tensor:
     """
-    log of the logistic's mass in the bin around x (…, 1) in [-1, 1], PixelCNN++ eq. 2, the first and the last bin being
-    open: log(s(b) - s(a)) = log s(b) + log s(-a) + log(1 - exp(a - b)), which is exact wherever the bin lies.
+    Computes the log-probability of the bin around x (…, 1) in [-1, 1] under a logistic (PixelCNN++ eq. 2). The first
+    and the last bin extend to infinity. With s the sigmoid and (a, b) the bin, log(s(b) - s(a)) = log s(b) + log s(-a)
+    + log(1 - exp(a - b)), which is exact wherever the bin lies.
     """
-    half = 1 / (num_levels - 1)  # of a bin's width
+    half = 1 / (num_levels - 1)  # half the width of a bin
     inverse_scale = torch.exp(-log_scale)
     upper = F.logsigmoid((x - mean + half) * inverse_scale)
     lower = F.logsigmoid(-(x - mean - half) * inverse_scale)
@@ -770,11 +757,12 @@ class TinyPixelCNNOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor`, *optional*):
-            At (b, c, ..., i, j) the parameters of p(x_cij | the sub-pixels before it). `gated`: `(B, C, L, H, W)`, the
-            logits of the L levels. `plusplus`: `(B, C, 3, K, H, W)`, the log-weights, means and log-scales of K logistics
-            on [-1, 1], after the coupling of the channels. `baseline`: `(B, C, H, W)`, the predicted intensity itself.
+            Parameters of p(x_cij | the sub-pixels before it) at (b, c, ..., i, j). `gated`: logits of the L levels,
+            `(B, C, L, H, W)`. `plusplus`: log-weights, means and log-scales of K logistics on [-1, 1] after the
+            coupling of the channels, `(B, C, 3, K, H, W)`. `baseline`: the predicted intensities, `(B, C, H, W)`.
         loss (`torch.Tensor` of shape `(B,)`, *optional*):
-            Each image's negative log-likelihood in bits a dimension; for `baseline`, its mean absolute error in [0, 1].
+            Negative log-likelihood of each image in bits per dimension; for `baseline` its mean absolute error in [0,
+            1].
     """
 
     sample: torch.Tensor | None = None
@@ -783,7 +771,7 @@ class TinyPixelCNNOutput(BaseOutput):
 
 class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     r"""
-    An autoregressive model of small images, in one of three variants. The defaults are the gated CIFAR-10 network.
+    Autoregressive model of small images in one of three variants. The defaults are the gated CIFAR-10 network.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
@@ -794,28 +782,28 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             Levels L of a sub-pixel, evenly spaced on [0, 1]: level l is l / (L - 1).
         variant (`str`, *optional*, defaults to `"gated"`):
             `"gated"`: the gated PixelCNN (arXiv 1606.05328), a softmax over the levels. `"plusplus"`: PixelCNN++
-            (arXiv 1701.05517), a mixture of discretised logistics. `"baseline"`: four convolutions that predict
-            intensities, trained by L1; it has no likelihood and always predicts the same.
+            (arXiv 1701.05517), a mixture of discretized logistics. `"baseline"`: four convolutions that predict
+            intensities, trained with an L1 loss; it has no likelihood and always predicts the same image.
         hidden_channels (`int`, *optional*):
-            Features of a layer (of each stack). 192 for `gated`, 160 for `plusplus`, 210 for `baseline` when not given.
-            A multiple of `in_channels` but for `plusplus` (the defaults are brought to one).
+            Features of a layer (of each stack). Defaults to 192 for `gated`, 160 for `plusplus` and 210 for
+            `baseline`. A multiple of `in_channels` except for `plusplus` (the defaults are rounded down to one).
         num_layers (`int`, *optional*):
-            `gated`: layers, 15 when not given; each lets the network see its dilation's rows and columns further than the
-            first convolution's 3. `plusplus`: blocks of each of its three resolutions, 5 when not given. `baseline`:
-            convolutions, 4 when not given, two of them masked and the others 1x1.
+            `gated`: layers, 15 by default. The first convolution sees 3 rows and columns, and each layer as many more
+            as its dilation. `plusplus`: blocks of each of the three resolutions, 5 by default. `baseline`:
+            convolutions, 4 by default, of which two are masked and the others are 1x1.
         num_mixtures (`int`, *optional*, defaults to 10): Logistics K in the mixture of `plusplus`.
         num_frequencies (`int`, *optional*, defaults to 0):
-            Waves that the input of `gated` is taken apart into, of 2, 4, ... levels: 8 tell all of 256 levels apart.
+            Fourier features of the input of `gated`: waves of 2, 4, ... levels. 8 tell all of 256 levels apart.
         dilations (`tuple[int]`, *optional*, defaults to `(1,)`):
-            Of the convolutions in the layers of `gated`, one after the other, and again from the first
-            (arXiv 1511.07122): with `(1, 2, 4, 8)` a few layers see far.
-        dropout (`float`, *optional*): Dropout of `plusplus`, 0.5 when not given.
+            Dilations of the layers of `gated`, repeated from the first where there are more layers (arXiv 1511.07122).
+            With `(1, 2, 4, 8)` a few layers see far.
+        dropout (`float`, *optional*): Dropout of `plusplus`. Defaults to 0.5.
         num_class_embeds (`int`, *optional*):
-            Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not for
-            `baseline`.
+            Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not
+            possible for `baseline`.
 
     Raises:
-        ValueError: If an option is unknown or a size is not possible; nothing has been allocated then.
+        ValueError: If an option is unknown or a size is not possible, before anything is allocated.
 
     Example:
 
@@ -850,14 +838,14 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         dilations: Sequence[int] = (1,),
     ):
         super().__init__()
-        # JSON has lists where Python has tuples: the config is the same after a save and a load
+        # a tuple, as JSON turns it into a list: the config is the same after saving and loading
         self.register_to_config(dilations=tuple(dilations))
         given = dict(self.config)
         _check_config(given)
         config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
-        if hidden_channels is None and variant != "plusplus":  # a share for each channel
+        if hidden_channels is None and variant != "plusplus":  # as many features for each channel
             config["hidden_channels"] -= config["hidden_channels"] % in_channels
-        # for `compile_repeated_blocks`: the gated one's layers are not called as a whole
+        # for `compile_repeated_blocks`; the layers of `gated` are not called as modules
         self._repeated_blocks = ["GatedResnet"] if variant == "plusplus" else []
         networks = {"baseline": BaselinePixelCNN, "gated": GatedPixelCNN, "plusplus": PixelCNNPlusPlus}
         self.network = networks[variant](config)
@@ -873,22 +861,21 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1].
             class_labels (`torch.Tensor`, *optional*):
-                Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)` that
-                mix the rows. None stands for no class, row `num_class_embeds`.
+                Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
+                that mix the rows. None stands for no class, row `num_class_embeds`.
             return_loss (`bool`, *optional*, defaults to `False`):
-                Whether to return each image's loss in place of the parameters of its distribution, which takes less
-                memory.
+                Whether to return the loss of each image instead of the distributions, which takes less memory.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
 
         Returns:
             [`TinyPixelCNNOutput`] or `tuple`.
 
         Raises:
-            ValueError: If the shape does not fit the network, a label is out of range, or labels are given to a network
-                without classes.
+            ValueError: If a shape does not fit the network, if a label is out of range (on a CPU), or if labels are
+                given to a network without classes.
         """
         self._check_shape(sample)
-        labels = self._mixing_weights(class_labels, len(sample))
+        labels = self._class_weights(class_labels, len(sample))
         network = self.network
         x = self._input(sample)
         features = network.horizontal(x, network.vertical(x, labels), labels)
@@ -902,33 +889,33 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
     def nll(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The exact negative log-likelihood of images, in bits a dimension: -log2 p(x) / (C H W).
+        Computes the exact negative log-likelihood of images in bits per dimension, -log2 p(x) / (C H W).
 
         Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1], of the network's levels l / (L - 1).
-            class_labels (`torch.Tensor`, *optional*): As for `forward`; None for p(x | no class).
+            images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], at the network's levels l / (L - 1).
+            class_labels (`torch.Tensor`, *optional*): As in `forward`; None for p(x | no class).
 
         Returns:
             `torch.Tensor` of shape `(B,)`, float32.
 
         Raises:
-            ValueError: If images lie outside [0, 1], between the levels, or have another shape; for `baseline`; for
-                `plusplus` in training mode, whose dropout makes it no likelihood.
+            ValueError: If images have another shape, leave [0, 1] or lie between the levels; for `baseline`; for
+                `plusplus` in training mode, as its dropout changes the likelihood.
         """
         if self.config.variant == "baseline":
             raise ValueError(
-                "The baseline has no likelihood: it predicts intensities, not their distribution. Use the variant 'gated' "
-                "or 'plusplus'."
+                "The baseline has no likelihood: it predicts intensities, not their distribution. Use the variant "
+                "'gated' or 'plusplus'."
             )
         self._check_mode()
         return self(self.to_levels(images), class_labels, return_loss=True).loss
 
     def quantize(self, images: torch.Tensor) -> torch.Tensor:
         """
-        8-bit images as the network's levels: the 256 values fall into L bins of one width.
+        Quantizes 8-bit images to the network's levels: the 256 values fall into L bins of the same width.
 
         Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1]; value v of 255 is v / 255.
+            images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], with value v of 255 as v / 255.
 
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`: Levels l / (L - 1).
@@ -939,23 +926,23 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         L = self.config.num_levels
         if L > 256:
             raise ValueError(
-                f"The network has {L} levels: images of 8 bits have 256, and would leave the others empty."
+                f"The network has {L} levels, but 8-bit images have only 256: they would leave the others unused."
             )
         return ((images * 255).round() * (L / 256)).floor() / (L - 1)
 
     def to_levels(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Images of the network's levels, freed from rounding.
+        Rounds images to the network's levels, exactly.
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`):
-                In [0, 1], each value one of the levels l / (L - 1) or what 8 bits or its number format keep of it.
+                Images in [0, 1]. Each value is a level l / (L - 1), or that level rounded to 8 bits or to the dtype.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, H, W)`: Exactly levels.
+            `torch.Tensor` of shape `(B, C, H, W)`: Levels, in float32 or wider.
 
         Raises:
-            ValueError: If images lie outside [0, 1], between the levels, or have another shape.
+            ValueError: If images have another shape, leave [0, 1] or lie between the levels.
         """
         self._check_shape(images)
         size = self.config.sample_size
@@ -974,39 +961,41 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         off = torch.minimum((images - levels).abs(), (images - (levels * 255).round() / 255).abs())
         if (off > 0.05 / max(top, 255) + rounding).any():
             raise ValueError(
-                f"images hold values between the network's {top + 1} levels, the multiples of 1 / {top}: bring images of 8 "
-                "bits to them with `quantize`."
+                f"images hold values between the network's {top + 1} levels, the multiples of 1 / {top}: convert "
+                "8-bit images with `quantize`."
             )
         return levels
 
-    # ---------------------------------------------------------------------------------- one sub-pixel at a time
+    # --------------------------------------------------------------------------------------- incremental sampling
 
-    @apply_forward_hook  # it does not pass through `forward`, which offloading waits for
+    @apply_forward_hook  # loads an offloaded network, as this method does not call `forward`
     @torch.no_grad()
     def conditionals(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, use_cache: bool = True
     ) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
         """
-        Walks through the sub-pixels in their order and yields ((c, i, j), the parameters of p(x_cij | those before it)).
-        The caller writes x_cij to `sample[:, c, i, j]` before going on. Each step computes only what is new.
+        Visits the sub-pixels in order and yields ((c, i, j), the parameters of p(x_cij | those before it)).
+
+        The caller writes x_cij to `sample[:, c, i, j]` before the next step. Each step computes only what is new.
 
         Args:
-            sample (`torch.Tensor` of shape `(B, C, H, W)`): The images, in [0, 1], filled in by the caller on the way.
-            class_labels (`torch.Tensor`, *optional*): As for `forward`.
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], which the caller fills in.
+            class_labels (`torch.Tensor`, *optional*): As in `forward`.
             use_cache (`bool`, *optional*, defaults to `True`):
-                False evaluates the whole network anew, once a sub-pixel (`plusplus`: once a pixel).
+                Whether to keep intermediate results. Without a cache the whole network runs again for each sub-pixel
+                (`plusplus`: each pixel).
 
         Yields:
-            `tuple` of a place and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
+            `tuple` of a sub-pixel and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
 
         Raises:
-            ValueError: As for `forward`; in training mode, where dropout and batch norm are others.
+            ValueError: As in `forward`; in training mode, where dropout and batch norm differ.
         """
         self._check_mode()
         self._check_shape(sample)
         network = self.network
         _, C, H, W = sample.shape
-        labels = self._mixing_weights(class_labels, len(sample))
+        labels = self._class_weights(class_labels, len(sample))
         cache = RowCache(sample, network) if use_cache else None
         for i in range(H):
             if use_cache:
@@ -1016,7 +1005,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                 for c in range(C):
                     if use_cache:
                         cache.column, cache.group = j, c % network.groups
-                    if c < network.groups:  # else the pixel's output is there already
+                    if c < network.groups:  # otherwise the output of this pixel is known
                         if use_cache:
                             raw = network.output(network.horizontal(None, contexts, labels, cache), cache)
                         else:
@@ -1030,16 +1019,16 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
     def draw(self, parameters: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """
-        Draws x_cij from its distribution, by inverting the cumulative one.
+        Draws x_cij by inverting its cumulative distribution function.
 
         Args:
-            parameters (`torch.Tensor`): From `conditionals`.
+            parameters (`torch.Tensor`): Parameters from `conditionals`.
             uniform (`torch.Tensor` of shape `(B, 2)`): Uniform numbers in [0, 1).
             temperature (`float`, *optional*, defaults to 1.0):
-                Divides the logits (of the levels, or of the logistics) and multiplies the logistics' scales.
+                Divides the logits (of the levels or of the logistics) and multiplies the scales of the logistics.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: Levels, in [0, 1].
+            `torch.Tensor` of shape `(B,)`: Levels in [0, 1].
         """
         top = self.config.num_levels - 1
         variant = self.config.variant
@@ -1051,20 +1040,22 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         k = _categorical(log_weights, uniform[:, 0], temperature)[:, None]
         x = means.gather(1, k)[:, 0]
         x = x + temperature * log_scales.gather(1, k)[:, 0].exp() * torch.logit(uniform[:, 1], eps=1e-7)
-        return ((x + 1) / 2 * top).round().clamp(0, top) / top  # rounding is the bins' open ends and all
+        return ((x + 1) / 2 * top).round().clamp(0, top) / top  # clamped, as the outer bins extend to infinity
 
     # ------------------------------------------------------------------------------------------------ parameters
 
     @torch.no_grad()
     def initialize(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> None:
         """
-        Data-dependent initialisation of the weight norms of `plusplus` (arXiv 1602.07868, section 3): every convolution's
-        output on `images` gets mean 0 and variance 1, the gates' a standard deviation of 0.1; what hardly varies there says
-        nothing of the scale. For the others it does nothing.
+        Initializes the weight norms of `plusplus` from data (arXiv 1602.07868, section 3) and does nothing for the
+        others.
+
+        The output of every convolution on `images` gets mean 0 and variance 1, or for gates a standard deviation of
+        0.1. Outputs that hardly vary keep their scale, as they say nothing about it.
 
         Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): A typical batch, in [0, 1].
-            class_labels (`torch.Tensor`, *optional*): As for `forward`.
+            images (`torch.Tensor` of shape `(B, C, H, W)`): A typical batch in [0, 1].
+            class_labels (`torch.Tensor`, *optional*): As in `forward`.
         """
 
         def normalize(conv: CausalConv2d, args: tuple, y: torch.Tensor) -> torch.Tensor:
@@ -1086,7 +1077,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                 handle.remove()
 
     def _input(self, sample: torch.Tensor) -> torch.Tensor:
-        """What the network sees of images (B, C, H, W) in [0, 1]: (B, H, W, C E)"""
+        """Converts images in [0, 1] to the network's input: (B, C, H, W) -> (B, H, W, C E)"""
         x = (2 * sample.to(torch.promote_types(sample.dtype, torch.float32)) - 1).permute(0, 2, 3, 1).contiguous()
         encoding = getattr(self.network, "encoding", None)
         x = x if encoding is None else encoding(x)
@@ -1094,14 +1085,14 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
 
     def _distributions(self, raw: torch.Tensor, x: torch.Tensor, only: int | None = None) -> torch.Tensor:
         """
-        What the network's output says of each channel's distribution, given the pixel's channels x (…, C) in [-1, 1]:
-        (…, P) -> (…, C, …), or of channel `only`.
+        Returns the parameters of each channel's distribution, or only of channel `only`, from the network's output and
+        the pixel's channels x (…, C) in [-1, 1]: (…, P) -> (…, C, …)
         """
         if self.config.variant == "baseline":
             return raw if only is None else raw[..., 0]
         if self.config.variant == "gated":
             return raw.unflatten(-1, (x.shape[-1], -1)) if only is None else raw
-        # Given the channels before, the logistics have other weights: those, times how likely each made them.
+        # Bayes' rule: each logistic's weight is multiplied by the likelihood of the channels before under it.
         log_weights, means, log_scales = _split_mixture(raw, x, self.config.num_mixtures)
         channels = []
         for c in range(x.shape[-1]):
@@ -1112,7 +1103,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         return torch.stack(channels, dim=-3) if only is None else channels[only]
 
     def _loss(self, features: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Bits a dimension, or the baseline's L1, of each image: (B,)"""
+        """Computes the bits per dimension, or the L1 loss of the baseline, of each image: (B,)"""
         network, top = self.network, self.config.num_levels - 1
         target = sample.permute(0, 2, 3, 1).float()  # (B, H, W, C)
         if self.config.variant == "baseline":
@@ -1130,53 +1121,28 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             nll = -(log_weights + log_prob.sum(-2)).logsumexp(-1)
         return nll.view(len(sample), -1).sum(1) / (math.log(2) * target[0].numel())
 
-    def _mixing_weights(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
-        """Labels (B,), mixing weights (B, K + 1), or None for no class -> weights of the rows (B, K + 1)"""
-        K = self.config.num_class_embeds
-        if K is None:
-            if class_labels is not None:
-                raise ValueError(
-                    "class_labels were given to a network without classes: leave them out, or build it with "
-                    "num_class_embeds."
-                )
+    def _class_weights(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """Returns the weights of the class rows, (B, K + 1), or None for a network without classes."""
+        if self.config.num_class_embeds is None:
+            refuse_labels(class_labels)
             return None
-        weight = self.network.out.weight
-        if class_labels is None:
-            class_labels = torch.full((batch_size,), K, device=weight.device)
-        mixes = class_labels.is_floating_point()
-        if class_labels.shape != ((batch_size, K + 1) if mixes else (batch_size,)):
-            raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)} and {class_labels.dtype}: for {batch_size} images "
-                f"of {K} classes it must be integers of shape ({batch_size},), or floats of shape ({batch_size}, {K + 1})"
-                " that mix the classes, the last being no class."
-            )
-        if not mixes:
-            if class_labels.device.type == "cpu" and not ((class_labels >= 0) & (class_labels <= K)).all():
-                raise ValueError(
-                    f"class labels {sorted(set(class_labels.tolist()))} are not all known to this network: they must be "
-                    f"from 0 to {K}, {K} being no class."
-                )
-            class_labels = F.one_hot(class_labels.long(), K + 1)
-        return class_labels.to(weight.device, weight.dtype)
+        table = self.network.out.weight
+        return class_weights(class_labels, batch_size, self.config.num_class_embeds, table).to(table.device)
 
     def _check_mode(self) -> None:
         variant, dropout = self.config.variant, self.config.dropout
         if self.training and (variant == "baseline" or (variant == "plusplus" and dropout != 0)):
             raise ValueError(
-                f"The network is in training mode, in which {variant!r} computes something else: call its `eval()` first."
+                f"The network is in training mode, in which {variant!r} gives different results: call `eval()` first."
             )
 
     def _check_shape(self, sample: torch.Tensor) -> None:
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample has shape {tuple(sample.shape)}: this network takes (batch, {self.config.in_channels}, height, "
-                "width)."
-            )
+        check_shape("sample", sample, self.config.in_channels, "height", "width")
 
 
 def _categorical(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The level at which the cumulative distribution of (B, L) exceeds `uniform` (B,): int64 (B,)"""
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest stays finite at any
+    """Draws the level at which the cumulative distribution of (B, L) exceeds `uniform` (B,): int64 (B,)"""
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the largest is 0 at any temperature
     cumulative = logits.softmax(-1).cumsum(-1)
     passed = cumulative <= uniform[:, None] * cumulative[:, -1:]
     return passed.sum(-1).clamp(max=logits.shape[-1] - 1)

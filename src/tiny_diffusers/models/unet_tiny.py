@@ -1,16 +1,14 @@
 """
-A U-Net for small images (8x8 to 64x64) that is fast on a CPU as well as on a GPU.
+A U-Net for small images (8x8 to 64x64) that is fast on CPUs as well as on GPUs.
 
-The layout is that of Ho et al. 2020 (arXiv 2006.11239), as in diffusers' `UNet2DModel`: residual blocks that know the
-time, attention where it is asked for, and skips from the way down to the way up. The file needs torch and diffusers
-alone, so that it can be laid beside a checkpoint's weights.
+It follows Ho et al. 2020 (arXiv 2006.11239) and diffusers' `UNet2DModel`: residual blocks with a time embedding,
+optional attention, and skip connections. The file travels with checkpoints, together with `layers_tiny.py`.
 
-What makes it fast on a CPU: convolutions run channels-last; a group of the norm holds a multiple of 16 channels, the
-width of the vector path of torch's kernel; heads of attention have 64 features, and their gradient is computed by
-batched matrix products, two to five times faster than torch's own; what may be added in place is.
+Four choices make it fast on a CPU. Convolutions run channels-last. Each group of a group norm has a multiple of 16
+channels, the width of the vector path of torch's kernel. Attention heads have 64 features, and batched matrix products
+compute their gradient two to five times faster than torch does. Additions are in place where autograd allows it.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +21,20 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .layers_tiny import (
+    ACTIVATIONS,
+    ClassEmbedding,
+    check_choice,
+    check_dropout,
+    check_levels,
+    check_parameters,
+    check_range,
+    check_shape,
+    check_sizes,
+    embed_classes,
+)
 
-ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
 
-# the names that an option of the constructor may have
 CHOICES = {
     "attention": ("none", "linear", "full"),
     "mid_attention": ("none", "linear", "full"),
@@ -38,23 +46,6 @@ CHOICES = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "patch_size": (1, 2, 4),
 }
-
-# the sizes that it may have, so that a config from elsewhere cannot ask for more memory than any small image needs
-SIZES = {
-    "sample_size": (1, 1024),
-    "in_channels": (1, 1024),
-    "out_channels": (1, 1024),
-    "block_out_channels": (1, 4096),
-    "layers_per_block": (1, 32),
-    "norm_num_groups": (1, 4096),
-    "attention_head_dim": (1, 4096),
-    "time_embedding_dim": (1, 16384),
-    "num_class_embeds": (1, 100_000),
-    "num_train_timesteps": (1, 100_000),
-}
-MAX_LEVELS = 8
-MAX_PARAMETERS = 4e9
-
 
 _WEIGHT_STANDARDIZED = {
     "block_out_channels": (128, 256, 512, 768),
@@ -83,8 +74,8 @@ _PLAIN = {
     "mid_attention": "none",
 }
 
-# Networks of the kinds and, where they are known, the sizes (within 2 %) that student reports trained. The widths are
-# fitted to the size. `TinyUNet2DModel(**PRESETS["self-attention-3-levels"])` builds one.
+# Networks like those that student reports trained. Where a report states the number of parameters, the widths are
+# chosen to match it within 2 %. `TinyUNet2DModel(**PRESETS["self-attention-3-levels"])` builds one.
 PRESETS = {
     "weight-standardized-32": {**_WEIGHT_STANDARDIZED, "sample_size": 32},  # 171.39 M
     "weight-standardized-64": {**_WEIGHT_STANDARDIZED, "sample_size": 64},  # 171.39 M
@@ -97,77 +88,69 @@ PRESETS = {
 }
 
 
-def _check_config(config: dict) -> None:
-    """Raises a ValueError for a config that cannot be built, before anything is allocated."""
-    widths, attention = config["block_out_channels"], config["attention"]
-    levels = len(widths)
-    if not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"block_out_channels has {levels} levels: it must have 1 to {MAX_LEVELS}.")
-    if not isinstance(attention, str) and len(attention) != levels:
+def _resolve_config(config: dict) -> tuple[dict, Sequence[str]]:
+    """Checks a config before anything is allocated. Returns resolved entries and each level's kind of attention."""
+    widths, attention = tuple(config["block_out_channels"]), config["attention"]
+    if attention is None:
+        attention = ["full" if level == 1 else "none" for level in range(len(widths))]
+    attention = attention if isinstance(attention, str) else tuple(attention)  # tuples, as JSON turns them into lists
+    kinds = (attention,) * len(widths) if isinstance(attention, str) else attention
+    resolved = {"block_out_channels": widths, "attention": attention}
+    _check_options({**config, **resolved}, kinds)
+
+    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
+    if groups is None:
+        groups = next(n for n in (4, 3, 2, 1) if not any(width % n for width in widths))
+    for width in widths:
+        if width % groups:
+            raise ValueError(
+                f"norm_num_groups {groups} does not divide the width {width} of block_out_channels {widths}: it must "
+                f"divide each, as {math.gcd(*widths)} does."
+            )
+
+    levels = zip((*widths, widths[-1]), (*kinds, config["mid_attention"]), strict=True)
+    attended = [width for width, kind in levels if kind != "none"]
+    if head_dim is None:
+        head_dim = next(n for n in range(64, 0, -1) if not any(width % min(width, n) for width in attended))
+    for width in attended:
+        if width % min(width, head_dim):
+            raise ValueError(
+                f"attention_head_dim {head_dim} does not divide the width {width} of a level with attention: it must "
+                f"divide it or be larger, as {math.gcd(width, head_dim)} does."
+            )
+    return {**resolved, "norm_num_groups": groups, "attention_head_dim": head_dim}, kinds
+
+
+def _check_options(config: dict, kinds: Sequence[str]) -> None:
+    """Raises a ValueError for an unknown name, a size outside its limits, or levels that do not fit the images."""
+    widths, patch_size = config["block_out_channels"], config["patch_size"]
+    if len(kinds) != len(widths):
         raise ValueError(
-            f"attention has {len(attention)} entries for {levels} levels: give one for each of block_out_channels, "
+            f"attention has {len(kinds)} entries for {len(widths)} levels: give one for each of block_out_channels, "
             "or a single string for all."
         )
-
     for name, allowed in CHOICES.items():
-        given = config[name]
-        for value in given if name == "attention" and isinstance(given, tuple) else (given,):
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                raise ValueError(f"Unknown {name} {value!r}: it must be one of {', '.join(map(str, allowed))}.{hint}")
-
-    for name, (low, high) in SIZES.items():
-        given = config[name]
-        if given is None and name in ("time_embedding_dim", "num_class_embeds"):
-            continue
-        for value in given if name == "block_out_channels" else (given,):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
-    if not isinstance(config["dropout"], (int, float)) or not 0 <= config["dropout"] < 1:
-        raise ValueError(f"dropout {config['dropout']!r} is not possible: it must be a number in [0, 1).")
-
-    # 3x3 convolutions are nearly all: two to a block on the way down, and two, the first twice as wide, on the way up
+        for value in kinds if name == "attention" else (config[name],):
+            check_choice(name, value, allowed)
+    check_sizes(config)
+    check_dropout(config["dropout"])
+    advice = "or fewer levels in block_out_channels"
+    if patch_size > 1:
+        advice = f"a smaller patch_size than {patch_size}, {advice}"
+    check_levels(config, patch_size * 2 ** (len(widths) - 1), advice)
+    # nearly all are in 3x3 convolutions: two in each block, the first of which is twice as wide in the decoder
     parameters = sum(9 * width**2 * (5 * config["layers_per_block"] + 3) for width in widths)
-    if parameters > MAX_PARAMETERS:
-        raise ValueError(
-            f"block_out_channels {widths} with layers_per_block {config['layers_per_block']} makes about "
-            f"{parameters:.0e} parameters: at most {MAX_PARAMETERS:.0e} are allowed. Make it narrower."
-        )
-
-    multiple = config["patch_size"] * 2 ** (levels - 1)
-    if config["sample_size"] % multiple:
-        raise ValueError(
-            f"sample_size {config['sample_size']} is not possible with {levels} levels and patch_size "
-            f"{config['patch_size']}: it must be a multiple of {multiple}. Take another size, a smaller patch_size, or "
-            "fewer levels in block_out_channels."
-        )
-    for width in widths:
-        if width % config["norm_num_groups"]:
-            raise ValueError(
-                f"norm_num_groups {config['norm_num_groups']} does not divide the width {width} of "
-                f"block_out_channels {widths}: it must divide each, as {math.gcd(*widths)} does."
-            )
-    kinds = (attention,) * levels if isinstance(attention, str) else attention
-    for width, kind in [*zip(widths, kinds, strict=True), (widths[-1], config["mid_attention"])]:
-        if kind != "none" and width % min(width, config["attention_head_dim"]):
-            raise ValueError(
-                f"attention_head_dim {config['attention_head_dim']} does not divide the width {width} of a level with "
-                f"attention: it must divide it or be larger, as {math.gcd(width, config['attention_head_dim'])} does."
-            )
+    check_parameters(parameters, config, ("block_out_channels", "layers_per_block"), "Make it narrower.")
 
 
 class GroupNormAct(nn.GroupNorm):
     """
-    Group normalisation (arXiv 1803.08494), and an activation after it. Statistics are in float32 at least.
+    Group normalization (arXiv 1803.08494) followed by an activation. Statistics are computed in float32 or wider.
 
     Args:
-        num_groups (`int`): Number of groups, which divides `num_channels`.
-        num_channels (`int`): Channels `C` of the feature map.
+        num_groups, num_channels (`int`): Number of groups, and of channels `C`, a multiple of it.
         act_fn (`str`, *optional*): `"silu"`, `"gelu"`, or None for no activation.
     """
-
-    compiles = True  # as part of a block that is compiled
 
     def __init__(self, num_groups: int, num_channels: int, act_fn: str | None = None):
         super().__init__(num_groups, num_channels)
@@ -175,23 +158,18 @@ class GroupNormAct(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)"""
-        return self._normalize(x) if self.compiles else self._normalize_uncompiled(x)
-
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        # in 16 bits and channels-last, torch's CPU kernel works a channel at a time, two to five times slower than in
-        # float32, unless each group fills whole vectors
+        # torch's channels-last CPU kernel for 16-bit dtypes works on one channel at a time, two to five times slower
+        # than in float32, unless each group fills whole vectors
         if x.device.type == "cpu" and x.element_size() == 2 and self.num_channels // self.num_groups % 16:
             h = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
             return self.act(h).to(x.dtype)
         return self.act(super().forward(x))
 
-    _normalize_uncompiled = torch.compiler.disable(_normalize)
-
 
 class StandardizedConv2d(nn.Conv2d):
     """
-    Convolution whose weights have mean 0 and variance 1 / fan_in for each output channel (arXiv 1903.10520), times a
-    learned gain (arXiv 2101.08692), so that it may also begin as zero.
+    Convolution with weight standardization: the weights of each output channel have mean 0 and variance 1 / fan_in
+    (arXiv 1903.10520), times a learned gain (arXiv 2101.08692), which allows the convolution to start at zero.
     """
 
     def __init__(self, *args, **kwargs):
@@ -208,45 +186,36 @@ class StandardizedConv2d(nn.Conv2d):
 
 class ResidualBlock(nn.Module):
     """
-    `x + conv2(act(norm2(c * conv1(act(norm1(x))) + t)))`, with `t` from the time and, where the class scales, `c` from
-    the class (else 1). With scale and shift it is `x + conv2(act(c * (1 + s) * norm2(conv1(act(norm1(x)))) + t))`, with
-    `s` and `t` from the time. It begins as the identity, or as the 1x1 convolution in its place where the width changes.
+    Residual block with a time embedding and, where the class conditioning is `"scale"`, a class embedding.
+
+    It computes `x + conv2(act(norm2(c * conv1(act(norm1(x))) + t)))`, with `t` from the time and `c` from the class (1
+    without it). With scale and shift it computes `x + conv2(act(c * (1 + s) * norm2(conv1(act(norm1(x)))) + t))`, with
+    `s` and `t` from the time. It starts as the identity, or as a 1x1 convolution where the width changes.
 
     Args:
-        in_channels, out_channels (`int`): Widths before and after.
-        time_embedding_dim (`int`): Size `D` of the embeddings.
-        norm_num_groups, act_fn, dropout, weight_standardization, skip_rescale: As in [`TinyUNet2DModel`].
-        class_scale (`bool`): Whether the class scales the feature map.
-        scale_shift (`bool`): Whether the time scales and shifts the normalised feature map.
+        in_channels, out_channels (`int`): Input and output channels.
+        config (`dict`): Config of the [`TinyUNet2DModel`], with a number `D` for `time_embedding_dim`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        time_embedding_dim: int,
-        norm_num_groups: int,
-        act_fn: str,
-        dropout: float,
-        weight_standardization: bool,
-        skip_rescale: bool,
-        class_scale: bool,
-        scale_shift: bool,
-    ):
+    def __init__(self, in_channels: int, out_channels: int, config: dict):
         super().__init__()
-        conv = StandardizedConv2d if weight_standardization else nn.Conv2d
-        self.norm1 = GroupNormAct(norm_num_groups, in_channels, act_fn)
+        D, groups, act_fn = config["time_embedding_dim"], config["norm_num_groups"], config["act_fn"]
+        scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
+        class_scale = config["num_class_embeds"] is not None and config["class_conditioning"] == "scale"
+        conv = StandardizedConv2d if config["weight_standardization"] else nn.Conv2d
+
+        self.norm1 = GroupNormAct(groups, in_channels, act_fn)
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_embedding_dim, out_channels * (2 if scale_shift else 1))
-        self.class_proj = nn.Linear(time_embedding_dim, out_channels) if class_scale else None
-        self.norm2 = GroupNormAct(norm_num_groups, out_channels, None if scale_shift else act_fn)
+        self.time_proj = nn.Linear(D, out_channels * (2 if scale_shift else 1))
+        self.class_proj = nn.Linear(D, out_channels) if class_scale else None
+        self.norm2 = GroupNormAct(groups, out_channels, None if scale_shift else act_fn)
         self.act = ACTIVATIONS[act_fn]() if scale_shift else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config["dropout"])
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.skip_rescale = skip_rescale
+        self.skip_rescale = config["skip_rescale"]
 
-        nn.init.zeros_(self.conv2.gain if weight_standardization else self.conv2.weight)
+        nn.init.zeros_(self.conv2.gain if conv is StandardizedConv2d else self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
         if class_scale:
             nn.init.ones_(self.class_proj.bias)
@@ -254,14 +223,14 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, temb: torch.Tensor, cemb: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C_in, H, W), (B, D), (B, D) -> (B, C_out, H, W)"""
         h = self.conv1(self.norm1(x))
-        t = self.time_proj(temb)[:, :, None, None]  # (B, C_out, 1, 1), or twice as many channels
+        t = self.time_proj(temb)[:, :, None, None]  # (B, C_out, 1, 1), or (B, 2 C_out, 1, 1) for scale and shift
         c = None if self.class_proj is None else self.class_proj(cemb)[:, :, None, None]
         if self.act is not None:
             s, t = t.chunk(2, dim=1)
             s = 1 + s if c is None else c * (1 + s)
             h = self.act(torch.addcmul(t, s, self.norm2(h)))
         else:
-            # in place: a convolution's gradient does not need its output
+            # in place, as a convolution's gradient does not need its output
             h = self.norm2(h.add_(t) if c is None else torch.addcmul(t, c, h))
         h = self.conv2(self.dropout(h)).add_(self.shortcut(x))
         return h.mul_(math.sqrt(0.5)) if self.skip_rescale else h
@@ -269,13 +238,11 @@ class ResidualBlock(nn.Module):
 
 class _CPUAttention(torch.autograd.Function):
     """
-    `softmax(q k^T / sqrt(d)) v`, whose gradient on a CPU takes a fifth to a half of the time that
-    `scaled_dot_product_attention`'s does.
-
-    The gradient computes the probabilities again, a few images at a time so that they stay in the cache.
+    Computes `softmax(q k^T / sqrt(d)) v` on a CPU. Its gradient takes a fifth to a half of the time of
+    `scaled_dot_product_attention`'s: it recomputes the probabilities, a few images at a time to fit the cache.
     """
 
-    ELEMENTS_AT_ONCE = 2**20  # of the probabilities
+    ELEMENTS_AT_ONCE = 2**20  # elements of the probabilities that are held at a time
 
     @staticmethod
     def forward(ctx, qkv: torch.Tensor) -> torch.Tensor:
@@ -308,42 +275,35 @@ class _CPUAttention(torch.autograd.Function):
 
 class AttentionBlock(nn.Module):
     """
-    Self-attention over the places of the feature map, with a skip around it. It begins as the identity.
+    Self-attention over the positions of the feature map, with a residual connection. It starts as the identity.
 
     Args:
         channels (`int`): Width `C`.
-        kind (`str`): `"full"` (arXiv 1706.03762) or `"linear"` (arXiv 1812.01243: softmax of q over the features and
-            of k over the places, so that the cost grows with the number of places and not with its square).
-        head_dim (`int`): Features `d` of a head, which divides `channels`.
-        norm_num_groups, skip_rescale: As in [`TinyUNet2DModel`].
+        kind (`str`):
+            `"full"` (arXiv 1706.03762), or `"linear"` (arXiv 1812.01243), which takes the softmax of q over the
+            features and of k over the positions, so its cost is linear in the number of positions, not quadratic.
+        config (`dict`): Config of the [`TinyUNet2DModel`].
     """
 
-    compiles = True  # as a block of its own
-
-    def __init__(self, channels: int, kind: str, head_dim: int, norm_num_groups: int, skip_rescale: bool):
+    def __init__(self, channels: int, kind: str, config: dict):
         super().__init__()
         self.kind = kind
-        self.head_dim = head_dim
-        self.norm = GroupNormAct(norm_num_groups, channels)
+        self.head_dim = min(channels, config["attention_head_dim"])  # d
+        self.norm = GroupNormAct(config["norm_num_groups"], channels)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
-        self.skip_rescale = skip_rescale
+        self.skip_rescale = config["skip_rescale"]
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)"""
-        return self._attention(x) if self.compiles else self._attention_uncompiled(x)
-
-    def _attention(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view where x is channels-last
         qkv = self.to_qkv(h).view(B, H * W, 3, -1, self.head_dim)
         h = self.attend(qkv).reshape(B, H * W, C)
         h = x + self.to_out(h).view(B, H, W, C).permute(0, 3, 1, 2)
         return h.mul_(math.sqrt(0.5)) if self.skip_rescale else h
-
-    _attention_uncompiled = torch.compiler.disable(_attention)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """(B, L, 3, heads, d) -> (B, L, heads, d)"""
@@ -358,12 +318,12 @@ class AttentionBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """A [`ResidualBlock`], and where there is attention an [`AttentionBlock`] after it."""
+    """[`ResidualBlock`] and, unless `kind` is `"none"`, an [`AttentionBlock`] after it."""
 
-    def __init__(self, residual: ResidualBlock, attention: AttentionBlock | None):
+    def __init__(self, in_channels: int, out_channels: int, kind: str, config: dict):
         super().__init__()
-        self.residual = residual
-        self.attention = attention
+        self.residual = ResidualBlock(in_channels, out_channels, config)
+        self.attention = None if kind == "none" else AttentionBlock(out_channels, kind, config)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor, cemb: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C_in, H, W), (B, D), (B, D) -> (B, C_out, H, W)"""
@@ -372,7 +332,7 @@ class Layer(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution, and after them the way to the next one, or None at the last."""
+    """Layers of one resolution, and the module that resamples to the next resolution (None after the last)."""
 
     def __init__(self, layers: list[Layer], resample: nn.Module | None):
         super().__init__()
@@ -381,12 +341,12 @@ class Level(nn.Module):
 
 
 def _downsample(channels: int, kind: str) -> nn.Module:
-    """Halves height and width: a 3x3 convolution of stride 2, or the largest of each 2x2 places."""
+    """Halves height and width with a 3x3 convolution of stride 2 or a 2x2 max pool."""
     return nn.Conv2d(channels, channels, 3, stride=2, padding=1) if kind == "conv" else nn.MaxPool2d(2)
 
 
 def _upsample(channels: int, kind: str) -> nn.Module:
-    """Doubles height and width: by repetition and a 3x3 convolution, interpolation, or a transposed convolution."""
+    """Doubles height and width: nearest neighbour and a 3x3 convolution, bilinear, or a transposed convolution."""
     if kind == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1))
     if kind == "bilinear":
@@ -396,15 +356,16 @@ def _upsample(channels: int, kind: str) -> nn.Module:
 
 class TimeEmbedding(nn.Module):
     """
-    Features of the timestep, through linear, activation, linear.
+    Embedding of the timestep: features, linear, activation, linear.
 
     Args:
-        kind (`str`): `"sinusoidal"` (arXiv 1706.03762), `"fourier"` (Gaussian Fourier features of t / T, arXiv
-            2006.10739), or `"learned"` (a vector for each timestep, which is rounded).
-        num_features (`int`): Features of the timestep, even.
+        kind (`str`):
+            `"sinusoidal"` (arXiv 1706.03762), `"fourier"` (Gaussian Fourier features of t / T, arXiv 2006.10739), or
+            `"learned"` (a vector for each timestep, which is rounded to an integer).
+        num_features (`int`): Number of features, even.
         embedding_dim (`int`): Size `D` of the embedding.
         act_fn (`str`): `"silu"` or `"gelu"`.
-        num_train_timesteps (`int`): `T`.
+        num_train_timesteps (`int`): Number `T` of timesteps.
     """
 
     FOURIER_SCALE = 16.0  # standard deviation of the frequencies, as in arXiv 2011.13456
@@ -423,75 +384,24 @@ class TimeEmbedding(nn.Module):
         """(B,) -> (B, D)"""
         if self.table is not None:
             index = timesteps.round().long()
-            _check_range("timestep", index, self.num_train_timesteps)
+            check_range("timestep", index, self.num_train_timesteps)
             features = self.table(index)
         else:
             features = self.features(timesteps.float()).to(self.linear1.weight.dtype)
         return self.linear2(self.act(self.linear1(features)))
 
     def features(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines, in float32 whatever the weights are in: (B,) -> (B, num_features)"""
+        """Computes cosines and sines in float32, whatever the dtype of the weights: (B,) -> (B, num_features)"""
         half = self.num_features // 2
         i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         if self.kind == "sinusoidal":
             frequencies = torch.exp(-math.log(10000) / half * i)
         else:
-            # the quantiles of |N(0, scale^2)| in place of draws from it: nothing to store, or to lose in a cast
+            # quantiles of |N(0, scale^2)| instead of random draws, which would have to be stored and could be rounded
             quantiles = math.sqrt(2) * torch.erfinv((i + 0.5) / half)
             frequencies = 2 * math.pi * self.FOURIER_SCALE * quantiles / self.num_train_timesteps
         angles = timesteps[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class ClassEmbedding(nn.Module):
-    """
-    Embedding of K classes and, in row K, of no class.
-
-    Args:
-        num_class_embeds (`int`): `K`.
-        embedding_dim (`int`): Size `D` of the embedding.
-        conditioning (`str`): `"add"` (a table of K + 1 rows) or `"scale"` (one-hot through linear, activation,
-            linear).
-        act_fn (`str`): `"silu"` or `"gelu"`.
-    """
-
-    def __init__(self, num_class_embeds: int, embedding_dim: int, conditioning: str, act_fn: str):
-        super().__init__()
-        self.num_class_embeds = num_class_embeds
-        self.table = nn.Linear(num_class_embeds + 1, embedding_dim, bias=conditioning == "scale")
-        self.mlp = nn.Identity()
-        if conditioning == "scale":
-            self.mlp = nn.Sequential(ACTIVATIONS[act_fn](), nn.Linear(embedding_dim, embedding_dim))
-        else:
-            nn.init.normal_(self.table.weight)
-
-    def forward(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
-        """Labels (B,), mixing weights (B, K + 1), or None for no class -> (B, D)"""
-        weight = self.table.weight
-        K = self.num_class_embeds
-        if class_labels is None:
-            class_labels = torch.full((batch_size,), K, device=weight.device)
-        mixes = class_labels.is_floating_point()
-        if class_labels.shape != ((batch_size, K + 1) if mixes else (batch_size,)):
-            raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)} and {class_labels.dtype}: for {batch_size} "
-                f"images of {K} classes it must be integers of shape ({batch_size},), or floats of shape "
-                f"({batch_size}, {K + 1}) that mix the classes, the last being no class."
-            )
-        if not mixes:
-            _check_range("class label", class_labels, K + 1)
-            class_labels = F.one_hot(class_labels.long(), K + 1)
-        return self.mlp(self.table(class_labels.to(weight.dtype)))
-
-
-def _check_range(name: str, index: torch.Tensor, size: int) -> None:
-    """Raises a ValueError if `index` leaves [0, size): on a CPU alone, as elsewhere the answer must be waited for."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
-        return
-    low, high = index.aminmax()
-    if low < 0 or high >= size:
-        wrong = int(low if low < 0 else high)
-        raise ValueError(f"{name} {wrong} is not known to this network: it must be from 0 to {size - 1}.")
 
 
 @dataclass
@@ -501,7 +411,7 @@ class TinyUNet2DOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`):
-            The prediction, in the type and the memory format of the input.
+            The prediction, in the dtype and the memory format of the input.
     """
 
     sample: torch.Tensor
@@ -510,42 +420,41 @@ class TinyUNet2DOutput(BaseOutput):
 class TinyUNet2DModel(ModelMixin, ConfigMixin):
     """
     A U-Net that takes noisy small images and their timesteps and returns a prediction of the same height and width.
-    It is called as [`UNet2DModel`] is, and of the same widths, blocks and attention it has as many parameters.
+    It is called like [`UNet2DModel`], and with the same widths, blocks and attention it has as many parameters.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
         sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images. A multiple of `patch_size * 2 ** (len(block_out_channels) - 1)`. Images of
-            other such sizes can be given too.
-        in_channels (`int`, *optional*, defaults to 3): Channels of the input.
-        out_channels (`int`, *optional*, defaults to 3):
-            Channels of the output; twice `in_channels` for a learned variance.
+            Height and width of the images, a multiple of `patch_size * 2 ** (len(block_out_channels) - 1)`. The
+            network also takes images of other such sizes.
+        in_channels (`int`, *optional*, defaults to 3): Input channels.
+        out_channels (`int`, *optional*, defaults to 3): Output channels, twice `in_channels` for a learned variance.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 128)`):
             Width of each level, finest first. Each level has half the height and width of the one before.
-        layers_per_block (`int`, *optional*, defaults to 2):
-            Residual blocks of a level on the way down; there is one more on the way up.
-        norm_num_groups (`int`, *optional*, defaults to 4):
-            Groups of the group norm, which divides every width. A CPU is fastest in bfloat16 where a group has a
-            multiple of 16 channels.
-        attention (`str` or `tuple[str]`, *optional*, defaults to `("none", "full", "none")`):
-            `"none"`, `"linear"` (arXiv 1812.01243) or `"full"` self-attention after every residual block of a level:
-            one for each level, or one for all.
-        mid_attention (`str`, *optional*, defaults to `"full"`): The same, for the middle.
-        attention_head_dim (`int`, *optional*, defaults to 64):
-            Features of a head, or the width where that is smaller. 8, diffusers' default, is several times slower.
-        dropout (`float`, *optional*, defaults to 0.0): Dropout before the second convolution of a residual block.
+        layers_per_block (`int`, *optional*, defaults to 2): Blocks per encoder level. Decoder levels have one more.
+        norm_num_groups (`int`, *optional*):
+            Groups of each group norm, a divisor of every width. Defaults to the largest such divisor up to 4. In
+            bfloat16 a CPU is fastest where each group has a multiple of 16 channels.
+        attention (`str` or `tuple[str]`, *optional*):
+            `"none"`, `"linear"` (arXiv 1812.01243) or `"full"` self-attention after every residual block: one entry
+            for each level, or a string for all. Defaults to `"full"` at the second level and `"none"` elsewhere.
+        mid_attention (`str`, *optional*, defaults to `"full"`): The same, for the middle block.
+        attention_head_dim (`int`, *optional*):
+            Features of a head, or the width where that is smaller. Defaults to the largest number up to 64 that fits
+            all widths with attention. diffusers' default of 8 is several times slower.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout before the second convolution of each residual block.
         patch_size (`int`, *optional*, defaults to 1):
-            1, 2 or 4. The network works on patches of this size, folded into channels (pixel unshuffle), so that its
-            costly first level has a quarter or a sixteenth of the places.
+            1, 2 or 4. The network works on patches of this size, folded into channels (pixel unshuffle): the first
+            level, the most expensive one, has a quarter or a sixteenth of the positions.
         weight_standardization (`bool`, *optional*, defaults to `False`):
-            Whether the residual blocks' 3x3 convolutions standardise their weights (arXiv 1903.10520).
+            Whether to standardize the weights of the residual blocks' 3x3 convolutions (arXiv 1903.10520).
         skip_rescale (`bool`, *optional*, defaults to `False`):
-            Whether the sum of a block and its skip is multiplied by 1 / sqrt(2) (arXiv 2011.13456).
+            Whether to multiply each residual sum by 1 / sqrt(2) (arXiv 2011.13456).
         time_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
             `"sinusoidal"` (arXiv 1706.03762), `"fourier"` (Gaussian Fourier features, arXiv 2006.10739) or `"learned"`
-            (a vector for each of `num_train_timesteps`, so that other timesteps are refused).
-        time_embedding_dim (`int`, *optional*): Size of the time embedding. Four times the first width if not given.
+            (a vector for each of `num_train_timesteps`, which raises an error for any other timestep).
+        time_embedding_dim (`int`, *optional*): Size of the time embedding. Defaults to four times the first width.
         act_fn (`str`, *optional*, defaults to `"silu"`): `"silu"` or `"gelu"`.
         downsample (`str`, *optional*, defaults to `"conv"`): `"conv"` (3x3, stride 2) or `"maxpool"`.
         upsample (`str`, *optional*, defaults to `"nearest"`):
@@ -553,17 +462,16 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         class_conditioning (`str`, *optional*, defaults to `"add"`):
-            `"add"`: the class's embedding is added to the time's. `"scale"`: it scales each residual block's feature
-            map, a' = c * a + t, with c from one-hot through two linear layers with an activation between; with
+            `"add"`: the class embedding is added to the time embedding. `"scale"`: it scales the feature map of each
+            residual block, a' = c * a + t, with c from one-hot labels through linear, activation, linear. With
             `"scale_shift"` it multiplies the time's scale, a' = c * (1 + s) * norm(a) + t.
         resnet_time_scale_shift (`str`, *optional*, defaults to `"default"`):
-            `"default"`: the embedding is added in each residual block. `"scale_shift"`: it scales and shifts what the
-            block has normalised (adaptive group norm, arXiv 2105.05233).
-        num_train_timesteps (`int`, *optional*, defaults to 1000):
-            Number of timesteps `T`, for the Fourier and the learned time embedding.
+            `"default"`: each residual block adds the embedding. `"scale_shift"`: the embedding scales and shifts the
+            normalized feature map (adaptive group norm, arXiv 2105.05233).
+        num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
 
     Raises:
-        ValueError: If an option is unknown or a size is not possible; nothing has been allocated then.
+        ValueError: If an option is unknown or a size is not possible, before anything is allocated.
 
     Example:
 
@@ -593,10 +501,10 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         out_channels: int = 3,
         block_out_channels: Sequence[int] = (64, 128, 128),
         layers_per_block: int = 2,
-        norm_num_groups: int = 4,
-        attention: str | Sequence[str] = ("none", "full", "none"),
+        norm_num_groups: int | None = None,
+        attention: str | Sequence[str] | None = None,
         mid_attention: str = "full",
-        attention_head_dim: int = 64,
+        attention_head_dim: int | None = None,
         dropout: float = 0.0,
         patch_size: int = 1,
         weight_standardization: bool = False,
@@ -612,38 +520,15 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
-
-        # JSON has lists where Python has tuples: the config is the same after a save and a load
-        self.register_to_config(
-            block_out_channels=tuple(block_out_channels),
-            attention=attention if isinstance(attention, str) else tuple(attention),
-        )
-        _check_config(self.config)
+        resolved, kinds = _resolve_config(self.config)
+        self.register_to_config(**resolved)
         widths = self.config.block_out_channels
-        kinds = (attention,) * len(widths) if isinstance(attention, str) else attention
+        levels = list(enumerate(zip(widths, kinds, strict=True)))
         time_embedding_dim = time_embedding_dim or 4 * widths[0]
-        self.class_scale = num_class_embeds is not None and class_conditioning == "scale"
+        config = {**self.config, "time_embedding_dim": time_embedding_dim}
         self.gradient_checkpointing = False
 
-        def layer(in_channels: int, out_channels: int, kind: str) -> Layer:
-            residual = ResidualBlock(
-                in_channels,
-                out_channels,
-                time_embedding_dim,
-                norm_num_groups,
-                act_fn,
-                dropout,
-                weight_standardization,
-                skip_rescale,
-                self.class_scale,
-                resnet_time_scale_shift == "scale_shift",
-            )
-            if kind == "none":
-                return Layer(residual, None)
-            head_dim = min(attention_head_dim, out_channels)
-            return Layer(residual, AttentionBlock(out_channels, kind, head_dim, norm_num_groups, skip_rescale))
-
-        # what the images are of
+        # embeddings
         num_features = 2 * math.ceil(widths[0] / 2)
         self.time_embed = TimeEmbedding(time_embedding, num_features, time_embedding_dim, act_fn, num_train_timesteps)
         self.class_embed = None
@@ -652,31 +537,27 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         self.act = ACTIVATIONS[act_fn]()
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
 
-        # the way down: what each step leaves is kept for the way up
-        channels = widths[0]
-        skips = [channels]
+        # encoder: every output is a skip connection to the decoder
+        channels, skips = widths[0], [widths[0]]
         self.down = nn.ModuleList()
-        for i, (width, kind) in enumerate(zip(widths, kinds, strict=True)):
-            layers = [layer(channels if j == 0 else width, width, kind) for j in range(layers_per_block)]
-            skips += [width] * layers_per_block
-            channels = width
+        for i, (width, kind) in levels:
+            layers = [Layer(channels if j == 0 else width, width, kind, config) for j in range(layers_per_block)]
             last = i == len(widths) - 1
-            self.down.append(Level(layers, None if last else _downsample(channels, downsample)))
-            if not last:
-                skips.append(channels)
+            self.down.append(Level(layers, None if last else _downsample(width, downsample)))
+            skips += [width] * (layers_per_block if last else layers_per_block + 1)
+            channels = width
 
-        self.mid = nn.ModuleList([layer(channels, channels, mid_attention), layer(channels, channels, "none")])
-
-        # the way up
+        # middle and decoder
+        self.mid = nn.ModuleList(Layer(channels, channels, kind, config) for kind in (mid_attention, "none"))
         self.up = nn.ModuleList()
-        for i, (width, kind) in reversed(list(enumerate(zip(widths, kinds, strict=True)))):
+        for i, (width, kind) in reversed(levels):
             layers = []
             for _ in range(layers_per_block + 1):
-                layers.append(layer(channels + skips.pop(), width, kind))
+                layers.append(Layer(channels + skips.pop(), width, kind, config))
                 channels = width
             self.up.append(Level(layers, None if i == 0 else _upsample(channels, upsample)))
 
-        self.norm_out = GroupNormAct(norm_num_groups, channels, act_fn)
+        self.norm_out = GroupNormAct(self.config.norm_num_groups, channels, act_fn)
         self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
@@ -701,30 +582,32 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             [`TinyUNet2DOutput`] or `tuple`: With `sample` of shape `(B, out_channels, height, width)`.
 
         Raises:
-            ValueError: If a shape does not fit the network, a label or a learned timestep is out of range (on a CPU),
-                or labels are given to a network without classes.
+            ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
+                CPU), or if labels are given to a network without classes.
         """
-        self._check_inputs(sample, class_labels)
-        B = len(sample)
-
-        # 1. what the images are of
-        timesteps = torch.as_tensor(timestep, device=sample.device)
-        if timesteps.numel() not in (1, B):
+        check_shape("sample", sample, self.config.in_channels, "height", "width")
+        multiple = self.config.patch_size * 2 ** (len(self.down) - 1)
+        if sample.shape[2] % multiple or sample.shape[3] % multiple:
             raise ValueError(
-                f"timestep has shape {tuple(timesteps.shape)}: it must be one, or one for each of {B} images."
+                f"sample has height and width {tuple(sample.shape[2:])}: this network takes multiples of {multiple}."
             )
+        B, timesteps = len(sample), torch.as_tensor(timestep, device=sample.device)
+        if timesteps.numel() not in (1, B):
+            raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
+
+        # 1. embeddings
+        cemb = embed_classes(self.class_embed, class_labels, B)  # (B, D)
         temb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, D)
-        cemb = None if self.class_embed is None else self.class_embed(class_labels, B)
-        if cemb is not None and not self.class_scale:
+        if cemb is not None and self.config.class_conditioning == "add":
             temb, cemb = temb + cemb, None
         temb = self.act(temb)  # once, for all blocks
 
-        # 2. patches; channels-last is several times faster on CPUs and on GPUs in 16 bits, and unreliable on MPS
+        # 2. patches; channels-last is several times faster on CPUs and on GPUs in 16 bits, but unreliable on MPS
         x = F.pixel_unshuffle(sample.to(self.conv_in.weight.dtype), self.config.patch_size)
         if x.device.type != "mps":
             x = x.contiguous(memory_format=self.memory_format)
 
-        # 3. down, through the middle, and up
+        # 3. encoder, middle and decoder
         x = self.conv_in(x)
         skips = [x]
         for level in self.down:
@@ -742,7 +625,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             if level.resample is not None:
                 x = level.resample(x)
 
-        # 4. back to images, as they came
+        # 4. images, in the dtype and the memory format of the input
         x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
         memory_format = torch.contiguous_format
         if not sample.is_contiguous() and sample.is_contiguous(memory_format=torch.channels_last):
@@ -750,34 +633,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         x = x.to(sample.dtype).contiguous(memory_format=memory_format)
         return TinyUNet2DOutput(sample=x) if return_dict else (x,)
 
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """
-        Compiles each block in place; the arguments are those of `torch.compile`. On a CPU norms and attention are left as
-        they are: torch's own kernels are faster than what the compiler makes of them.
-        """
-        for part in self.modules():
-            if isinstance(part, (GroupNormAct, AttentionBlock)):
-                part.compiles = self.device.type != "cpu"
-        super().compile_repeated_blocks(*args, **kwargs)
-
     def _run(self, layer: Layer, *args: torch.Tensor | None) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
-
-    def _check_inputs(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
-        multiple = self.config.patch_size * 2 ** (len(self.down) - 1)
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample has shape {tuple(sample.shape)}: this network takes "
-                f"(batch, {self.config.in_channels}, height, width)."
-            )
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise ValueError(
-                f"sample has height and width {tuple(sample.shape[2:])}: this network takes multiples of {multiple}."
-            )
-        if class_labels is not None and self.class_embed is None:
-            raise ValueError(
-                "class_labels were given to a network without classes: leave them out, or build it with "
-                "num_class_embeds."
-            )

@@ -1,0 +1,180 @@
+"""
+The class embedding and the argument checks that the networks share.
+
+The file travels with checkpoints as part of a network's code, so it imports none of its siblings, and the networks
+reuse none of its names.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
+
+# Limits that keep a config from elsewhere from allocating more memory than a network for small images needs
+SIZES = {
+    "sample_size": (1, 1024),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "latent_dim": (1, 65536),
+    "block_out_channels": (1, 4096),
+    "layers_per_block": (1, 32),
+    "hidden_channels": (1, 4096),
+    "num_layers": (1, 64),
+    "norm_num_groups": (1, 4096),
+    "attention_head_dim": (1, 4096),
+    "time_embedding_dim": (1, 16384),
+    "num_train_timesteps": (1, 100_000),
+    "num_class_embeds": (1, 100_000),
+    "class_embed_dim": (1, 1024),
+    "num_levels": (2, 65536),
+    "num_mixtures": (1, 1024),
+    "num_frequencies": (0, 16),
+    "dilations": (1, 256),
+}
+OPTIONAL_SIZES = {
+    "hidden_channels",
+    "num_layers",
+    "norm_num_groups",
+    "attention_head_dim",
+    "time_embedding_dim",
+    "num_class_embeds",
+}
+MAX_LEVELS = 8
+MAX_PARAMETERS = 4e9
+
+
+class ClassEmbedding(nn.Module):
+    """
+    Embedding of K classes, and of no class in row K.
+
+    Args:
+        num_class_embeds (`int`): Number `K` of classes.
+        embedding_dim (`int`): Size `D` of the embedding.
+        conditioning (`str`): `"add"` (a table of K + 1 rows) or `"scale"` (one-hot, linear, activation, linear).
+        act_fn (`str`): `"silu"` or `"gelu"`.
+    """
+
+    def __init__(self, num_class_embeds: int, embedding_dim: int, conditioning: str = "add", act_fn: str = "silu"):
+        super().__init__()
+        self.num_class_embeds = num_class_embeds
+        self.table = nn.Linear(num_class_embeds + 1, embedding_dim, bias=conditioning == "scale")
+        self.mlp = nn.Identity()
+        if conditioning == "scale":
+            self.mlp = nn.Sequential(ACTIVATIONS[act_fn](), nn.Linear(embedding_dim, embedding_dim))
+        else:
+            nn.init.normal_(self.table.weight)
+
+    def forward(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Labels (B,), mixing weights (B, K + 1), or None for no class -> (B, D)"""
+        return self.mlp(self.table(class_weights(class_labels, batch_size, self.num_class_embeds, self.table.weight)))
+
+
+def embed_classes(
+    class_embed: ClassEmbedding | None, class_labels: torch.Tensor | None, batch_size: int
+) -> torch.Tensor | None:
+    """Applies `class_embed`, or returns None for a network without classes."""
+    if class_embed is not None:
+        return class_embed(class_labels, batch_size)
+    refuse_labels(class_labels)
+    return None
+
+
+def class_weights(
+    class_labels: torch.Tensor | None, batch_size: int, num_class_embeds: int, table: torch.Tensor
+) -> torch.Tensor:
+    """
+    Converts labels (B,), mixing weights (B, K + 1), or None for no class (row K) to weights of a class table's rows,
+    (B, K + 1), in the table's dtype. Raises a ValueError for another shape or, on a CPU, a label out of range.
+    """
+    K = num_class_embeds
+    if class_labels is None:
+        class_labels = torch.full((batch_size,), K, device=table.device)
+    mixes = class_labels.is_floating_point()
+    if class_labels.shape != ((batch_size, K + 1) if mixes else (batch_size,)):
+        raise ValueError(
+            f"class_labels has shape {tuple(class_labels.shape)} and {class_labels.dtype}: for {batch_size} images of "
+            f"{K} classes it must be integers of shape ({batch_size},), or floats of shape ({batch_size}, {K + 1}) "
+            "that mix the classes, the last being no class."
+        )
+    if not mixes:
+        check_range("class label", class_labels, K + 1)
+        class_labels = F.one_hot(class_labels.long(), K + 1)
+    return class_labels.to(table.dtype)
+
+
+def refuse_labels(class_labels: torch.Tensor | None) -> None:
+    """Raises a ValueError if labels are given to a network without classes."""
+    if class_labels is not None:
+        raise ValueError(
+            "class_labels were given to a network without classes: leave them out, or build it with num_class_embeds."
+        )
+
+
+def check_range(name: str, index: torch.Tensor, size: int) -> None:
+    """Raises a ValueError if `index` leaves [0, size). Checks on a CPU only: a GPU would have to synchronize."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    low, high = index.aminmax()
+    if low < 0 or high >= size:
+        wrong = int(low if low < 0 else high)
+        raise ValueError(f"{name} {wrong} is not known to this network: it must be from 0 to {size - 1}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, *sizes: int | str) -> None:
+    """Raises a ValueError unless `tensor` has shape (batch, *sizes). A string names a dimension of any size."""
+    given = tensor.shape[1:]
+    if len(given) != len(sizes) or any(a != b for a, b in zip(given, sizes, strict=True) if isinstance(b, int)):
+        expected = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: this network takes (batch, {expected}).")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises a ValueError, with the closest match, unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"Unknown {name} {value!r}: it must be one of {', '.join(map(str, allowed))}.{hint}")
+
+
+def check_sizes(config: Mapping, **limits: tuple[int, int]) -> None:
+    """Raises a ValueError unless the sizes in a config are integers within `SIZES`, or within `limits`."""
+    for name, (low, high) in {**SIZES, **limits}.items():
+        if name not in config or (config[name] is None and name in OPTIONAL_SIZES):
+            continue
+        for value in config[name] if name in ("block_out_channels", "dilations") else (config[name],):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises a ValueError unless `dropout` is in [0, 1)."""
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
+
+
+def check_levels(config: Mapping, multiple: int, advice: str = "or fewer levels in block_out_channels") -> None:
+    """Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `sample_size` is a multiple of `multiple`."""
+    levels, size = len(config["block_out_channels"]), config["sample_size"]
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"block_out_channels has {levels} levels: it must have 1 to {MAX_LEVELS}.")
+    if size % multiple:
+        raise ValueError(
+            f"sample_size {size} is not possible with {levels} levels: it must be a multiple of {multiple}. "
+            f"Take another size, {advice}."
+        )
+
+
+def check_parameters(count: float, config: Mapping, names: Iterable[str], advice: str) -> None:
+    """Raises a ValueError if the config entries in `names` make `count` parameters, more than `MAX_PARAMETERS`."""
+    if count > MAX_PARAMETERS:
+        given = ", ".join(f"{name} {config[name]}" for name in names)
+        raise ValueError(
+            f"A network with {given} has about {count:.0e} parameters: at most {MAX_PARAMETERS:.0e} are allowed. "
+            f"{advice}"
+        )
