@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -27,7 +28,18 @@ from tiny_diffusers import (
 )
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.evaluation import METRICS, Protocol, Report, compare, evaluate, features, images
+from tiny_diffusers.evaluation import (
+    BASELINES,
+    METRICS,
+    Protocol,
+    Report,
+    compare,
+    evaluate,
+    features,
+    images,
+    metrics,
+)
+from tiny_diffusers.flags import FlagParser
 
 
 FAST = {
@@ -57,7 +69,7 @@ def pipeline(tiny_unet):
 
 
 def image_data(count=60, seed=0, labels=True, name="blobs"):
-    """Two classes of blobs: the left half bright, or the right one."""
+    """Returns images of two classes: the left half is bright, or the right one."""
     rng = np.random.default_rng(seed)
     classes = np.arange(count) % 2
     pixels = rng.normal(60, 25, (count, 1, 8, 8))
@@ -85,8 +97,42 @@ def values(report):
     return {name: entry["value"] for name, entry in report.figures.items()}
 
 
+class TestProtocol:
+    def test_every_field_but_the_sampling_is_a_flag(self):
+        assert [field.name for field in dataclasses.fields(Protocol) if "help" not in field.metadata] == ["sampling"]
+        line = "--kind reconstructions --metrics diversity,bits_per_dim --baselines real noise --max_neighbours 99"
+        given = FlagParser(Protocol).given(line.split())
+        protocol = Protocol(**given)
+        assert (protocol.kind, protocol.max_neighbours) == ("reconstructions", 99)
+        assert protocol.metrics == ["diversity", "bits_per_dim"] and protocol.baselines == ["real", "noise"]
+        for line in ("--kind sampels", "--metrics fid", "--baselines nois", "--feature_dtype float16"):
+            flag = line.split()[0]
+            with pytest.raises(UserError, match=f"Unknown {flag}"):
+                FlagParser(Protocol).given(line.split())
+
+    def test_all_and_none_stand_for_lists_of_names(self):
+        assert Protocol(metrics=["all"]) == Protocol(metrics=list(METRICS))
+        assert Protocol(baselines=["none"]) == Protocol(baselines=[])
+        assert FlagParser(Protocol).given(["--metrics", "all", "--baselines", "none"])
+        assert Protocol(**asdict(Protocol(metrics=["all"], baselines=["none"]))) == Protocol(
+            metrics=list(METRICS), baselines=[]
+        )
+
+    def test_the_slow_metrics_are_not_measured_by_default(self):
+        assert set(METRICS) - set(Protocol().metrics) == {"nearest_neighbour", "bits_per_dim"}
+        assert Protocol().baselines == list(BASELINES)
+
+    def test_is_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Protocol().num_images = 3
+
+    def test_importing_it_does_not_import_torch(self):
+        code = "import sys, tiny_diffusers.evaluation; assert not {'torch', 'diffusers'} & sys.modules.keys()"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
 class TestReport:
-    def test_has_the_figures_with_their_protocol_and_the_baselines(self, tmp_path, pipeline):
+    def test_has_the_metrics_with_their_protocol_and_the_baselines(self, tmp_path, pipeline):
         report = evaluate(pipeline(), image_data(), Protocol(**FAST), training=image_data(seed=1), output_dir=tmp_path)
         assert set(report.figures) == {
             *("frechet_distance", "frechet_infinity", "kernel_distance", "precision", "recall", "density", "coverage"),
@@ -104,15 +150,27 @@ class TestReport:
         with Image.open(tmp_path / "report.png") as picture:
             assert picture.width > 100
 
-    def test_fid_is_a_name_for_the_features_of_inception_alone(self):
+    def test_fid_is_reserved_for_the_features_of_inception(self):
         report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
         assert report.label("frechet_distance") == "Frechet distance"
         report.protocol["features"] = "inception"
         assert (report.label("frechet_distance"), report.label("kernel_distance")) == ("FID", "KID")
 
-    def test_the_same_protocol_gives_the_same_figures(self, pipeline):
+    def test_the_same_protocol_gives_the_same_metrics(self, pipeline):
         one, two = (evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES)) for _ in range(2))
         assert values(one) == values(two)
+
+    def test_each_reference_is_factored_once(self, monkeypatch):
+        factored = []
+
+        class Counting(metrics.FrechetReference):
+            def __init__(self, reference):
+                factored.append(len(reference))
+                super().__init__(reference)
+
+        monkeypatch.setattr(metrics, "FrechetReference", Counting)
+        evaluate(image_data(seed=1), image_data(), Protocol(**{**FAST, "num_images": 60}))
+        assert sorted(factored) == [30, 30, 30, 60]  # one half, two classes, and the whole reference
 
     def test_without_a_training_set_real_against_real_is_between_halves(self):
         report = evaluate(image_data(seed=1), image_data(), Protocol(**{**FAST, "baselines": ["real"]}))
@@ -130,7 +188,7 @@ class TestImages:
             (expected,) = pipeline()(generator=generator, num_inference_steps=2).images
             np.testing.assert_allclose(drawn[i, 0], np.asarray(expected), atol=1)
 
-    def test_a_stopped_run_goes_on_where_it_was(self, tmp_path, pipeline):
+    def test_a_stopped_run_resumes(self, tmp_path, pipeline):
         whole = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "whole")
         pipe, calls = pipeline(), []
         draw = TinyPipeline.__call__
@@ -147,7 +205,7 @@ class TestImages:
         with pytest.raises(KeyboardInterrupt):
             evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
         report = evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
-        assert calls == [8, 8, 8, 8]  # one whole batch, the stopped one, and the two that were left
+        assert calls == [8, 8, 8, 8]  # a complete batch, the stopped one, and the remaining two
         assert values(report) == values(whole)
 
     def test_the_order_of_images_never_matters(self):
@@ -158,7 +216,7 @@ class TestImages:
             data.images, data.labels = data.images[order], data.labels[order]
         assert values(evaluate(judged, real, Protocol(**NO_BASELINES))) == values(report)
 
-    def test_swapping_the_sets_leaves_the_symmetric_figures(self):
+    def test_swapping_the_sets_keeps_the_symmetric_metrics(self):
         one, two = image_data(seed=1), image_data(seed=2)
         protocol = Protocol(**{**NO_BASELINES, "num_images": 60})
         a, b = values(evaluate(one, two, protocol)), values(evaluate(two, one, protocol))
@@ -188,7 +246,7 @@ class TestImages:
 
 
 class TestMeasures:
-    def test_classes_have_figures_of_their_own(self, tiny_unet):
+    def test_each_class_is_measured_on_its_own(self, tiny_unet):
         pipe = TinyConditionalPipeline(
             tiny_unet("none", num_class_embeds=2),
             TinyDDIMScheduler(num_train_timesteps=10),
@@ -197,7 +255,7 @@ class TestMeasures:
         report = evaluate(pipe, image_data(), Protocol(**FAST), training=image_data(seed=1))
         assert set(report.per_class) == {"left", "right"}
         assert 0 <= report.figures["class_agreement"]["value"] <= 1
-        assert report.baselines["real"]["figures"]["class_agreement"]["value"] == 1  # bright halves are told apart
+        assert report.baselines["real"]["figures"]["class_agreement"]["value"] == 1  # an easy task
         assert "left" in report.markdown()
 
     def test_real_images_agree_with_their_classes_and_are_as_diverse(self):
@@ -243,13 +301,13 @@ class TestMeasures:
         assert "bound" in report.source["likelihood"] and "256 levels" in report.markdown()
         assert report.measured_by["likelihood_levels"] == 256
 
-    def test_a_pipelines_own_likelihood_goes_before_the_schedulers(self, pipeline):
+    def test_a_pipelines_own_likelihood_takes_precedence_over_the_schedulers(self, pipeline):
         pipe = pipeline()
         pipe.bits_per_dim = lambda images, class_labels=None, generator=None: torch.full((len(images),), 2.5)
         report = evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]}))
         assert values(report) == {"bits_per_dim": 2.5}
 
-    def test_what_has_no_likelihood_is_said_before_an_image_is_drawn(self, pipeline, monkeypatch):
+    def test_a_missing_likelihood_is_reported_before_an_image_is_drawn(self, pipeline, monkeypatch):
         gan = TinyDCGANPipeline(TinyDCGANGenerator(8, 1, 4, (8,)).eval())
         solver = pipeline()
         solver.scheduler = EulerDiscreteScheduler()
@@ -257,7 +315,7 @@ class TestMeasures:
         monkeypatch.setattr(images, "sample", lambda *args, **kwargs: drawn.append(1) or sample(*args, **kwargs))
         by_name = Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"]})
         for pipe, why in ((gan, "a TinyDCGANPipeline has no"), (solver, "EulerD.*TinyDDIM"), (vae("mse"), "'mse'")):
-            with pytest.raises(UserError, match=f"leave out bits_per_dim: .*{why}") as refusal:
+            with pytest.raises(UserError, match=f"Leave out the metric bits_per_dim: .*{why}") as refusal:
                 evaluate(pipe, image_data(), by_name)
             assert "\n" not in str(refusal.value)
         assert not drawn
@@ -274,14 +332,16 @@ class TestMeasures:
         expected = pipe.reconstruct(first / 255, output_type="np").images[..., 0]
         np.testing.assert_allclose(np.load(path)[:, 0], 255 * expected, atol=1)
         assert report.protocol["kind"] == "reconstructions"
-        assert report.markdown().startswith("24 reconstructions, seed 0") and "nothing of samples" in report.markdown()
+        assert report.markdown().startswith("24 reconstructions, seed 0")
+        assert "nothing about samples" in report.markdown()
 
         every = evaluate(
             pipe, reference, Protocol(**{**NO_BASELINES, "sampling": {}, "kind": "reconstructions", "num_images": 99})
         )
-        assert every.measured_by["num_images"] == 60 and any("99 images were asked" in line for line in every.warnings)
-        for given, what in ((pipeline(), "TinyPipeline"), (reference, "folder")):
-            with pytest.raises(UserError, match=f"--kind reconstructions: .*{what}"):
+        assert every.measured_by["num_images"] == 60
+        assert any("99 images were requested" in line for line in every.warnings)
+        for given, what in ((pipeline(), "a TinyPipeline has none"), (reference, "images were given")):
+            with pytest.raises(UserError, match=f"Reconstructions need .*: {what}"):
                 evaluate(given, reference, protocol)
         with pytest.raises(UserError, match="Did you mean 'reconstructions'"):
             Protocol(kind="reconstruction")
@@ -302,7 +362,7 @@ class TestCompare:
         assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:4] == ["A", "B"]
 
     @pytest.mark.parametrize("change", [{"num_images": 20}, {"reference": 3}])
-    def test_refuses_figures_of_different_protocols(self, change):
+    def test_refuses_different_protocols(self, change):
         reference = image_data(seed=change.pop("reference", 0))
         one = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
         other = evaluate(image_data(seed=1), reference, Protocol(**{**NO_BASELINES, **change}))
@@ -336,7 +396,7 @@ class TestBadInput:
         [
             (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), "8x8 colour and the reference's are 8x8 grey"),
             (torch.zeros(9, 1, 6, 6, dtype=torch.uint8), "6x6 grey"),
-            (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "less than two"),
+            (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "at least two"),
             (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "identical"),
             (torch.full((9, 1, 8, 8), float("nan")), "NaN"),
             (torch.full((9, 1, 8, 8), 7.0), "floats in"),
@@ -351,8 +411,24 @@ class TestBadInput:
     def test_names_that_are_not_known(self):
         with pytest.raises(UserError, match="Did you mean 'frechet_distance'"):
             Protocol(metrics=["frechet_distanse"])
-        with pytest.raises(UserError, match="baseline"):
+        with pytest.raises(UserError, match="Unknown baseline 'nois'.*Did you mean 'noise'"):
             Protocol(baselines=["nois"])
+        with pytest.raises(UserError, match="Unknown feature dtype 'float16'"):
+            Protocol(feature_dtype="float16")
+
+    @pytest.mark.parametrize(
+        ("options", "line"),
+        [
+            ({"num_images": 1}, "num_images is 1: it must be 2 or more"),
+            ({"batch_size": 0}, "batch_size is 0"),
+            ({"max_neighbours": 9}, "max_neighbours is 9: it must be 10 or more"),
+            ({"likelihood_images": 0}, "likelihood_images is 0"),
+            ({"num_bootstrap": 1}, "num_bootstrap is 1: it must be 0, or 2 or more"),
+        ],
+    )
+    def test_numbers_out_of_range(self, options, line):
+        with pytest.raises(UserError, match=line):
+            Protocol(**options)
 
     def test_folders(self, tmp_path):
         rng = np.random.default_rng(0)
@@ -367,11 +443,14 @@ class TestBadInput:
 
         with pytest.raises(UserError):
             images.read_folder(folder("empty"))
+        with pytest.raises(UserError, match=f"no folder '{tmp_path / 'nowhere'}'") as refusal:
+            images.read_folder(tmp_path / "nowhere")
+        assert "--" not in str(refusal.value)
         with pytest.raises(UserError, match="differ in size"):
             images.read_folder(folder("sizes", 8, 6))
         mixed = folder("mixed", 8, 8)
         Image.new("RGB", (8, 8), "red").save(mixed / "red.png")
-        with pytest.raises(UserError, match="grey and colour"):
+        with pytest.raises(UserError, match="mixes grey and colour"):
             images.read_folder(mixed)
         broken = folder("broken", *[8] * 120)
         (broken / "77.png").write_bytes(b"no image")
@@ -383,7 +462,12 @@ class TestBadInput:
         with pytest.raises(UserError, match="no report"):
             Report.load(tmp_path)
         path = tmp_path / "report.json"
-        for content, line in (("{", "not a report"), ('{"format": 99}', "version 99"), ("[]", "version None")):
+        for content, line in (
+            ("{", "not a report"),
+            ('{"format": 99}', "version 99"),
+            ("[]", "version None"),
+            ('{"format": 1, "protocol": {}, "extra": 0}', r"lacks .*'figures'.* unknown keys \['extra'\]"),
+        ):
             path.write_text(content)
             with pytest.raises(UserError, match=line):
                 Report.load(path)
@@ -405,13 +489,13 @@ class TestCommandLine:
     def run(self, *arguments):
         return cli.main([str(argument) for argument in arguments])
 
-    def test_a_checkpoint_gets_a_report_and_its_card_the_figures(self, checkpoint, capsys):
+    def test_a_checkpoint_gets_a_report_and_its_card_the_metrics(self, checkpoint, capsys):
         from huggingface_hub import ModelCard
 
         assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0
         assert "Frechet distance" in capsys.readouterr().out
         report = Report.load(checkpoint)
-        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0  # the card's section is replaced, not doubled
+        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0  # the card's section is replaced
         card = ModelCard.load(checkpoint / "README.md")
         assert card.text.count("## Results") == 1
         assert card.text.index("## Results") < card.text.index("## What it is not good for")
@@ -428,13 +512,13 @@ class TestCommandLine:
         )
         assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
 
-    def test_a_folder_of_images_is_judged_too(self, tmp_path):
+    def test_a_folder_of_images_is_measured_too(self, tmp_path):
         for i, image in enumerate(load_images().images[:50, 0].numpy()):
             (tmp_path / "images").mkdir(exist_ok=True)
             Image.fromarray(image).save(tmp_path / "images" / f"{i:05}.png")
         output = tmp_path / "out"
         assert self.run("evaluate", "--images", tmp_path / "images", *self.OPTIONS, "--output", output) == 0
-        assert values(Report.load(output))["precision"] == 1  # they are among the reference
+        assert values(Report.load(output))["precision"] == 1  # they are part of the reference
 
     def test_reconstructions_leave_the_report_and_the_card_of_the_samples_alone(self, tmp_path, capsys):
         folder = tmp_path / "vae"
@@ -460,7 +544,7 @@ class TestCommandLine:
         assert "metric" in line(checkpoint, "--dataset_name", "digits", "--metrics", "fid")
         assert "features" in line(checkpoint, *self.OPTIONS, "--features", "vgg")
 
-    def test_two_processes_give_the_figures_of_one(self, checkpoint, tmp_path):
+    def test_two_processes_give_the_metrics_of_one(self, checkpoint, tmp_path):
         arguments = ("evaluate", str(checkpoint), *self.OPTIONS, "--output")
         assert self.run(*arguments, tmp_path / "one") == 0
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -468,18 +552,18 @@ class TestCommandLine:
         environment = {**os.environ, "TINY_DIFFUSERS_CACHE": str(tmp_path / "cache of two")}
         run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-        assert run.stdout.count("report: ") == 1  # the main process's
+        assert run.stdout.count("report: ") == 1  # only the main process prints
         assert values(Report.load(tmp_path / "two")) == pytest.approx(values(Report.load(tmp_path / "one")), rel=1e-6)
 
 
-def test_the_benchmark_of_the_families_reuses_nothing_that_was_made_with_other_settings(tmp_path):
+def test_the_benchmark_of_the_families_reuses_no_results_of_other_settings(tmp_path):
     path = Path(__file__).parents[1] / "benchmarks" / "benchmark_families.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     run = {"seed": 0, "dataset_name": "digits", "resolution": 8}
     args = Namespace(**run, minutes=1.0, num_images=24, likelihood_images=4, output_dir=tmp_path)
-    benchmark.check("VAE", args)  # there is nothing yet
+    benchmark.check("VAE", args)  # no results yet
     folder = tmp_path / "VAE"
     folder.mkdir()
     (folder / "model_index.json").touch()
@@ -496,7 +580,7 @@ def test_the_benchmark_of_the_families_reuses_nothing_that_was_made_with_other_s
 @pytest.mark.skipif("TINY_DIFFUSERS_DATA" not in os.environ, reason="TINY_DIFFUSERS_DATA is not set")
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
 def test_on_real_images_noise_blur_and_fewer_classes_are_each_worse(name, monkeypatch):
-    # random filters see edges and textures too, and take a thousandth of a large network's time
+    # random filters respond to edges and textures too, and are a thousand times faster than a large network
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.ReLU())
     network.extend([nn.AdaptiveAvgPool2d(2), nn.Flatten()])
@@ -508,8 +592,8 @@ def test_on_real_images_noise_blur_and_fewer_classes_are_each_worse(name, monkey
     rng = np.random.default_rng(0)
 
     def distances(pixels):
-        protocol = Protocol(features="random", num_images=600, num_bootstrap=0, baselines=[])
-        protocol.metrics = ["frechet_distance", "kernel_distance"]
+        options = {"num_images": 600, "num_bootstrap": 0, "baselines": []}
+        protocol = Protocol(features="random", metrics=["frechet_distance", "kernel_distance"], **options)
         return list(values(evaluate(pixels, real, protocol)).values())
 
     def noisy(sigma):

@@ -32,9 +32,9 @@ class TestResize:
                     theirs = Image.fromarray(channel.numpy().astype(np.float32)).resize((size, size), 3)
                     np.testing.assert_allclose(plane, np.asarray(theirs), atol=2e-3)
 
-    def test_of_tensorflow_1_takes_positions_from_the_corner(self):
+    def test_of_tensorflow_1_measures_positions_from_the_corner(self):
         row = torch.tensor([0.0, 10.0, 20.0, 30.0]).expand(1, 1, 4, 4)
-        # position i * 4 / 8: between pixels every second time, and beyond the last pixel nothing but that
+        # position i * 4 / 8: every second one is between pixels; beyond the last pixel its value is repeated
         assert resize_like_tensorflow_1(row, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
         assert resize_like_tensorflow_1(row, 2)[0, 0, 0].tolist() == [0, 20]  # without antialiasing
         assert torch.equal(resize_like_tensorflow_1(row, 4), row)
@@ -68,7 +68,7 @@ class TestRegistered:
         two.load_state_dict(one.state_dict())
         assert features.digest(one) == features.digest(two)
 
-    def test_the_packages_own_names_are_taken(self):
+    def test_the_packages_own_names_are_reserved(self):
         with pytest.raises(UserError, match="another name"):
             features.register("pixels", nn.Flatten())
 
@@ -91,11 +91,11 @@ class TestEfficientNet:
             probabilities = network._fc(expected).softmax(1)
         extractor = load("efficientnet-lite0")
         ours = extractor(images)
-        assert ours.shape == (2, extractor.dim) and ours.dtype == torch.float32
+        assert ours.shape == (2, 1280) and ours.dtype == torch.float32
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(extractor.probabilities(ours.numpy()), probabilities, atol=1e-3)
 
-    def test_bfloat16_is_written_into_the_preprocessing(self, packages):
+    def test_bfloat16_is_part_of_the_preprocessing(self, packages):
         extractor = load("efficientnet-lite0", dtype="bfloat16")
         assert extractor.preprocessing["dtype"] == "bfloat16"
         assert extractor(pixels(count=1, side=32)).dtype == torch.float32
@@ -116,8 +116,8 @@ def test_dinov2_is_the_class_token_of_imagenet_normalised_images(tmp_path):
     with torch.no_grad():
         inputs = (features.resize(images, 224).expand(-1, 3, -1, -1) / 255 - mean) / std
         expected = model(inputs).last_hidden_state[:, 0]
+    assert expected.shape == (2, 8)
     torch.testing.assert_close(extractor(images), expected, rtol=1e-3, atol=1e-4)
-    assert extractor.dim == 8
 
 
 # The Inception of 2015: random weights in the layout of the published file
@@ -125,7 +125,7 @@ def test_dinov2_is_the_class_token_of_imagenet_normalised_images(tmp_path):
 
 @pytest.fixture(scope="module")
 def state():
-    """Random weights under the names, and with the shapes, of the published state dict."""
+    """Returns random weights with the names and shapes of the published state dict."""
     torch.manual_seed(0)
     state = FIDInception().state_dict()
     for name, value in state.items():
@@ -147,7 +147,7 @@ def weights(state, tmp_path, monkeypatch):
 
 
 def inception_by_name(state, images):
-    """The network written out as calls on the state dict's names, by the table of the paper and the release's oddities."""
+    """Computes the network by calls on the state dict's names, by the paper's table and the release's oddities."""
 
     def conv(x, name, stride=1, padding=0):
         x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=padding)
@@ -159,7 +159,7 @@ def inception_by_name(state, images):
             x = conv(x, f"{block}.{name}", *geometry)
         return x
 
-    def average(x):  # sums over real pixels only
+    def average(x):  # padding does not count
         ones = torch.ones_like(x[:1, :1])
         return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(ones, 3, 1, 1)
 
@@ -253,7 +253,7 @@ class TestInception:
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
         assert load("inception").preprocessing["file"] == weights.name
 
-    def test_where_it_cannot_be_had_the_error_says_what_and_where(self, tmp_path, monkeypatch):
+    def test_if_it_is_missing_the_error_says_what_to_download_and_where_to_put_it(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(UserError) as refusal:
@@ -269,7 +269,7 @@ class TestBadInput:
             load("inceptoin")
         with pytest.raises(UserError, match="feature dtype"):
             load("pixels", dtype="float8")
-        with pytest.raises(UserError, match="float32 alone"):
+        with pytest.raises(UserError, match="float32 only"):
             load("inception", dtype="bfloat16")
         with pytest.raises(UserError, match="brings its own weights"):
             load("pixels", "somewhere")

@@ -59,21 +59,21 @@ class TestFrechetDistance:
 
     def test_fewer_samples_than_dimensions_are_no_special_case(self):
         a, b = correlated(30, 64, seed=1), correlated(40, 64, seed=2)
-        # the trace of the root is the nuclear norm of the product of the centred features, which has no root in it
+        # the trace of the root is the nuclear norm of the product of the centred features, without any root
         x, y = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (a, b))
         shift = a.mean(0) - b.mean(0)
         root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
         expected = shift @ shift + (x**2).sum() + (y**2).sum() - 2 * root
         assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
-    def test_is_symmetric_zero_to_itself_and_blind_to_order(self):
+    def test_is_symmetric_zero_to_itself_and_independent_of_order(self):
         a, b = correlated(100, 40, seed=1), correlated(30, 40, seed=2)
         distance = metrics.frechet_distance(a, b)
         assert metrics.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
         assert metrics.frechet_distance(a[::-1], b) == pytest.approx(distance, rel=1e-9)
         assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
-    def test_a_set_without_spread_is_at_the_other_ones_trace(self):
+    def test_to_a_set_without_spread_is_the_trace_of_the_other_covariance(self):
         b = normal(50, 6)
         same = np.tile(b.mean(0), (10, 1))
         assert metrics.frechet_distance(same, b) == pytest.approx(np.trace(np.cov(b.T)))
@@ -84,7 +84,7 @@ class TestFrechetInfinity:
         dim, true = 32, 32 * 0.1**2
         reference = Moments(dim)
         basis = np.eye(dim) * np.sqrt(dim)
-        exact = np.concatenate([basis, -basis])  # covariance I to a factor, mean 0: the Gaussian itself, no sample
+        exact = np.concatenate([basis, -basis])  # mean 0 and, up to a factor, covariance I: no sampling error
         reference.update(exact * np.sqrt((2 * dim - 1) / (2 * dim)))
         features = normal(3000, dim, seed=3, shift=0.1)
         plain = metrics.frechet_distance(features, reference)
@@ -116,13 +116,13 @@ class TestKernelDistance:
         ]
         assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(300)
 
-    def test_says_what_its_error_is(self):
+    def test_names_the_kind_of_its_error(self):
         estimate = metrics.kernel_distance(normal(100, 4), normal(80, 4, seed=1), num_subsets=10)
         assert estimate.error_kind == "standard deviation over 10 subsets of 40"
 
 
 def brute_force(reference, features, k):
-    """Precision, recall, density, coverage as the papers write them, one pair at a time."""
+    """Computes precision, recall, density and coverage as the papers define them, one pair at a time."""
 
     def radius(points, i):
         return sorted(np.linalg.norm(points[i] - p) for j, p in enumerate(points) if j != i)[k - 1]
@@ -141,7 +141,7 @@ def brute_force(reference, features, k):
 class TestManifolds:
     @pytest.mark.parametrize("k", [1, 3, 5])
     def test_agree_with_a_brute_force_version(self, k, monkeypatch):
-        monkeypatch.setattr(metrics, "_ROWS", 7)  # several chunks, and a last one that isn't full
+        monkeypatch.setattr(metrics, "_ROWS", 7)  # several chunks, the last one incomplete
         reference, features = normal(33, 3), normal(25, 3, seed=1, scale=0.7, shift=0.3)
         measured = metrics.precision_recall(reference, features, k) | metrics.density_coverage(reference, features, k)
         expected = brute_force(reference, features, k)
@@ -152,7 +152,7 @@ class TestManifolds:
         one, two = metrics.precision_recall(a, b), metrics.precision_recall(b, a)
         assert (one["precision"].value, one["recall"].value) == (two["recall"].value, two["precision"].value)
 
-    def test_a_set_covers_itself_and_nothing_far_away(self):
+    def test_a_set_covers_itself_and_no_distant_set(self):
         a = normal(60, 3)
         assert metrics.precision_recall(a, a)["precision"].value == 1
         far = metrics.density_coverage(a, a + 100)

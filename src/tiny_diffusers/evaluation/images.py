@@ -1,30 +1,29 @@
 """
-The images that are judged: drawn from a pipeline, read from a folder, or made as a baseline, and always uint8 on disk.
+Images to measure, always uint8: samples of a pipeline, a folder, or a baseline.
 
-Whatever is computed for many images is computed in batches whose boundaries depend on their number alone, shared out among
-the processes, and written to one file: so any number of processes gives the same, and a stopped run goes on where it was.
+Long computations run in batches whose boundaries depend only on the number of images. The processes share the batches
+and write to one file, so results are independent of the number of processes, and a stopped run resumes.
 """
 
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from ..data import ImageData, load_images
 from ..errors import UserError
+from ..pipelines.pipeline_tiny import image_generators
 
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-    from diffusers import DiffusionPipeline
-
-BLUR_SIGMA = 1.0  # pixels, of the baseline of blurred images
+BLUR_SIGMA = 1.0  # pixels, of the blurred baseline
+_ROWS = 4096  # images read at a time
 
 
 def fill(
@@ -32,28 +31,22 @@ def fill(
     shape: tuple[int, ...],
     dtype: type,
     compute: Callable[[int, int], np.ndarray],
+    *,
     batch_size: int,
-    state: "PartialState",
+    state: PartialState,
     desc: str,
 ) -> np.ndarray:
     """
-    An array on disk that all processes compute together, batch by batch; batches that an earlier run has written stay.
+    Computes an array on disk, batch by batch, in all processes together. Batches of an earlier run are kept.
 
     Args:
-        path (`Path`):
-            The `.npy` file, on a disk that all processes see. It appears when it is whole.
-        shape (`tuple[int, ...]`):
-            Of the array, rows first.
-        dtype (`type`):
-            Of the array.
-        compute (`Callable`):
-            The rows from a first one up to a last one, as `compute(start, stop)`; a function of these alone.
-        batch_size (`int`):
-            Rows computed at a time.
-        state (`PartialState`):
-            The processes.
-        desc (`str`):
-            What the progress bar says.
+        path (`Path`): The `.npy` file, on a disk that all processes see. It appears once it is complete.
+        shape (`tuple[int, ...]`): Shape of the array, rows first.
+        dtype (`type`): Dtype of the array.
+        compute (`Callable`): `compute(start, stop)` returns these rows, and depends on nothing else.
+        batch_size (`int`): Number of rows computed at a time.
+        state (`PartialState`): The processes.
+        desc (`str`): Label of the progress bar.
 
     Returns:
         `np.ndarray`: The array, memory-mapped and read-only.
@@ -64,7 +57,7 @@ def fill(
         if state.is_main_process and not (part.is_file() and marks.is_file()):
             path.parent.mkdir(parents=True, exist_ok=True)
             open_memmap(part, "w+", dtype, shape).flush()
-            open_memmap(marks, "w+", np.bool_, (len(starts),)).flush()  # last: where it is, both are
+            open_memmap(marks, "w+", np.bool_, (len(starts),)).flush()  # last: if it exists, both do
         state.wait_for_everyone()
         rows, done = open_memmap(part, "r+"), open_memmap(marks, "r+")
         mine = [i for i in range(state.process_index, len(starts), state.num_processes) if not done[i]]
@@ -82,11 +75,11 @@ def fill(
     return np.load(path, mmap_mode="r")
 
 
-# Where images come from
+# Samples and folders
 
 
 def sample(
-    pipe: "DiffusionPipeline",
+    pipe: DiffusionPipeline,
     shape: tuple[int, int, int],
     path: Path,
     *,
@@ -94,25 +87,25 @@ def sample(
     seed: int,
     batch_size: int,
     options: dict,
-    class_labels: np.ndarray | None,
-    real: np.ndarray | None,
-    state: "PartialState",
+    state: PartialState,
+    class_labels: np.ndarray | None = None,
+    real: np.ndarray | None = None,
 ) -> np.ndarray:
     """
-    Images of a pipeline. Image i is drawn with a generator of its own, of seed + i: neither the batches nor the processes
-    have a say in it.
+    Draws images from a pipeline. Image i has its own generator with the seed `seed + i`, so it is independent of batch
+    size and process count.
 
     Args:
         pipe (`DiffusionPipeline`): Called with `output_type="pt"`.
-        shape (`tuple[int, int, int]`): (C, H, W) that its images must have, the reference's.
-        path (`Path`): The file that they are kept in.
+        shape (`tuple[int, int, int]`): (C, H, W) of the reference, which the images must have.
+        path (`Path`): The file that keeps the images.
         num_images (`int`): N.
-        seed (`int`): Of the first image.
-        batch_size (`int`): Images drawn at a time.
+        seed (`int`): Seed of the first image.
+        batch_size (`int`): Number of images drawn at a time.
         options (`dict`): Further arguments of the call.
-        class_labels (`np.ndarray` of shape `(N,)`, *optional*): The classes to ask for.
-        real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): uint8 images to reconstruct, in place of sampling.
         state (`PartialState`): The processes.
+        class_labels (`np.ndarray` of shape `(N,)`, *optional*): The class of each image.
+        real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): uint8 images to reconstruct, instead of sampling.
 
     Returns:
         `np.ndarray` of shape `(N, C, H, W)`: uint8, memory-mapped.
@@ -120,7 +113,7 @@ def sample(
     pipe.set_progress_bar_config(disable=True)
 
     def draw(start: int, stop: int) -> np.ndarray:
-        generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
+        generator = image_generators(seed, stop - start, first=start)
         labels = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
         if real is None:
             output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **labels, **options)
@@ -128,107 +121,111 @@ def sample(
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)
         images = to_uint8(output.images.float().cpu())
-        if images.shape[1:] != shape:
-            raise UserError(
-                f"The model's images are {describe_shape(images.shape[1:])} and the reference's are "
-                f"{describe_shape(shape)}: compare images of one size and kind."
-            )
+        check_shape(images, shape, "The model's images")
         return images
 
-    return fill(path, (num_images, *shape), np.uint8, draw, batch_size, state, "Sampling")
+    return fill(path, (num_images, *shape), np.uint8, draw, batch_size=batch_size, state=state, desc="Sampling")
 
 
 def read_folder(folder: str | Path) -> ImageData:
     """
-    The images of a folder of any model's samples; sub-folders, where there are any, are their classes.
+    Reads a folder of any model's images. Sub-folders, if there are any, are classes.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: for no images, images of several sizes, and files that can't be read: a figure
-            is of all images or of none.
+        [`~tiny_diffusers.errors.UserError`]: If there are no images, their sizes differ, grey and colour are mixed, or
+            any file cannot be read, as metrics of a part of the images would mislead.
     """
-    data = load_images("digits", train_data_dir=folder)
+    if not Path(folder).is_dir():
+        raise UserError(f"There is no folder '{folder}': give a folder of images.")
+    data = load_images(train_data_dir=folder)
     broken = next((note for note in data.notes if note.startswith("broken files")), None)
     if broken is not None:
-        raise UserError(f"'{folder}' has images that can't be read ({broken}): repair or remove them.")
+        raise UserError(f"'{folder}' has images that cannot be read ({broken}): repair or remove them.")
     mixed = next((note for note in data.notes if "were grey" in note), None)
     if mixed is not None:
         raise UserError(
-            f"'{folder}' has grey and colour images ({mixed}): evaluate them apart, or make all of one kind."
+            f"'{folder}' mixes grey and colour images ({mixed}): evaluate them separately, or convert them."
         )
     return data
 
 
 def to_uint8(images: np.ndarray | torch.Tensor) -> np.ndarray:
     """
-    Images (N, C, H, W) as uint8: as they are, or from floats in [0, 1].
+    Converts images (N, C, H, W) to uint8; uint8 images stay as they are, floats must be in [0, 1].
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: for another shape, values outside [0, 1], or values that are not numbers.
+        [`~tiny_diffusers.errors.UserError`]: If the shape is wrong, or values are NaN or out of range.
     """
     images = images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UserError(f"Images have the shape (N, C, H, W) with C = 1 or 3: these have {images.shape}.")
+        raise UserError(f"Images must have the shape (N, C, H, W) with C = 1 or 3: these have {images.shape}.")
     if images.dtype == np.uint8:
         return images
     if np.isnan(images).any():
-        raise UserError("The images have NaN pixels: the model, or what made the images, has overflowed.")
-    if not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):
+        raise UserError("The images have NaN pixels: an overflow in the model, or in whatever produced them.")
+    low, high = images.min(), images.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise UserError(
-            f"Images are uint8, or floats in [0, 1]: these are {images.dtype} in [{images.min():.3g}, {images.max():.3g}]."
+            f"Images must be uint8, or floats in [0, 1]: these are {images.dtype} in [{low:.3g}, {high:.3g}]."
         )
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def check(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
-    """Refuses what no metric is defined for: too few images, all of them one, and images unlike the reference's."""
-    if images.shape[1:] != shape:
-        raise UserError(
-            f"{what} are {describe_shape(images.shape[1:])} and the reference's are {describe_shape(shape)}: compare "
-            "images of one size and kind."
-        )
+    """Checks that metrics are defined for images: of the reference's shape, at least two, and not all identical."""
+    check_shape(images, shape, what)
     if len(images) < 2:
-        raise UserError(f"{what} are {len(images)}: no distance is defined for less than two.")
-    if all((images[i : i + 4096] == images[0]).all() for i in range(0, len(images), 4096)):
+        raise UserError(f"{what} are {len(images)}: metrics need at least two.")
+    if all((images[i : i + _ROWS] == images[0]).all() for i in range(0, len(images), _ROWS)):
         raise UserError(
             f"{what} are all identical: {len(images):,} copies of one image have no distribution to measure."
         )
 
 
-def describe_shape(shape: tuple[int, ...]) -> str:
-    channels, height, width = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+def check_shape(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
+    """Checks that images have the reference's (C, H, W)."""
+
+    def describe(channels: int, height: int, width: int) -> str:
+        return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+
+    if images.shape[1:] != shape:
+        raise UserError(
+            f"{what} are {describe(*images.shape[1:])} and the reference's are {describe(*shape)}: their sizes and "
+            "channels must agree."
+        )
 
 
 def order_of(images: np.ndarray) -> np.ndarray:
     """
-    The images' numbers in the order of their hashes: random as far as their content goes, and the same for the same images
-    in whatever order they come.
+    Returns the positions that sort the images by their hashes. This order is random with respect to their content, and
+    independent of the order that they come in.
     """
     digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
     return np.argsort(np.frombuffer(digests, dtype=">u8"), kind="stable")
 
 
 def fingerprint(images: np.ndarray) -> str:
-    """sha256 over the images' shape and pixels."""
+    """Returns the sha256 of the images' shape and pixels."""
     sha256 = hashlib.sha256(repr(images.shape).encode())
-    for start in range(0, len(images), 4096):
-        sha256.update(np.ascontiguousarray(images[start : start + 4096]))
+    for start in range(0, len(images), _ROWS):
+        sha256.update(np.ascontiguousarray(images[start : start + _ROWS]))
     return sha256.hexdigest()
 
 
-# Baselines: what a figure is worth. Each takes real images and their order, and draws rows from a first to a last one
+# Baselines, which give the metrics a scale. Each takes real images and their order, and returns a function that draws
+# the images from `start` to `stop`.
 
 
 def noise(images: np.ndarray, order: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """Every pixel uniform in [0, 255]."""
+    """Draws every pixel uniformly from [0, 255]."""
     return lambda start, stop: _rng(start).integers(0, 256, (stop - start, *images.shape[1:]), dtype=np.uint8)
 
 
 def pixel_gaussian(images: np.ndarray, order: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """Each pixel from a Gaussian with that pixel's mean and variance over the images, and independent of the others."""
+    """Draws each pixel independently from a Gaussian with that pixel's mean and variance over the real images."""
     total, squares = np.zeros(images.shape[1:]), np.zeros(images.shape[1:])
-    for start in range(0, len(images), 4096):
-        part = images[start : start + 4096].astype(np.float64)
+    for start in range(0, len(images), _ROWS):
+        part = images[start : start + _ROWS].astype(np.float64)
         total += part.sum(0)
         squares += (part**2).sum(0)
     mean = total / len(images)
@@ -242,13 +239,16 @@ def pixel_gaussian(images: np.ndarray, order: np.ndarray) -> Callable[[int, int]
 
 
 def blurred(images: np.ndarray, order: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """Real images through a Gaussian filter of `BLUR_SIGMA` pixels."""
+    """Blurs real images with a Gaussian filter of `BLUR_SIGMA` pixels."""
     from scipy.ndimage import gaussian_filter
 
     sigma = (0, 0, BLUR_SIGMA, BLUR_SIGMA)
-    return lambda start, stop: (
-        gaussian_filter(images[order[start:stop]].astype(np.float32), sigma).round().clip(0, 255).astype(np.uint8)
-    )
+
+    def draw(start: int, stop: int) -> np.ndarray:
+        values = gaussian_filter(images[order[start:stop]].astype(np.float32), sigma)
+        return values.round().clip(0, 255).astype(np.uint8)
+
+    return draw
 
 
 BASELINES = {"noise": noise, "pixel_gaussian": pixel_gaussian, "blurred": blurred}

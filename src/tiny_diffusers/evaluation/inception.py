@@ -1,9 +1,9 @@
 """
-The network of the Frechet Inception Distance: Inception-v3 as released for TensorFlow in December 2015.
+Network of the Frechet Inception Distance: Inception-v3 as released for TensorFlow in December 2015.
 
-It differs from the Inception-v3 that other libraries have: 1,008 classes, average pooling that doesn't count its
-padding, max pooling in the last block, and images resized as TensorFlow 1 did (Heusel et al. 2017, arXiv 1706.08500; the
-parameters' names are those of the state dict that pytorch-fid published).
+It differs from the Inception-v3 of other libraries: it has 1,008 classes, average pooling that excludes padding, max
+pooling in the last block, and resizes images as TensorFlow 1 did (Heusel et al. 2017, arXiv 1706.08500). Parameters
+are named as in the state dict that pytorch-fid publishes.
 """
 
 import torch
@@ -15,7 +15,7 @@ IMAGE_SIZE = 299
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution with batch normalisation and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], **kwargs):
         super().__init__()
@@ -31,7 +31,7 @@ def _average_pool(x: torch.Tensor) -> torch.Tensor:
 
 
 class InceptionA(nn.Module):
-    """35x35: 1x1, 5x5, double 3x3 and pooling, side by side."""
+    """Block at 35x35 with four branches: 1x1, 5x5, double 3x3, and pooling."""
 
     def __init__(self, in_channels: int, pool_features: int):
         super().__init__()
@@ -56,7 +56,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """35x35 -> 17x17."""
+    """Block that reduces 35x35 to 17x17."""
 
     def __init__(self, in_channels: int):
         super().__init__()
@@ -71,7 +71,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17x17: 7x7 convolutions as pairs of 1x7 and 7x1."""
+    """Block at 17x17 with 7x7 convolutions, factored into 1x7 and 7x1."""
 
     def __init__(self, in_channels: int, channels_7x7: int):
         super().__init__()
@@ -102,7 +102,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """17x17 -> 8x8."""
+    """Block that reduces 17x17 to 8x8."""
 
     def __init__(self, in_channels: int):
         super().__init__()
@@ -119,7 +119,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8x8: 3x3 convolutions split into 1x3 beside 3x1. The last of the two pools by the maximum, as the release did."""
+    """Block at 8x8 with 3x3 convolutions, split into parallel 1x3 and 3x1. The last one pools by the maximum."""
 
     def __init__(self, in_channels: int, max_pool: bool):
         super().__init__()
@@ -153,9 +153,7 @@ class InceptionE(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """
-    Images to the 2,048 numbers of the last pooling layer, which FID and KID compare; `fc` makes 1,008 logits of them.
-    """
+    """Inception-v3 up to its last pooling layer. Its 2,048 features define FID and KID; `fc` maps them to logits."""
 
     def __init__(self):
         super().__init__()
@@ -179,13 +177,15 @@ class FIDInception(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
+        Extracts features.
+
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)`): uint8, or floats in [0, 255].
 
         Returns:
             `torch.Tensor` of shape `(B, 2048)`: The features.
         """
-        x = (resize_like_tensorflow_1(images.float(), IMAGE_SIZE) - 128) / 128  # the release's own range: [-1, 0.992]
+        x = (resize_like_tensorflow_1(images.float(), IMAGE_SIZE) - 128) / 128  # in [-1, 0.992], as released
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -198,12 +198,12 @@ class FIDInception(nn.Module):
 
 def resize_like_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Bilinear resizing with TensorFlow 1's sampling positions, x * in / out, where others take (x + 1/2) * in / out - 1/2:
-    `tf.image.resize_bilinear(align_corners=False)`. Nothing is blurred when images are reduced.
+    Resizes images bilinearly at TensorFlow 1's sampling positions, x * in / out instead of (x + 1/2) * in / out - 1/2,
+    as `tf.image.resize_bilinear(align_corners=False)` does, without antialiasing.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Floating point.
-        size (`int`): The side of the result in pixels.
+        size (`int`): Side of the resized images in pixels.
 
     Returns:
         `torch.Tensor` of shape `(B, C, size, size)`.
@@ -213,7 +213,7 @@ def resize_like_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _interpolation(side: int, size: int) -> torch.Tensor:
-    """(size, side): each row has the weights of the two pixels that one pixel of the result lies between."""
+    """Returns a matrix (size, side). Each row has the weights of the two pixels around one resized pixel."""
     position = torch.arange(size, dtype=torch.float64) * (side / size)
     low = position.long().clamp(max=side - 1)
     high = (low + 1).clamp(max=side - 1)

@@ -1,5 +1,5 @@
 """
-A figure with everything that made it: the protocol, the report that carries it, and the table of several reports.
+Protocols and reports: metrics are saved with everything that is needed to reproduce them, and tabulated side by side.
 """
 
 import itertools
@@ -7,13 +7,17 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import UserError, unknown
+from ..flags import flag
 
 
-REPORT_FORMAT = 1  # raised when a figure of the same name would mean something else
-METRICS = (
+REPORT_FORMAT = 1  # raised when a metric of the same name is computed differently
+
+Kind = Literal["samples", "reconstructions"]
+FeatureDtype = Literal["float32", "bfloat16"]
+Metric = Literal[
     "frechet_distance",
     "frechet_infinity",
     "kernel_distance",
@@ -23,11 +27,14 @@ METRICS = (
     "diversity",
     "nearest_neighbour",
     "bits_per_dim",
-)
-BASELINES = ("real", "blurred", "pixel_gaussian", "noise")
-KINDS = ("samples", "reconstructions")
+]
+Baseline = Literal["real", "blurred", "pixel_gaussian", "noise"]
 
-# figure -> its name with any features, with those of `inception`, and whether lower is better (None: neither is)
+METRICS: tuple[str, ...] = get_args(Metric)
+BASELINES: tuple[str, ...] = get_args(Baseline)
+_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim")  # not measured by default
+
+# key in a report -> name, name with the features of `inception`, and whether lower is better (None: neither)
 FIGURES = {
     "frechet_distance": ("Frechet distance", "FID", True),
     "frechet_infinity": ("Frechet distance at infinity", "FID at infinity", True),
@@ -51,76 +58,77 @@ BASELINE_NAMES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Protocol:
     """
-    How images are drawn, and how they are measured.
+    Settings of an evaluation: how images are drawn, and how they are measured.
 
-    Args:
-        kind (`str`): `"samples"`, or `"reconstructions"` of the reference's first images in the order of their hashes, by
-            the pipeline's `reconstruct`.
-        sampling (`dict`): Arguments of the pipeline's call: `num_inference_steps`, `eta`, `guidance_scale`, ...
-        seed (`int`): Image i is drawn with seed + i.
-        batch_size (`int`): Images drawn at a time.
-        features (`str`): What images are compared by: see [`~tiny_diffusers.evaluation.features.load`].
-        feature_weights (`str`, *optional*): Where the features' weights are, where they need to be told.
-        feature_dtype (`str`): What the features' network computes in, `"float32"` or `"bfloat16"`.
-        metrics (`list[str]`): Of `METRICS`.
-        num_images (`int`): Images drawn, reconstructed, or taken of a folder.
-        num_bootstrap (`int`): Resamples behind the Frechet distance's standard error; 0 for none.
-        baselines (`list[str]`): Of `BASELINES`.
-        max_neighbours (`int`): At most so many images a side in precision, recall, density and coverage.
-        likelihood_images (`int`): Real images that bits/dim are a mean over.
+    Every field except `sampling` is a flag of `tiny-diffusers evaluate`. `metrics=["all"]` becomes the list of all
+    metrics, and `baselines=["none"]` an empty list.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If a name is unknown or a number is out of range.
     """
 
-    kind: str = "samples"
-    sampling: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    batch_size: int = 64
-    features: str = "efficientnet-lite0"
-    feature_weights: str | None = None
-    feature_dtype: str = "float32"
-    metrics: list[str] = field(default_factory=lambda: list(METRICS[:7]))
-    num_images: int = 10_000
-    num_bootstrap: int = 20
-    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    max_neighbours: int = 10_000
-    likelihood_images: int = 256
+    kind: Kind = flag("samples", "Images to measure: samples, or a VAE's reconstructions of the reference images.")
+    sampling: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call
+    seed: int = flag(0, "Image i is drawn with the seed SEED + i.")
+    batch_size: int = flag(64, "Number of images drawn at a time.")
+    features: str = flag("efficientnet-lite0", "Features: inception, dinov2, efficientnet-lite0 or pixels.")
+    feature_weights: str | None = flag(None, "Weights of inception (a file) or dinov2 (a folder or a Hub id).")
+    feature_dtype: FeatureDtype = flag(
+        "float32", "Dtype of the feature network; bfloat16 is faster and shifts distances by 1 or 2 percent."
+    )
+    metrics: list[Literal[Metric, "all"]] = flag(
+        [name for name in METRICS if name not in _SLOW_METRICS], f"Metrics: {', '.join(METRICS)}, or all."
+    )
+    num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.")
+    num_bootstrap: int = flag(20, "Bootstrap resamples for the standard error of the Frechet distance; 0 for none.")
+    baselines: list[Literal[Baseline, "none"]] = flag(list(BASELINES), f"Baselines: {', '.join(BASELINES)}, or none.")
+    max_neighbours: int = flag(
+        10_000,
+        "Maximum number of images per set for precision, recall, density and coverage, and of generated images for "
+        "nearest_neighbour.",
+    )
+    likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.")
 
     def __post_init__(self):
-        lists = (
-            ("--kind", [self.kind], KINDS),
+        metrics = METRICS if "all" in self.metrics else self.metrics
+        object.__setattr__(self, "metrics", list(metrics))  # the dataclass is frozen
+        object.__setattr__(self, "baselines", [name for name in self.baselines if name != "none"])
+        for what, given, allowed in (
+            ("kind", [self.kind], get_args(Kind)),
+            ("feature dtype", [self.feature_dtype], get_args(FeatureDtype)),
             ("metric", self.metrics, METRICS),
             ("baseline", self.baselines, BASELINES),
-        )
-        for kind, given, allowed in lists:
+        ):
             for name in given:
                 if name not in allowed:
-                    raise unknown(kind, name, allowed)
+                    raise unknown(what, name, allowed)
         for name, least in (("num_images", 2), ("batch_size", 1), ("max_neighbours", 10), ("likelihood_images", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {least} or more.")
         if self.num_bootstrap < 0 or self.num_bootstrap == 1:
-            raise UserError(f"--num_bootstrap {self.num_bootstrap}: it must be 0, or 2 or more.")
+            raise UserError(f"num_bootstrap is {self.num_bootstrap}: it must be 0, or 2 or more.")
 
 
 @dataclass
 class Report:
     """
-    What was measured, of what, and how: enough to measure it again.
+    Metrics with everything that is needed to reproduce them.
 
     Args:
-        protocol (`dict`): The [`Protocol`]'s fields.
-        measured_by (`dict`): What the protocol came to: the features' `preprocessing`, the `reference` and the `training`
-            set with their fingerprints, and the number of images.
-        source (`dict`): What was measured: a pipeline with its weights' fingerprint and scheduler, or a folder.
-        figures (`dict`): figure -> `value`, `error` and `error_kind`.
-        per_class (`dict`): class -> figure -> the same.
+        protocol (`dict`): The fields of the [`Protocol`].
+        measured_by (`dict`): Everything that must agree before two reports are compared: the features' preprocessing,
+            the `reference` and `training` sets with their fingerprints, the number of images.
+        source (`dict`): The images: a pipeline with the fingerprint of its weights and its scheduler, or a folder.
+        figures (`dict`): metric -> `value`, `error` and `error_kind`.
+        per_class (`dict`): class -> metric -> the same.
         baselines (`dict`): baseline -> `images`, and `figures` as above.
-        warnings (`list[str]`): What a reader of the figures must know.
-        versions (`dict`): Of Python and the libraries.
-        command (`str`): What was run.
-        format (`int`): Of the report.
+        warnings (`list[str]`): Caveats of the metrics.
+        versions (`dict`): Versions of Python and the libraries.
+        command (`str`): The command line.
+        format (`int`): Version of this format.
     """
 
     protocol: dict[str, Any]
@@ -137,30 +145,32 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """
-        The report in a file, or in the folder of a checkpoint.
+        Loads a report from its file or from the folder of a checkpoint.
 
         Raises:
-            [`~tiny_diffusers.errors.UserError`]: where there is none, and for one that this version can't read.
+            [`~tiny_diffusers.errors.UserError`]: If there is no report, or this version cannot read it.
         """
         path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` makes one.") from error
+            raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
         except ValueError as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
-        if not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
-            given = content.get("format") if isinstance(content, dict) else None
-            raise UserError(
-                f"'{path}' is a report of version {given}, and this is version {REPORT_FORMAT}: evaluate again."
-            )
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != REPORT_FORMAT:
+            raise UserError(f"'{path}' has report version {version}, this is version {REPORT_FORMAT}: evaluate again.")
         missing = {"protocol", "measured_by", "source", "figures"} - content.keys()
-        if missing or content.keys() - {entry.name for entry in fields(cls)}:
-            raise UserError(f"'{path}' is not a report: it lacks {sorted(missing)}, or has what no report has.")
+        unexpected = content.keys() - {entry.name for entry in fields(cls)}
+        if missing or unexpected:
+            raise UserError(
+                f"'{path}' is not a report: it lacks the keys {sorted(missing)} and has the unknown keys "
+                f"{sorted(unexpected)}."
+            )
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `report.json` and `report.md`; returns the first."""
+        """Writes `report.json` and `report.md`; returns the path of the first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "report.json"
@@ -169,32 +179,42 @@ class Report:
         return path
 
     def label(self, figure: str) -> str:
-        """What a figure is called: FID, KID and Inception Score only with the features that these names stand for."""
+        """Returns the name of a metric: FID, KID and Inception Score are reserved for the features of `inception`."""
         general, with_inception, _ = FIGURES[figure]
         return with_inception if self.protocol["features"] == "inception" else general
 
     @property
+    def kind(self) -> str:
+        """The protocol's kind; the oldest reports have none and are of samples."""
+        return self.protocol.get("kind", "samples")
+
+    @property
     def images(self) -> str:
-        """What was measured, in words: "10,000 images", or "10,000 reconstructions"."""
+        """The number and kind of the images: "10,000 images" or "10,000 reconstructions"."""
         return f"{self.measured_by['num_images']:,} {'images' if self.kind == 'samples' else self.kind}"
 
     @property
-    def kind(self) -> str:
-        """The protocol's; those of before there was a choice are of samples."""
-        return self.protocol.get("kind", "samples")
+    def sampling(self) -> str:
+        """The arguments of the pipeline's call: "num_inference_steps 50, eta 0.0"."""
+        return ", ".join(f"{name} {value}" for name, value in self.source.get("sampling", {}).items())
 
-    def summary(self) -> str:
-        """The protocol in one line, for a table's caption."""
-        reference, of = self.measured_by["reference"], self.measured_by["features"]
-        sampling = ", ".join(f"{name} {value}" for name, value in self.source.get("sampling", {}).items())
+    @property
+    def against(self) -> str:
+        """The reference and the features, in words."""
+        reference, dtype = self.measured_by["reference"], self.measured_by["features"]["dtype"]
         return (
-            f"{self.images}{f' ({sampling})' if sampling else ''}, seed "
-            f"{self.protocol['seed']}, against {reference['images']:,} of {reference['name']} ({reference['split']}); "
-            f"features {self.protocol['features']} in {of['dtype']}, resize: {of['resize']}"
+            f"against {reference['images']:,} of {reference['name']} ({reference['split']}); "
+            f"features {self.protocol['features']} in {dtype}"
         )
 
+    def summary(self) -> str:
+        """Returns the protocol in one line, for the caption of a table."""
+        sampling = f" ({self.sampling})" if self.sampling else ""
+        resize = self.measured_by["features"]["resize"]
+        return f"{self.images}{sampling}, seed {self.protocol['seed']}, {self.against}, resize: {resize}"
+
     def markdown(self) -> str:
-        """The figures beside the baselines', then per class, then the warnings and the protocol."""
+        """Returns the report as Markdown: metrics beside those of the baselines, metrics per class, warnings."""
         rows = {self.source.get("name", "model"): self.figures}
         rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
         parts = [f"{self.summary()}.", _table(self, rows, "")]
@@ -209,7 +229,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
-        """The figures as `huggingface_hub.EvalResult` takes them, for a card's `model-index`."""
+        """Returns the metrics as arguments of `huggingface_hub.EvalResult`, for the `model-index` of a model card."""
         reference = self.measured_by["reference"]
         name = reference.get("load", {}).get("dataset_name") or reference["name"]
         return [
@@ -221,8 +241,7 @@ class Report:
                 "metric_type": figure,
                 "metric_name": f"{self.label(figure)} ({self.protocol['features']}, {self.images})",
                 "metric_value": round(entry["value"], 6),
-                "metric_args": {name: entry[name] for name in ("error", "error_kind") if entry[name] is not None}
-                or None,
+                "metric_args": {key: entry[key] for key in ("error", "error_kind") if entry[key] is not None} or None,
             }
             for figure, entry in self.figures.items()
         ]
@@ -230,19 +249,19 @@ class Report:
 
 def compare(reports: dict[str, Report]) -> str:
     """
-    One Markdown table over several reports, a row each.
+    Puts several reports into one Markdown table, a row for each.
 
     Args:
-        reports (`dict[str, Report]`): What to call each, and the report.
+        reports (`dict[str, Report]`): name -> report.
 
     Returns:
-        `str`: The table, under one line that states the protocol they share.
+        `str`: The table, below one line that states the common protocol.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: where two were measured differently; it names what differs.
+        [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
     """
     for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
-        ignored = {"load", "file", "name"}  # where the same images, and the same weights, were read from
+        ignored = {"load", "file", "name"}  # the same images and weights may come from different places
         if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
@@ -250,27 +269,21 @@ def compare(reports: dict[str, Report]) -> str:
         one, two = ({"kind": report.kind, **report.measured_by} for report in (first, other))
         difference = _difference(one, two, ignored)
         if difference is not None:
-            where, a, b = difference
+            key, a, b = difference
             raise UserError(
-                f"'{first_name}' and '{name}' can't stand in one column: their {where} differ, {a} and {b}. Evaluate both by "
-                "one protocol (evaluate --from_report)."
+                f"'{first_name}' and '{name}' cannot be compared: their {key} differ, {a} and {b}. Evaluate both with "
+                "the same protocol."
             )
     first = next(iter(reports.values()))
-    reference, of = first.measured_by["reference"], first.measured_by["features"]
-    caption = (
-        f"{first.images} against {reference['images']:,} of {reference['name']} "
-        f"({reference['split']}); features {first.protocol['features']} in {of['dtype']}."
-    )
-    rows = {}
-    for name, report in reports.items():
-        sampling = ", ".join(f"{key} {value}" for key, value in report.source.get("sampling", {}).items())
-        rows[f"{name} ({sampling})" if sampling else name] = report.figures
+    rows = {
+        f"{name} ({report.sampling})" if report.sampling else name: report.figures for name, report in reports.items()
+    }
     rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in first.baselines.items()}
-    return f"{caption}\n\n{_table(first, rows, '')}\n"
+    return f"{first.images} {first.against}.\n\n{_table(first, rows, '')}\n"
 
 
 def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two protocols differ, and what they say there."""
+    """Returns the first key at which two nested dicts differ, and the two values; None if they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted((a.keys() | b.keys()) - ignored):
             found = _difference(a.get(key), b.get(key), ignored, f"{where} {key}".strip())
@@ -298,5 +311,5 @@ def _cell(entry: dict | None) -> str:
     value, error = entry["value"], entry["error"]
     if not error:
         return f"{value:.4g}"
-    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)  # two digits of the error, and as many of the value
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)  # two significant digits of the error
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"

@@ -1,0 +1,108 @@
+"""
+Bits/dim of real images: a pipeline's own likelihood, or the variational bound of its scheduler.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from ..data import ImageData, normalize
+from .images import fill
+from .measurement import ImageSet
+from .metrics import Estimate
+
+
+# pipelines with their own `bits_per_dim` -> its kind
+_KINDS = {"TinyPixelCNNPipeline": "exact", "TinyVAEPipeline": "the ELBO: an upper bound"}
+_BOUND = "the variational bound: an upper bound"
+
+
+@dataclass
+class Likelihood:
+    """Bits/dim of real images."""
+
+    bits: np.ndarray  # (N,)
+    kind: str  # "exact" or a bound
+    levels: int  # of a pixel: bits/dim of images with other levels are not comparable
+
+    def describe(self) -> str:
+        """Returns the kind and the levels in words."""
+        return f"{self.kind}, of images with {self.levels} levels"
+
+    def mean(self) -> Estimate:
+        """Returns the mean over the images."""
+        error = self.bits.std(ddof=1) / np.sqrt(len(self.bits)) if len(self.bits) > 1 else None
+        return Estimate(float(self.bits.mean()), error, "standard error over images")
+
+
+def why_unavailable(pipe: DiffusionPipeline, reference: ImageData) -> str | None:
+    """Returns why a pipeline has no bits/dim, before any image is drawn; None if it has."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if hasattr(pipe, "bits_per_dim"):  # its network may still have no likelihood: try one image
+        labels = None if reference.labels is None else reference.labels[:1]
+        try:
+            _bits(pipe, reference.images[:1], labels, seed=0)
+        except ValueError as error:
+            return str(error).removesuffix(".")
+    elif scheduler is None:
+        return f"a {type(pipe).__name__} has no likelihood"
+    elif not hasattr(scheduler, "variational_bound"):
+        return (
+            f"a {type(scheduler).__name__} has no bound of the likelihood; use TinyDDIMScheduler or TinyDDPMScheduler"
+        )
+    return None
+
+
+def measure_likelihood(
+    pipe: DiffusionPipeline,
+    real: ImageSet,
+    path: Path,
+    *,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    state: PartialState,
+) -> Likelihood:
+    """
+    Computes bits/dim of the first `num_images` real images, in the order of their hashes.
+
+    Args:
+        pipe (`DiffusionPipeline`): The model.
+        real ([`ImageSet`]): The real images.
+        path (`Path`): The `.npy` file that keeps the values.
+        num_images (`int`): Number of images.
+        seed (`int`): Seed of the first batch.
+        batch_size (`int`): Number of images at a time.
+        state (`PartialState`): The processes, which share the batches.
+    """
+    images = real.data.images.numpy()
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        labels = None if real.labels is None else torch.from_numpy(real.labels[start:stop])
+        batch = torch.from_numpy(images[real.order[start:stop]])
+        return _bits(pipe, batch, labels, seed + start).float().cpu().numpy()
+
+    bits = fill(path, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
+    configs = [getattr(part, "config", {}) for part in pipe.components.values()]
+    levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
+    return Likelihood(bits, _KINDS.get(type(pipe).__name__, _BOUND), levels)
+
+
+def _bits(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor | None, seed: int) -> torch.Tensor:
+    """Computes bits/dim of uint8 images (B, C, H, W): (B,)."""
+    conditional = bool(getattr(pipe, "_class_ids", []))
+    options = {
+        "class_labels": labels.to(pipe.device) if conditional and labels is not None else None,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    if hasattr(pipe, "bits_per_dim"):
+        return pipe.bits_per_dim(images, **options)
+
+    def network(sample: torch.Tensor, *args, **kwargs):
+        return pipe.unet(sample.to(pipe.unet.dtype), *args, **kwargs)
+
+    return pipe.scheduler.variational_bound(network, normalize(images).to(pipe.device), **options).total

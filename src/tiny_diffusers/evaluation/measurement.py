@@ -1,0 +1,193 @@
+"""
+All metrics of a protocol, computed from features: of the images, of each class, and of the baselines.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..data import ImageData
+from . import metrics
+from .features import Extractor
+from .metrics import Estimate
+from .report import Protocol
+
+
+_MIN_CLASS_IMAGES = 10  # a class with fewer images has no metrics of its own
+
+
+@dataclass
+class FeatureSet:
+    """Features of images in the order of their hashes."""
+
+    features: np.ndarray  # (N, D)
+    labels: np.ndarray | None  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def subset(self, rows: slice | np.ndarray) -> "FeatureSet":
+        return FeatureSet(self.features[rows], None if self.labels is None else self.labels[rows])
+
+    def halves(self) -> tuple["FeatureSet", "FeatureSet"]:
+        half = len(self) // 2
+        return self.subset(slice(half)), self.subset(slice(half, None))
+
+    @cached_property
+    def frechet(self) -> metrics.FrechetReference:
+        """These features as the reference of Frechet distances, factored at the first use."""
+        return metrics.FrechetReference(self.features)
+
+
+@dataclass
+class ImageSet(FeatureSet):
+    """Features with their images: row i belongs to `data.images[order[i]]`."""
+
+    data: ImageData
+    order: np.ndarray  # (N,)
+    fingerprint: str  # of all images of `data`
+
+
+@dataclass
+class FeatureSets:
+    """All sets that a protocol compares."""
+
+    generated: ImageSet
+    real: ImageSet  # the reference
+    training: ImageSet | None  # the training set, if a metric or a baseline needs it
+    baselines: dict[str, FeatureSet]  # without "real", whose features are those of the other sets
+
+    @property
+    def has_other_real_images(self) -> bool:
+        """True if there are real images beside the reference: a training set of other images."""
+        return self.training is not None and self.training.data.fingerprint != self.real.data.fingerprint
+
+    @cached_property
+    def real_against_real(self) -> tuple[FeatureSet, FeatureSet]:
+        """As many training images as were generated and the reference, or else the halves of the reference."""
+        if self.has_other_real_images:
+            return self.training.subset(slice(len(self.generated))), self.real
+        return self.real.halves()
+
+    def compared(self, baseline: str) -> tuple[FeatureSet, FeatureSet]:
+        """Returns the images of a baseline, and the real images that they are compared with."""
+        return self.real_against_real if baseline == "real" else (self.baselines[baseline], self.real)
+
+    @cached_property
+    def nearest_in_training(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distance of each generated image to the nearest training image, and the row of the latter."""
+        return metrics.nearest_neighbours(self.generated.features, self.training.features)
+
+
+class Measurement:
+    """
+    Metrics of a protocol.
+
+    Args:
+        protocol ([`Protocol`]): The protocol.
+        extractor ([`Extractor`]): The extractor of the features, for its classifier.
+        sets ([`FeatureSets`]): The features.
+        bits_per_dim ([`Estimate`], *optional*): Bits/dim of real images, which do not depend on features.
+
+    Attributes:
+        figures (`dict[str, Estimate]`): metric -> value.
+        per_class (`dict[int, dict[str, Estimate]]`): class -> metric -> value.
+        baselines (`dict[str, dict[str, Estimate]]`): baseline -> metric -> value.
+    """
+
+    def __init__(
+        self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, bits_per_dim: Estimate | None = None
+    ):
+        self.protocol, self.extractor, self.sets = protocol, extractor, sets
+        self.figures = self._compare(sets.generated, sets.real)
+        if "frechet_distance" in self.figures and protocol.num_bootstrap:
+            self.figures["frechet_distance"] = self._bootstrap(self.figures["frechet_distance"])
+        if bits_per_dim is not None:
+            self.figures["bits_per_dim"] = bits_per_dim
+        self.baselines = {
+            name: self._compare(*sets.compared(name), extrapolate=name == "real") for name in protocol.baselines
+        }
+        self.per_class = {}
+        labels = sets.real.labels
+        if sets.generated.labels is not None and labels is not None and len(np.unique(labels)) > 1:
+            self._measure_classes()
+        if "nearest_neighbour" in protocol.metrics and sets.training is not None:
+            self._measure_neighbours()
+
+    def _compare(self, judged: FeatureSet, real: FeatureSet, extrapolate: bool = True) -> dict[str, Estimate]:
+        """Computes the metrics of one set against real images. Sets that are too small for a metric go without it."""
+        asked, most = self.protocol.metrics, self.protocol.max_neighbours
+        smaller = min(len(judged), len(real))
+        figures = {}
+        if "frechet_distance" in asked:
+            figures["frechet_distance"] = Estimate(real.frechet.distance(judged.features))
+        if "frechet_infinity" in asked and extrapolate and len(judged) >= 4:
+            figures["frechet_infinity"] = metrics.frechet_infinity(judged.features, real.frechet)
+        if "kernel_distance" in asked and smaller >= 4:
+            figures["kernel_distance"] = metrics.kernel_distance(judged.features, real.features)
+        if "inception_score" in asked and self.extractor.classifier is not None:
+            figures["inception_score"] = metrics.inception_score(self.extractor.probabilities(judged.features))
+        if "precision_recall" in asked and smaller > 5:
+            figures |= metrics.precision_recall(real.features[:most], judged.features[:most])
+        if "density_coverage" in asked and smaller > 5:
+            figures |= metrics.density_coverage(real.features[:most], judged.features[:most])
+        if "diversity" in asked:
+            figures |= _diversity(judged, real)
+        return figures
+
+    def _bootstrap(self, distance: Estimate) -> Estimate:
+        """Adds the standard error to the Frechet distance of the images."""
+        generated, reference = self.sets.generated, self.sets.real.frechet
+        resamples = self.protocol.num_bootstrap
+        error = metrics.bootstrap(lambda rows: reference.distance(generated.features, rows), len(generated), resamples)
+        return Estimate(distance.value, error, f"standard error, {resamples} bootstrap resamples")
+
+    def _measure_classes(self) -> None:
+        """Measures each class on its own, and how often a classifier of real images finds the requested class."""
+        generated, real = self.sets.generated, self.sets.real
+        learned, tested = self.sets.real_against_real
+        if learned.labels is None:
+            learned, tested = real.halves()
+        probe = metrics.class_probe(learned.features, learned.labels)
+        agrees = probe(generated.features) == generated.labels
+        self.figures["class_agreement"] = _share(agrees)
+        if "real" in self.baselines:
+            self.baselines["real"]["class_agreement"] = _share(probe(tested.features) == tested.labels)
+
+        for label in np.unique(generated.labels):
+            rows, real_rows = generated.labels == label, real.labels == label
+            if min(rows.sum(), real_rows.sum()) < _MIN_CLASS_IMAGES:
+                continue
+            figures = self._compare(generated.subset(rows), real.subset(real_rows), extrapolate=False)
+            self.per_class[int(label)] = {**figures, "class_agreement": _share(agrees[rows])}
+
+    def _measure_neighbours(self) -> None:
+        """Measures the distance to the training set, beside that of real images that are not in it."""
+        sets, most = self.sets, self.protocol.max_neighbours
+        distances = sets.nearest_in_training[0][:most]
+        self.figures["nearest_neighbour"] = Estimate(float(np.median(distances)))
+        if not sets.has_other_real_images:
+            return
+        unseen, _ = metrics.nearest_neighbours(sets.real.features[:most], sets.training.features)
+        self.figures["near_copies"] = _share(distances < np.quantile(unseen, 0.01))
+        if "real" in self.baselines:
+            self.baselines["real"]["nearest_neighbour"] = Estimate(float(np.median(unseen)))
+            self.baselines["real"]["near_copies"] = Estimate(0.01)
+
+
+def _diversity(judged: FeatureSet, real: FeatureSet) -> dict[str, Estimate]:
+    """Computes the spread of images relative to that of real ones; if both have classes, the mean over classes."""
+    if judged.labels is not None and real.labels is not None:
+        ours = metrics.spread_within_classes(judged.features, judged.labels)
+        theirs = metrics.spread_within_classes(real.features, real.labels)
+        ratios = [ours[label] / theirs[label] for label in ours if theirs.get(label)]
+    else:
+        ours, theirs = metrics.spread(judged.features), metrics.spread(real.features)
+        ratios = [ours / theirs] if theirs else []
+    return {"diversity": Estimate(float(np.mean(ratios)))} if ratios else {}
+
+
+def _share(flags: np.ndarray) -> Estimate:
+    share = float(flags.mean())
+    return Estimate(share, float(np.sqrt(share * (1 - share) / len(flags))), "standard error over images")
