@@ -33,7 +33,7 @@ class TestToPil:
             assert {image.mode for image in images} == {"L"}
             np.testing.assert_array_equal([pixels(image) for image in images], grey[:, 0])
 
-    def test_bfloat16_and_gradients_are_no_obstacle(self):
+    def test_bfloat16_tensors_with_gradients_are_drawn(self):
         image = torch.full((1, 1, 2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
         assert pixels(to_pil(image)[0]).tolist() == [[128, 128], [128, 128]]
 
@@ -49,8 +49,8 @@ class TestToPil:
 
 
 class TestImageGrid:
-    def test_every_pixel_of_every_image_is_where_it_belongs(self, batch):
-        grid = pixels(image_grid(batch, columns=3, scale=2, padding=1))  # 2 rows of 3, the last place empty
+    def test_every_pixel_has_its_position(self, batch):
+        grid = pixels(image_grid(batch, columns=3, scale=2, padding=1))  # 2 rows of 3, the last position empty
         assert grid.shape == (2 * 17 + 1, 3 * 13 + 1, 3)
         expected = np.full_like(grid, 255)
         for i, image in enumerate(batch.permute(0, 2, 3, 1).numpy()):
@@ -67,14 +67,14 @@ class TestImageGrid:
     def test_large_images_are_not_reduced(self):
         assert image_grid(np.zeros((1, 1500, 1500), dtype=np.uint8), padding=0).size == (1500, 1500)
 
-    def test_row_labels_stand_left_of_the_unchanged_grid(self, batch):
+    def test_row_labels_are_left_of_the_unchanged_grid(self, batch):
         plain = pixels(image_grid(batch, columns=1, scale=4))
         labelled = pixels(image_grid(batch, columns=1, scale=4, row_labels=["a", "bb", "c", "d", "a long name"]))
         np.testing.assert_array_equal(labelled[:, -plain.shape[1] :], plain)
         margin = labelled[:, : -plain.shape[1]]
         assert all((rows < 128).any() for rows in np.array_split(margin, 5))
 
-    def test_column_labels_stand_above_the_unchanged_grid(self, batch):
+    def test_column_labels_are_above_the_unchanged_grid(self, batch):
         plain = pixels(image_grid(batch, scale=4, columns=5))
         labelled = pixels(image_grid(batch, scale=4, columns=5, column_labels=["a", "", "c", "", ""]))
         np.testing.assert_array_equal(labelled[-len(plain) :], plain)
@@ -116,7 +116,7 @@ class TestLossCurves:
             {"step": 20, "val_loss": 0.6},
             {"step": 30, "loss": float("nan")},
             {"step": 20, "loss": 0.4},  # logged again after a resume
-            '{"step": 40, "lo',  # cut short by a kill
+            '{"step": 40, "lo',  # cut off by a kill
         )
         series = read_log(log)
         assert {name: [part.tolist() for part in parts] for name, parts in series.items()} == {
@@ -142,19 +142,18 @@ class TestLossCurves:
             colours = {colour[:3] for _, colour in picture.convert("RGB").getcolors(1 << 20)}
         assert (0x1F, 0x5F, 0xA8) in colours and (0xD9, 0x62, 0x2B) in colours  # both curves are there
 
-    def test_a_log_without_losses_is_said_to_be_so(self, tmp_path):
+    def test_a_log_without_losses_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="no training log"):
             loss_curves(tmp_path / "nothing.jsonl", tmp_path / "x.png")
         log = self.write(tmp_path / "train_log.jsonl", {"step": 1, "lr": 0.1})
         with pytest.raises(UserError, match="no loss in it yet"):
             loss_curves(log, tmp_path / "x.png")
 
-    def test_runs_are_compared_by_the_loss_that_all_have(self, tmp_path):
+    def test_runs_are_compared_by_a_loss_that_all_have(self, tmp_path):
         first = self.write(tmp_path / "a.jsonl", {"step": 1, "loss": 1.0, "val_loss": 0.5})
         second = self.write(tmp_path / "b.jsonl", {"step": 1, "loss": 2.0})
         assert compare_losses({"a": first, "b": second}, tmp_path / "x.svg").read_text().count("training loss") == 1
         assert "validation loss" in compare_losses({"a": first, "c": first}, tmp_path / "y.svg").read_text()
+        third = self.write(tmp_path / "d.jsonl", {"step": 1, "lr": 1.0})
         with pytest.raises(UserError, match="no loss in common"):
-            compare_losses(
-                {"a": first, "d": self.write(tmp_path / "d.jsonl", {"step": 1, "lr": 1.0})}, tmp_path / "z.svg"
-            )
+            compare_losses({"a": first, "d": third}, tmp_path / "z.svg")

@@ -1,6 +1,5 @@
-"""Every picture: grids of samples, denoising strips, loss curves."""
+"""All pictures: grids of images, denoising strips, animations and loss curves."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,48 +9,48 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
+from .runs import read_log
 
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Images = Union["torch.Tensor", np.ndarray, Sequence[Image.Image]]
 
-# An animation's frames are no longer than this on their longer side, and no more in number: it is meant to be shared.
-MAX_FRAME_SIDE = 512
+# An animation has at most this many frames, with at most this many pixels on the longer side, to keep its file small.
 MAX_FRAMES = 60
+MAX_FRAME_SIDE = 512
 FRAME_SECONDS = 0.25
 LAST_FRAME_SECONDS = 2.0
 
-# A grid's longest side comes to between half of this and all of it, unless its images are too large to begin with.
+# By default a grid's longer side is between half of this and all of it, unless its images are larger.
 MAX_GRID_SIDE = 1024
 LABEL_FONT_SIZE = 18
 
-# Each training loss's points, and its smoothed curve.
+# For each training loss: the colour of its values and of its smoothed curve.
 LOSS_COLOURS = (("#a9c7e8", "#1f5fa8"), ("#b9dcb4", "#2f7d32"))
+VALIDATION_COLOUR = "#d9622b"
 
 
 def to_pil(images: Images) -> list[Image.Image]:
     """
-    A batch as PIL images.
+    Converts a batch to PIL images.
 
     Args:
         images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`):
-            uint8 in [0, 255] or floats in [0, 1], of shape (N, C, H, W), (N, H, W, C) or (N, H, W), with C of 1 or 3.
-            Where both readings are possible, the channels come first. PIL images of mode `L` are kept, others become
-            `RGB`.
+            uint8 in [0, 255] or floats in [0, 1], of shape (N, C, H, W), (N, H, W, C) or (N, H, W), with C = 1 or 3.
+            If both orders are possible, channels come first. PIL images of mode `L` are kept, others become `RGB`.
 
     Returns:
         `list[PIL.Image.Image]`: N images, `L` for one channel and `RGB` for three.
 
     Raises:
-        `ValueError`: for another shape, or floats outside [0, 1].
+        `ValueError`: If the shape is another one, or if floats are outside [0, 1].
     """
     if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
         return [image if image.mode == "L" else image.convert("RGB") for image in images]
-    if hasattr(images, "detach"):  # a tensor; numpy knows neither its device nor bfloat16
+    if hasattr(images, "detach"):  # a tensor, maybe on another device or in bfloat16, which numpy lacks
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
     images = np.asarray(images)
@@ -65,10 +64,10 @@ def to_pil(images: Images) -> list[Image.Image]:
             f"Images of shape {images.shape} can't be drawn: give (N, C, H, W), (N, H, W, C) or (N, H, W), C = 1 or 3."
         )
     if images.dtype != np.uint8:
-        if not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):  # written so that NaN is refused too
+        if not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):  # true for NaN as well
             raise ValueError(
-                f"Float images must lie in [0, 1], and these lie in [{images.min():.3g}, {images.max():.3g}]: "
-                "those in [-1, 1] become drawable by `(images / 2 + 0.5).clip(0, 1)`."
+                f"Float images must lie in [0, 1], not in [{images.min():.3g}, {images.max():.3g}]: "
+                "convert images in [-1, 1] with `(images / 2 + 0.5).clip(0, 1)`."
             )
         images = (images.clip(0, 1) * 255).round().astype(np.uint8)
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
@@ -83,76 +82,69 @@ def image_grid(
     column_labels: Sequence[str] | None = None,
 ) -> Image.Image:
     """
-    Images side by side, row after row, enlarged without smoothing so that every pixel is seen.
+    Arranges images in rows, enlarged without smoothing so that each pixel is visible.
 
     Args:
         images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`):
-            What [`to_pil`] takes, all of one size.
+            Images of one size, in any form that [`to_pil`] takes.
         columns (`int`, *optional*):
-            Images in a row. Defaults to the least number that makes the grid no taller than it is wide in images.
+            Images per row. Defaults to the smallest number with no more rows than columns.
         scale (`int`, *optional*):
-            How many times each image is enlarged. Defaults to the most that keeps the grid's longest side within
-            1024 pixels, and at least 1.
+            Factor by which each image is enlarged. By default it is the largest that keeps the grid within 1024 pixels
+            on its longer side, and at least 1.
         padding (`int`, defaults to 2):
-            Pixels of white between images and around them, after the enlargement.
+            White pixels between images and around them, after the enlargement.
         row_labels (`list[str]`, *optional*):
-            A text to the left of each row.
+            A label to the left of each row.
         column_labels (`list[str]`, *optional*):
-            A text above each column; an empty one leaves its column without.
+            A label above each column; it may be empty.
 
     Returns:
-        `PIL.Image.Image`: The grid, `L` where all images are grey and `RGB` otherwise.
+        `PIL.Image.Image`: The grid, `L` if all images are grey and `RGB` otherwise.
 
     Raises:
-        `ValueError`: for no images, images of different sizes, and a wrong number of labels.
+        `ValueError`: If there are no images, if their sizes differ, or if the number of labels is wrong.
     """
     images = to_pil(images)
     if not images:
         raise ValueError("A grid needs at least one image.")
     if len({image.size for image in images}) > 1:
-        raise ValueError(f"A grid's images must be of one size; these are {sorted({i.size for i in images})}.")
+        raise ValueError(f"A grid's images must be of one size, not {sorted({image.size for image in images})}.")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else min(columns, len(images))
     if columns < 1:
         raise ValueError(f"A grid needs at least one column, not {columns}.")
     rows = math.ceil(len(images) / columns)
-    if row_labels is not None and len(row_labels) != rows:
-        raise ValueError(f"{len(row_labels)} labels were given for {rows} rows.")
-    if column_labels is not None and len(column_labels) != columns:
-        raise ValueError(f"{len(column_labels)} labels were given for {columns} columns.")
+    for labels, count, kind in ((row_labels, rows, "rows"), (column_labels, columns, "columns")):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels were given for {count} {kind}.")
 
     width, height = images[0].size
     if scale is None:
-        room = min(
-            (MAX_GRID_SIDE - padding * (columns + 1)) // (columns * width),
-            (MAX_GRID_SIDE - padding * (rows + 1)) // (rows * height),
-        )
-        scale = max(1, room)
+        sides = ((columns, width), (rows, height))
+        scale = max(1, min((MAX_GRID_SIDE - padding * (count + 1)) // (count * side) for count, side in sides))
     width, height = width * scale, height * scale
 
     font = ImageFont.load_default(LABEL_FONT_SIZE) if row_labels or column_labels else None
-    left = top = 0  # the room that labels take
+    left = top = 0  # pixels taken by labels
     if row_labels is not None:
         left = math.ceil(max(font.getlength(label) for label in row_labels)) + LABEL_FONT_SIZE
     if column_labels is not None:
         top = 2 * LABEL_FONT_SIZE
+    lefts = [left + padding + column * (width + padding) for column in range(columns + 1)]  # and the grid's width
+    tops = [top + padding + row * (height + padding) for row in range(rows + 1)]  # and the grid's height
+
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    grid = Image.new(
-        mode,
-        (left + columns * (width + padding) + padding, top + rows * (height + padding) + padding),
-        "white",
-    )
+    grid = Image.new(mode, (lefts[-1], tops[-1]), "white")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        corner = (left + padding + column * (width + padding), top + padding + row * (height + padding))
-        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), corner)
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (lefts[column], tops[row]))
 
     draw = ImageDraw.Draw(grid)
     for row, label in enumerate(row_labels or ()):
-        middle = top + padding + row * (height + padding) + height // 2
+        middle = tops[row] + height // 2
         draw.text((left - LABEL_FONT_SIZE // 2, middle), label, fill="black", font=font, anchor="rm")
     for column, label in enumerate(column_labels or ()):
-        edge = left + padding + column * (width + padding)
-        draw.text((edge, top - LABEL_FONT_SIZE // 2), label, fill="black", font=font, anchor="ls")
+        draw.text((lefts[column], top - LABEL_FONT_SIZE // 2), label, fill="black", font=font, anchor="ls")
     return grid
 
 
@@ -163,38 +155,39 @@ def strip(
     padding: int = 2,
 ) -> Image.Image:
     """
-    The way from noise to images: a row for each image of the batch, a column for each state.
+    Arranges the states of sampling, from noise to images: a row for each image of the batch, a column for each state.
 
     Args:
         states (`list` of batches):
-            K batches of the same N images, in the order of time, each as [`to_pil`] takes them.
+            K batches of the same N images in order of time, each in any form that [`to_pil`] takes.
         row_labels (`list[str]`, *optional*):
-            A text to the left of each of the N rows.
+            A label to the left of each of the N rows.
         scale (`int`, *optional*):
-            As for [`image_grid`].
+            As in [`image_grid`].
         padding (`int`, defaults to 2):
-            As for [`image_grid`].
+            As in [`image_grid`].
 
     Returns:
         `PIL.Image.Image`: N rows of K images.
 
     Raises:
-        `ValueError`: for no states, and states of different numbers of images.
+        `ValueError`: If there are no states, or if they differ in the number of images.
     """
     batches = [to_pil(state) for state in states]
     if not batches or len({len(batch) for batch in batches}) > 1:
-        raise ValueError(f"A strip needs states of equally many images; these have {[len(b) for b in batches]}.")
+        raise ValueError(f"A strip needs states of equally many images, not of {[len(batch) for batch in batches]}.")
     images = [image for row in zip(*batches, strict=True) for image in row]  # K batches of N -> N rows of K
     return image_grid(images, len(batches), scale, padding, row_labels)
 
 
 def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
     """
-    Shows pictures of one size one after another, such as a run's sample grids; the last one stays for longer.
+    Saves pictures of one size, such as the sample grids of a run, as an animated GIF. The last one is shown longest.
 
     Args:
         pictures (`list[str]` or `list[Path]`):
-            The pictures' files, in order. Of more than 60, as many are shown, evenly spaced, the last among them.
+            The picture files, in order. Of more than 60, only 60 evenly spaced ones are shown, with the first and the
+            last.
         output (`str` or `Path`):
             The GIF to write.
 
@@ -212,41 +205,17 @@ def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
     return Path(output)
 
 
-def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """
-    The series of a training log.
-
-    A line that was cut short when a run was killed is passed over, and where a resumed run has logged a step again the
-    later value counts.
+    Computes the mean over a centred window, so the result has no lag. At the ends the window is cut off.
 
     Args:
-        path (`str` or `Path`):
-            A file of JSON lines such as `{"step": 10, "loss": 0.5, "lr": 1e-4}` or `{"step": 100, "val_loss": 0.4}`.
+        values (`np.ndarray` of shape `(N,)`): The values.
+        window (`int`): Values in the window.
 
     Returns:
-        `dict[str, tuple[np.ndarray, np.ndarray]]`: name -> (steps, values), steps increasing, finite values only.
+        `np.ndarray` of shape `(N,)`: The means.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no training log '{path}': give the train_log.jsonl of a run's output folder.")
-    series: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                series.setdefault(name, {})[step] = float(value)
-    return {
-        name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
-        for name, values in series.items()
-    }
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over a centred window of `window` values, over those of them that exist at the ends; it has no lag."""
     window = min(window, len(values))
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
@@ -254,80 +223,86 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -> Path:
     """
-    Draws the training losses of a run (of each network, where there are several) and its validation loss over its steps,
-    on a logarithmic axis.
+    Plots the losses of a run over its steps on a logarithmic axis: the training loss (of each network, if there are
+    several) and the validation loss.
 
     Args:
         log (`str` or `Path`):
-            The run's `train_log.jsonl`, as [`read_log`] takes it.
+            The run's `train_log.jsonl`, as read by [`~tiny_diffusers.runs.read_log`].
         output (`str` or `Path`):
-            The picture to write; its suffix names the format.
+            The picture to write; its suffix determines the format.
         title (`str`, *optional*):
-            A line above the curves.
+            Title of the plot.
 
     Returns:
         `Path`: `output`.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: for a log that isn't there or has no loss in it.
+        [`~tiny_diffusers.errors.UserError`]: If the log does not exist or has no loss.
     """
     series = read_log(log)
     losses = [name for name in series if name.endswith("loss") and name != "val_loss"]
     if not losses and "val_loss" not in series:
-        raise UserError(f"'{log}' has no loss in it yet: nothing to draw.")
+        raise UserError(f"'{log}' has no loss in it yet: there is nothing to plot.")
 
-    figure, axes = _loss_axes(title)
+    axes = _loss_axes(title)
     for name, (light, dark) in zip(losses, LOSS_COLOURS, strict=False):
         steps, values = series[name]
-        if len(values) > 20:
+        smoothed = _smooth_if_long(values)
+        if smoothed is not values:
             axes.plot(steps, values, color=light, linewidth=0.8)
-            values = smooth(values, max(5, len(values) // 30))
-        axes.plot(steps, values, color=dark, linewidth=1.8, label=name.removesuffix("loss").strip("_") or "training")
+        label = name.removesuffix("loss").strip("_") or "training"
+        axes.plot(steps, smoothed, color=dark, linewidth=1.8, label=label)
     if "val_loss" in series:
         steps, values = series["val_loss"]
         best = values.argmin()
         label = f"validation (lowest: {values[best]:.3g} at step {steps[best]:,})"
-        axes.plot(steps, values, color="#d9622b", linewidth=1.8, marker="o", markersize=3.5, label=label)
-    return _save_curves(figure, axes, output)
+        axes.plot(steps, values, color=VALIDATION_COLOUR, linewidth=1.8, marker="o", markersize=3.5, label=label)
+    return _save(axes, output)
 
 
 def compare_losses(logs: Mapping[str, str | Path], output: str | Path) -> Path:
     """
-    Draws one loss of several runs over their steps: the validation loss where all have one, else the training loss.
-    Losses of different kinds (an l2 and a Huber, diffusion and a VAE) lie on one axis, but say nothing of each other.
+    Plots one loss of several runs over their steps: the validation loss if all runs have it, else the training loss.
+
+    All losses share one axis, but losses of different kinds (l2 and Huber, a diffusion model's and a VAE's) cannot be
+    compared.
 
     Args:
         logs (`dict[str, str]`):
             A run's name in the legend -> its `train_log.jsonl`.
         output (`str` or `Path`):
-            The picture to write; its suffix names the format.
+            The picture to write; its suffix determines the format.
 
     Returns:
         `Path`: `output`.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: for a log that isn't there, or runs that have no loss in common.
+        [`~tiny_diffusers.errors.UserError`]: If a log does not exist, or if the runs have no loss in common.
     """
     runs = {name: read_log(log) for name, log in logs.items()}
-    key = next((key for key in ("val_loss", "loss") if all(key in series for series in runs.values())), None)
+    titles = {"val_loss": "validation loss", "loss": "training loss"}
+    key = next((key for key in titles if all(key in series for series in runs.values())), None)
     if key is None:
-        raise UserError(f"{', '.join(runs)} have no loss in common that could be drawn.")
-    figure, axes = _loss_axes({"val_loss": "validation loss", "loss": "training loss"}[key])
+        raise UserError(f"{', '.join(runs)} have no loss in common: there is nothing to plot.")
+    axes = _loss_axes(titles[key])
     for name, series in runs.items():
         steps, values = series[key]
-        if len(values) > 20:
-            values = smooth(values, max(5, len(values) // 30))
-        axes.plot(steps, values, linewidth=1.8, label=name)
-    return _save_curves(figure, axes, output)
+        axes.plot(steps, _smooth_if_long(values), linewidth=1.8, label=name)
+    return _save(axes, output)
 
 
-def _loss_axes(title: str | None) -> tuple["Figure", "Axes"]:
-    # A Figure of its own draws by Agg: neither pyplot's global state nor a display is touched.
+def _smooth_if_long(values: np.ndarray) -> np.ndarray:
+    """Smooths more than 20 values, and returns fewer as they are."""
+    return smooth(values, max(5, len(values) // 30)) if len(values) > 20 else values
+
+
+def _loss_axes(title: str | None) -> "Axes":
+    # Unlike pyplot, a Figure created directly has no global state and needs no display.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").subplots()
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -335,11 +310,10 @@ def _loss_axes(title: str | None) -> tuple["Figure", "Axes"]:
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def _save_curves(figure: "Figure", axes: "Axes", output: str | Path) -> Path:
+def _save(axes: "Axes", output: str | Path) -> Path:
     axes.legend(frameon=False)
-    output = Path(output)
-    figure.savefig(output)
-    return output
+    axes.figure.savefig(output)
+    return Path(output)

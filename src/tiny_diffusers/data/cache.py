@@ -1,0 +1,84 @@
+"""Cache of decoded images on disk: one folder for each dataset and request, with `images.npy` and `data.json`."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from .images import ImageData, compute_fingerprint
+
+
+_CACHE_FORMAT = 1  # increase it when the same files are decoded to other pixels
+
+
+def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
+    """
+    Returns this package's cache folder: in `cache_dir` if it is given, else `$TINY_DIFFUSERS_CACHE` or
+    `$HF_HOME/tiny_diffusers`.
+    """
+    if cache_dir is not None:
+        return Path(cache_dir) / "tiny_diffusers"
+    return Path(os.environ.get("TINY_DIFFUSERS_CACHE") or Path(HF_HOME) / "tiny_diffusers")
+
+
+def cache_key(files: list[Path], *request) -> str:
+    """Computes the cache key of a request. As in `make`, a file with the same size and time counts as unchanged."""
+    stats = [(os.fspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((_CACHE_FORMAT, PIL.__version__, request, stats)).encode()).hexdigest()[:32]
+
+
+def read_cache(directory: Path) -> ImageData | None:
+    """Returns the cached images, memory-mapped, or None if they are missing or damaged."""
+    try:
+        record = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+        if record.pop("checksum") != _checksum(record):
+            return None
+        # Copy-on-write: torch expects writable memory, and the file must not change.
+        images = torch.from_numpy(np.load(directory / "images.npy", mmap_mode="c"))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    labels, class_names = record.pop("labels"), record.pop("class_names")
+    data = ImageData(
+        images=images,
+        labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        id2label=None if class_names is None else dict(enumerate(class_names)),
+        **record,
+    )
+    return data if data.fingerprint == compute_fingerprint(data.images, data.labels) else None
+
+
+def write_cache(directory: Path, data: ImageData) -> ImageData:
+    """Writes the data to the cache and returns it as read back from there, or unchanged if it cannot be written."""
+    record = {
+        "labels": None if data.labels is None else data.labels.tolist(),
+        "class_names": None if data.id2label is None else list(data.id2label.values()),
+        "name": data.name,
+        "split": data.split,
+        "fingerprint": data.fingerprint,
+        "notes": data.notes,
+    }
+    record["checksum"] = _checksum(record)
+    staging = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent)
+        np.save(Path(staging, "images.npy"), data.images.numpy())
+        Path(staging, "data.json").write_text(json.dumps(record), encoding="utf-8")
+        # If two processes write the same data at once, one rename fails. Both wrote the same files.
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(staging, directory)
+    except OSError:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return read_cache(directory) or data
+
+
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""Decodes the images of a source to one uint8 tensor: 8-bit grey or RGB, all of one size."""
+
+import io
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from .folders import abbreviate, relative_name
+from .images import ImageData, compute_fingerprint
+from .sources import Source
+
+
+_MAX_BROKEN_SHARE = 0.01
+_MEMORY_SHARE = 0.25  # of the free memory, for the images of one dataset
+_MAX_PIXELS = 2**26  # a larger image is treated as a decompression bomb
+_READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
+
+
+def decode_source(
+    source: Source, resolution: int | None, center_crop: bool, channels: int | None, scratch: Path | None = None
+) -> ImageData:
+    """
+    Decodes the selected rows of a source in parallel, keeps their order and skips broken images.
+
+    Args:
+        source ([`Source`]): The encoded images.
+        resolution, center_crop, channels: As in [`load_images`].
+        scratch (`Path`, *optional*): Folder for images that do not fit in memory. Defaults to the system's temporary
+            folder.
+
+    Returns:
+        [`ImageData`]: The decoded images, with notes on what was converted, resized and skipped.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If the images are not square or differ in size and `resolution` is None,
+            if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
+    """
+    storage = None
+    kept, broken = [], []  # positions in `source.rows`; names of files
+    changes = Counter()
+    for position, image, said in _decode_rows(source, resolution, center_crop, channels):
+        if image is None:
+            broken.append(said)
+            continue
+        size = image.shape[1:]
+        if storage is None:
+            if size[0] != size[1]:
+                raise UserError(
+                    f"The images of '{source.name}' are not square ({size[1]}x{size[0]}): make them square, or set "
+                    "`resolution`."
+                )
+            storage = _allocate((len(source.rows), channels or 3, *size), scratch)
+        if size != storage.shape[2:]:
+            side = storage.shape[2]
+            raise UserError(
+                f"The images of '{source.name}' differ in size ({side}x{side}, {size[1]}x{size[0]}): resize them to "
+                "one size, or set `resolution`."
+            )
+        storage[len(kept)] = image  # a grey image is repeated over the channels
+        kept.append(position)
+        changes.update(said)
+
+    total = len(source.rows)
+    if len(broken) > _MAX_BROKEN_SHARE * total:
+        raise UserError(
+            f"{len(broken):,} of {total:,} images of '{source.name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
+            f"{abbreviate(broken)}. Repair or remove them."
+        )
+    grey = changes.pop("grey", 0)
+    if channels is None and grey == len(kept):
+        images = _allocate((len(kept), 1, *storage.shape[2:]), scratch)
+        images[:] = storage[: len(kept), :1]
+    else:
+        images = storage[: len(kept)]
+        if grey and channels != 1:
+            changes["were grey, converted to RGB"] = grey
+
+    notes = [f"{count:,} of {len(kept):,} images {change}" for change, count in sorted(changes.items())]
+    if broken:
+        notes.append(f"broken files skipped, {len(broken):,}: {abbreviate(broken)}")
+    images = torch.from_numpy(images)
+    labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
+    return ImageData(
+        images=images,
+        labels=labels,
+        id2label=None if labels is None else dict(enumerate(source.class_names)),
+        name=source.name,
+        split=source.split,
+        fingerprint=compute_fingerprint(images, labels),
+        notes=source.notes + notes,
+    )
+
+
+def _allocate(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray:
+    """Allocates a uint8 array, in a temporary file if it takes more than `_MEMORY_SHARE` of the free memory."""
+    size = math.prod(shape)
+    if size <= _MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, np.uint8)
+    directory = scratch if scratch is not None and scratch.is_dir() else Path(tempfile.gettempdir())
+    # Checked beforehand, since writing to a mapped file on a full disk kills the process.
+    if 2 * size > shutil.disk_usage(directory).free:
+        raise UserError(
+            f"{size / 1e9:.1f} GB of decoded images fit neither in memory nor, with their copy in the cache, in "
+            f"'{directory}': lower `resolution` or `max_samples`, or set TINY_DIFFUSERS_CACHE to a folder with space."
+        )
+    return np.memmap(tempfile.TemporaryFile(dir=directory), np.uint8, "w+", shape=shape)
+
+
+def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | None, list[str] | str]]:
+    """Yields each row's position, image (C, H, W) and changes; for a broken image its position, None and its name."""
+
+    def decode(positions: range, encoded: list[dict | None]) -> list[tuple]:
+        results = []
+        for position, image in zip(positions, encoded, strict=True):
+            try:
+                results.append((position, *_decode_image(image, *options)))
+            except Exception:  # Pillow raises almost any exception for a damaged file
+                results.append((position, None, _row_name(source, position, image)))
+        return results
+
+    total = len(source.rows)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=total, desc=f"Decoding {source.name}", unit=" images", delay=2) as progress,
+    ):
+        for start in range(0, total, _READ_BATCH):
+            positions = range(start, min(start + _READ_BATCH, total))
+            encoded = source.read(source.rows[positions].tolist())
+            chunks = range(0, len(positions), _DECODE_BATCH)
+            parts = [(positions[i : i + _DECODE_BATCH], encoded[i : i + _DECODE_BATCH]) for i in chunks]
+            for results in pool.map(decode, *zip(*parts, strict=True)):
+                yield from results
+                progress.update(len(results))
+
+
+def _row_name(source: Source, position: int, encoded: dict | None) -> str:
+    if encoded is None or not encoded["path"]:
+        return f"row {source.rows[position]}"
+    return relative_name(Path(encoded["path"]), source.folder)
+
+
+def _decode_image(
+    encoded: dict, resolution: int | None, center_crop: bool, channels: int | None
+) -> tuple[np.ndarray, list[str]]:
+    """Decodes an image to uint8 (1 or 3, H, W). Also returns what was changed."""
+    content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
+    image = Image.open(io.BytesIO(content))
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError("a decompression bomb")
+    if image.format in ("EPS", "WMF"):  # Pillow runs another program to decode these
+        raise ValueError("not an image but a program")
+    image, changes = _to_grey_or_rgb(ImageOps.exif_transpose(image))
+    if channels == 1 and image.mode == "RGB":
+        image = image.convert("L")
+        changes.append("were in colour, converted to grey")
+
+    if resolution is not None:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        if image.width != image.height and center_crop:
+            changes.append("were not square: their centre was taken")
+        elif image.width != image.height:
+            position = zlib.crc32(content) / 2**32  # pseudo-random, but depends only on this file's bytes
+            left, top = int(position * (image.width - side + 1)), int(position * (image.height - side + 1))
+            changes.append("were not square: a square at a random position was taken (center_crop takes the centre)")
+        if side != resolution:
+            changes.append(f"were {'enlarged' if side < resolution else 'reduced'} to {resolution}x{resolution}")
+        box = (left, top, left + side, top + side)
+        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+
+    if image.mode == "L":
+        return np.asarray(image)[None], [*changes, "grey"]
+    return np.asarray(image).transpose(2, 0, 1), changes  # (H, W, C) -> (C, H, W)
+
+
+def _to_grey_or_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Converts an image of any mode to "L" or "RGB". Also returns what was changed."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image, []
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("integers of more than 16 bits")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)), ["had 16 bits a pixel, scaled to 8"]
+    if image.mode == "F":
+        raise ValueError("floating-point values have no fixed range")
+
+    grey = image.mode in ("1", "L", "LA", "La")
+    changes = []
+    if image.mode == "P":
+        changes.append("had a palette, converted to RGB")
+    elif image.mode not in ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa"):
+        changes.append(f"were {image.mode}, converted to RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+        changes.append("had an alpha channel, laid on white")
+    return image.convert("L" if grey else "RGB"), changes

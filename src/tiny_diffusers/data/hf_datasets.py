@@ -1,0 +1,196 @@
+"""Reads Hub datasets and local folders with the `datasets` library, and finds their image and label columns."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import UserError, first_line, unknown
+from .folders import abbreviate, is_image, is_metadata, list_files, relative_name
+from .sources import Source
+
+
+if TYPE_CHECKING:
+    import datasets
+
+_MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+
+
+def open_dataset(
+    name: str, folder: Path | None, config: str | None, split: str, cache_dir: str | os.PathLike | None
+) -> tuple["datasets.Dataset", list[str]]:
+    """
+    Opens a split of a dataset, downloading it first if needed.
+
+    Args:
+        name (`str`): The Hub id, or the folder as the user spelled it.
+        folder (`Path`, *optional*): The resolved folder; None for a Hub dataset.
+        config (`str`, *optional*): The configuration.
+        split (`str`): The split, or a slice such as `"train[:1000]"`.
+        cache_dir (`str` or `os.PathLike`, *optional*): Cache folder of `datasets`.
+
+    Returns:
+        `tuple[datasets.Dataset, list[str]]`: The split, and the names of all splits.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If the dataset or the split does not exist, is empty or cannot be read.
+    """
+    import datasets
+
+    path, data_dir = os.fspath(folder or name), None
+    if folder is not None and config is None:
+        files = [file for file in list_files(folder) if not is_metadata(file)]
+        if any(map(is_image, files)) and not any(file.suffix in (".parquet", ".arrow") for file in files):
+            # Without this, `datasets` reads a folder with more text files than images as a text dataset.
+            path, data_dir = "imagefolder", path
+
+    # The exceptions of `datasets` and of the Hub's client have no common base class.
+    try:
+        builder = datasets.load_dataset_builder(
+            path, config, data_dir=data_dir, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
+        )
+    except Exception as error:
+        reason = first_line(error)
+        if folder is not None:
+            raise UserError(f"The folder '{name}' cannot be read as a dataset: {reason}") from error
+        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):
+            raise UserError(f"The dataset '{name}' cannot be read: {reason} (see `dataset_config_name`)") from error
+        raise UserError(
+            f"There is no dataset '{name}': no folder has this name, and the Hub does not have it or could not be "
+            f"reached ({reason}). Give a Hub id such as ylecun/mnist, a folder, or digits."
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise UserError(f"The dataset '{name}' cannot be read: {first_line(error.__cause__ or error)}") from error
+
+    splits = list(builder.info.splits or ())
+    try:
+        dataset = builder.as_dataset(split=split)
+    except ValueError as error:
+        if split not in splits:
+            raise unknown(f"split of '{name}'", split, splits) from error
+        dataset = ()
+    if len(dataset) == 0:
+        raise UserError(f"The split '{split}' of '{name}' is empty: its splits are {', '.join(splits)}.")
+    return dataset, splits
+
+
+def read_dataset(
+    dataset: "datasets.Dataset",
+    splits: list[str],
+    name: str,
+    folder: Path | None,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+) -> Source:
+    """
+    Reads the labels of an opened dataset and prepares the reading of its images.
+
+    Args:
+        dataset (`datasets.Dataset`), splits (`list[str]`): As returned by [`open_dataset`].
+        name (`str`), folder (`Path`, *optional*), split (`str`): As given to [`open_dataset`].
+        image_column, label_column (`str`, *optional*): The columns to read; found by their features by default.
+
+    Returns:
+        [`Source`]: All rows of the split.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If a column does not exist or holds neither images nor labels.
+    """
+    import datasets
+
+    image_columns = _image_columns(dataset, image_column, name)
+    label_columns = _label_columns(dataset, label_column, name, splits)
+    encoded = dataset.select_columns(image_columns[:1]).cast_column(image_columns[0], datasets.Image(decode=False))
+    labels, class_names = _read_labels(dataset, label_columns[0]) if label_columns else (None, None)
+
+    notes = []
+    for kind, columns in (("image", image_columns), ("label", label_columns)):
+        if len(columns) > 1:
+            notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
+    if folder is not None and dataset.builder_name == "imagefolder":
+        others = [file for file in list_files(folder) if not is_image(file) and not is_metadata(file)]
+        if others:
+            skipped = abbreviate([relative_name(file, folder) for file in others])
+            notes.append(f"files that are not images, left out: {skipped}")
+    return Source(
+        name=name if folder is None else folder.name,
+        split=split,
+        columns=dataset.column_names,
+        read=lambda rows: encoded[rows][image_columns[0]],
+        rows=np.arange(len(dataset)),
+        labels=labels,
+        class_names=class_names,
+        folder=folder,
+        notes=notes,
+    )
+
+
+def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str) -> list[str]:
+    """Returns the given column, or else all columns that hold images."""
+    if given is not None and given not in dataset.column_names:
+        raise unknown(f"image_column of '{name}'", given, dataset.column_names)
+    found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
+    if not found:
+        raise UserError(f"'{name}' has no image column: its columns are {', '.join(dataset.column_names)}.")
+    if given is not None and given not in found:
+        raise UserError(f"image_column '{given}' of '{name}' holds no images: choose one of {', '.join(found)}.")
+    return [given] if given is not None else found
+
+
+def _holds_images(feature: object) -> bool:
+    """Checks for images, or for encoded bytes: `datasets` sees only these in a parquet file that it did not write."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, splits: list[str]) -> list[str]:
+    """Returns the given column, or else all columns that may hold labels, the likeliest first."""
+    import datasets
+
+    features = dataset.features
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    discrete = [column for column, feature in features.items() if _is_discrete(feature)]
+    if given is not None:
+        if given not in features:
+            raise unknown(f"label_column of '{name}'", given, dataset.column_names)
+        if given not in classes + discrete:
+            raise UserError(
+                f"label_column '{given}' of '{name}' holds neither classes nor integers nor strings: choose another "
+                f"column of {', '.join(dataset.column_names)}."
+            )
+        return [given]
+    # If each split has its own folder, `datasets` takes these folders for classes.
+    found = [column for column in classes if not set(features[column].names) <= set(splits)]
+    if not classes:
+        most = min(_MAX_CLASSES, len(dataset) // 2)  # captions and serial numbers do not repeat
+        found = [column for column in discrete if len(dataset.unique(column)) <= most]
+    return sorted(found, key=lambda column: column != "label")
+
+
+def _is_discrete(feature: object) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
+        ("int", "uint", "bool", "string", "large_string")
+    )
+
+
+def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, list[str]]:
+    """Returns class indices (N,), -1 for a missing label, and the names of the classes."""
+    import datasets
+
+    feature = dataset.features[column]
+    values = dataset.select_columns([column])[:][column]
+    if isinstance(feature, datasets.ClassLabel):
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64), feature.names
+    known = sorted({value for value in values if value is not None})
+    index = {value: position for position, value in enumerate(known)}
+    return np.array([index.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in known]

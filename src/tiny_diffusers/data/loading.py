@@ -1,0 +1,112 @@
+"""Loads images by name: from the cache, or read, selected, decoded and written to the cache."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from .cache import cache_key, cache_root, read_cache, write_cache
+from .decoding import decode_source
+from .folders import list_files
+from .hf_datasets import open_dataset, read_dataset
+from .images import ImageData
+from .sources import read_digits, select
+
+
+def load_images(
+    dataset_name: str = "digits",
+    *,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    classes: str | Sequence[str | int] | None = None,
+    max_samples: int | None = None,
+    channels: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    require_labels: bool = False,
+) -> ImageData:
+    """
+    Loads the images of a dataset, decoded to uint8 and brought to one size.
+
+    Each image becomes 8-bit grey or RGB: 16-bit values are scaled, palettes are resolved, transparent pixels are
+    blended with white, and the EXIF orientation is applied. Then its largest square (see `center_crop`) is resized to
+    `resolution` with Pillow's antialiased bicubic filter. Files that cannot be decoded are skipped and named in the
+    notes. The result is cached on disk for the next start.
+
+    Args:
+        dataset_name (`str`, defaults to `"digits"`):
+            A Hub id, a folder or `"digits"`. A folder has the layout of a Hub repository, or images, optionally in a
+            sub-folder for each class. `"digits"` are scikit-learn's 1,797 handwritten 8x8 digits. They need no network
+            and have the split `"train"` only.
+        dataset_config_name (`str`, *optional*):
+            The configuration, for a dataset with several.
+        train_data_dir (`str` or `os.PathLike`, *optional*):
+            A folder, instead of `dataset_name`.
+        split (`str`, defaults to `"train"`):
+            The split to read, or a slice in the syntax of `datasets`, such as `"train[:1000]"`.
+        image_column, label_column (`str`, *optional*):
+            By default columns are found by their features: an `Image` for the images; a `ClassLabel`, or else an
+            integer or string column whose values repeat, for the labels.
+        resolution (`int`, *optional*):
+            Side of the square images in pixels. Not needed if all images already have one square size.
+        center_crop (`bool`, defaults to `False`):
+            Crop images that are not square at their centre. By default the position is pseudo-random and depends only
+            on the bytes of the file.
+        classes (`str` or sequence of `str` or `int`, *optional*):
+            Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
+        max_samples (`int`, *optional*):
+            Maximum number of images. A random subset is taken, always the same one.
+        channels (`int`, *optional*):
+            1 or 3. Defaults to 1 if all images are grey, else 3.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Folder for the caches of `datasets` and of the decoded images. Defaults to the one of `datasets`, and to
+            `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers` for the decoded images.
+        require_labels (`bool`, defaults to `False`):
+            Raise an error if an image has no label.
+
+    Returns:
+        [`ImageData`]: uint8 images of shape `(N, C, resolution, resolution)`, in the order of the dataset.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if no
+            resolution can be inferred, or if more than 1 % of the images are broken.
+    """
+    for name, value in (("resolution", resolution), ("max_samples", max_samples)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}.")
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels must be 1 (grey), 3 (RGB) or None (grey if all images are), not {channels}.")
+    if train_data_dir is not None and dataset_name != "digits":
+        raise UserError(
+            f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}' were both given: give only one."
+        )
+
+    # The cache key depends on the order of these options.
+    options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
+    if train_data_dir is None and dataset_name == "digits":
+        return decode_source(select(read_digits(split), classes, max_samples, require_labels), **options)
+
+    name = dataset_name if train_data_dir is None else os.fspath(train_data_dir)
+    folder = Path(name).resolve() if Path(name).is_dir() else None
+    if folder is None and train_data_dir is not None:
+        raise UserError(f"There is no folder '{name}'.")
+
+    # A folder lists its files without `datasets`, so a cache hit never opens it. A Hub dataset must be opened first.
+    location = (name, folder, dataset_config_name, split, cache_dir)
+    opened = open_dataset(*location) if folder is None else None
+    files = list_files(folder) if opened is None else [Path(file["filename"]) for file in opened[0].cache_files]
+    columns = (image_column, label_column)
+    root = cache_root(cache_dir)
+    directory = root / cache_key(files, dataset_config_name, split, columns, classes, max_samples, options)
+    data = read_cache(directory)
+    if data is not None and not (require_labels and data.labels is None):
+        return data
+
+    dataset, splits = opened or open_dataset(*location)
+    source = read_dataset(dataset, splits, name, folder, split, *columns)
+    data = decode_source(select(source, classes, max_samples, require_labels), **options, scratch=root)
+    return write_cache(directory, data)

@@ -1,0 +1,137 @@
+"""
+Sources: splits whose images are still encoded, and the selection of their rows.
+
+Each reader returns a [`Source`]: `read_digits` here, `read_dataset` in hf_datasets.py.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import UserError, unknown
+
+
+@dataclass
+class Source:
+    """
+    Split of a dataset whose images are still encoded.
+
+    Args:
+        name (`str`): Name of the dataset in messages and in [`ImageData`].
+        split (`str`): The split.
+        columns (`list[str]`): All columns of the dataset, for messages.
+        read (`Callable`): Maps row numbers to encoded images, each a dict of `"bytes"` and `"path"` (either may be
+            None) as `datasets.Image(decode=False)` returns it, or None for a missing image.
+        rows (`np.ndarray` of shape `(N,)`): Numbers of the selected rows.
+        labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label.
+        class_names (`list[str]`, *optional*): Name of each class.
+        folder (`Path`, *optional*): The local folder; broken files are named relative to it.
+        notes (`list[str]`): Messages to the user.
+    """
+
+    name: str
+    split: str
+    columns: list[str]
+    read: Callable[[list[int]], list[dict | None]]
+    rows: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_digits(split: str) -> Source:
+    """Reads scikit-learn's 1,797 handwritten 8x8 digits, which have the split "train" only."""
+    from sklearn.datasets import load_digits
+
+    if split != "train":
+        raise unknown("split of 'digits'", split, ["train"])
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    return Source(
+        name="digits",
+        split=split,
+        columns=["image", "label"],
+        read=lambda rows: [{"bytes": _encode(pixels[row]), "path": None} for row in rows],
+        rows=np.arange(len(pixels)),
+        labels=digits.target.astype(np.int64),
+        class_names=[str(name) for name in digits.target_names],
+    )
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PPM")
+    return buffer.getvalue()
+
+
+def select(
+    source: Source, classes: str | Sequence[str | int] | None, max_samples: int | None, require_labels: bool
+) -> Source:
+    """
+    Selects the rows of the given classes, at most `max_samples` of them, and relabels them.
+
+    Labels are dropped, with a note, if a selected row has none.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If needed labels are missing, or if a class is unknown or has no image.
+    """
+    rows, labels, class_names = source.rows, source.labels, source.class_names
+    notes = list(source.notes)
+    if labels is None and (require_labels or classes is not None):
+        raise UserError(
+            f"'{source.name}' has no labels: its columns are {', '.join(source.columns)}. Set `label_column` to the "
+            "one with the labels, or give each class of an image folder its own sub-folder."
+        )
+
+    if classes is not None:
+        chosen = _class_indices(classes, class_names, source.name)
+        relabel = np.full(len(class_names) + 1, -1, dtype=np.int64)  # the last entry is for rows without a label, -1
+        relabel[chosen] = np.arange(len(chosen))
+        labels = relabel[labels]
+        class_names = [class_names[index] for index in chosen]
+        counts = np.bincount(labels[labels >= 0], minlength=len(chosen))
+        if not counts.all():
+            empty = class_names[counts.argmin()]
+            raise UserError(
+                f"No image of '{source.name}' ({source.split}) is of class '{empty}': leave it out of `classes`."
+            )
+        rows, labels = rows[labels >= 0], labels[labels >= 0]
+
+    if max_samples is not None and max_samples < len(rows):
+        # At random, since many datasets are sorted by class.
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        some = order[:max_samples].sort().values.numpy()
+        rows = rows[some]
+        labels = None if labels is None else labels[some]
+
+    if labels is not None and labels.min() < 0:
+        missing = f"{np.count_nonzero(labels < 0):,} of {len(rows):,} images of '{source.name}' have no label"
+        if require_labels:
+            raise UserError(
+                f"{missing}: choose another `label_column` or `split`, or set `classes` to use labelled images only."
+            )
+        notes.append(f"{missing}: labels are left out")
+        labels = class_names = None
+    return replace(source, rows=rows, labels=labels, class_names=class_names, notes=notes)
+
+
+def _class_indices(classes: str | Sequence[str | int], class_names: list[str], name: str) -> list[int]:
+    """Converts `"cat,frog"` or `[3, 6]` to [3, 6]. Names take precedence over indices, since names may be numbers."""
+    entries = classes.split(",") if isinstance(classes, str) else classes
+    chosen = []
+    for entry in (str(entry).strip() for entry in entries):
+        if entry in class_names:
+            chosen.append(class_names.index(entry))
+        elif entry.isdecimal() and int(entry) < len(class_names):
+            chosen.append(int(entry))
+        else:
+            raise unknown(f"class of '{name}'", entry, class_names)
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"classes '{','.join(map(str, entries))}' names a class twice: name each class once.")
+    return chosen
