@@ -1,6 +1,10 @@
+"""What tests share: a tiny network, a run that takes a second, and the check of a mistake."""
+
 import os
 
 import pytest
+
+import tiny
 
 
 # On tensors of a few kilobytes threads only wait for each other: here, and in the processes that tests start.
@@ -23,3 +27,62 @@ def tiny_unet():
         return unet
 
     return build
+
+
+@pytest.fixture
+def train(tmp_path, request):
+    """
+    Runs a script into a folder of the test's own, by its name. A test's module names its own script as SCRIPT, and the
+    flags that take the place of the tiny U-Net's as NETWORK. With `network=False` the network is left to other flags.
+    """
+    own_script, own_network = (getattr(request.module, name, None) for name in ("SCRIPT", "NETWORK"))
+
+    def run(*argv, name="run", script=own_script, network=True, **options):
+        flags = tiny.TINY_DIFFUSION if network else tiny.TINY_DIFFUSION[len(tiny.TINY_NETWORK) :]
+        if own_network is not None:
+            flags = [*tiny.TINY_RUN, *own_network]
+        return tiny.train(tmp_path / name, *argv, script=script, flags=flags, **options)
+
+    return run
+
+
+@pytest.fixture
+def train_in_two(train, monkeypatch):
+    """A run that is told to stop after a step, and resumed."""
+    from tiny_diffusers.training.trainer import Trainer
+
+    def run(*argv, stopped_at, name="resumed", **options):
+        step = Trainer.train_step
+
+        def stopping(self):
+            step(self)
+            if self.step == stopped_at:
+                self.received_signal = 15
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", stopping)
+            with pytest.raises(SystemExit):
+                train(*argv, name=name, **options)
+        return train(*argv, "--resume_from_checkpoint", "latest", name=name, **options)
+
+    return run
+
+
+@pytest.fixture
+def check_mistake(train):
+    """That a mistake is one line, with these words in it."""
+    from tiny_diffusers.errors import UserError
+
+    def check(argv, words, **options):
+        with pytest.raises(UserError) as error:
+            train(*argv, **options)
+        assert "\n" not in str(error.value).strip()
+        for word in words:
+            assert word in str(error.value)
+
+    return check
+
+
+@pytest.fixture
+def read_log():
+    return tiny.read_log

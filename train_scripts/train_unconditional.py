@@ -2,26 +2,30 @@
 Train an unconditional diffusion model on small images.
 
     accelerate launch train_scripts/train_unconditional.py                                  # the embedded 8x8 digits
-    accelerate launch train_scripts/train_unconditional.py --dataset_name ylecun/mnist --resolution 32 --max_train_minutes 10
+    tiny-diffusers train unconditional --dataset_name ylecun/mnist --resolution 32 --max_train_minutes 10
 """
 
 import sys
 
+from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler
+from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
-from tiny_diffusers.training.diffusion import Diffusion, DiffusionArguments, build_scheduler, build_unet
-from tiny_diffusers.training.trainer import Trainer, launch, load_data, start
+from tiny_diffusers.training.process import launch, load_data, setup_process
+from tiny_diffusers.training.settings import resolve_settings
+from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DiffusionArguments, argv)
-    accelerator = start(arguments)
+    accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
+    settings = resolve_settings(arguments, accelerator, data, **resolve_unet(arguments, data))
 
-    scheduler = build_scheduler(arguments)
-    unet = build_unet(arguments, data)
-    family = Diffusion(unet, scheduler, arguments.ddpm_num_inference_steps)
+    scheduler = build_scheduler(settings)
+    unet = build_unet(settings, data)
+    family = Diffusion(unet, scheduler, settings.ddpm_num_inference_steps)
 
-    Trainer(arguments, accelerator, data, family).run()
+    Trainer(settings, accelerator, data, family).run()
 
 
 if __name__ == "__main__":

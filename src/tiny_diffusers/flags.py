@@ -23,7 +23,14 @@ from .errors import UserError, unknown
 T = TypeVar("T")
 
 
-def flag(default: Any, help: str, *aliases: str, changes_run: bool = True, decides: tuple[str, ...] = ()) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *aliases: str,
+    changes_run: bool = True,
+    replaces: tuple[str, ...] = (),
+    decides: tuple[str, ...] = (),
+) -> Any:
     """
     Declares a dataclass field as a flag.
 
@@ -32,11 +39,20 @@ def flag(default: Any, help: str, *aliases: str, changes_run: bool = True, decid
         help (`str`): One line for `--help`.
         aliases (`str`): Further spellings, such as `"--num_train_epochs"`.
         changes_run (`bool`): False if a resumed run may have another value and still be the same run.
+        replaces (`tuple[str, ...]`):
+            Flags whose values in a recipe are dropped when this one is given on the command line: `--num_epochs`
+            replaces a recipe's `max_train_steps`.
         decides (`tuple[str, ...]`):
-            Names of flags that this one makes void in a recipe or an earlier run's settings when it is given on the
-            command line: `--num_epochs` decides the number of steps, for example.
+            The same for values that nobody asked for, as an earlier run resolved them: `--resolution` decides the
+            network's options.
     """
-    metadata = {"help": help, "aliases": list(aliases), "changes_run": changes_run, "decides": decides}
+    metadata = {
+        "help": help,
+        "aliases": list(aliases),
+        "changes_run": changes_run,
+        "replaces": replaces,
+        "decides": decides,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,7 +70,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class FlagParser(HfArgumentParser):
     """
-    Parser of the flags that one or more dataclasses declare with [`flag`]; fields without it are no flags.
+    Parser of the flags that dataclasses declare with [`flag`]; a field that is declared otherwise is no flag.
 
     `Literal` types give the choices. A flag of type `list[str]` takes its values separated by spaces or commas.
 
@@ -63,7 +79,7 @@ class FlagParser(HfArgumentParser):
     """
 
     def __init__(self, *dataclass_types: type, **kwargs):
-        self.choices: dict[str, tuple] = {}  # of flags that take lists, whose values are checked once split
+        self.choices: dict[str, tuple] = {}  # of the flags that take a list of strings; empty if any will do
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -72,26 +88,46 @@ class FlagParser(HfArgumentParser):
         field = copy.copy(field)
         field.metadata = {name: field.metadata[name] for name in ("help", "aliases")}
         list_type = next((t for t in (field.type, *get_args(field.type)) if get_origin(t) is list), None)
-        if list_type is not None and get_origin(get_args(list_type)[0]) is Literal:
-            self.choices[field.name] = get_args(get_args(list_type)[0])
+        item_type = get_args(list_type)[0] if list_type is not None else None
+        if item_type is str or get_origin(item_type) is Literal:
+            self.choices[field.name] = get_args(item_type)
             field.type = list[str]
         super()._parse_dataclass_field(parser, field)
 
-    def given(self, argv: list[str]) -> dict[str, Any]:
+    def parse_known_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses as argparse does, splits lists of strings at commas, and checks their choices."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, choices in self.choices.items():
+            words = getattr(namespace, name)
+            if isinstance(words, list):
+                parts = [part.strip() for word in words for part in word.split(",")]
+                for part in parts:
+                    if choices and part not in choices:
+                        raise unknown(f"--{name}", part, choices)
+                setattr(namespace, name, parts)
+        return namespace, rest
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parses a command line; suggests the nearest flags for an unknown one."""
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest and rest[0].startswith("-"):
+            near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise UserError(f"Unknown argument '{rest[0]}'.{hint} --help lists the flags.")
+        if rest:
+            raise UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
+        return namespace
+
+    def given(self, args: list[str]) -> dict[str, Any]:
         """Parses a command line into the values that were given, without defaults."""
         unset = object()
-        names = {action.dest for action in self._actions if action.dest != "help"}
-        namespace, rest = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-        if rest:
-            raise self._unknown_argument(rest[0])
-        values = {name: value for name, value in vars(namespace).items() if value is not unset}
-        for name, value in values.items():
-            if isinstance(value, list) and value and isinstance(value[0], str):
-                values[name] = [part.strip() for word in value for part in word.split(",")]
-                for part in values[name] if name in self.choices else ():
-                    if part not in self.choices[name]:
-                        raise unknown(f"--{name}", part, self.choices[name])
-        return values
+        actions = [action for action in self._actions if action.dest != "help"]
+        namespace = self.parse_args(args, argparse.Namespace(**{action.dest: unset for action in actions}))
+        # argparse sets an optional positional to its default even if it is absent
+        absent = [a.dest for a in actions if not a.option_strings and getattr(namespace, a.dest) is a.default]
+        return {name: value for name, value in vars(namespace).items() if value is not unset and name not in absent}
 
     def error(self, message: str):
         raise UserError(f"{message}. --help lists the flags.")
@@ -99,10 +135,3 @@ class FlagParser(HfArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             raise unknown(action.option_strings[0] if action.option_strings else action.dest, value, action.choices)
-
-    def _unknown_argument(self, word: str) -> UserError:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=3)
-            hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-            return UserError(f"Unknown argument '{word}'.{hint} --help lists the flags.")
-        return UserError(f"'{word}' stands alone on the command line: every argument is a --flag and its value.")

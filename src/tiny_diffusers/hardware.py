@@ -1,4 +1,4 @@
-"""What this machine has: its device, its physical cores, and the number format that its hardware multiplies fastest."""
+"""The machine: its device, its physical cores, the dtype that it multiplies fastest, and how torch is set up for it."""
 
 import contextlib
 import ctypes
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from .errors import UserError, first_line
+
 
 def default_device() -> torch.device:
-    """The accelerator that torch finds (CUDA, MPS, XPU, ...), or else the CPU."""
+    """Returns the accelerator that torch finds (CUDA, MPS, XPU, ...), or else the CPU."""
     if torch.accelerator.is_available():
         return torch.device(torch.accelerator.current_accelerator().type)
     return torch.device("cpu")
@@ -18,10 +20,9 @@ def default_device() -> torch.device:
 
 def physical_cores() -> int:
     """
-    The physical cores that this process may run on; hyper-threads only get in each other's way in convolutions.
+    Counts the physical cores that this process may run on: hyper-threads slow convolutions down.
 
-    Counted from Linux's topology within the process's affinity mask; elsewhere from psutil where it is installed
-    (accelerate depends on it), and else all logical processors.
+    On Linux they are counted from the CPU topology, within the process's affinity mask; elsewhere by psutil.
     """
     if sys.platform == "linux":
         topology = Path("/sys/devices/system/cpu")
@@ -33,18 +34,15 @@ def physical_cores() -> int:
                 siblings = str(cpu)
             cores.add(siblings)
         return len(cores)
-    try:
-        import psutil
+    import psutil
 
-        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    except ImportError:
-        return os.cpu_count() or 1
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """
-    bfloat16 where `device` has it in hardware (AMX or AVX512-BF16 on a CPU, a GPU of compute capability 8.0 or
-    more), float32 elsewhere. Emulated bfloat16 is slower than float32, so support alone is not enough.
+    Returns bfloat16 if `device` has it in hardware (AMX or AVX512-BF16 on a CPU, a GPU of compute capability 8.0 or
+    more), else float32. Emulated bfloat16 is slower than float32.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -58,15 +56,41 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def dtype_called(name: str, device: torch.device) -> torch.dtype:
-    """A number format by its name in torch; `"auto"` is [`default_dtype`]."""
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of that name in torch; `"auto"` is [`default_dtype`]."""
     return default_dtype(device) if name == "auto" else getattr(torch, name)
+
+
+def setup_torch(num_threads: int | None = None, device: str | None = None) -> torch.device:
+    """
+    Sets up torch in this process: its CPU threads, its memory allocator, its device.
+
+    Args:
+        num_threads (`int`, *optional*): CPU threads; the physical cores, shared by the local processes, if not given.
+        device (`str`, *optional*): Such as `"cuda:1"`; the accelerator if there is one, else the CPU, if not given.
+
+    Returns:
+        `torch.device`: The device, which is known to work.
+
+    Raises:
+        UserError: If the device cannot be used.
+    """
+    # accelerate's launcher sets OMP_NUM_THREADS=1, which would leave all cores but one idle.
+    torch.set_num_threads(num_threads or max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    try:
+        chosen = torch.device(device) if device else default_device()
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"The device '{device}' can't be used here: {first_line(error)}") from error
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    return chosen
 
 
 def keep_freed_memory() -> None:
     """
-    Keeps what tensors on the CPU leave behind for the next ones, for the rest of the process. glibc's allocator hands large
-    blocks back to the system at once, which then clears each page anew, in every step. Other allocators are left alone.
+    Makes glibc's allocator keep freed memory for the rest of the process. By default it returns large blocks to the
+    system, which clears every page again in each step. Other allocators are left alone.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL("libc.so.6")
@@ -75,10 +99,15 @@ def keep_freed_memory() -> None:
 
 
 def compile_failure(device: torch.device) -> str | None:
-    """Why `torch.compile` can't work on `device` (no C++ compiler, no Triton, ...), or None where a trial succeeds."""
+    """
+    Returns why the networks are not compiled on `device`, or None if they can be.
+
+    On a CPU `torch.compile` gains nothing (docs/speed.md); elsewhere a trial shows whether a compiler is missing.
+    """
+    if device.type == "cpu":
+        return "on a CPU it gains nothing"
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each backend, platform and version of torch has its own
-        error = getattr(error, "inner_exception", error)
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(getattr(error, "inner_exception", error))
     return None

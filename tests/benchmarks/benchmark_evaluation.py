@@ -1,13 +1,14 @@
 """
-What an evaluation costs: images/s through the features, memory, and whether two processes agree with one.
+Measures the cost of an evaluation: the time to extract features, memory, and the difference between one process and
+two.
 
     python tests/benchmarks/benchmark_evaluation.py [--dataset_name uoft-cs/cifar10]
 
 1. Seconds that `efficientnet-lite0` takes for 10,000 images, in float32 and bfloat16.
-2. Peak memory of `tiny-diffusers evaluate --images` at 2,500, 10,000 and 40,000 images (features `pixels`, the metrics that
-   compare sets), each in a process of its own: the memory that belongs to the process alone, without what is mapped from
-   files, where the system tells them apart (Linux), else all of it.
-3. The largest relative difference between the figures of one process and of two, `efficientnet-lite0`, 2,000 images.
+2. Peak memory of `tiny-diffusers evaluate --images` at 2,500, 10,000 and 40,000 images (features `pixels`, the metrics
+   that compare sets), each in its own process. On Linux this is the memory of the process alone, without memory-mapped
+   files; elsewhere it is all of its memory.
+3. The largest relative difference between the metrics of one process and of two, `efficientnet-lite0`, 2,000 images.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def seconds_for(images: torch.Tensor, dtype: str) -> float:
 
 
 def evaluate(folder: Path, output: Path, dataset_name: str, *options: str, processes: int = 1) -> float:
-    """Runs `evaluate`; the peak of its memory, in MB."""
+    """Runs `tiny-diffusers evaluate` and returns its peak memory, in MB."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -87,7 +88,7 @@ def main() -> None:
             reports.append({name: entry["value"] for name, entry in Report.load(output).figures.items()})
         one, two = reports
         differences = [abs(two[name] - one[name]) / max(abs(one[name]), 1e-12) for name in one]
-        print(f"one process and two: {len(differences)} figures differ by at most {max(differences):.1e}, relatively")
+        print(f"one process and two: {len(differences)} metrics differ by at most {max(differences):.1e} (relative)")
 
 
 if __name__ == "__main__":

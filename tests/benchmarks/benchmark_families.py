@@ -1,14 +1,14 @@
 """
-The five families on the same images, for the same minutes, by one protocol.
+Trains the five families on the same images, for the same minutes, and measures them by one protocol.
 
     python tests/benchmarks/benchmark_families.py [--minutes 10] [--dataset_name ylecun/mnist] [--resolution 32]
 
-Each family is trained by its script's defaults (PixelCNN by its MNIST recipe, the VAE with 16 latents in place of 64: of
-so many the prior's draws are scrambled strokes after ten minutes), and measured against the test split by
-`tiny_diffusers.evaluation`: samples of each, and the likelihood of the first test images where there is one (a bound for
-diffusion and the VAE, exact for PixelCNN; a GAN has none). Writes `table.md`, `samples.png` (a row of samples a family)
-and each family's own report into `--output_dir`. What is done already, a model or a report, is not done again, if it was
-made with these very settings; else nothing is done at all.
+Each family is trained with its script's defaults (PixelCNN with its MNIST recipe, the VAE with 16 latents: with its
+default of 64 the samples are scrambled strokes after ten minutes). `tiny_diffusers.evaluation` measures samples
+against the test split, and the likelihood of the first test images: a bound for diffusion and the VAE, exact for
+PixelCNN, none for a GAN. Writes `table.md`, `samples.png` (a row of samples for each family) and the families' reports
+into `--output_dir`. A model or report that exists already is kept if it was made with the same settings; otherwise the
+benchmark stops before it begins.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from tiny_diffusers import TinyPipeline, plots, train_scripts
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.evaluation import Protocol, Report, compare, evaluate
 from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+from tiny_diffusers.runs import read_log
 
 
 SCRIPTS = Path(train_scripts.__file__).parent
 
-# name in the table -> its script, the script's further arguments, those of the pipeline's call
+# name in the table -> script, further arguments of the script, arguments of the pipeline's call
 FAMILIES = {
     "diffusion": ("train_unconditional", [], {"num_inference_steps": 50}),
     "conditional diffusion": ("train_conditional", [], {"num_inference_steps": 50, "guidance_scale": 1.0}),
@@ -45,7 +46,7 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 
 
 def check(name: str, args: argparse.Namespace) -> None:
-    """Refuses a model or a report that was made with other settings than it would be now."""
+    """Refuses an existing model or report that was made with other settings."""
     folder = folder_of(name, args)
     if not (folder / "model_index.json").is_file():
         return
@@ -63,7 +64,7 @@ def check(name: str, args: argparse.Namespace) -> None:
 
 
 def train(name: str, args: argparse.Namespace) -> None:
-    (folder_of(name, args) / "report.json").unlink(missing_ok=True)  # it would be of another model
+    (folder_of(name, args) / "report.json").unlink(missing_ok=True)  # it belongs to another model
     script, arguments, _ = FAMILIES[name]
     command = [
         *(sys.executable, str(SCRIPTS / f"{script}.py"), *arguments),
@@ -71,7 +72,7 @@ def train(name: str, args: argparse.Namespace) -> None:
         *("--max_train_minutes", str(args.minutes), "--seed", str(args.seed)),
         *("--output_dir", str(folder_of(name, args)), "--overwrite_output_dir"),
     ]
-    subprocess.run(command, check=True)  # a process each, so that none inherits another's memory or threads
+    subprocess.run(command, check=True)  # in its own process: none inherits another's memory or threads
 
 
 def load(name: str, args: argparse.Namespace) -> TinyPipeline:
@@ -110,11 +111,11 @@ def draw_row(name: str, count: int, args: argparse.Namespace) -> list:
 
 
 def describe(name: str, args: argparse.Namespace) -> str:
-    """One line of how a family was trained, from what its run left."""
+    """Describes in one line how a family was trained, from the files of its run."""
     run = json.loads((folder_of(name, args) / "run.json").read_text())
-    steps = max(int(steps[-1]) for steps, _ in plots.read_log(folder_of(name, args) / "train_log.jsonl").values())
+    steps = max(int(steps[-1]) for steps, _ in read_log(folder_of(name, args) / "train_log.jsonl").values())
     parameters = sum(run["parameters"].values()) / 1e6
-    took = f" in {run['seconds']:,.0f} s" if "seconds" in run else ""  # earlier runs don't say
+    took = f" in {run['seconds']:,.0f} s" if "seconds" in run else ""  # unknown for earlier runs
     return f"{name}: {parameters:.2f} M parameters, {steps:,} steps of {run['global_batch']} images{took}"
 
 
@@ -122,10 +123,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", default="ylecun/mnist")
     parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each family")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of training for each family")
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--likelihood_images", type=int, default=64)
-    parser.add_argument("--row", type=int, default=16, help="samples of a family in the picture")
+    parser.add_argument("--row", type=int, default=16, help="samples of each family in the picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/families"))

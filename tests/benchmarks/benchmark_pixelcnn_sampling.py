@@ -1,16 +1,17 @@
 """
-How much faster a PixelCNN samples from cached rows of activations than by evaluating the whole network each time.
+Measures how much faster a PixelCNN samples with cached rows of activations than by evaluating the whole network each
+time.
 
     python tests/benchmarks/benchmark_pixelcnn_sampling.py [--threads 2] [--variant gated] [--batch_size 16] [--naive_steps 6]
 
 Prints three things, in float32 with random weights (speed does not depend on them):
 
-1. 32x32 colour, the CIFAR-10 recipe's network: cached against naive. Naive sampling is one forward pass a sub-pixel
-   (`plusplus`: a pixel), all of the same size and cost: the first `--naive_steps` of its 3072 (1024) are timed, and
-   the sum is scaled up; `--naive_steps 0` takes all of them, which lasts hours. Both are timed with each
-   number of threads up to `--threads`, and the best is taken for each.
-2. The cost at 8, 16, 32 and 64 pixels a side: linear in the number of pixels if a pixel costs the same at each.
-3. 64 MNIST digits with the MNIST recipe's network.
+1. 32x32 colour images with the network of the CIFAR-10 recipe: cached against naive. Naive sampling takes one forward
+   pass per sub-pixel (`plusplus`: per pixel), all with the same cost: the first `--naive_steps` of the 3072 (1024) are
+   timed, and the total is extrapolated; `--naive_steps 0` times all of them, which takes hours. Both are timed with
+   each number of threads up to `--threads`, and the best time counts for each.
+2. The cost at 8, 16, 32 and 64 pixels per side: linear in the number of pixels if a pixel costs the same at each.
+3. 64 MNIST digits with the network of the MNIST recipe.
 """
 
 import argparse
@@ -21,24 +22,21 @@ from pathlib import Path
 import torch
 
 from tiny_diffusers import TinyPixelCNNModel, TinyPixelCNNPipeline, train_scripts
+from tiny_diffusers.families.pixelcnn import PixelCNNArguments
 from tiny_diffusers.hardware import physical_cores
-from tiny_diffusers.training.arguments import parse_arguments
+from tiny_diffusers.training.arguments import network_options, parse_arguments
 
 
 def recipe_network(recipe: str, **config) -> TinyPixelCNNModel:
-    """The network of a recipe, with random weights."""
-    from tiny_diffusers.train_scripts.train_pixelcnn import PixelCNNArguments
-
+    """Builds the network of a recipe, with random weights."""
     path = Path(train_scripts.__file__).parent / "recipes" / f"{recipe}.yaml"
-    arguments = parse_arguments(PixelCNNArguments, ["--config", str(path)])
-    names = ("variant", "hidden_channels", "num_layers", "num_levels", "num_frequencies", "dilations")
+    options = network_options(parse_arguments(PixelCNNArguments, ["--config", str(path)]))
     torch.manual_seed(0)
-    given = {name: getattr(arguments, name) for name in names}
-    return TinyPixelCNNModel(**{name: value for name, value in given.items() if value is not None}, **config).eval()
+    return TinyPixelCNNModel(**{name: value for name, value in options.items() if value is not None}, **config).eval()
 
 
 def cached_seconds(model: TinyPixelCNNModel, batch_size: int) -> float:
-    """Seconds for a batch of images, through the pipeline."""
+    """Measures the seconds in which the pipeline draws a batch of images."""
     pipe = TinyPixelCNNPipeline(model)
     pipe.set_progress_bar_config(disable=True)
     began = time.perf_counter()
@@ -48,7 +46,7 @@ def cached_seconds(model: TinyPixelCNNModel, batch_size: int) -> float:
 
 @torch.no_grad()
 def naive_seconds(model: TinyPixelCNNModel, batch_size: int, num_steps: int) -> float:
-    """Seconds that naive sampling takes: `num_steps` of its forward passes are timed (0: all)."""
+    """Measures the seconds of naive sampling, from `num_steps` of its forward passes (0: all)."""
     C, size = model.config.in_channels, model.config.sample_size
     total = size * size * model.network.groups
     num_steps = min(num_steps, total) or total
@@ -85,10 +83,10 @@ def main() -> None:
     print(f"cached is {ratio:.0f} times as fast as naive ({args.naive_steps or 'all'} naive steps timed)")
 
     torch.set_num_threads(best["cached"])
-    print("\nside   pixels   seconds   ms a pixel")
+    print("\nside   pixels   seconds   ms per pixel")
     for size in (8, 16, 32, 64):
         seconds = cached_seconds(recipe_network(recipe, sample_size=size, in_channels=3), args.batch_size)
-        print(f"{size:4d}   {size * size:6d}   {seconds:7.2f}   {1e3 * seconds / size**2:10.3f}")
+        print(f"{size:4d}   {size * size:6d}   {seconds:7.2f}   {1e3 * seconds / size**2:12.3f}")
 
     seconds = cached_seconds(recipe_network("pixelcnn_mnist", sample_size=28, in_channels=1), 64)
     print(f"\n64 MNIST digits, pixelcnn_mnist: {seconds:.1f} s")

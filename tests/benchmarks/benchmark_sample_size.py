@@ -1,10 +1,10 @@
 """
-How much a Frechet distance owes to the number of samples: real test images against real training images, whose true
-distance is near 0.
+Measures the bias of the Frechet distance at each number of samples: real test images against real training images,
+whose true distance is near 0.
 
     python tests/benchmarks/benchmark_sample_size.py cifar10 mnist [--output docs/sample_size.md]
 
-A data set is a Hub id or a folder. Features are kept in the package's cache, so that a stopped run goes on where it was.
+A dataset is a Hub id or a folder. Features are kept in the package's cache, so an interrupted run resumes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MAX_REPEATS = 3  # disjoint subsets of a size
 
 
 def extract(data: ImageData, count: int, extractor: features.Extractor) -> np.ndarray:
-    """The features of `count` of the images, in the order of their hashes: a random choice that is always the same."""
+    """Extracts the features of `count` images in the order of their hashes: always the same random choice."""
     pixels = data.images.numpy()
     order = images.order_of(pixels)[:count]
     path = (
@@ -34,13 +34,13 @@ def extract(data: ImageData, count: int, extractor: features.Extractor) -> np.nd
     def compute(start: int, stop: int) -> np.ndarray:
         return extractor(torch.from_numpy(pixels[order[start:stop]])).numpy()
 
-    return images.fill(
-        path, (len(order), extractor.dim), np.float32, compute, 64, PartialState(), f"{data.name} {data.split}"
-    )
+    shape = (len(order), compute(0, 1).shape[1])
+    desc = f"{data.name} {data.split}"
+    return images.fill(path, shape, np.float32, compute, batch_size=64, state=PartialState(), desc=desc)
 
 
 def rows(test: np.ndarray, train: np.ndarray) -> list[str]:
-    """One line of the table for each size: the mean over disjoint subsets, and their standard deviation."""
+    """Returns a row of the table for each size: the mean over disjoint subsets, and their standard deviation."""
     reference = metrics.FrechetReference(train)
     lines = []
     for size in (size for size in SIZES if size <= len(test)):
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+")
     parser.add_argument("--num_reference", type=int, default=10_000, help="training images (default: 10000)")
-    parser.add_argument("--output", type=Path, help="write the tables to this Markdown file too")
+    parser.add_argument("--output", type=Path, help="also write the tables to this Markdown file")
     args = parser.parse_args()
 
     torch.set_num_threads(hardware.physical_cores())

@@ -1,17 +1,18 @@
 """
-What a laptop's user gets for ten minutes: this package's defaults against those of diffusers' own example.
+Compares what ten minutes of training on a laptop give: this package's defaults and those of diffusers' own example.
 
     python tests/benchmarks/benchmark_time_to_quality.py [--minutes 10] [--dataset_name ylecun/mnist]
 
-Both train for the same minutes on the same images, and 2,000 samples of each are measured against 5,000 test images by the
-Frechet distance in `efficientnet-lite0` features at 128 pixels; 2,000 training images are measured too, as the best there is.
-Diffusers' defaults are those of its `train_unconditional.py` with `--use_ema`: `UNet2DModel` (of the widths, levels and
-attention of ours, where its own would have 114 million parameters), float32, batches of 16, AdamW at 1e-4 after a warm-up of
-500 steps, linear betas, epsilon, `EMAModel`. Its 1,000 DDPM steps would take hours here: both are sampled by DDIM in 50.
+Both train for the same time on the same images. The Frechet distance of 2,000 samples of each to 5,000 test images is
+measured with `efficientnet-lite0` features at 128 pixels, and that of 2,000 training images as the best possible one.
+Diffusers' defaults are those of its `train_unconditional.py` with `--use_ema`: `UNet2DModel` (with the widths, levels
+and attention of ours; its own would have 114 million parameters), float32, batches of 16, AdamW at 1e-4 after a
+warm-up of 500 steps, linear betas, epsilon, `EMAModel`. Its 1,000 DDPM steps would take hours here, so both are
+sampled with 50 DDIM steps.
 
-Writes `table.md`, `table.json`, `ours.png` and `stock.png` into `--output_dir`. What is done already, a model or a batch of
-samples, is not done again; a folder of other minutes, images, or another seed is refused. Exits with 1 if ours is over 150, or
-over a third of stock's.
+Writes `table.md`, `table.json`, `ours.png` and `stock.png` into `--output_dir`. Existing models and samples are used
+again; a folder that was made with other minutes, images or another seed is refused. Exits with 1 if the distance of
+ours is over 150, or over a third of stock's.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, plots
 from tiny_diffusers.data import ImageData, load_images, normalize
 from tiny_diffusers.evaluation import features, images, metrics
 from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+from tiny_diffusers.runs import read_log
 from tiny_diffusers.train_scripts import train_unconditional
 
 
@@ -42,7 +44,7 @@ STOCK_BATCH, STOCK_EPOCHS, STOCK_WARMUP = 16, 100, 500
 
 
 def other_run(output_dir: Path, asked: dict) -> str | None:
-    """What a run in `output_dir` was made with and is not asked for, as flags, or None."""
+    """Returns the settings of an existing run in `output_dir` that differ from those asked for, as flags, or None."""
     config, run = output_dir / "ours" / "config.yaml", output_dir / "stock" / "run.json"
     ours = yaml.safe_load(config.read_text()) if config.is_file() else {}
     ours["minutes"] = ours.get("max_train_minutes")
@@ -61,7 +63,7 @@ def train_ours(folder: Path, args: argparse.Namespace) -> None:
 
 
 def stock_unet(ours: dict) -> UNet2DModel:
-    """Stock's network, of the sizes in our network's config."""
+    """Builds stock diffusers' network with the sizes in our network's config."""
     attention = ours["attention"]
     if isinstance(attention, str):
         attention = [attention] * len(ours["block_out_channels"])
@@ -78,14 +80,14 @@ def stock_unet(ours: dict) -> UNet2DModel:
 
 
 def train_stock(folder: Path, data: ImageData, ours: dict, asked: dict, args: argparse.Namespace) -> None:
-    """The loop of diffusers' example, until the minutes are over."""
+    """Trains as diffusers' example does, until the minutes are over."""
     device = default_device()
     torch.manual_seed(args.seed)
     unet = stock_unet(ours).to(device)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    steps = STOCK_EPOCHS * len(data) // STOCK_BATCH  # of which these minutes see a part
+    steps = STOCK_EPOCHS * len(data) // STOCK_BATCH  # of which these minutes reach a part
     learning_rate = get_scheduler("cosine", optimizer, num_warmup_steps=STOCK_WARMUP, num_training_steps=steps)
 
     began, step = time.perf_counter(), 0
@@ -112,12 +114,12 @@ def train_stock(folder: Path, data: ImageData, ours: dict, asked: dict, args: ar
 def images_seen(folder: Path) -> int:
     run = json.loads((folder / "run.json").read_text())
     if "steps" not in run:
-        run["steps"] = int(plots.read_log(folder / "train_log.jsonl")["loss"][0][-1])
+        run["steps"] = int(read_log(folder / "train_log.jsonl")["loss"][0][-1])
     return run["steps"] * run["global_batch"]
 
 
 def draw(name: str, shape: tuple[int, int, int], args: argparse.Namespace) -> np.ndarray:
-    """Samples of a trained model, uint8 (N, C, H, W)."""
+    """Draws samples of a trained model, uint8 (N, C, H, W)."""
     device = default_device()
     pipe = TinyPipeline.from_pretrained(args.output_dir / name).to(device, default_dtype(device))
     pipe.unet.to(memory_format=torch.channels_last)
@@ -136,7 +138,7 @@ def draw(name: str, shape: tuple[int, int, int], args: argparse.Namespace) -> np
 
 
 def extract(extractor: features.Extractor, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Features of uint8 images (N, C, H, W), (N, D)."""
+    """Extracts the features of uint8 images: (N, C, H, W) -> (N, D)."""
     batches = torch.as_tensor(np.array(pixels)).split(100)
     return torch.cat([extractor(batch) for batch in tqdm(batches, desc="features", delay=2)]).numpy()
 
@@ -144,7 +146,7 @@ def extract(extractor: features.Extractor, pixels: np.ndarray | torch.Tensor) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", default="ylecun/mnist")
-    parser.add_argument("--resolution", type=int, help="default: the images' own")
+    parser.add_argument("--resolution", type=int, help="default: the images' own size")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--num_references", type=int, default=5000)
@@ -153,7 +155,7 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/time-to-quality"))
     args = parser.parse_args()
     torch.set_num_threads(physical_cores())
-    extractor = features.load("efficientnet-lite0")  # before the minutes, in case it is not there
+    extractor = features.load("efficientnet-lite0")  # before training, in case it is not installed
     train_data = load_images(args.dataset_name, resolution=args.resolution)
     test_data = load_images(
         args.dataset_name, split="test", resolution=args.resolution, max_samples=args.num_references

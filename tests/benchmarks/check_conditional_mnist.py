@@ -1,11 +1,11 @@
 """
-Are a conditional model's digits the digits that were asked for?
+Checks that a conditional model draws the digits that are asked for.
 
     python tests/benchmarks/check_conditional_mnist.py runs/conditional-ddpm-mnist [--dataset_name ylecun/mnist]
 
-A small classifier, trained on the real digits once and then kept, must be right on over 98 % of the test images. It judges
-1,000 samples, 100 of each class, at each guidance scale: at least 95 % must be what was asked for at 1, and 98 % at 3. Prints
-the figures as JSON and exits with 1 if they fall short.
+A small classifier, trained on the real digits once and then saved, must have an accuracy over 98 % on the test images.
+It judges 1,000 samples, 100 of each class, at each guidance scale: it must agree with the requested class for at least
+95 % of them at 1, and for 98 % at 3. Prints the results as JSON and exits with 1 if they fall short.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LEAST_AGREEMENT = {1.0: 0.95, 3.0: 0.98}
 
 
 def build_classifier() -> nn.Module:
-    """Images (B, C, H, W) in [-1, 1] -> logits (B, 10), whatever the size."""
+    """Builds a classifier of images of any size: (B, C, H, W) in [-1, 1] -> logits (B, 10)."""
     return nn.Sequential(
         *(nn.LazyConv2d(32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -56,16 +56,16 @@ def train_classifier(classifier: nn.Module, data: ImageData, epochs: int = 2, ba
 
 @torch.inference_mode()
 def predict(classifier: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The classes of images (N, C, H, W) in [-1, 1], (N,)."""
+    """Predicts the classes of images in [-1, 1]: (N, C, H, W) -> (N,)."""
     return torch.cat([classifier(batch).argmax(1) for batch in images.split(500)])
 
 
 def load_classifier(path: Path, dataset_name: str, resolution: int) -> tuple[nn.Module, float]:
-    """The classifier, trained where there is none yet, and its accuracy on the test images."""
+    """Loads the classifier, or trains and saves it; returns it with its accuracy on the test images."""
     torch.manual_seed(0)
     classifier = build_classifier()
     test_data = load_images(dataset_name, split="test", resolution=resolution, require_labels=True)
-    classifier(normalize(test_data.images[:1]))  # settles the lazy layers' sizes
+    classifier(normalize(test_data.images[:1]))  # sets the sizes of the lazy layers
     classifier.to(memory_format=torch.channels_last)
     if path.is_file():
         classifier.load_state_dict(load_file(path))

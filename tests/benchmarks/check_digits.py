@@ -1,12 +1,13 @@
 """
-Has the digits model learned, and not copied?
+Checks that a model of the digits draws digits, and does not copy its training images.
 
     python tests/benchmarks/check_digits.py runs/ddpm-digits [--num_images 500] [--num_inference_steps 50]
 
-A calibrated support vector classifier, fitted on 70 % of the real digits, judges samples: the share that it holds for
-some digit with a probability over 0.8, the share of each class, and the share that is nearer to a training image than
-0.3 grey levels of 16 (no held-out real digit is nearer than 0.42). Prints the figures as JSON, adds them to the model's
-card with `--write_card`, and exits with 1 if they fall short.
+A calibrated support vector classifier, fitted on 70 % of the real digits, judges the samples: the share that it
+accepts as some digit with a probability over 0.8, and the share of each class. Also measured is the share of samples
+whose mean absolute difference to a training image is below 0.3 grey levels of 16 (no held-out real digit is below
+0.42). Prints the results as JSON, adds them to the model's card with `--write_card`, and exits with 1 if they fall
+short.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from sklearn.svm import SVC
 
 
 def nearest(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Mean absolute difference to the nearest reference, `(N,)`, of images `(N, D)` and references `(M, D)`."""
+    """Computes the mean absolute difference of images `(N, D)` to the nearest of the references `(M, D)`: `(N,)`."""
     return np.array([np.abs(references - image).mean(1).min() for image in images])
 
 
 def judge(samples: np.ndarray) -> dict:
-    """The figures for samples `(N, 64)` in grey levels 0 to 16."""
+    """Computes the results for samples `(N, 64)` in grey levels 0 to 16."""
     digits = load_digits()
     train, held_out, train_labels, _ = train_test_split(digits.data, digits.target, train_size=0.7, random_state=0)
     classifier = CalibratedClassifierCV(SVC(gamma=0.001), ensemble=False).fit(train, train_labels)
@@ -37,20 +38,18 @@ def judge(samples: np.ndarray) -> dict:
     distances = nearest(samples, digits.data)
     return {
         "num_images": len(samples),
-        "held for a digit": round(float((probabilities.max(1) > 0.8).mean()), 4),
-        "real held-out digits held for a digit": round(
-            float((classifier.predict_proba(held_out).max(1) > 0.8).mean()), 4
-        ),
-        "least share of a class": round(float(classes.min()), 4),
+        "accepted as digits": round(float((probabilities.max(1) > 0.8).mean()), 4),
+        "real held-out digits accepted": round(float((classifier.predict_proba(held_out).max(1) > 0.8).mean()), 4),
+        "smallest share of a class": round(float(classes.min()), 4),
         "classes": [round(float(share), 4) for share in classes],
-        "nearer to a training image than 0.3": round(float((distances < 0.3).mean()), 4),
-        "least distance to a training image": round(float(distances.min()), 3),
-        "least distance of a held-out digit to the others": round(float(nearest(held_out, train).min()), 3),
+        "closer than 0.3 to a training image": round(float((distances < 0.3).mean()), 4),
+        "smallest distance to a training image": round(float(distances.min()), 3),
+        "smallest distance of a held-out digit to the others": round(float(nearest(held_out, train).min()), 3),
     }
 
 
 def write_card(folder: Path, args: argparse.Namespace, figures: dict) -> None:
-    """Writes the run's card again, with the figures and the command that measured them."""
+    """Rewrites the card of the run with the results and the command that measured them."""
     import yaml
 
     from tiny_diffusers import hub
@@ -76,10 +75,10 @@ def main() -> int:
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument(
-        "--scheduler", help="A class of diffusers' to sample with, such as DPMSolverMultistepScheduler."
+        "--scheduler", help="Scheduler class of diffusers to sample with, such as DPMSolverMultistepScheduler."
     )
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--write_card", action="store_true", help="Add the figures to the checkpoint's card.")
+    parser.add_argument("--write_card", action="store_true", help="Add the results to the checkpoint's card.")
     args = parser.parse_args()
 
     from tiny_diffusers import TinyPipeline
@@ -101,9 +100,9 @@ def main() -> int:
         write_card(args.checkpoint, args, figures)
 
     passed = (
-        figures["held for a digit"] >= 0.75
-        and figures["least share of a class"] >= 0.04
-        and figures["nearer to a training image than 0.3"] <= 0.01
+        figures["accepted as digits"] >= 0.75
+        and figures["smallest share of a class"] >= 0.04
+        and figures["closer than 0.3 to a training image"] <= 0.01
     )
     return 0 if passed else 1
 

@@ -1,12 +1,12 @@
 """
-How much a high guidance scale saturates a conditional model's colours, with and without dynamic thresholding.
+Measures how much a high guidance scale saturates a conditional model's colours, with and without dynamic thresholding.
 
     python tests/benchmarks/check_guidance_saturation.py runs/conditional-ddpm-cifar10 [--dataset_name uoft-cs/cifar10]
 
-Measures the share of values at 0 or 255 in real images and in samples from the same noise: predictions of x_0 clipped to
-[-1, 1] (static), or thresholded at the 99.5th percentile (dynamic). Prints the figures as JSON, writes a grid with a row of
-each into the checkpoint's folder, and exits with 1 where static clipping doesn't exceed the real share, or dynamic
-thresholding doesn't at least halve the excess.
+Saturation is the share of values at 0 or 255. It is measured in real images and in two sets of samples from the same
+noise: with predictions of x_0 clipped to [-1, 1] (static), or thresholded at the 99.5th percentile (dynamic). Prints
+the results as JSON, writes a grid with a row of each to the checkpoint's folder, and exits with 1 unless static
+clipping exceeds the real share and dynamic thresholding at least halves the excess.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MODES = {"static": None, "dynamic": 0.995}
 
 
 def share_at_the_ends(images: torch.Tensor) -> float:
-    """Of uint8 images."""
+    """Computes the share of values at 0 or 255 in uint8 images."""
     return float(((images == 0) | (images == 255)).double().mean())
 
 

@@ -1,13 +1,13 @@
 """
-Kills a training process (SIGKILL) at random moments, resumes it each time, and compares the end with a run that was left
-alone: log, weights, averages, optimiser, samples, to the bit.
+Kills a training process (SIGKILL) at random moments, resumes it each time, and compares the end with an uninterrupted
+run: log, weights, EMA, optimizer, samples, to the bit.
 
     python tests/benchmarks/kill_harness.py                           # 30 kills, 10 or more of them inside a write
     python tests/benchmarks/kill_harness.py --kills 3 --inside 1      # what the test suite runs
 
 A third of the kills come at a random moment of the start, a third at a random moment of the training, and a third
-while a checkpoint lies half written. Needs os.fork, so no Windows: a process is forked for each start, after the
-imports, which are all that takes long.
+while a checkpoint is being written. Needs os.fork, so no Windows: each start is a fork after the imports, which take
+most of the time.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from pathlib import Path
 import tiny_diffusers.models.unet_tiny  # noqa: F401  imported before the forks
 from tiny_diffusers import hub, plots  # noqa: F401
 from tiny_diffusers.pipelines import pipeline_tiny  # noqa: F401
+from tiny_diffusers.runs import STAGING, RunFolder
 from tiny_diffusers.train_scripts import train_unconditional
-from tiny_diffusers.training import checkpoints
-from tiny_diffusers.training.trainer import launch
+from tiny_diffusers.training.process import launch
 
 
 STEPS_A_KILL = 8
@@ -39,7 +39,7 @@ SETTINGS = [
 
 
 def start(folder: Path, steps: int) -> int:
-    """A training process: its id."""
+    """Starts a training process and returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -55,7 +55,7 @@ def start(folder: Path, steps: int) -> int:
 
 
 def runs_until(pid: int, condition: Callable[[], bool]) -> bool:
-    """Waits for `condition`; whether the process still runs then."""
+    """Waits for `condition`; returns whether the process is still running."""
     while not condition():
         if os.waitpid(pid, os.WNOHANG)[0]:
             return False
@@ -69,11 +69,11 @@ def kill(pid: int) -> None:
 
 
 def is_writing(folder: Path) -> bool:
-    return any(folder.glob(".staging-checkpoint-*"))
+    return any(folder.glob(f"{STAGING}checkpoint-*"))
 
 
 def kill_once(folder: Path, steps: int, kind: str) -> str | None:
-    """Starts the run, kills it at a random moment of that kind, and says when; None if it came to its end before."""
+    """Starts the run and kills it at a random moment of this kind; returns the kind, or None if the run had ended."""
     pid = start(folder, steps)
     log = folder / "train_log.jsonl"
     began, resumed = time.perf_counter(), log.stat().st_size if log.exists() else 0
@@ -85,11 +85,11 @@ def kill_once(folder: Path, steps: int, kind: str) -> str | None:
         alive = runs_until(pid, lambda: log.exists() and log.stat().st_size > resumed + 10)
         time.sleep(moment)
     else:
-        # What an earlier kill has left is not this run's doing.
-        left = {path: path.stat().st_ino for path in folder.glob(".staging-checkpoint-*")}
+        # Leftovers of an earlier kill are not written by this run.
+        left = {path: path.stat().st_ino for path in folder.glob(f"{STAGING}checkpoint-*")}
         alive = runs_until(
             pid,
-            lambda: any(left.get(path) != _inode(path) for path in folder.glob(".staging-checkpoint-*")),
+            lambda: any(left.get(path) != _inode(path) for path in folder.glob(f"{STAGING}checkpoint-*")),
         )
         time.sleep(random.uniform(0, 0.02))
     if not alive:
@@ -106,7 +106,7 @@ def _inode(path: Path) -> int | None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """The files of two runs that differ, or that only one of them has; those that name the folder left out."""
+    """Lists the files that differ between two runs or are in one only, except those that contain the folder's name."""
     files = sorted(
         {
             path.relative_to(run)
@@ -127,8 +127,8 @@ def differences(one: Path, other: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--inside", type=int, default=10, help="at least so many inside a write")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--inside", type=int, default=10, help="least number of kills inside a write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     args = parser.parse_args()
     random.seed(args.seed)
     steps = STEPS_A_KILL * args.kills
@@ -146,10 +146,10 @@ def main() -> int:
                 kind = "write"
             moment = kill_once(killed, steps, kind)
             if moment is None:
-                print("the run ended before the last kill: give it more steps, or fewer kills.")
+                print("the run ended before the last kill: increase STEPS_A_KILL, or give fewer --kills.")
                 return 1
             moments.append(moment)
-            newest = checkpoints.find_checkpoint(killed, "latest", print)
+            newest = RunFolder(killed).find_checkpoint("latest")
             lines = len((killed / "train_log.jsonl").read_text().splitlines()) if newest else 0
             print(f"kill {len(moments):2}, {moment}: {newest.name if newest else 'no checkpoint yet'}, {lines} lines")
 

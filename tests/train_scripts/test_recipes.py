@@ -10,10 +10,11 @@ from PIL import Image
 
 from tiny_diffusers import TinyPipeline, train_scripts
 from tiny_diffusers.data import ImageData
-from tiny_diffusers.train_scripts.train_dcgan import DCGANArguments, build_dcgan
-from tiny_diffusers.train_scripts.train_vae import VAEArguments, build_vae
+from tiny_diffusers.families.dcgan import DCGANArguments, build_dcgan
+from tiny_diffusers.families.diffusion import DiffusionArguments, build_scheduler
+from tiny_diffusers.families.unets import build_unet
+from tiny_diffusers.families.vae import VAEArguments, build_vae
 from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
-from tiny_diffusers.training.diffusion import DiffusionArguments, build_scheduler, build_unet
 
 
 # The script that a recipe is for stands first in its name: unconditional_no_attention.yaml is train_unconditional.py's.

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from tiny_diffusers import TinyConditionalPipeline, TinyPipeline
 from tiny_diffusers.data import ImageData
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families import unets
+from tiny_diffusers.families.diffusion import ConditionalArguments, ConditionalDiffusion
+from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.train_scripts import train_conditional, train_unconditional
-from tiny_diffusers.training import diffusion
 from tiny_diffusers.training.arguments import parse_arguments
-from tiny_diffusers.training.diffusion import ConditionalArguments, ConditionalDiffusion, build_unet
 from tiny_diffusers.training.trainer import Trainer
 
 
@@ -104,8 +105,8 @@ def test_labels_are_dropped_in_training_and_never_in_validation(train, monkeypat
     seen = {True: [], False: []}
     assemble = Trainer._assemble
 
-    def spy(self, data, indices, draws, training):
-        batch = assemble(self, data, indices, draws, training)
+    def spy(self, indices, draws, training):
+        batch = assemble(self, indices, draws, training)
         seen[training].append(batch.labels)
         return batch
 
@@ -147,7 +148,7 @@ def test_guidance_without_dropped_labels_warns_and_says_why(train, capsys):
         pipe("3", guidance_scale=1.0, num_inference_steps=2)
 
     train("--class_dropout_prob", "0", "--guidance_scales", "1", "3", name="asked")
-    assert "guidance won't help where no label is dropped" in capsys.readouterr().err
+    assert "guidance won't help if no label is dropped" in capsys.readouterr().err
 
 
 def test_a_stock_network_has_a_row_more_than_classes(train, stock_config):
@@ -187,14 +188,14 @@ def test_fine_tuning_from_no_classes_and_to_none(train):
 def test_another_process_than_the_checkpoints_is_said(train, capsys):
     process = ("--prediction_type", "epsilon", "--ddpm_beta_schedule", "quadratic", "--ddpm_num_steps", "900")
     first = train(*process, name="first", steps=1)
-    assert "goes on" not in capsys.readouterr().err
+    assert "would have to learn" not in capsys.readouterr().err
     loaded = ("--pretrained_model_name_or_path", str(first))
     train(*loaded, *process, name="same", steps=1)
-    assert "goes on" not in capsys.readouterr().err
+    assert "would have to learn" not in capsys.readouterr().err
     train(*loaded, name="second", steps=1)
     said = capsys.readouterr().err
     for kept in ("--prediction_type epsilon", "--ddpm_beta_schedule quadratic", "--ddpm_num_steps 900"):
-        assert f"{kept} goes on" in said
+        assert f"{kept} continues from what it knows" in said
 
 
 @pytest.mark.parametrize("conditioning", ["add", "scale"])
@@ -225,12 +226,12 @@ def images_of(size, channels=3):
     ],
 )
 def test_full_attention_at_64x64_on_a_cpu_is_warned_of_with_its_cost(capsys, monkeypatch, argv, cost):
-    monkeypatch.setattr(diffusion, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(unets, "default_device", lambda: torch.device("cpu"))
     with torch.device("meta"):
         arguments = parse_arguments(ConditionalArguments, [*argv, "--layers_per_block", "2"])
         build_unet(arguments, images_of(64), num_class_embeds=1)
     said = capsys.readouterr().err
-    assert (said == "") if cost is None else re.search(f"64x64 places.*{cost}", said)
+    assert (said == "") if cost is None else re.search(f"64x64 positions.*{cost}", said)
 
 
 @pytest.mark.parametrize(
@@ -243,12 +244,13 @@ def test_the_default_network_fits_its_resolution(size, patch_size, levels):
         config = build_unet(arguments, images_of(size), num_class_embeds=1).config
     assert (config.patch_size, len(config.block_out_channels)) == (patch_size, levels)
     assert config.resnet_time_scale_shift == "scale_shift" and "full" in config.attention
-    assert arguments.block_out_channels == list(config.block_out_channels) and arguments.patch_size == patch_size
+    resolved = resolve_unet(arguments, images_of(size))
+    assert resolved["block_out_channels"] == list(config.block_out_channels) and resolved["patch_size"] == patch_size
 
 
 @pytest.mark.parametrize("size", [9, 31])
 def test_an_odd_resolution_is_refused_with_what_to_change(size):
-    with pytest.raises(UserError, match="patch_size 1: .*patch_size, or fewer levels in block_out_channels"):
+    with pytest.raises(UserError, match=f"sample_size {size} .*another size, or fewer levels in block_out_channels"):
         build_unet(parse_arguments(ConditionalArguments, []), images_of(size), num_class_embeds=1)
 
 
@@ -264,7 +266,7 @@ def test_data_without_labels_are_refused_and_their_columns_named(train, tmp_path
     (tmp_path / "images").mkdir()
     for name in "ab":
         Image.new("L", (8, 8)).save(tmp_path / "images" / f"{name}.png")
-    with pytest.raises(UserError, match="no labels.*columns are image.*--label_column"):
+    with pytest.raises(UserError, match="no labels.*columns are image.*`label_column`"):
         train("--dataset_name", str(tmp_path / "images"))
 
 

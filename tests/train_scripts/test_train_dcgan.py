@@ -1,6 +1,7 @@
 """The game: its losses, where its gradients flow, what it learns, and what a run of it leaves."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -12,19 +13,20 @@ from safetensors.torch import load_file
 from tiny_diffusers import TinyDCGANDiscriminator, TinyDCGANGenerator, TinyDCGANPipeline, TinyPipeline
 from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.dcgan import DCGAN, DCGANArguments
 from tiny_diffusers.train_scripts import train_dcgan
-from tiny_diffusers.train_scripts.train_dcgan import DCGAN, DCGANArguments
 from tiny_diffusers.training.draws import Draws
-from tiny_diffusers.training.trainer import Batch, Trainer, start
+from tiny_diffusers.training.family import Batch
+from tiny_diffusers.training.process import setup_process
+from tiny_diffusers.training.trainer import Trainer
 
 
 SCRIPT = train_dcgan
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = [
+NETWORK = [
     # two levels: the discriminator has no batch norm on the first
     *("--generator_channels", "8", "8", "--discriminator_channels", "8", "8", "--latent_dim", "4"),
-    *("--train_batch_size", "8", "--max_train_samples", "64", "--eval_batch_size", "20", "--checkpointing_steps", "2"),
-    *("--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
+    *("--eval_batch_size", "20"),
 ]
 
 
@@ -213,11 +215,11 @@ def test_a_skipped_step_leaves_the_statistics_as_they_were(train, read_log, monk
 def test_float16_with_several_micro_batches_is_refused(tmp_path):
     """Of one gradient scaler accelerate unscales both networks' gradients, whichever is clipped."""
     arguments = DCGANArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1)
-    accelerator, data = start(arguments), load_images("digits", max_samples=8)
+    accelerator, data = setup_process(arguments), load_images("digits", max_samples=8)
     assert not accelerator.ddp_handler.broadcast_buffers
-    arguments.mixed_precision, arguments.gradient_accumulation_steps = "fp16", 2
+    settings = dataclasses.replace(arguments, mixed_precision="fp16", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match="--mixed_precision fp16 --gradient_accumulation_steps 2"):
-        Trainer(arguments, accelerator, data, make())
+        Trainer(settings, accelerator, data, make())
 
 
 def test_noise_that_outlasts_the_run_is_said(train, capsys):
@@ -334,6 +336,6 @@ def test_a_checkpoint_of_other_images_or_classes_is_refused(train):
 def test_flags_that_a_checkpoint_does_not_have_are_refused(train):
     folder = train()
     argv = ["--pretrained_model_name_or_path", str(folder), "--discriminator_channels", "8", "16", "--latent_dim", "5"]
-    with pytest.raises(UserError, match=r"--latent_dim 5 \(it has 4\), --discriminator_channels \[8, 16\]"):
+    with pytest.raises(UserError, match=r"--latent_dim 5 \(it has 4\), --discriminator_channels 8 16 \(it has 8 8\)"):
         train(*argv, name="other")
     train("--pretrained_model_name_or_path", str(folder), "--smoke", name="smoke")  # which asks for a width of 8

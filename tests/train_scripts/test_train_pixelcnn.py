@@ -5,15 +5,17 @@ import torch
 import yaml
 
 from tiny_diffusers import TinyPipeline, TinyPixelCNNPipeline
+from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.pixelcnn import PixelCNNArguments, build_pixelcnn
 from tiny_diffusers.train_scripts import train_pixelcnn
+from tiny_diffusers.training.arguments import parse_arguments
 
 
 SCRIPT = train_pixelcnn
-TINY = [
+NETWORK = [
     *("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17", "--train_batch_size", "16"),
-    *("--max_train_samples", "128", "--max_validation_samples", "16", "--eval_batch_size", "4"),
-    *("--checkpointing_steps", "1000", "--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
+    *("--max_train_samples", "128", "--max_validation_samples", "16", "--checkpointing_steps", "1000"),
 ]
 
 
@@ -56,10 +58,9 @@ def test_a_single_image_is_learnt_by_heart(train, read_log):
     assert not list((folder / "samples").glob("*"))  # an epoch is a thousand steps
 
 
-def test_plusplus_begins_with_its_data_dependent_initialisation(train):
-    arguments = train_pixelcnn.parse_arguments(train_pixelcnn.PixelCNNArguments, [*TINY, "--variant", "plusplus"])
-    data = train_pixelcnn.load_data(arguments, train_pixelcnn.start(arguments))
-    gains = train_pixelcnn.build_pixelcnn(arguments, data).network.vertical_stream.first.gain
+def test_plusplus_begins_with_its_data_dependent_initialisation():
+    arguments = parse_arguments(PixelCNNArguments, [*NETWORK, "--variant", "plusplus"])
+    gains = build_pixelcnn(arguments, load_images("digits")).network.vertical_stream.first.gain
     assert not torch.allclose(gains, torch.ones_like(gains))
 
 

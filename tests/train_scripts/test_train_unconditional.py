@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from tiny_diffusers import TinyPipeline
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler
 from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.arguments import parse_arguments
-from tiny_diffusers.training.diffusion import DiffusionArguments, build_scheduler
-from tiny_diffusers.training.trainer import Trainer, launch
+from tiny_diffusers.training.process import launch
+from tiny_diffusers.training.trainer import Trainer
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -61,7 +62,7 @@ def test_the_layout_changes_nothing_but_the_speed(train, monkeypatch, capsys):
         return forward(self, x)
 
     last = load_file(train(name="last") / "unet" / WEIGHTS)
-    assert "channels_last, fused adamw, foreach average, into" in capsys.readouterr().out
+    assert "channels_last, fused adamw, foreach EMA, into" in capsys.readouterr().out
     monkeypatch.setattr(torch.nn.Conv2d, "forward", spy)
     contiguous = load_file(train("--memory_format", "contiguous_format", name="contiguous") / "unet" / WEIGHTS)
     assert "contiguous_format, fused adamw" in capsys.readouterr().out
@@ -228,8 +229,6 @@ def test_early_stopping_saves_the_best_weights(train, read_log, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_stop_the_run(train, read_log, monkeypatch):
-    from tiny_diffusers.training.diffusion import Diffusion
-
     losses, bad = Diffusion.losses, {3}
 
     def sometimes_bad(self, modules, batch):

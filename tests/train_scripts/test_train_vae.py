@@ -10,19 +10,16 @@ from safetensors.torch import load_file
 from tiny_diffusers import TinyPipeline, TinyVAEModel, TinyVAEPipeline
 from tiny_diffusers.data import held_out, load_images
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.vae import VAE
 from tiny_diffusers.train_scripts import train_vae
-from tiny_diffusers.train_scripts.train_vae import VAE
 from tiny_diffusers.training.draws import Draws
-from tiny_diffusers.training.trainer import Batch, Trainer
+from tiny_diffusers.training.family import Batch
+from tiny_diffusers.training.trainer import Trainer
 
 
 SCRIPT = train_vae
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = [
-    *("--block_out_channels", "8", "--latent_dim", "4", "--max_train_samples", "64", "--train_batch_size", "8"),
-    *("--eval_batch_size", "4", "--checkpointing_steps", "2", "--logging_steps", "2"),
-    *("--mixed_precision", "no", "--num_threads", "1"),
-]
+NETWORK = ["--block_out_channels", "8", "--latent_dim", "4"]
 
 
 def batch(step: int | str = 0, images: int = 4) -> Batch:
@@ -50,11 +47,12 @@ def test_what_a_run_leaves(train, read_log):
 def test_the_validation_loss_is_the_bound_of_the_saved_network(train, read_log):
     folder = train("--validation_split", "0.25", "--kl_weight", "4")
     pipe = TinyPipeline.from_pretrained(folder)
-    _, validation = held_out(load_images("digits", max_samples=64), 0.25, 0)
+    _, validation = held_out(64, 0.25, 0)
+    images = load_images("digits", max_samples=64).images[validation]
     # the loop's own draws
-    noise = Draws(0, "validation", range(len(validation))).normal("latents", 4)
+    noise = Draws(0, "validation", range(len(images))).normal("latents", 4)
     with torch.no_grad():
-        output = pipe.vae(validation.images / 127.5 - 1, noise)
+        output = pipe.vae(images / 127.5 - 1, noise)
     bits = (output.reconstruction_loss + output.kl).mean() / (64 * math.log(2))
     assert read_log(folder)[-1]["val_loss"] == pytest.approx(bits.item(), rel=1e-4)
 

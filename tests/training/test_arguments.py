@@ -1,12 +1,17 @@
 """Flags, recipes, and what a mistake in them is answered with."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.training.arguments import parse_arguments, save_arguments
-from tiny_diffusers.training.diffusion import DiffusionArguments
+from tiny_diffusers.families.diffusion import DiffusionArguments
+from tiny_diffusers.flags import flag
+from tiny_diffusers.runs import RunFolder
+from tiny_diffusers.training.arguments import parse_arguments, saved_settings
+from tiny_diffusers.training.settings import warn_of_changes
 
 
 # The flags of diffusers' own train_unconditional.py, each with a value it takes there.
@@ -39,10 +44,9 @@ def test_command_line_wins_over_the_recipe(tmp_path):
 
 def test_saved_arguments_read_back(tmp_path):
     arguments = parse_arguments(DiffusionArguments, ["--seed", "7", "--classes", "1,2", "--attention", "none", "full"])
-    save_arguments(arguments, tmp_path / "config.yaml")
+    RunFolder(tmp_path).write_config(saved_settings(arguments))
     again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml")])
-    again.config = None
-    assert again == arguments
+    assert dataclasses.replace(again, config=None) == arguments
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_a_cell_changes_what_the_recipe_shares(tmp_path):
     assert (fast.learning_rate, fast.train_batch_size, fast.block_out_channels) == (1e-2, 4, None)
     assert {Path(cell.output_dir).as_posix() for cell in (small, fast)} == {"runs/grid/small", "runs/grid/fast"}
 
-    save_arguments(small, tmp_path / "config.yaml")  # what a cell settled, not its name
+    RunFolder(tmp_path).write_config(saved_settings(small))  # the values of a cell, not its name
     again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml")])
     assert (again.learning_rate, again.block_out_channels, again.cell) == (2e-4, [8, 16], None)
 
@@ -137,3 +141,112 @@ def test_mistakes_in_a_grid_are_named(tmp_path, content, argv, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+class TestWhatWinsOverAnEarlierRun:
+    """What is given on the command line, directly or not, wins over what an earlier run resolved."""
+
+    @pytest.fixture
+    def config(self, tmp_path):
+        asked = parse_arguments(DiffusionArguments, ["--learning_rate", "0.5", "--norm_num_groups", "8"])
+        resolved = {"max_train_steps": 16, "ema_start_step": 1, "resolution": 8}
+        resolved |= {"block_out_channels": [64, 64], "attention": ["none", "full"], "patch_size": 1}
+        settings = dataclasses.replace(asked, **resolved, resolved=list(resolved))
+        RunFolder(tmp_path).write_config(saved_settings(settings))
+        return str(tmp_path / "config.yaml")
+
+    def parse(self, config, *argv):
+        return parse_arguments(DiffusionArguments, ["--config", config, *argv])
+
+    def test_without_flags_it_is_the_same_run(self, config):
+        again = self.parse(config, "--seed", "1")
+        assert (again.max_train_steps, again.resolution, again.block_out_channels) == (16, 8, [64, 64])
+
+    @pytest.mark.parametrize("length", [("--num_epochs", "4"), ("--max_train_minutes", "2")])
+    def test_another_length_replaces_its_steps(self, config, length):
+        again = self.parse(config, *length)
+        assert again.max_train_steps is None and vars(again)[length[0].removeprefix("--")] == float(length[1])
+        assert again.block_out_channels == [64, 64] and again.learning_rate == 0.5
+
+    @pytest.mark.parametrize(
+        "flag", [("--resolution", "32"), ("--preset", "plain-256"), ("--dataset_name", "x"), ("--patch_size", "2")]
+    )
+    def test_what_decides_the_network_voids_its_options_but_what_was_asked_for(self, config, flag):
+        again = self.parse(config, *flag)
+        assert again.block_out_channels is None and again.attention is None
+        assert again.norm_num_groups == 8 and again.max_train_steps == 16
+
+    def test_a_folder_replaces_a_dataset(self, config):
+        assert self.parse(config, "--dataset_name", "x", "--split", "test").train_data_dir is None
+        assert self.parse(config, "--train_data_dir", "x").dataset_name == "digits"
+
+    def test_epochs_win_over_the_steps_of_smoke(self):
+        arguments = parse_arguments(DiffusionArguments, ["--smoke", "--num_epochs", "5"])
+        assert (arguments.max_train_steps, arguments.num_epochs, arguments.block_out_channels) == (None, 5, [8, 8])
+
+
+def test_arguments_are_never_written_to():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_arguments(DiffusionArguments, []).seed = 1
+
+
+def test_a_new_option_of_a_network_is_its_field_and_its_use(monkeypatch):
+    """Nothing else has to name it: it is a flag, it reaches the network, and a loaded network is checked for it."""
+    from tiny_diffusers.data import load_images
+    from tiny_diffusers.families import unets
+    from tiny_diffusers.training.family import check_network_flags
+
+    @dataclasses.dataclass(frozen=True)
+    class WiderArguments(unets.UNetArguments):
+        widening: int | None = flag(None, "A new option.")
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(WiderArguments, DiffusionArguments):
+        pass
+
+    seen = {}
+    monkeypatch.setattr(unets, "TinyUNet2DModel", lambda **options: seen.update(options) or 1 / 0)
+    arguments = parse_arguments(Arguments, ["--widening", "3"])
+    with pytest.raises(ZeroDivisionError):
+        unets.build_unet(arguments, load_images("digits"))
+    assert seen["widening"] == 3
+    with pytest.raises(UserError, match=r"--widening 3 \(it has 2\)"):
+        check_network_flags(arguments, {"widening": 2})
+
+
+@pytest.mark.parametrize("network", ["unet", "conditional unet", "vae", "pixelcnn"])
+def test_every_option_is_an_argument_of_its_network(network):
+    from tiny_diffusers import TinyPixelCNNModel, TinyUNet2DModel, TinyVAEModel
+    from tiny_diffusers.families import pixelcnn, unets, vae
+
+    options, network_class = {
+        "unet": (unets.UNetArguments, TinyUNet2DModel),
+        "conditional unet": (unets.ConditionalUNetArguments, TinyUNet2DModel),
+        "vae": (vae.VAENetworkArguments, TinyVAEModel),
+        "pixelcnn": (pixelcnn.PixelCNNNetworkArguments, TinyPixelCNNModel),
+    }[network]
+    names = {field.name for field in dataclasses.fields(options)}
+    assert names and names <= inspect.signature(network_class).parameters.keys()
+
+
+def test_a_changed_setting_warns_on_resume_only_if_it_changes_the_run(capsys):
+    earlier = saved_settings(parse_arguments(DiffusionArguments, []))
+    quiet = [
+        "--license",
+        "mit",
+        "--cache_dir",
+        "x",
+        "--eval_batch_size",
+        "3",
+        "--logging_steps",
+        "1",
+        "--num_epochs",
+        "3",
+    ]
+    warn_of_changes(parse_arguments(DiffusionArguments, quiet), earlier)
+    assert capsys.readouterr().err == ""
+    warn_of_changes(parse_arguments(DiffusionArguments, ["--max_train_samples", "9", "--dropout", "0.5"]), earlier)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --max_train_samples is 9, but was None in the run that is resumed.",
+        "warning: --dropout is 0.5, but was None in the run that is resumed.",
+    ]

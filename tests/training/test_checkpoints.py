@@ -1,108 +1,34 @@
-"""A checkpoint is whole or it is passed over."""
+"""The state of a run survives a save and a load, to the bit."""
 
-import json
+from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from accelerate import Accelerator
 from torch import nn
 
-from tiny_diffusers.errors import UserError
 from tiny_diffusers.training import checkpoints
+from tiny_diffusers.training.checkpoints import RunState
 
 
-def write(folder):
-    (folder / "unet").mkdir()
-    (folder / "unet" / "weights").write_bytes(bytes(range(256)))
-    (folder / "state.json").write_text('{"step": 1}')
+def test_every_field_of_the_state_is_saved_and_loaded():
+    accelerator = Accelerator(cpu=True)
+    state = RunState(7, {}, 2, 1, {"step": 5, "val_loss": 0.25}, 3)
+    for value in (1.0, 2.0):
+        state.add("loss", torch.tensor(value))
+    saved = state.state_dict(accelerator)
+    assert saved.keys() == {field.name for field in fields(RunState)}
+    assert saved["sums"] == {"loss": [[3.0], 2]}
+    again = RunState()
+    again.load_state_dict(saved, accelerator)
+    assert again == state
 
 
-def publish(output_dir, *steps):
-    for step in steps:
-        checkpoints.publish(output_dir / f"checkpoint-{step}", write)
-
-
-def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
-    publish(tmp_path, 900, 1000, 50)
-    assert checkpoints.find_checkpoint(tmp_path, "latest", print).name == "checkpoint-1000"
-
-
-def test_none_yet(tmp_path):
-    assert checkpoints.find_checkpoint(tmp_path, "latest", print) is None
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.sampled_from(["unet/weights", "state.json", checkpoints.MANIFEST]),
-    kind=st.sampled_from(["delete", "truncate", "flip", "empty"]),
-    position=st.integers(0, 10),
-)
-def test_every_kind_of_damage_to_every_file_is_seen(tmp_path_factory, name, kind, position):
-    output_dir = tmp_path_factory.mktemp("run")
-    publish(output_dir, 1, 2)
-    path = output_dir / "checkpoint-2" / name
-    content = bytearray(path.read_bytes())
-    if kind == "delete":
-        path.unlink()
-    elif kind == "truncate":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    else:
-        content[position] ^= 0x10
-        path.write_bytes(content)
-    told = []
-    assert checkpoints.find_checkpoint(output_dir, "latest", told.append).name == "checkpoint-1"
-    assert len(told) == 1 and "checkpoint-2" in told[0]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    publish(tmp_path, 1)
-
-    def fails(folder):
-        (folder / "half").write_text("...")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError):
-        checkpoints.publish(tmp_path / "checkpoint-2", fails)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-1"]
-    publish(tmp_path, 3)
-    checkpoints.prune(tmp_path / "checkpoint-3", None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
-
-
-def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):
-    publish(tmp_path, 1)
-    old = tmp_path / ".staging-old-checkpoint-1"
-    write(old.mkdir() or old)
-    publish(tmp_path, 1)  # over the one that is there
-    assert checkpoints.damage(tmp_path / "checkpoint-1") is None
-
-
-def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
-    publish(tmp_path, 1)
-    with pytest.raises(UserError, match="checkpoint-1"):
-        checkpoints.find_checkpoint(tmp_path, "checkpoint-7", print)
-    (tmp_path / "checkpoint-1" / "state.json").unlink()
-    with pytest.raises(UserError, match="state.json is missing"):
-        checkpoints.find_checkpoint(tmp_path, "checkpoint-1", print)
-    with pytest.raises(UserError, match="--overwrite_output_dir"):
-        checkpoints.find_checkpoint(tmp_path, "latest", print)
-
-
-def test_a_manifest_cannot_point_outside(tmp_path):
-    publish(tmp_path, 1)
-    (tmp_path / "secret").write_text("x")
-    manifest = tmp_path / "checkpoint-1" / checkpoints.MANIFEST
-    manifest.write_text(json.dumps({"../secret": {"size": 1, "sha256": "0"}}))
-    assert "outside" in checkpoints.damage(tmp_path / "checkpoint-1")
-
-
-def test_prune_keeps_the_newest_and_the_best(tmp_path):
-    publish(tmp_path, 1, 2, 3, 4)
-    checkpoints.prune(tmp_path / "checkpoint-4", 2, keep=tmp_path / "checkpoint-1")
-    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+def test_sums_of_another_number_of_processes_are_averaged():
+    accelerator, state = Accelerator(cpu=True), RunState()
+    saved = state.state_dict(accelerator) | {"sums": {"loss": [[1.0, 3.0], 4]}}
+    state.load_state_dict(saved, accelerator)
+    assert state.sums == {"loss": (torch.tensor(2.0), 4)}
 
 
 @pytest.mark.parametrize(

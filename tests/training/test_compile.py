@@ -6,31 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny import train
 from tiny_diffusers import hardware
-from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training import trainer
 
 
-TINY = [
-    *(
-        "--block_out_channels",
-        "8",
-        "8",
-        "--norm_num_groups",
-        "4",
-        "--attention",
-        "none",
-        "full",
-        "--mixed_precision",
-        "no",
-    ),
-    *("--layers_per_block", "1", "--max_train_samples", "32", "--train_batch_size", "8", "--eval_batch_size", "2"),
-    *("--checkpointing_steps", "2", "--ddpm_num_inference_steps", "2", "--num_threads", "1"),
-]
-
-
-def train(folder, steps, *flags):
-    train_unconditional.main([*TINY, "--max_train_steps", str(steps), "--output_dir", str(folder), *flags])
+def run(folder, steps, *flags):
+    train(folder, "--attention", "none", "full", *flags, steps=steps)
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -46,9 +28,9 @@ def eager_backend(monkeypatch):
 
 
 def test_compiled_training_resumes_and_saves_as_plain_training_does(tmp_path, eager_backend):
-    plain = train(tmp_path / "plain", 4)
+    plain = run(tmp_path / "plain", 4)
     assert not eager_backend
-    compiled = train(tmp_path / "compiled", 4, "--compile")
+    compiled = run(tmp_path / "compiled", 4, "--compile")
     # every residual block and every attention, and nothing around them
     blocks = {type(call.__self__).__name__ for call in eager_backend}
     assert blocks == {"ResidualBlock", "AttentionBlock"}
@@ -58,15 +40,20 @@ def test_compiled_training_resumes_and_saves_as_plain_training_does(tmp_path, ea
 
     # a checkpoint of a compiled run goes on without, and the other way round
     resume = ("--resume_from_checkpoint", "latest")
-    compiled, plain = train(tmp_path / "plain", 6, *resume, "--compile"), train(tmp_path / "compiled", 6, *resume)
+    compiled, plain = run(tmp_path / "plain", 6, *resume, "--compile"), run(tmp_path / "compiled", 6, *resume)
     for name, weight in plain.items():
         torch.testing.assert_close(compiled[name], weight, atol=1e-5, rtol=1e-4)
 
 
+def test_on_a_cpu_it_declines_with_a_line(tmp_path, capsys):
+    run(tmp_path / "run", 2, "--compile")
+    assert "--compile: the networks run uncompiled (on a CPU it gains nothing)" in capsys.readouterr().err
+
+
 def test_without_a_compiler_it_trains_as_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "compile_failure", lambda device: "No working C++ compiler found")
-    plain = train(tmp_path / "plain", 2)
-    fallen_back = train(tmp_path / "compiled", 2, "--compile")
+    plain = run(tmp_path / "plain", 2)
+    fallen_back = run(tmp_path / "compiled", 2, "--compile")
     assert all(torch.equal(fallen_back[name], weight) for name, weight in plain.items())
     warnings = [line for line in capsys.readouterr().err.splitlines() if "--compile" in line]
     assert len(warnings) == 1
@@ -78,4 +65,4 @@ def test_a_failing_compiler_is_named(monkeypatch):
         raise RuntimeError("no g++ here\nand much more")
 
     monkeypatch.setattr(torch, "compile", fails)
-    assert hardware.compile_failure(torch.device("cpu")) == "no g++ here"
+    assert hardware.compile_failure(torch.device("meta")) == "no g++ here"  # any device but a CPU

@@ -19,23 +19,20 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
 
+from tiny import TINY_DIFFUSION, TINY_NETWORK, read_log, train
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments
+from tiny_diffusers.runs import MANIFEST, RunFolder, find_damage, seal
 from tiny_diffusers.train_scripts import train_unconditional
-from tiny_diffusers.training import checkpoints
-from tiny_diffusers.training.diffusion import Diffusion, DiffusionArguments
-from tiny_diffusers.training.trainer import Trainer, launch, start
+from tiny_diffusers.training.process import launch, setup_process
+from tiny_diffusers.training.trainer import Trainer
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HARNESS = Path(__file__).parents[1] / "benchmarks" / "kill_harness.py"
 ACCELERATE = Path(__file__).parents[2] / "docs" / "accelerate"
-TINY = [
-    *("--block_out_channels", "8", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
-    *("--layers_per_block", "1", "--max_train_samples", "64", "--eval_batch_size", "4", "--random_flip"),
-    *("--checkpointing_steps", "2", "--ddpm_num_inference_steps", "2", "--logging_steps", "3"),
-    *("--mixed_precision", "no", "--save_images_epochs", "0"),
-]
+TINY = [*TINY_DIFFUSION, "--random_flip", "--logging_steps", "3", "--save_images_epochs", "0"]
 RESUME = ("--resume_from_checkpoint", "latest")
 
 
@@ -55,22 +52,16 @@ def run(whole, tmp_path):
 
 
 def _train(folder, *argv, steps=6, batch=8):
-    length = ("--max_train_steps", str(steps), "--train_batch_size", str(batch), "--num_threads", "1")
-    train_unconditional.main([*TINY, *length, "--output_dir", str(folder), *argv])
-    return folder
-
-
-def _log(folder):
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return train(folder, "--train_batch_size", str(batch), *argv, steps=steps, flags=TINY)
 
 
 def _assert_equal(one, other):
     """To the bit: log, samples, saved weights, and the last checkpoint with averages and optimiser."""
     for name in ("train_log.jsonl", "samples.png", f"unet/{WEIGHTS}"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    last = checkpoints.list_checkpoints(one)[-1].name
+    last = RunFolder(one).list_checkpoints()[-1].name
     for path in (one / last).rglob("*.*"):
-        if path.name not in (checkpoints.MANIFEST, "config.json"):
+        if path.name not in (MANIFEST, "config.json"):
             assert path.read_bytes() == (other / last / path.relative_to(one / last)).read_bytes(), path
 
 
@@ -100,7 +91,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, mon
     assert launch(lambda: _train(tmp_path / "run")) == 128 + number
     assert signal.getsignal(number) is handler
     assert "stopped at step 3: --resume_from_checkpoint latest" in capsys.readouterr().out
-    assert checkpoints.damage(tmp_path / "run" / "checkpoint-3") is None
+    assert find_damage(tmp_path / "run" / "checkpoint-3") is None
 
     monkeypatch.undo()
     _assert_equal(whole, _train(tmp_path / "run", *RESUME))
@@ -117,7 +108,7 @@ def test_a_signal_while_a_checkpoint_is_written_counts_at_the_next_step(whole, t
     monkeypatch.setattr(Trainer, "_save_checkpoint", told_to_stop)
     assert launch(lambda: _train(tmp_path / "run")) == 128 + signal.SIGTERM
     monkeypatch.undo()
-    assert checkpoints.list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3"
+    assert RunFolder(tmp_path / "run").list_checkpoints()[-1].name == "checkpoint-3"
     _assert_equal(whole, _train(tmp_path / "run", *RESUME))
 
 
@@ -166,7 +157,7 @@ def test_a_full_disk_stops_the_run_with_the_earlier_checkpoints_intact(whole, tm
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and error.startswith("error:") and "checkpoint-2" in error and "Make room" in error
     assert not list((tmp_path / "run").glob(".staging-*"))
-    assert checkpoints.damage(tmp_path / "run" / "checkpoint-2") is None
+    assert find_damage(tmp_path / "run" / "checkpoint-2") is None
 
     monkeypatch.undo()
     _assert_equal(whole, _train(tmp_path / "run", *RESUME))
@@ -186,8 +177,8 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_seen_and_named(whole, tmp_pat
             path.mkdir()
         elif kind != "delete":
             path.write_bytes({"truncate": content[:-1], "empty": b"", "flip": content}[kind])
-        reason = checkpoints.damage(tmp_path / "checkpoint-6")
-        assert reason and (path.name in reason or path.name == checkpoints.MANIFEST), (name, reason)
+        reason = find_damage(tmp_path / "checkpoint-6")
+        assert reason and (path.name in reason or path.name == MANIFEST), (name, reason)
         shutil.rmtree(tmp_path / "checkpoint-6")
 
 
@@ -206,8 +197,8 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_earlier_one(whole, 
     shutil.copytree(whole, folder)
     (folder / "checkpoint-6" / "state.json").unlink()
     _train(folder, *RESUME, "--checkpointing_steps", "5", "--checkpoints_total_limit", "1")
-    assert [path.name for path in checkpoints.list_checkpoints(folder)] == ["checkpoint-5"]
-    assert checkpoints.damage(folder / "checkpoint-5") is None
+    assert [path.name for path in RunFolder(folder).list_checkpoints()] == ["checkpoint-5"]
+    assert find_damage(folder / "checkpoint-5") is None
 
 
 def test_half_written_files_of_a_kill_are_no_obstacle(whole, run):
@@ -241,7 +232,7 @@ def test_nothing_that_is_read_back_can_run_code(whole, run, monkeypatch):
     ("argv", "words"),
     [
         (["--block_out_channels", "8", "16"], ["checkpoint-4", "size mismatch"]),
-        (["--optimizer", "sgd"], ["checkpoint-4", "optimiser"]),
+        (["--optimizer", "sgd"], ["checkpoint-4", "optimizer"]),
     ],
 )
 def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, argv, words):
@@ -255,8 +246,8 @@ def test_a_state_of_another_form_is_refused_in_one_line(run, content):
     """As a later version may write, or someone hostile: its checksum is right."""
     checkpoint = run / "checkpoint-4"
     (checkpoint / "state.json").write_text(content)
-    (checkpoint / checkpoints.MANIFEST).unlink()
-    checkpoints._seal(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint)
     with pytest.raises(UserError, match="checkpoint-4 does not fit") as error:
         _train(run, *RESUME)
     assert "\n" not in str(error.value)
@@ -296,7 +287,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from tiny_diffusers.train_scripts import train_unconditional
-from tiny_diffusers.training import checkpoints, trainer
+from tiny_diffusers.training import checkpoints, process
 
 
 class Sharded(Accelerator):
@@ -306,15 +297,15 @@ class Sharded(Accelerator):
         self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def whole(tensor):
-    spread.add(hasattr(tensor, "full_tensor") and tensor.to_local().numel() < tensor.numel())
-    return whole_tensor(tensor)
+def gather_full(tensor):
+    sharded.add(hasattr(tensor, "full_tensor") and tensor.to_local().numel() < tensor.numel())
+    return gather(tensor)
 
 
-spread, whole_tensor = set(), checkpoints.whole
-checkpoints.whole, trainer.Accelerator = whole, Sharded
+sharded, gather = set(), checkpoints.gather_full
+checkpoints.gather_full, process.Accelerator = gather_full, Sharded
 train_unconditional.main()
-assert True in spread  # so it was sharded
+assert True in sharded
 """
 
 
@@ -332,7 +323,7 @@ def _halves(folder, *argv):
 
 
 _FAMILIES = {
-    "train_conditional": TINY[: TINY.index("--checkpointing_steps")],
+    "train_conditional": (*TINY_NETWORK, "--eval_batch_size", "4", "--random_flip"),
     "train_pixelcnn": ("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17"),
     "train_vae": ("--block_out_channels", "8", "--latent_dim", "4"),
     "train_dcgan": (
@@ -380,7 +371,7 @@ def test_two_processes_compute_what_one_does(two_processes, tmp_path):
     two = two_processes / "train_unconditional"
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     # Of 64 images 3 are held out: one process measures all, of two one has none.
-    for ours, theirs in zip(_log(one), _log(two), strict=True):
+    for ours, theirs in zip(read_log(one), read_log(two), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"grad_norm"}:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (ours["step"], name)
@@ -396,7 +387,7 @@ def test_two_processes_train_the_other_families_as_one_does(name, two_processes,
     two = two_processes / name
     importlib.import_module(f"tiny_diffusers.train_scripts.{name}").main(_settings(name, tmp_path, 8))
     assert json.loads((two / "run.json").read_text())["processes"] == 2
-    for ours, theirs in zip(_log(tmp_path / name), _log(two), strict=True):
+    for ours, theirs in zip(read_log(tmp_path / name), read_log(two), strict=True):
         assert ours.keys() == theirs.keys()
         if name != "train_dcgan":
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
@@ -408,13 +399,13 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     process = _torchrun(
         train_unconditional.__file__, *_halves(folder, "--checkpointing_steps", "1")
     )  # slow enough to be met in the middle
-    while not (folder / "train_log.jsonl").exists() or not _log(folder):
+    while not (folder / "train_log.jsonl").exists() or not read_log(folder):
         assert process.poll() is None, process.stdout.read()
     process.terminate()
     output = process.communicate()[0]
-    stopped = checkpoints.list_checkpoints(folder)[-1]
+    stopped = RunFolder(folder).list_checkpoints()[-1]
     assert f"stopped at step {stopped.name.partition('-')[2]}: --resume_from_checkpoint latest" in output
-    assert checkpoints.damage(stopped) is None and stopped.name != "checkpoint-50"
+    assert find_damage(stopped) is None and stopped.name != "checkpoint-50"
 
     process = _torchrun(train_unconditional.__file__, *_halves(folder, *RESUME))
     output = process.communicate()[0]
@@ -435,7 +426,7 @@ def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_proc
     process = _torchrun(script, *_halves(folder, *RESUME), environment=sharded)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    for ours, theirs in zip(_log(folder), _log(two), strict=True):
+    for ours, theirs in zip(read_log(folder), read_log(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     for name in (
         f"unet/{WEIGHTS}",
@@ -465,7 +456,7 @@ def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
         assert "WORLD_SIZE" not in launched and ("MASTER_PORT" in launched) == said
         if said:
             monkeypatch.setenv("MASTER_PORT", launched["MASTER_PORT"])
-        start(DiffusionArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1))
+        setup_process(DiffusionArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1))
         assert ("several processes were asked for, but 1 runs" in capsys.readouterr().err) == said
 
 
@@ -481,7 +472,7 @@ def test_ways_of_sharding_that_do_not_work_are_refused(monkeypatch, environment,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        start(DiffusionArguments(mixed_precision="no", num_threads=1, **argv))
+        setup_process(DiffusionArguments(mixed_precision="no", num_threads=1, **argv))
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
@@ -497,8 +488,9 @@ def test_the_configuration_files_of_the_docs_are_read_by_accelerate(path):
 
 def test_hostile_images_do_not_touch_the_result(tmp_path, whole, monkeypatch):
     from tiny_diffusers import data
+    from tiny_diffusers.data import decoding
 
-    monkeypatch.setattr(data, "_MAX_BROKEN_SHARE", 0.5)
+    monkeypatch.setattr(decoding, "_MAX_BROKEN_SHARE", 0.5)
     clean, hostile = tmp_path / "clean", tmp_path / "hostile"
     clean.mkdir()
     for i in range(8):
@@ -568,8 +560,8 @@ def _save_pipeline(folder, stock):
     "content", ['{"a\\u0000b": {"size": 1, "sha256": ""}}', '{"/etc/passwd": {"size": 1, "sha256": ""}}']
 )
 def test_a_hostile_manifest_is_damage(tmp_path, content):
-    (tmp_path / checkpoints.MANIFEST).write_text(content)
-    assert checkpoints.damage(tmp_path)
+    (tmp_path / MANIFEST).write_text(content)
+    assert find_damage(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
@@ -584,8 +576,8 @@ def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(tmp_path, mon
 
     monkeypatch.setattr(Diffusion, "losses", infinite_once)
     folder = _train(tmp_path / "run", "--logging_steps", "1")
-    assert [line["step"] for line in _log(folder) if "skipped" in line] == [4]
-    assert all(np.isfinite(line["loss"]) for line in _log(folder) if "loss" in line)
+    assert [line["step"] for line in read_log(folder) if "skipped" in line] == [4]
+    assert all(np.isfinite(line["loss"]) for line in read_log(folder) if "loss" in line)
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):

@@ -1,58 +1,82 @@
 """
-The arguments of the train scripts: dataclasses whose fields are the flags, and the parser that reads them.
+Arguments of the train scripts: frozen dataclasses whose fields are the flags, and how they are read.
 
-Flags are spelled as in diffusers' own example scripts. A recipe (`--config FILE.yaml`) holds the same names, and may
-hold a grid of experiments: a list `cells`, each with a `name` and what it changes, of which `--cell NAME` picks one.
-`--smoke` shrinks any run to seconds. What is given on the command line wins over all of it.
+Flags are spelled as in diffusers' example scripts. A recipe (`--config FILE.yaml`) holds the same names, and may hold a
+grid of experiments: a list `cells`, each with a `name` and what it changes, of which `--cell NAME` picks one. `--smoke`
+shrinks any run to seconds. What is given on the command line wins.
+
+`arguments` is what was asked for; `settings`, of the same class, is what a run uses: see `settings.py`.
 """
 
 import dataclasses
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
 from ..errors import UserError, unknown
+from ..flags import FlagParser, default_of, flag
 
 
-def flag(default: Any, help: str, *aliases: str) -> Any:
-    """A dataclass field that becomes the flag of its name."""
-    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+# The number of steps follows from one of these: the one on the command line replaces the others in a recipe.
+_LENGTH = ("max_train_steps", "max_train_minutes", "num_epochs")
+_NETWORK = "network"  # stands for all options of the network, in what a flag decides
 
 
-@dataclass
+@dataclass(frozen=True)
+class NetworkArguments:
+    """
+    Base of a network's options, each declared once: a field is a flag and, by the same name, an argument of the network.
+    """
+
+
+@dataclass(frozen=True)
 class DataArguments:
-    """What is trained on."""
+    """The training data."""
 
-    dataset_name: str = flag("digits", "Hub id, local folder of that layout or of images, or the embedded 'digits'.")
-    dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
-    train_data_dir: str | None = flag(None, "Image folder to train on; takes the place of --dataset_name.")
-    split: str = flag("train", "Split of the data set to train on.")
-    image_column: str | None = flag(None, "Column of the images; found by its type when not given.")
-    label_column: str | None = flag(None, "Column of the labels; found by its type when not given.")
-    resolution: int | None = flag(
-        None, "Images are resized to this many pixels a side; their own size when not given."
+    dataset_name: str = flag(
+        "digits",
+        "Hub id, local folder of that layout or of images, or the embedded 'digits'.",
+        replaces=("train_data_dir",),
+        decides=("resolution", _NETWORK),
     )
-    center_crop: bool = flag(False, "Crop the centre of images that are not square.")
-    random_flip: bool = flag(False, "Mirror half of the images left to right.")
-    random_crop_padding: int = flag(0, "Shift the images by up to so many pixels each way.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
+    train_data_dir: str | None = flag(
+        None,
+        "Image folder to train on, in place of --dataset_name.",
+        replaces=("dataset_name",),
+        decides=("resolution", _NETWORK),
+    )
+    split: str = flag("train", "Split of the dataset to train on.")
+    image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
+    label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
+    resolution: int | None = flag(
+        None, "Resize images to this many pixels a side; their own size if not given.", decides=(_NETWORK,)
+    )
+    center_crop: bool = flag(False, "Crop the center of images that are not square.")
+    random_flip: bool = flag(False, "Flip half of the images left to right.")
+    random_crop_padding: int = flag(0, "Shift images by up to this many pixels each way.")
     color_jitter: float = flag(0.0, "Change brightness, contrast and saturation by up to this share.")
     cutout: int = flag(0, "Side of a square that is cut out of each image.")
-    classes: str | None = flag(None, "Only these classes, by name or index: 'cat,frog'.")
-    max_train_samples: int | None = flag(None, "Use only so many images.")
+    classes: str | None = flag(None, "Train on these classes only, by name or index: 'cat,frog'.")
+    max_train_samples: int | None = flag(None, "Use at most this many images.")
     validation_split: float = flag(0.05, "Share of the images held out for the validation loss; 0 for none.")
-    max_validation_samples: int = flag(512, "Use at most so many held-out images.")
-    cache_dir: str | None = flag(None, "Where data sets and models from the Hub are kept.")
-    dataloader_num_workers: int = flag(0, "Accepted for compatibility: images lie decoded in memory, none are needed.")
+    max_validation_samples: int = flag(512, "Use at most this many held-out images.")
+    cache_dir: str | None = flag(None, "Cache of datasets and models from the Hub.", changes_run=False)
+    dataloader_num_workers: int = flag(
+        0, "Accepted for compatibility: images are decoded once and kept.", changes_run=False
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingArguments(DataArguments):
-    """How any family is trained."""
+    """The training of any family."""
 
+    SCRIPT: ClassVar[str]  # as in `tiny-diffusers train SCRIPT` and train_scripts/train_SCRIPT.py
+    FAMILY: ClassVar[str]  # as in a card and in the default --output_dir
     # What --smoke stands for; a family adds what makes its network tiny.
     SMOKE: ClassVar[dict[str, Any]] = {
         "max_train_steps": 20,
@@ -62,85 +86,119 @@ class TrainingArguments(DataArguments):
         "validation_steps": 10,
     }
 
-    config: str | None = flag(None, "YAML file of arguments; flags on the command line win over it.")
-    cell: str | None = flag(None, "The experiment to run, where --config holds a grid of them.")
-    smoke: bool = flag(False, "Try the whole way out: 20 steps of a tiny network on 64 images.")
+    config: str | None = flag(None, "YAML file of arguments; flags on the command line win.", changes_run=False)
+    cell: str | None = flag(None, "Experiment to run, if --config holds a grid of them.", changes_run=False)
+    smoke: bool = flag(False, "End-to-end smoke test: 20 steps of a tiny network on 64 images.", changes_run=False)
     output_dir: str | None = flag(
-        None, "Where the model and everything about the run goes; runs/RECIPE/CELL or runs/FAMILY-DATA if not given."
+        None, "Folder of the run; runs/RECIPE/CELL or runs/FAMILY-DATA if not given.", changes_run=False
     )
-    overwrite_output_dir: bool = flag(False, "Delete another run that --output_dir holds.")
-    seed: int = flag(0, "Everything random follows from it.")
+    overwrite_output_dir: bool = flag(False, "Delete another run in --output_dir.", changes_run=False)
+    seed: int = flag(0, "Seed of everything random.")
     train_batch_size: int = flag(32, "Images a process and micro-batch.")
     gradient_accumulation_steps: int = flag(1, "Micro-batches a step.")
-    num_epochs: int = flag(30, "Passes over the data, unless steps or minutes are given.", "--num_train_epochs")
-    max_train_steps: int | None = flag(None, "Optimiser steps; takes the place of --num_epochs.")
+    num_epochs: int = flag(
+        30,
+        "Passes over the data, unless steps or minutes are given.",
+        "--num_train_epochs",
+        changes_run=False,
+        replaces=_LENGTH,
+        decides=("ema_start_step",),
+    )
+    max_train_steps: int | None = flag(
+        None,
+        "Optimizer steps; overrides --num_epochs.",
+        changes_run=False,
+        replaces=_LENGTH,
+        decides=("ema_start_step",),
+    )
     max_train_minutes: float | None = flag(
-        None, "Train for so long: the steps that fit are settled from the first ones' speed."
+        None,
+        "Train for this long: the number of steps is resolved from the speed of the first ones.",
+        changes_run=False,
+        replaces=_LENGTH,
+        decides=("ema_start_step",),
     )
-    pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.")
+    pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.", decides=(_NETWORK,))
 
-    learning_rate: float = flag(1e-3, "Highest learning rate.")
-    scale_lr: bool = flag(False, "Multiply the learning rate by the images a step.")
-    lr_scheduler: str = flag(
-        "cosine", "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup."
-    )
+    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    scale_lr: bool = flag(False, "Multiply the learning rate by the number of images a step.")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(100, "Steps over which the learning rate rises.")
-    optimizer: str = flag("adamw", "adamw, adam or sgd.")
+    optimizer: Literal["adamw", "adam", "sgd"] = flag("adamw", "Optimizer.")
     adam_beta1: float = flag(0.9, "Adam's beta1 (SGD's momentum).")
     adam_beta2: float = flag(0.99, "Adam's beta2.")
     adam_weight_decay: float = flag(0.01, "Weight decay.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
-    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm.")
 
-    use_ema: bool = flag(True, "Save an average of the weights rather than the last ones.")
-    ema_max_decay: float = flag(0.9999, "Highest decay of the average.")
-    ema_inv_gamma: float = flag(1.0, "Inverse gamma of the average's warm-up.")
-    ema_power: float = flag(0.75, "Power of the average's warm-up; 0 for a constant decay.")
-    ema_start_step: int | None = flag(0, "The average starts as a copy of the weights after this step.")
+    use_ema: bool = flag(True, "Save the EMA of the weights instead of the last weights.")
+    ema_max_decay: float = flag(0.9999, "Highest decay of the EMA.")
+    ema_inv_gamma: float = flag(1.0, "Inverse gamma of the EMA's warm-up.")
+    ema_power: float = flag(0.75, "Power of the EMA's warm-up; 0 for a constant decay.")
+    ema_start_step: int | None = flag(0, "The EMA starts as a copy of the weights after this step.")
 
-    mixed_precision: str = flag("auto", "no, fp16, bf16, or auto: bf16 where the hardware has it.")
-    memory_format: str = flag("channels_last", "channels_last or contiguous_format: how weights and feature maps lie.")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = flag("auto", "auto: bf16 if the hardware has it.")
+    memory_format: Literal["channels_last", "contiguous_format"] = flag(
+        "channels_last", "Memory format of weights and feature maps."
+    )
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
-    compile: bool = flag(False, "Compile the network's repeated blocks.")
-    num_threads: int | None = flag(None, "CPU threads; the physical cores over the local processes when not given.")
-    local_rank: int = flag(-1, "Accepted for compatibility: accelerate reads it from the environment.")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "Accepted for compatibility: torch's own is used.")
+    compile: bool = flag(False, "Compile the network's repeated blocks (not on a CPU).")
+    num_threads: int | None = flag(None, "CPU threads; the physical cores over the local processes if not given.")
+    local_rank: int = flag(
+        -1, "Accepted for compatibility: accelerate reads it from the environment.", changes_run=False
+    )
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "Accepted for compatibility: torch's attention is used.", changes_run=False
+    )
 
-    checkpointing_steps: int = flag(500, "Save a checkpoint to resume from every so many steps.")
-    checkpoints_total_limit: int | None = flag(2, "Keep so many checkpoints.")
-    resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint's name or path.")
+    checkpointing_steps: int = flag(500, "Save a checkpoint every so many steps.", changes_run=False)
+    checkpoints_total_limit: int | None = flag(2, "Keep at most this many checkpoints.", changes_run=False)
+    resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint's name or path.", changes_run=False)
     validation_steps: int | None = flag(
         None, "Measure the validation loss every so many steps; 20 times a run if not given."
     )
     early_stopping_patience: int | None = flag(
-        None, "Stop after so many validations in a row without a better loss; the best weights are saved."
+        None, "Stop after so many validations in a row without a better loss, and save the best weights."
     )
     save_images_epochs: int | None = flag(
         None,
-        "Save a grid of samples every so many epochs, 0 for none on the way; every 10, ten a run at most, if not given.",
+        "Save a sample grid every so many epochs, 0 for none during training; every 10, ten a run at most, if not given.",
+        changes_run=False,
     )
-    save_model_epochs: int | None = flag(None, "Save the pipeline itself, too, every so many epochs.")
-    eval_batch_size: int = flag(64, "Images in the sample grids.")
-    logging_steps: int = flag(10, "Write the mean loss to the log every so many steps.")
-    report_to: str = flag("none", "tensorboard, wandb, trackio, several with commas, or none.", "--logger")
-    logging_dir: str = flag("logs", "Trackers' folder within --output_dir.")
+    save_model_epochs: int | None = flag(None, "Save the pipeline every so many epochs.", changes_run=False)
+    eval_batch_size: int = flag(64, "Images in the sample grids.", changes_run=False)
+    logging_steps: int = flag(10, "Log the mean loss every so many steps.", changes_run=False)
+    report_to: str = flag(
+        "none", "tensorboard, wandb, trackio, several with commas, or none.", "--logger", changes_run=False
+    )
+    logging_dir: str = flag("logs", "Trackers' folder within --output_dir.", changes_run=False)
 
-    license: str | None = flag(None, "Licence of the model, for its card, such as apache-2.0.")
-    push_to_hub: bool = flag(False, "Push the folder to the Hub at the end.")
-    hub_model_id: str | None = flag(None, "Repository to push to; the folder's name when not given.")
-    hub_token: str | None = flag(None, "Token to push with.")
-    hub_private_repo: bool = flag(False, "Make the repository private.")
+    license: str | None = flag(None, "License of the model for its card, such as apache-2.0.", changes_run=False)
+    push_to_hub: bool = flag(False, "Push the folder to the Hub at the end.", changes_run=False)
+    hub_model_id: str | None = flag(None, "Repository to push to; the folder's name if not given.", changes_run=False)
+    hub_token: str | None = flag(None, "Token to push with.", changes_run=False)
+    hub_private_repo: bool = flag(False, "Create the repository as private.", changes_run=False)
+
+    resolved: list[str] = dataclasses.field(default_factory=list)  # names of settings that nobody asked for; no flag
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-# They choose the values of the others, and are spent once these are settled.
-_CHOOSERS = ("config", "cell", "smoke")
+# These choose the values of others, or say how one command behaves: no part of a run's saved settings.
+_UNSAVED = ("config", "cell", "smoke", "hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}. --help lists the flags.")
+def network_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """Returns the options of the network: the fields of the arguments' [`NetworkArguments`], with their values."""
+    return {name: getattr(arguments, name) for name in _network_names(type(arguments))}
+
+
+def _network_names(arguments_class: type) -> list[str]:
+    bases = [c for c in arguments_class.__mro__ if issubclass(c, NetworkArguments)]
+    names = {f.name for c in bases if not issubclass(c, DataArguments) for f in dataclasses.fields(c)}
+    return [f.name for f in dataclasses.fields(arguments_class) if f.name in names]
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -155,27 +213,37 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         UserError: On an unknown flag, key or cell (naming the nearest known one), or a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _Parser(arguments_class, allow_abbrev=False, description=sys.modules[arguments_class.__module__].__doc__)
-    chosen = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    if chosen.cell and not chosen.config:
-        raise UserError(f"--cell {chosen.cell}: it picks an experiment of a recipe, so give the recipe with --config.")
-    # The recipe goes before the command line, through the same parser: so its values are checked alike, and lose.
-    recipe = _as_flags(_read_recipe(Path(chosen.config), chosen.cell, arguments_class)) if chosen.config else []
-    smoke = _as_flags(arguments_class.SMOKE) if chosen.smoke else []
-    namespace, rest = parser.parse_known_args([*recipe, *smoke, *argv])
-    if rest:
-        flags = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise (
-            unknown("argument", rest[0], flags)
-            if rest[0].startswith("-")
-            else UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
-        )
-    arguments = arguments_class(**vars(namespace))
-    if arguments.output_dir is None and (arguments.cell or arguments.smoke):  # so that no experiment meets another's
-        parts = ["smoke"] if arguments.smoke else []
-        parts += [Path(arguments.config).stem] if arguments.config else []
-        arguments.output_dir = str(Path("runs", *parts, arguments.cell or ""))
-    return arguments
+    parser = FlagParser(arguments_class, description=sys.modules[arguments_class.__module__].__doc__)
+    given = parser.given(argv)
+    config, cell = given.get("config"), given.get("cell")
+    if cell and not config:
+        raise UserError(f"--cell {cell}: it picks an experiment of a recipe, so give the recipe with --config.")
+
+    # A recipe goes through the same parser, so its values are checked alike.
+    recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
+    smoke = arguments_class.SMOKE if given.get("smoke") else {}
+    lower = parser.given(_as_flags(recipe)) | parser.given(_as_flags(smoke))
+    values = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class) | given
+    if values.get("output_dir") is None and (cell or given.get("smoke")):  # so that experiments stay apart
+        parts = ["smoke"] if given.get("smoke") else []
+        parts += [Path(config).stem] if config else []
+        values["output_dir"] = str(Path("runs", *parts, cell or ""))
+    return arguments_class(**values)
+
+
+def _without_decided(
+    lower: dict[str, Any], resolved: set[str], given: dict[str, Any], arguments_class: type[TrainingArguments]
+) -> dict[str, Any]:
+    """Drops values of a recipe, --smoke or an earlier run that a flag on the command line replaces or decides."""
+    network = set(_network_names(arguments_class))
+    dropped = set()
+    for field in dataclasses.fields(arguments_class):
+        if field.name in given:
+            decided = {*field.metadata["decides"]}
+            if _NETWORK in decided or field.name in network:
+                decided |= network
+            dropped |= {*field.metadata["replaces"]} | (decided & resolved)
+    return {name: value for name, value in lower.items() if name not in dropped}
 
 
 def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -186,7 +254,7 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         path (`Path`): The YAML file.
 
     Returns:
-        `tuple[dict, dict]`: argument -> value, and cell's name -> argument -> value; no cells where there is no grid.
+        `tuple[dict, dict]`: argument -> value, and cell's name -> argument -> value; no cells if there is no grid.
 
     Raises:
         UserError: If the file cannot be read or does not have this form.
@@ -217,8 +285,10 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return recipe, dict(zip(names, changes, strict=True))
 
 
-def _read_recipe(path: Path, cell: str | None, arguments_class: type[TrainingArguments]) -> dict[str, Any]:
-    """The arguments that a recipe stands for, in the cell that was picked."""
+def _read_recipe(
+    path: Path, cell: str | None, arguments_class: type[TrainingArguments]
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads a recipe's arguments, of the cell that was picked, and the names of those that an earlier run resolved."""
     recipe, cells = load_cells(path)
     if cells and cell is None:
         raise UserError(f"--config: {path} holds several experiments; pick one with --cell: {', '.join(cells)}.")
@@ -228,15 +298,17 @@ def _read_recipe(path: Path, cell: str | None, arguments_class: type[TrainingArg
         raise unknown(f"cell of {path}", cell, cells)
     recipe |= cells.get(cell, {})
 
-    names = [f.name for f in dataclasses.fields(arguments_class) if f.name not in _CHOOSERS]
+    resolved = recipe.pop("resolved", None) or []
+    flags = [f.name for f in dataclasses.fields(arguments_class) if "help" in f.metadata]
+    names = [name for name in flags if name not in ("config", "cell", "smoke")]
     for name in recipe:
         if name not in names:
             raise unknown(f"key in {path}", name, names)
-    return recipe
+    return recipe, list(resolved)
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
-    """What would be typed on the command line for these values."""
+    """Spells values as they would be typed on the command line."""
     flags = []
     for name, value in values.items():
         if value is not None:
@@ -244,29 +316,19 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def save_arguments(arguments: TrainingArguments, path: Path, skip: tuple[str, ...] = ()) -> None:
-    """Writes arguments as a recipe that `--config` reads back."""
-    values = {
-        f.name: getattr(arguments, f.name)
-        for f in dataclasses.fields(arguments)
-        if f.name not in ("hub_token", *_CHOOSERS, *skip)
-    }
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+def saved_settings(settings: TrainingArguments) -> dict[str, Any]:
+    """Returns the settings that a run's `config.yaml` and card hold: no secrets, nothing that is of one command only."""
+    names = [f.name for f in dataclasses.fields(settings) if f.name not in (*_UNSAVED, "resolved")]
+    return {name: getattr(settings, name) for name in (*names, "resolved")}
 
 
-def command_line(arguments: TrainingArguments) -> str:
-    """The command that makes this run again, with the arguments that are not at their default."""
-    words = ["accelerate", "launch", "train_scripts/" + Path(sys.argv[0]).name]
-    for f in dataclasses.fields(arguments):
-        value = getattr(arguments, f.name)
-        if value == f.default or f.name in ("hub_token", "overwrite_output_dir", "resume_from_checkpoint", *_CHOOSERS):
+def command_line(settings: TrainingArguments) -> str:
+    """Returns the command that makes this run again, with the settings that are not at their default."""
+    words = ["tiny-diffusers", "train", settings.SCRIPT]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "help" not in field.metadata or field.name in _UNSAVED or value == default_of(field):
             continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{f.name}", *([] if value is True else (str(v) for v in values))]
-    return " ".join(f'"{word}"' if " " in word else word for word in words)
-
-
-def fail(error: Exception) -> int:
-    """Prints a user's mistake as one line and returns the exit status that goes with it."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        words += [f"--{field.name}", *([] if value is True else (str(v) for v in values))]
+    return shlex.join(words)

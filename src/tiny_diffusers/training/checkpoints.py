@@ -1,188 +1,74 @@
 """
-Checkpoints that survive a crash at any moment.
+What a checkpoint holds beside the EMA networks: the networks that are trained, their optimizers, and where the run stands.
 
-A checkpoint is a folder that is staged under another name, flushed to the disk, sealed with a manifest of sizes and
-checksums, and published with one rename. What is not whole is recognised, named and passed over. Tensors lie in
-safetensors, all else in JSON: nothing that is read back can run code.
+Tensors are saved in safetensors, all else in JSON: nothing that is read back can run code. How a checkpoint's folder is
+published and found is in `runs.py`.
 """
 
-import hashlib
+import dataclasses
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from ..errors import UserError
+
+# diffusers' name, so that `from_pretrained` reads a checkpoint's networks
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-MANIFEST = "manifest.json"
-WEIGHTS = (
-    "diffusion_pytorch_model.safetensors"  # diffusers' name, so that `from_pretrained` reads a checkpoint's networks
-)
-_STAGING = ".staging-"
-
-
-def publish(directory: Path, write: Callable[[Path], None]) -> None:
+@dataclass
+class RunState:
     """
-    Makes the folder `directory` appear whole or not at all.
+    Where a run stands.
 
-    Args:
-        directory (`Path`): The folder to publish; an older one of that name is replaced.
-        write (`Callable[[Path], None]`): Writes the content into the staging folder that it is given.
+    Attributes:
+        step (`int`): Optimizer steps taken.
+        sums (`dict[str, tuple[torch.Tensor, int]]`): Running (sum, count) of what the next log line averages.
+        skipped (`int`): Steps whose loss or gradient was not finite.
+        bad_steps (`int`): Those in a row, up to this step.
+        best (`dict`, *optional*): Step and loss of the best validation.
+        bad_validations (`int`): Validations in a row that did not improve on it.
     """
-    staging = directory.with_name(_STAGING + directory.name)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        write(staging)
-        _seal(staging)
-    except Exception:
-        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, half a checkpoint is in the way of everything
-        raise
 
-    if directory.exists():  # a checkpoint of the very same step: one that was found damaged, or is the same again
-        old = directory.with_name(f"{_STAGING}old-{directory.name}")
-        shutil.rmtree(old, ignore_errors=True)  # a kill has left one
-        os.replace(directory, old)
-    os.replace(staging, directory)
-    _fsync(directory.parent)
+    step: int = 0
+    sums: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    skipped: int = 0
+    bad_steps: int = 0
+    best: dict[str, float] | None = None
+    bad_validations: int = 0
 
+    def add(self, key: str, value: torch.Tensor) -> None:
+        """Adds a value to the running sum of `key`."""
+        total, count = self.sums.get(key, (0.0, 0))
+        self.sums[key] = (total + value.float(), count + 1)
 
-def _seal(staging: Path) -> None:
-    """Writes the manifest and flushes everything to the disk."""
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    manifest = {
-        path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in [*files, staging / MANIFEST]:
-        _fsync(path)
-    for folder in sorted({path.parent for path in files} | {staging}, reverse=True):
-        _fsync(folder)
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Returns the state for JSON. Every process must call it: each has sums over its own images."""
+        sums = {key: [accelerator.gather(total.reshape(1)).tolist(), n] for key, (total, n) in self.sums.items()}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"sums": sums}
+
+    def load_state_dict(self, state: dict[str, Any], accelerator: Accelerator) -> None:
+        """Loads the state; sums of another number of processes are averaged."""
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, state[f.name])
+        self.sums = {}
+        for key, (totals, count) in state["sums"].items():
+            totals = torch.tensor(totals, device=accelerator.device)  # one for each process
+            is_same = len(totals) == accelerator.num_processes
+            self.sums[key] = (totals[accelerator.process_index] if is_same else totals.mean(), count)
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes the file `path` appear whole or not at all; `write` is given the name to write to."""
-    staging = path.with_name(_STAGING + path.name)
-    write(staging)
-    _fsync(staging)
-    os.replace(staging, path)
-
-
-def flush(path: Path) -> None:
-    """Sees to it that what was appended to `path` outlives a power failure."""
-    if path.exists():
-        _fsync(path)
-
-
-def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words, or None if it is whole."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    if not expected:
-        return f"its {MANIFEST} is empty"
-    for name, (size, sha256) in expected.items():
-        path = directory / name
-        try:
-            if not path.resolve().is_relative_to(directory.resolve()):
-                return f"its {MANIFEST} names a file outside the folder"
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _sha256(path) != sha256:
-                return f"{name} does not match its checksum"
-        except (OSError, ValueError) as error:  # a bad sector, say, or no name of a file at all
-            return f"{name!r} cannot be read ({error})"
-    return None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The published `checkpoint-N` folders of a run, the oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
-
-
-def find_checkpoint(output_dir: Path, name: str, warn: Callable[[str], None]) -> Path | None:
-    """
-    The checkpoint to resume from.
-
-    Args:
-        output_dir (`Path`): The run's folder.
-        name (`str`): `"latest"`, a folder's name in `output_dir`, or a path.
-        warn (`Callable[[str], None]`): Told of each damaged checkpoint that is passed over.
-
-    Returns:
-        `Path` or None: None if `name` is `"latest"` and there is none yet.
-
-    Raises:
-        UserError: If a checkpoint is named that does not exist or is damaged, or if all are damaged.
-    """
-    if name != "latest":
-        path = next((path for path in (Path(name), output_dir / name) if path.is_dir()), None)
-        if path is None:
-            have = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
-            raise UserError(f"--resume_from_checkpoint: there is no checkpoint '{name}'; {output_dir} has: {have}.")
-        reason = damage(path)
-        if reason:
-            raise UserError(f"--resume_from_checkpoint: {path} is damaged ({reason}); use 'latest' or an earlier one.")
-        return path
-    checkpoints = list_checkpoints(output_dir)
-    for path in reversed(checkpoints):
-        reason = damage(path)
-        if reason is None:
-            return path
-        warn(f"{path.name} is damaged ({reason}): passed over for the one before it.")
-    if checkpoints:
-        raise UserError(f"Every checkpoint in {output_dir} is damaged: start again with --overwrite_output_dir.")
-    return None
-
-
-def prune(newest: Path, limit: int | None, keep: Path | None = None) -> None:
-    """
-    Deletes what the checkpoint `newest`, just published, makes superfluous: older ones, so that `limit` are left; later
-    ones, which a resume has passed over as damaged or gone back behind; and what crashed writes have left.
-
-    Args:
-        newest (`Path`): The checkpoint that was just published.
-        limit (`int`, *optional*): How many are left; None for all.
-        keep (`Path`, *optional*): The best one, which is left in any case.
-    """
-    for leftover in newest.parent.glob(_STAGING + "*"):
-        _remove(leftover)
-    existing = list_checkpoints(newest.parent)
-    position = existing.index(newest)
-    older = existing[: max(0, min(position, position + 1 - limit))] if limit is not None else []
-    for path in older + existing[position + 1 :]:
-        if path != keep:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor itself; of one that FSDP has spread over the processes, all of it, for which every process must ask."""
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the full tensor; one that FSDP has sharded is gathered, for which every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `value` that lies as `tensor` does: on its device, in its memory format, spread as it is."""
+def match_layout(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Copies `value` to the device, memory format and sharding of `tensor`."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -191,22 +77,22 @@ def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def collect(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What [`save`] writes of a network and its optimiser, on the CPU; to be called by every process."""
+    """Collects what [`save`] writes of a network and its optimizer, on the CPU. Every process must call it."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = whole(value.detach()).contiguous().cpu()
+                tensors[f"{index}.{key}"] = gather_full(value.detach()).contiguous().cpu()
             else:
                 scalars[f"{index}.{key}"] = value
     groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
-    weights = {name: whole(value.detach()).contiguous().cpu() for name, value in module.state_dict().items()}
+    weights = {name: gather_full(value.detach()).contiguous().cpu() for name, value in module.state_dict().items()}
     return {"weights": weights, "tensors": tensors, "rest": {"scalars": scalars, "param_groups": groups}}
 
 
 def save(collected: dict[str, Any], network: Path, optimizer: Path) -> None:
-    """Writes what [`collect`] gave into two folders: tensors in safetensors, hyperparameters in JSON."""
+    """Writes what [`collect`] returned into two folders: tensors in safetensors, hyperparameters in JSON."""
     for folder in (network, optimizer):
         folder.mkdir(parents=True, exist_ok=True)
     save_file(collected["weights"], network / WEIGHTS, metadata={"format": "pt"})
@@ -216,24 +102,24 @@ def save(collected: dict[str, Any], network: Path, optimizer: Path) -> None:
 
 def load_weights(module: torch.nn.Module, folder: Path) -> None:
     """
-    Reads a network's weights.
+    Loads a network's weights.
 
     Raises:
-        RuntimeError: If they are not those of this network.
+        RuntimeError: If they do not fit this network.
     """
     own = module.state_dict()
     weights = load_file(folder / WEIGHTS)
     if any(hasattr(tensor, "full_tensor") for tensor in own.values()):
-        weights = {name: like(value, own[name]) for name, value in weights.items()}
+        weights = {name: match_layout(value, own[name]) for name, value in weights.items()}
     module.load_state_dict(weights)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """
-    Reads an optimiser's state.
+    Loads an optimizer's state.
 
     Raises:
-        ValueError: If another kind of optimiser wrote it.
+        ValueError: If another kind of optimizer saved it.
     """
     saved = json.loads((folder / "optimizer.json").read_text())
     state: dict[int, dict] = {}
@@ -242,30 +128,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         state.setdefault(int(index), {})[key] = value
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if not group.keys() >= saved_group.keys() - {"params"}:
-            raise ValueError(f"it was written by another optimiser than {type(optimizer).__name__}")
+            raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    # Fused optimisers walk the memory, so a moment must lie as its weight does (channels-last, say), not only match it.
+    # Fused optimizers need each moment in the memory format of its weight (such as channels-last).
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                entries[key] = like(value, parameter)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    elif hasattr(os, "O_DIRECTORY"):  # Windows opens no folders; its renames are durable without
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                entries[key] = match_layout(value, parameter)

@@ -1,8 +1,8 @@
 """
 Random numbers that depend on the configuration alone.
 
-Every draw of a run is a pure function of (seed, step, index of the image in the global batch): not of the number of
-processes, nor of when the run was stopped. So a resumed run equals an uninterrupted one, and two processes equal one.
+Every draw of a run is a pure function of (seed, step, index of the image in the global batch), independent of the number
+of processes and of when the run was stopped. So a resumed run equals an uninterrupted one, and two processes equal one.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 
 
-# Rows are drawn in blocks of this size, a generator each, so that a process draws little more than its own rows.
+# Rows are drawn in blocks of this size with a generator each: a process draws little more than its own rows.
 _BLOCK = 32
 
 
 def make_generator(*keys: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of `keys`, so that neighbouring seeds and steps share nothing."""
+    """Returns a CPU generator seeded by a hash of `keys`, so that neighboring seeds and steps are independent."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -27,24 +27,24 @@ class Draws:
 
     Args:
         seed (`int`): The run's seed.
-        step (`int` or `str`): The optimiser step, or a name for draws that never change, such as `"validation"`.
+        step (`int` or `str`): The optimizer step, or a name for draws that never change, such as `"validation"`.
         rows (`range`): The images' indices in the global batch.
-        device (`torch.device`, *optional*): Where the numbers are handed over; they are always drawn on the CPU.
+        device (`torch.device`, *optional*): Device of the returned numbers; they are always drawn on the CPU.
     """
 
     def __init__(self, seed: int, step: int | str, rows: range, device: torch.device | str = "cpu"):
         self.seed, self.step, self.rows, self.device = seed, step, rows, device
 
     def normal(self, purpose: str, *shape: int) -> torch.Tensor:
-        """Standard normal numbers, `(B, *shape)` float32. Draws of different `purpose` are independent."""
+        """Draws standard normal numbers, `(B, *shape)` float32. Draws of different `purpose` are independent."""
         return self._draw(purpose, lambda generator: torch.randn(_BLOCK, *shape, generator=generator))
 
     def uniform(self, purpose: str, *shape: int) -> torch.Tensor:
-        """Uniform numbers in [0, 1), `(B, *shape)` float32."""
+        """Draws uniform numbers in [0, 1), `(B, *shape)` float32."""
         return self._draw(purpose, lambda generator: torch.rand(_BLOCK, *shape, generator=generator))
 
     def integers(self, purpose: str, high: int) -> torch.Tensor:
-        """Uniform integers in [0, high), `(B,)` int64."""
+        """Draws uniform integers in [0, high), `(B,)` int64."""
         return self._draw(purpose, lambda generator: torch.randint(high, (_BLOCK,), generator=generator))
 
     def _draw(self, purpose: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
@@ -56,12 +56,12 @@ class Draws:
 
 class DataOrder:
     """
-    The endless order in which images are seen: one permutation an epoch, end to end, so that every batch is full and
-    every epoch sees every image once, whatever the batch size.
+    The endless order in which images are seen: the permutations of all epochs, one after the other. Every batch is full,
+    and every epoch sees every image once, whatever the batch size.
 
     Args:
         seed (`int`): The run's seed.
-        num_images (`int`): Size of the data set.
+        num_images (`int`): Size of the dataset.
     """
 
     def __init__(self, seed: int, num_images: int):
@@ -69,7 +69,7 @@ class DataOrder:
         self._epoch, self._permutation = -1, None
 
     def __call__(self, positions: range) -> torch.Tensor:
-        """Indices into the data set, `(len(positions),)` int64, of these positions of the endless order."""
+        """Returns the indices into the dataset, `(len(positions),)` int64, at these positions of the order."""
         parts = []
         start = positions.start
         while start < positions.stop:

@@ -1,11 +1,11 @@
-"""The exponential moving average of the weights, which is what a run saves."""
+"""The exponential moving average (EMA) of the weights, which is what a run saves."""
 
 import copy
 
 import torch
 from torch import nn
 
-from .checkpoints import whole
+from .checkpoints import gather_full
 
 
 class EMA:
@@ -19,7 +19,7 @@ class EMA:
         module (`nn.Module`): The network that is trained.
         max_decay (`float`): Upper limit of the decay.
         inv_gamma (`float`), power (`float`): Shape of the warm-up; `power=0` holds the decay at `max_decay`.
-        start_step (`int`): First optimiser step after which the average is taken.
+        start_step (`int`): Optimizer step after which averaging starts.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class EMA:
         self.max_decay, self.inv_gamma, self.power, self.start_step = max_decay, inv_gamma, power, start_step
 
     def decay(self, step: int) -> float:
-        """The decay of the update after optimiser step `step` (the first is 1)."""
+        """Returns the decay of the update after optimizer step `step` (the first is 1)."""
         updates = step - self.start_step - 1
         if updates <= 0:
             return 0.0
@@ -44,8 +44,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Moves the average towards the weights of `module` after optimiser step `step`."""
-        averages, weights = list(self.module.parameters()), [whole(weight) for weight in module.parameters()]
+        """Moves the EMA towards the weights of `module` after optimizer step `step`."""
+        averages, weights = list(self.module.parameters()), [gather_full(weight) for weight in module.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)

@@ -1,0 +1,230 @@
+"""DCGAN: its arguments, its two losses, the builder of its networks."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..data import ImageData
+from ..errors import UserError
+from ..flags import flag
+from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
+from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
+from ..training.arguments import NetworkArguments, TrainingArguments
+from ..training.family import Batch, Family, check_network_flags, class_grid, halving_widths, load_pretrained
+
+
+@dataclass(frozen=True)
+class DCGANNetworkArguments(NetworkArguments):
+    """Options of [`TinyDCGANGenerator`] and [`TinyDCGANDiscriminator`]."""
+
+    latent_dim: int = flag(100, "Size of the generator's latent vector.")
+    generator_channels: list[int] | None = flag(
+        None,
+        "Widths of the generator's levels, finest first, as 64 128 256 (by resolution) or, front-loaded, 64 256 256.",
+    )
+    discriminator_channels: list[int] | None = flag(None, "Widths of the discriminator's levels, finest first.")
+    class_embed_dim: int = flag(16, "Channels of the class embedding that is tiled to each feature map.")
+
+
+@dataclass(frozen=True)
+class DCGANArguments(DCGANNetworkArguments, TrainingArguments):
+    """The networks, their losses, and DCGAN's settings of the optimizers (arXiv 1511.06434, section 3)."""
+
+    SCRIPT: ClassVar[str] = "dcgan"
+    FAMILY: ClassVar[str] = "dcgan"
+    SMOKE: ClassVar[dict[str, Any]] = {
+        **TrainingArguments.SMOKE,
+        "generator_channels": [8],
+        "discriminator_channels": [8],
+    }
+
+    class_conditional: bool = flag(False, "Give both networks the class of the image.")
+    real_label: float = flag(1.0, "Target of the discriminator for real images; 0.9 is smoothed.")
+    fake_label: float = flag(0.0, "Target of the discriminator for generated images; 0.1 is smoothed.")
+    instance_noise: float = flag(
+        0.0, "Standard deviation of noise on all images that the discriminator sees; 0.1 is usual."
+    )
+    instance_noise_steps: int = flag(5000, "Steps over which that noise falls to 0.")
+
+    learning_rate: float = flag(2e-4, "Peak learning rate.")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("constant", "Schedule of the learning rate.")
+    optimizer: Literal["adamw", "adam", "sgd"] = flag("adam", "Optimizer.")
+    adam_beta1: float = flag(0.5, "Adam's beta1 (SGD's momentum).")
+    adam_beta2: float = flag(0.999, "Adam's beta2.")
+    adam_weight_decay: float = flag(0.0, "Weight decay.")
+    max_grad_norm: float = flag(math.inf, "Clip gradients to this norm; DCGAN clips none.")
+    validation_split: float = flag(0.0, "A GAN has no validation loss: nothing is held out.")
+
+    def __post_init__(self):
+        if not 0 <= self.fake_label < self.real_label <= 1:
+            raise UserError(
+                f"--fake_label {self.fake_label} --real_label {self.real_label}: they must rise within [0, 1]; 0 and 1 "
+                "are plain, 0.1 and 0.9 smoothed."
+            )
+        if not 0 <= self.instance_noise < math.inf:
+            raise UserError(f"--instance_noise {self.instance_noise}: it must be a finite number of at least 0.")
+        if self.instance_noise_steps < 1:
+            raise UserError(f"--instance_noise_steps {self.instance_noise_steps}: it must be at least 1.")
+        no_validation = "a GAN has no validation loss"
+        for name, off, why in (
+            ("validation_split", 0, no_validation),
+            ("early_stopping_patience", None, no_validation),
+            ("gradient_checkpointing", False, "batch norm would update its statistics twice"),
+        ):
+            if getattr(self, name) != off:
+                raise UserError(f"--{name} {getattr(self, name)}: {why}; leave it out.")
+
+
+class DCGAN(Family):
+    """
+    Generative adversarial network (Goodfellow et al. 2014, arXiv 1406.2661) with DCGAN's networks.
+
+    In each step the discriminator learns to tell real images from generated ones; then the generator minimizes the
+    non-saturating loss -log D(G(z)) of the updated discriminator.
+
+    Args:
+        generator ([`TinyDCGANGenerator`]), discriminator ([`TinyDCGANDiscriminator`]): The networks.
+        id2label (`dict[int, str]`, *optional*): The names of the classes, for networks with classes.
+        real_label (`float`), fake_label (`float`): The discriminator's targets.
+        instance_noise (`float`): Standard deviation, at the start, of the noise on the discriminator's inputs
+            (arXiv 1610.04490).
+        instance_noise_steps (`int`): Steps over which it falls to 0, linearly.
+    """
+
+    def __init__(
+        self,
+        generator: TinyDCGANGenerator,
+        discriminator: TinyDCGANDiscriminator,
+        id2label: dict[int, str] | None = None,
+        real_label: float = 1.0,
+        fake_label: float = 0.0,
+        instance_noise: float = 0.0,
+        instance_noise_steps: int = 1,
+    ):
+        self.modules = {"generator": generator, "discriminator": discriminator}
+        self.latent_dim = generator.config.latent_dim
+        self.id2label, self.null_label = id2label, generator.config.num_class_embeds
+        self.real_label, self.fake_label = real_label, fake_label
+        self.instance_noise, self.instance_noise_steps = instance_noise, instance_noise_steps
+        self.phases = {"instance_noise_steps": instance_noise_steps} if instance_noise else {}
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
+        generator, discriminator, labels = modules["generator"], modules["discriminator"], batch.labels
+        real = self._noisy(batch.images, batch, "real_noise")
+        generated = generator(batch.draws.normal("latents", self.latent_dim), labels).sample
+        fake = self._noisy(generated, batch, "fake_noise")
+
+        # 1. the discriminator: real and generated images in batches of their own, for batch norm
+        on_real = discriminator(real, labels).logits
+        on_fake = discriminator(fake.detach(), labels).logits
+        loss = _cross_entropy(on_real, self.real_label) + _cross_entropy(on_fake, self.fake_label)
+        yield "discriminator", loss, {"D(x)": on_real.sigmoid().mean(), "D(G(z))": on_fake.sigmoid().mean()}
+
+        # 2. the generator, through a discriminator that takes no gradients and waits for none from other processes
+        discriminator = extract_model_from_parallel(discriminator)
+        discriminator.requires_grad_(False)
+        yield "generator", _cross_entropy(discriminator(fake, labels).logits, 1.0)
+        discriminator.requires_grad_(True)
+
+    def _noisy(self, images: torch.Tensor, batch: Batch, purpose: str) -> torch.Tensor:
+        sigma = self.instance_noise * max(0.0, 1 - batch.draws.step / self.instance_noise_steps)
+        return images + sigma * batch.draws.normal(purpose, *images.shape[1:]) if sigma else images
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyDCGANPipeline:
+        return TinyDCGANPipeline(modules["generator"], modules["discriminator"], id2label=self.id2label)
+
+    def sample(self, pipeline: TinyDCGANPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        """Draws a row for each class if there are classes, each from the same latents."""
+        if self.id2label is None:
+            return pipeline(batch_size=num_images, generator=image_generators(seed, num_images)).images, {}
+        labels, per_class, grid = class_grid(self.id2label, num_images)
+        generators = [generator for _ in grid["row_labels"] for generator in image_generators(seed, per_class)]
+        return pipeline(class_labels=labels, generator=generators).images, grid
+
+
+def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
+    """Computes -t log D - (1 - t) log(1 - D), averaged over the batch, with D = sigmoid(logits)."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def build_dcgan(settings: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGenerator, TinyDCGANDiscriminator]:
+    """
+    Builds the networks: a checkpoint's, or new ones by their options.
+
+    Raises:
+        UserError: If they do not fit the data, or cannot be built.
+    """
+    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    num_class_embeds = len(data.id2label) if settings.class_conditional else None
+    pretrained = load_pretrained(settings, TinyDCGANPipeline)
+    if pretrained is not None:
+        _check_pretrained(pretrained, settings, data, (channels, resolution, num_class_embeds))
+        return pretrained.generator, pretrained.discriminator
+
+    torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
+    shared = {
+        "sample_size": resolution,
+        "num_class_embeds": num_class_embeds,
+        "class_embed_dim": settings.class_embed_dim,
+    }
+    generator_channels = settings.generator_channels or halving_widths(resolution)
+    discriminator_channels = settings.discriminator_channels or halving_widths(resolution)
+    with _naming("--generator_channels"):
+        generator = TinyDCGANGenerator(
+            out_channels=channels,
+            latent_dim=settings.latent_dim,
+            block_out_channels=generator_channels,
+            **shared,
+        )
+    with _naming("--discriminator_channels"):
+        discriminator = TinyDCGANDiscriminator(
+            in_channels=channels, block_out_channels=discriminator_channels, **shared
+        )
+    return generator, discriminator
+
+
+@contextlib.contextmanager
+def _naming(flag_name: str) -> Iterator[None]:
+    """Names the flag that stands for a network's `block_out_channels` in its errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error).replace("block_out_channels", flag_name)) from error
+
+
+def _check_pretrained(
+    pipeline: TinyDCGANPipeline, settings: DCGANArguments, data: ImageData, expected: tuple[int, int, int | None]
+) -> None:
+    """Refuses a checkpoint that does not fit the data or the flags."""
+    config = pipeline.generator.config
+    given = (config.out_channels, config.sample_size, config.num_class_embeds)
+    if given != expected:
+        raise UserError(
+            f"--pretrained_model_name_or_path: its images have (channels, pixels a side, classes) {given}, but those of "
+            f"{data.name} have {expected}."
+        )
+    if pipeline.discriminator is None:
+        raise UserError("--pretrained_model_name_or_path: it was saved without its discriminator.")
+    names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
+    if names and names != data.id2label:
+        raise UserError(
+            f"--pretrained_model_name_or_path: its classes are {list(names.values())[:5]}, but those of {data.name} are "
+            f"{list(data.id2label.values())[:5]}: give the same --classes."
+        )
+    network = {
+        "latent_dim": config.latent_dim,
+        "generator_channels": config.block_out_channels,
+        "discriminator_channels": pipeline.discriminator.config.block_out_channels,
+        "class_embed_dim": config.class_embed_dim,
+    }
+    check_network_flags(settings, network)

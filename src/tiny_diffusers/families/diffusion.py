@@ -1,0 +1,230 @@
+"""The diffusion families: their arguments, their scheduler, their loss. Both diffusion scripts share it."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..flags import flag
+from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
+from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+from ..schedulers.scheduling_tiny_common import CHOICES
+from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
+from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
+from ..training.arguments import TrainingArguments
+from ..training.family import Batch, Family, class_grid
+from .unets import ConditionalUNetArguments, UNetArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiffusionArguments(UNetArguments, TrainingArguments):
+    """The forward process, the loss and the network."""
+
+    SCRIPT: ClassVar[str] = "unconditional"
+    FAMILY: ClassVar[str] = "ddpm"
+    SMOKE: ClassVar[dict[str, Any]] = {
+        **TrainingArguments.SMOKE,
+        "ddpm_num_inference_steps": 2,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention": ["linear"],
+        "mid_attention": "linear",
+    }
+
+    ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.")
+    ddpm_num_inference_steps: int = flag(50, "Sampling steps of the sample grids.", changes_run=False)
+    ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] = flag("cosine", "Schedule of the betas.")
+    beta_start: float = flag(1e-4, "First beta (not used by cosine).")
+    beta_end: float = flag(0.02, "Last beta (not used by cosine).")
+    prediction_type: Literal[CHOICES["prediction_type"]] = flag("v_prediction", "What the network predicts.")
+    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] = flag(
+        "fixed_small", "Variance of the reverse process."
+    )
+    loss_type: Literal[CHOICES["loss_type"]] = flag("l2", "Loss of a pixel.")
+    huber_delta: float | None = flag(None, "Delta of the Huber losses.")
+    huber_schedule: Literal[CHOICES["huber_schedule"]] = flag("constant", "Delta over the timesteps.")
+    snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.")
+    dynamic_thresholding: float | None = flag(
+        None, "Percentile in (0, 1] of dynamic thresholding in sampling, such as 0.995; saved with the model."
+    )
+
+    model_config_name_or_path: str | None = flag(
+        None, "JSON file or folder of a network's configuration, with its class in it.", decides=("network",)
+    )
+    preset: str | None = flag(
+        None, "One of the reports' networks by its name, such as self-attention-2-levels.", decides=("network",)
+    )
+
+
+@dataclass(frozen=True)
+class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
+    """The classes, and how they guide."""
+
+    SCRIPT: ClassVar[str] = "conditional"
+    FAMILY: ClassVar[str] = "conditional-ddpm"
+
+    class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped; guidance needs some.")
+    guidance_scales: list[float] | None = flag(
+        None, "Guidance scales of the sample grids; 1 and 3 if not given.", changes_run=False
+    )
+    ema_start_step: int | None = flag(
+        None,
+        "The EMA starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.class_dropout_prob < 1:
+            raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
+        for scale in self.guidance_scales or ():
+            if not math.isfinite(scale):
+                raise UserError(f"--guidance_scales {scale}: each must be a finite number, such as 3.")
+
+
+def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
+    """
+    Builds the scheduler that computes the training loss and is saved with the network.
+
+    Raises:
+        UserError: On an unknown name, or values that do not go together.
+    """
+    thresholding = {}
+    if settings.dynamic_thresholding is not None:
+        thresholding = {"thresholding": True, "dynamic_thresholding_ratio": settings.dynamic_thresholding}
+    try:
+        scheduler = TinyDDIMScheduler(
+            num_train_timesteps=settings.ddpm_num_steps,
+            beta_schedule=settings.ddpm_beta_schedule,
+            beta_start=settings.beta_start,
+            beta_end=settings.beta_end,
+            prediction_type=settings.prediction_type,
+            variance_type=settings.variance_type,
+            loss_type=settings.loss_type,
+            huber_delta=settings.huber_delta,
+            huber_schedule=settings.huber_schedule,
+            snr_gamma=settings.snr_gamma,
+            timestep_spacing="trailing",
+            **thresholding,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    last_signal = float(scheduler.alphas_cumprod[-1].sqrt())
+    if last_signal > 0.05:
+        advice = "--ddpm_beta_schedule cosine"
+        start, end = (min(beta * 1000 / settings.ddpm_num_steps, 0.999) for beta in (1e-4, 0.02))
+        scaled = TinyDDIMScheduler.from_config(scheduler.config, beta_start=start, beta_end=end)
+        if float(scaled.alphas_cumprod[-1].sqrt()) <= 0.05:
+            advice = f"--beta_start {start:.2g} --beta_end {end:.2g}, or {advice}"
+        logger.warning(
+            f"the last timestep keeps {last_signal:.2f} of the image (sqrt of its alpha_cumprod), but sampling "
+            f"starts from pure noise; use {advice}."
+        )
+    return scheduler
+
+
+class Diffusion(Family):
+    """
+    Denoising diffusion (Ho et al. 2020, arXiv 2006.11239): a U-Net and a scheduler.
+
+    Args:
+        unet (`nn.Module`): Called as `unet(sample, timestep, class_labels=None).sample`.
+        scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimized.
+        num_inference_steps (`int`): Sampling steps of the sample grids.
+    """
+
+    def __init__(
+        self, unet: nn.Module, scheduler: TinyDDIMScheduler | TinyDDPMScheduler, num_inference_steps: int = 50
+    ):
+        self.modules = {"unet": unet}
+        self.scheduler = scheduler
+        self.num_inference_steps = num_inference_steps
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "unet", self._image_losses(modules["unet"], batch).mean()
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        return self._image_losses(modules["unet"], batch)
+
+    def _image_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
+        noise = batch.draws.normal("noise", *batch.images.shape[1:])
+        timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)  # one for each image
+        noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
+        labels = {} if batch.labels is None else {"class_labels": batch.labels}
+        output = unet(noisy, timesteps, **labels).sample
+        return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:
+        return TinyPipeline(unet=modules["unet"], scheduler=self.scheduler)
+
+    def sample(self, pipeline: TinyPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        generator = image_generators(seed, num_images)
+        steps = self.num_inference_steps
+        return pipeline(batch_size=num_images, generator=generator, num_inference_steps=steps).images, {}
+
+
+class ConditionalDiffusion(Diffusion):
+    """
+    Class-conditional diffusion with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+
+    Args:
+        unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
+            row K for no class.
+        scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimized.
+        id2label (`dict[int, str]`): The names of the classes 0 to K - 1.
+        class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
+        guidance_scales (`list[float]`): Guidance scales of the sample grids.
+        num_inference_steps (`int`): Sampling steps of the sample grids.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: TinyDDIMScheduler | TinyDDPMScheduler,
+        id2label: dict[int, str],
+        class_dropout_prob: float = 0.1,
+        guidance_scales: list[float] | None = None,
+        num_inference_steps: int = 50,
+    ):
+        super().__init__(unet, scheduler, num_inference_steps)
+        self.id2label = id2label
+        self.null_label, self.label_dropout = len(id2label), class_dropout_prob
+        self.guidance_scales = guidance_scales or ([1.0, 3.0] if class_dropout_prob else [1.0])
+        if class_dropout_prob == 0 and self.guidance_scales != [1.0]:
+            logger.warning(
+                "guidance won't help if no label is dropped: the null class stays as it was initialized, and guidance "
+                "leads away from nothing; use --class_dropout_prob 0.1, or --guidance_scales 1."
+            )
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyConditionalPipeline:
+        return TinyConditionalPipeline(
+            unet=modules["unet"],
+            scheduler=self.scheduler,
+            id2label=self.id2label,
+            class_dropout_prob=self.label_dropout,
+        )
+
+    def sample(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
+        scales = self.guidance_scales
+        labels, each, grid = class_grid(self.id2label, num_images // len(scales))
+        batches = [
+            pipeline(
+                class_labels=labels,
+                guidance_scale=scale,
+                generator=image_generators(seed, len(labels)),
+                num_inference_steps=self.num_inference_steps,
+            ).images
+            for scale in scales
+        ]
+        starts = range(0, len(labels), each)
+        images = [image for start in starts for batch in batches for image in batch[start : start + each]]
+        scale_names = [text for scale in scales for text in [f"w = {scale:g}", *[""] * (each - 1)]]
+        return images, {**grid, "columns": each * len(scales), "column_labels": scale_names}

@@ -1,0 +1,307 @@
+"""The network of the diffusion families: its options, its defaults by resolution, and where it comes from."""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from ..data import ImageData
+from ..errors import UserError, unknown
+from ..flags import flag
+from ..hardware import default_device
+from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
+from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
+from ..training.arguments import NetworkArguments, TrainingArguments, network_options
+from ..training.family import asked_options, check_network_flags
+
+
+logger = logging.getLogger(__name__)
+
+_COSTLY_POSITIONS = 64 * 64  # full attention over this many or more is warned of on a CPU
+
+
+@dataclass(frozen=True)
+class UNetArguments(NetworkArguments):
+    """Options of [`TinyUNet2DModel`], resolved by the resolution (or the preset) where they are not given."""
+
+    block_out_channels: list[int] | None = flag(None, "Widths of the levels; by resolution if not given.")
+    layers_per_block: int | None = flag(None, "Residual blocks a level.")
+    norm_num_groups: int | None = flag(None, "Groups of the group norms.")
+    attention: list[Literal[CHOICES["attention"]]] | None = flag(
+        None, "none, linear or full for each level, or one for all."
+    )
+    mid_attention: Literal[CHOICES["mid_attention"]] | None = flag(None, "Attention in the middle.")
+    attention_head_dim: int | None = flag(None, "Width of an attention head.")
+    patch_size: Literal[CHOICES["patch_size"]] | None = flag(
+        None, "Side of the patches that the network works on, in pixels."
+    )
+    dropout: float | None = flag(None, "Dropout in the residual blocks.")
+    weight_standardization: bool | None = flag(None, "Standardize the weights of the convolutions.")
+    skip_rescale: bool | None = flag(None, "Divide the residual sums by sqrt 2.")
+    time_embedding: Literal[CHOICES["time_embedding"]] | None = flag(None, "Features of the timestep.")
+    time_embedding_dim: int | None = flag(None, "Width of the time embedding.")
+    act_fn: Literal[CHOICES["act_fn"]] | None = flag(None, "Activation.")
+    downsample: Literal[CHOICES["downsample"]] | None = flag(None, "Downsampling between levels.")
+    upsample: Literal[CHOICES["upsample"]] | None = flag(None, "Upsampling between levels.")
+    resnet_time_scale_shift: Literal[CHOICES["resnet_time_scale_shift"]] | None = flag(
+        None,
+        "default: blocks add the time embedding; scale_shift: it scales and shifts their normalized features. The "
+        "scripts' own network has scale_shift, presets have default.",
+    )
+
+
+@dataclass(frozen=True)
+class ConditionalUNetArguments(UNetArguments):
+    """Options of a [`TinyUNet2DModel`] with classes."""
+
+    class_conditioning: Literal[CHOICES["class_conditioning"]] | None = flag(
+        None, "add: to the time embedding; scale: the feature maps (with scale_shift, the time's scale of them)."
+    )
+
+
+def default_network(resolution: int) -> dict[str, Any]:
+    """
+    Returns the network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that
+    there are many steps, and from 24 pixels on patches, so that the costly first level has a quarter of the positions.
+    """
+    network = {"patch_size": 1, "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
+    if resolution < 24:
+        return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
+    if resolution % 4 == 0:  # enough halvings are left for the levels
+        network["patch_size"] = 2
+    if resolution % 8:  # such as 28 or 30, which cannot be halved once more
+        return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
+    attention = ["none", "none", "full"] if resolution >= 48 else ["none", "full", "none"]
+    return network | {"block_out_channels": [64, 128, 128], "attention": attention}
+
+
+def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
+    """
+    Resolves the options of the network that the arguments leave open. A preset and a loaded network have theirs: there
+    only what was asked for stays.
+    """
+    if arguments.pretrained_model_name_or_path or arguments.model_config_name_or_path:
+        asked = asked_options(arguments)
+        return {name: asked.get(name) for name in network_options(arguments)}
+    options = network_options(arguments)
+    if arguments.preset:
+        return options
+    given = {name: value for name, value in options.items() if value is not None}
+    if "block_out_channels" in given and "attention" not in given:
+        given["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
+    return options | default_network(data.images.shape[-1]) | given
+
+
+def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: int | None = None) -> nn.Module:
+    """
+    Builds the network: a checkpoint's, a configuration's, or [`TinyUNet2DModel`] by its options.
+
+    Args:
+        settings ([`TrainingArguments`]): With the fields of [`UNetArguments`].
+        data ([`ImageData`]): The images, for their size and channels and, with classes, their names.
+        num_class_embeds (`int`, *optional*): Number of classes.
+
+    Raises:
+        UserError: If it does not fit the data or the settings, or cannot be built.
+    """
+    sources = ("pretrained_model_name_or_path", "model_config_name_or_path", "preset")
+    sources = [f"--{name}" for name in sources if getattr(settings, name)]
+    if len(sources) > 1:
+        raise UserError(f"{' and '.join(sources)}: each stands for a network of its own, so give one of them.")
+    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    fixed = {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
+        "num_class_embeds": num_class_embeds,
+        "num_train_timesteps": settings.ddpm_num_steps,
+    }
+    try:
+        if settings.pretrained_model_name_or_path:
+            unet = _pretrained_unet(settings, resolution, data.id2label if num_class_embeds else None)
+            unet = _apply_flags(unet, settings)
+        elif settings.model_config_name_or_path:
+            unet = _apply_flags(_configured_unet(settings, fixed), settings)
+        else:
+            torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
+            unet = TinyUNet2DModel(**{**_unet_options(settings, data), **fixed})
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    if unet.config.in_channels != channels:
+        raise UserError(
+            f"the network takes images of {unet.config.in_channels} channels, but those of {data.name} have {channels}."
+        )
+    if isinstance(unet, TinyUNet2DModel) and default_device().type == "cpu":
+        _warn_of_costly_attention(unet)
+    return unet
+
+
+def _unet_options(settings: UNetArguments, data: ImageData) -> dict[str, Any]:
+    """Returns the options of a new network: a preset's, or the resolved ones, and over them what was given."""
+    if settings.preset is not None and settings.preset not in PRESETS:
+        raise unknown("--preset", settings.preset, PRESETS)
+    options = {name: value for name, value in resolve_unet(settings, data).items() if value is not None}
+    if len(options.get("attention", ())) == 1:
+        options["attention"] = options["attention"][0]  # one name for all levels
+    return {**PRESETS[settings.preset], **options} if settings.preset else options
+
+
+def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
+    """Applies `--dropout` to a loaded network of ours, as it has no weights; any other flag must fit the network."""
+    config = dict(unet.config)
+    if isinstance(unet, TinyUNet2DModel):
+        levels = len(config["block_out_channels"])
+        kinds = config["attention"]
+        config["attention"] = [kinds] * levels if isinstance(kinds, str) else kinds
+        if settings.attention is not None and len(settings.attention) == 1:
+            settings = dataclasses.replace(settings, attention=settings.attention * levels)
+        config["time_embedding_dim"] = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+        if settings.dropout is not None and settings.dropout != config["dropout"]:
+            dropping = TinyUNet2DModel.from_config(unet.config, dropout=settings.dropout)
+            dropping.load_state_dict(unet.state_dict())
+            unet, config["dropout"] = dropping, settings.dropout
+    check_network_flags(settings, config)
+    return unet
+
+
+def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dict[int, str] | None) -> nn.Module:
+    from ..pipelines.pipeline_tiny import TinyPipeline
+
+    name = settings.pretrained_model_name_or_path
+    pipeline = TinyPipeline.from_pretrained(name, cache_dir=settings.cache_dir)
+    unet = getattr(pipeline, "unet", None)
+    if unet is None:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
+        )
+    _check_checkpoint(pipeline, settings, resolution)
+    if id2label is not None:
+        unet = _with_classes(pipeline, id2label, settings.seed)
+    elif unet.config.get("num_class_embeds") is not None:
+        raise UserError(f"--pretrained_model_name_or_path: {name} has classes: continue with train_conditional.py.")
+    return unet.float()
+
+
+def _check_checkpoint(pipeline: Any, settings: TrainingArguments, resolution: int) -> None:
+    """Refuses what the checkpoint's network cannot do, and warns of what it would have to learn again."""
+    name, config = settings.pretrained_model_name_or_path, pipeline.unet.config
+    size = config.get("sample_size") or resolution
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height, width) != (resolution, resolution):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} makes images of {height}x{width}, but those of the data are "
+            f"{resolution}x{resolution}: give --resolution {height}."
+        )
+    if config.out_channels != config.in_channels * (2 if settings.variance_type == "learned_range" else 1):
+        fitting = "learned_range" if config.out_channels > config.in_channels else "fixed_small"
+        raise UserError(
+            f"--variance_type {settings.variance_type}: the network of {name} has {config.out_channels} channels of "
+            f"output for images of {config.in_channels}: give --variance_type {fitting}."
+        )
+    has_fixed_steps = config.get("time_embedding", config.get("time_embedding_type")) in ("learned", "fourier")
+    steps = config.get("num_train_timesteps")
+    if has_fixed_steps and steps not in (None, settings.ddpm_num_steps):
+        raise UserError(
+            f"--ddpm_num_steps {settings.ddpm_num_steps}: the time embedding of {name} is made for {steps} timesteps: "
+            f"give --ddpm_num_steps {steps}."
+        )
+
+    papers = {theirs: ours for ours, theirs in BETA_SCHEDULE_ALIASES.items()}
+    learned = {"prediction_type": "epsilon", **pipeline.scheduler.config}
+    for flag_name, key in (
+        ("prediction_type", "prediction_type"),
+        ("ddpm_beta_schedule", "beta_schedule"),
+        ("ddpm_num_steps", "num_train_timesteps"),
+    ):
+        own, asked = (papers.get(value, value) for value in (learned.get(key), getattr(settings, flag_name)))
+        if own not in (None, asked):
+            logger.warning(
+                f"{name} was trained with --{flag_name} {own} and would have to learn {asked} from scratch; --{flag_name} "
+                f"{own} continues from what it knows."
+            )
+
+
+def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Module:
+    """
+    Rebuilds the pipeline's network for other classes: those that the checkpoint knows by name keep their embeddings, as
+    does the null class, and the others are drawn.
+    """
+    is_stock = isinstance(pipeline.unet, UNet2DModel)
+    num_rows = len(id2label) + 1  # of which a stock network counts the null class itself
+    torch.manual_seed(seed)
+    unet = type(pipeline.unet).from_config(
+        pipeline.unet.config, num_class_embeds=num_rows if is_stock else len(id2label)
+    )
+    weights, trained = unet.state_dict(), pipeline.unet.state_dict()
+
+    key = "class_embedding.weight" if is_stock else "class_embed.table.weight"
+    table, trained_table = weights[key], trained.pop(key, None)
+    if not is_stock:  # a linear layer of one-hot classes: its columns are the rows
+        table, trained_table = table.T, None if trained_table is None else trained_table.T
+    class_ids = {name: class_id for class_id, name in (pipeline.config.get("id2label") or {}).items()}
+    kept = 0
+    if trained_table is not None:
+        kept = sum(name in class_ids for name in id2label.values())
+        trained_ids = [*(class_ids.get(name) for name in id2label.values()), pipeline.config.get("null_class_id")]
+        for row, trained_row in enumerate(trained_ids):
+            if trained_row is not None:
+                table[row] = trained_table[trained_row]
+    if kept < len(id2label):
+        logger.warning(
+            f"{len(id2label) - kept} of the {len(id2label)} classes are new to the checkpoint: their embeddings start "
+            "at random."
+        )
+    unet.load_state_dict(weights | trained)
+    return unet
+
+
+def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.Module:
+    """Builds the network that `--model_config_name_or_path` describes, with what the data and the flags fix."""
+    path = Path(settings.model_config_name_or_path)
+    if path.is_dir():
+        path = next((p for p in (path / "config.json", path / "unet" / "config.json") if p.is_file()), path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_config_name_or_path: {path} is not a network's config.json ({error}).") from error
+    classes = {"TinyUNet2DModel": TinyUNet2DModel, "UNet2DModel": UNet2DModel}
+    class_name = config.get("_class_name")
+    if class_name not in classes:
+        raise unknown(f"_class_name in {path}", class_name, classes)
+    config |= fixed
+    if class_name == "UNet2DModel":
+        config["class_embed_type"] = None  # a table
+        if fixed["num_class_embeds"] is not None:  # it has no null class of its own
+            config["num_class_embeds"] += 1
+    torch.manual_seed(settings.seed)
+    return classes[class_name].from_config(config)
+
+
+def _warn_of_costly_attention(unet: TinyUNet2DModel) -> None:
+    """Warns of full attention over so many positions that a CPU does little else."""
+    config = unet.config
+    widths, kinds = config.block_out_channels, config.attention
+    kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
+    blocks = 2 * config.layers_per_block + 1
+    layers = [
+        (level, width, kind, blocks, f"level {level + 1} of --attention")
+        for level, (width, kind) in enumerate(zip(widths, kinds, strict=True))
+    ]
+    layers.append((len(widths) - 1, widths[-1], config.mid_attention, 1, "--mid_attention"))
+    for level, width, kind, count, where in layers:
+        side = config.sample_size // config.patch_size >> level
+        positions = side**2
+        if kind == "full" and positions >= _COSTLY_POSITIONS:
+            attention = 4 * positions**2 * width  # two matrix products, a multiplication and an addition each
+            convolutions = 2 * 2 * 9 * positions * width**2  # two of 3x3 a block
+            logger.warning(
+                f"full attention over {side}x{side} positions costs {count * attention / 1e9:.1f} GFLOP an image and "
+                f"pass, {attention / convolutions:.0f} times the convolutions beside it: on a CPU give 'linear' or "
+                f"'none' for {where}, or a larger --patch_size."
+            )

@@ -1,0 +1,124 @@
+"""The variational autoencoder: its arguments, its loss, the builder of its network."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ..data import ImageData
+from ..errors import UserError
+from ..flags import flag
+from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
+from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_vae import TinyVAEPipeline
+from ..training.arguments import NetworkArguments, TrainingArguments, network_options
+from ..training.family import Batch, Family, check_network_flags, halving_widths, load_pretrained
+
+
+@dataclass(frozen=True)
+class VAENetworkArguments(NetworkArguments):
+    """Options of [`TinyVAEModel`]."""
+
+    latent_dim: int = flag(64, "Size of the latent vector.")
+    block_out_channels: list[int] | None = flag(
+        None, "Widths of the levels, finest first; by resolution if not given."
+    )
+    layers_per_block: int = flag(1, "Residual blocks a level.")
+    reconstruction: Literal[RECONSTRUCTIONS] = flag(
+        "logistic", "Distribution of the pixels, a likelihood with logistic and gaussian; or mse."
+    )
+    num_levels: int = flag(256, "Levels that pixels are rounded to; 2 makes them binary, for bernoulli.")
+
+
+@dataclass(frozen=True)
+class VAEArguments(VAENetworkArguments, TrainingArguments):
+    """The network and its loss."""
+
+    SCRIPT: ClassVar[str] = "vae"
+    FAMILY: ClassVar[str] = "vae"
+    SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "latent_dim": 4, "block_out_channels": [8]}
+
+    kl_weight: float = flag(1.0, "Beta: weight of the KL divergence; 1 for the evidence lower bound.")
+    kl_warmup_steps: int = flag(500, "Steps over which that weight rises from 0.")
+
+    def __post_init__(self):
+        if not 0 <= self.kl_weight < math.inf:
+            raise UserError(
+                f"--kl_weight {self.kl_weight}: it must be a finite number of at least 0; 1 is the bound's."
+            )
+        if self.kl_warmup_steps < 0:
+            raise UserError(f"--kl_warmup_steps {self.kl_warmup_steps}: it must be at least 0.")
+
+
+class VAE(Family):
+    """
+    Variational autoencoder: minimizes the reconstruction loss + beta KL(q(z | x) || N(0, I)), in bits/dim
+    (Kingma & Welling 2014, arXiv 1312.6114; beta: Higgins et al. 2017).
+
+    The validation loss is the negative evidence lower bound, whatever beta is; for a network without a likelihood, it is
+    the training loss at the end of the warm-up.
+
+    Args:
+        vae ([`TinyVAEModel`]): The network.
+        kl_weight (`float`): Beta.
+        kl_warmup_steps (`int`): Steps over which beta rises linearly from 0 (Bowman et al. 2016, arXiv 1511.06349).
+    """
+
+    def __init__(self, vae: TinyVAEModel, kl_weight: float = 1.0, kl_warmup_steps: int = 0):
+        self.modules = {"vae": vae}
+        self.kl_weight, self.kl_warmup_steps = kl_weight, kl_warmup_steps
+        self.phases = {"kl_warmup_steps": kl_warmup_steps} if kl_weight else {}
+        self.validation_kl_weight = 1.0 if vae.has_likelihood else kl_weight
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
+        warmup = min(1.0, batch.draws.step / self.kl_warmup_steps) if self.kl_warmup_steps else 1.0
+        reconstruction_loss, kl = self._terms(modules["vae"], batch)
+        loss = reconstruction_loss + warmup * self.kl_weight * kl
+        yield "vae", loss.mean(), {"reconstruction": reconstruction_loss.mean(), "kl": kl.mean()}
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        reconstruction_loss, kl = self._terms(modules["vae"], batch)
+        return reconstruction_loss + self.validation_kl_weight * kl
+
+    def _terms(self, vae: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes both terms for each image, (B,), in bits/dim."""
+        noise = batch.draws.normal("latents", self.modules["vae"].config.latent_dim)
+        output: TinyVAEOutput = vae(batch.images, noise)
+        nats = batch.images[0].numel() * math.log(2)
+        return output.reconstruction_loss / nats, output.kl / nats
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyVAEPipeline:
+        return TinyVAEPipeline(vae=modules["vae"])
+
+    def sample(self, pipeline: TinyVAEPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        return pipeline(batch_size=num_images, generator=image_generators(seed, num_images)).images, {}
+
+
+def build_vae(settings: VAEArguments, data: ImageData) -> TinyVAEModel:
+    """
+    Builds the network: a checkpoint's, or a new one by its options.
+
+    Raises:
+        UserError: If it does not fit the data, or cannot be built.
+    """
+    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    pretrained = load_pretrained(settings, TinyVAEPipeline)
+    if pretrained is not None:
+        vae = pretrained.vae
+        if (vae.config.in_channels, vae.config.sample_size) != (channels, resolution):
+            raise UserError(
+                f"--pretrained_model_name_or_path: its images have {vae.config.in_channels} channels and "
+                f"{vae.config.sample_size} pixels a side, but those of {data.name} have {channels} and {resolution}."
+            )
+        check_network_flags(settings, vae.config)
+        return vae
+    options = network_options(settings)
+    options["block_out_channels"] = options["block_out_channels"] or halving_widths(resolution)
+    torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
+    try:
+        return TinyVAEModel(sample_size=resolution, in_channels=channels, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,157 @@
+"""A family of models: what it adds to the training loop, and what several families share."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..pipelines.pipeline_tiny import TinyPipeline
+from .arguments import TrainingArguments, network_options
+from .draws import Draws
+
+
+Pipeline = TypeVar("Pipeline")
+
+MAX_GRID_CLASSES = 10  # rows of a sample grid
+
+
+@dataclass
+class Batch:
+    """
+    What a loss is computed from.
+
+    Attributes:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): float32 in [-1, 1], augmented.
+        labels (`torch.Tensor` of shape `(B,)`, *optional*): int64; the null class where the label was dropped.
+        draws ([`Draws`]): The random numbers of these images in this step.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    draws: Draws
+
+
+class Family:
+    """
+    What a family of models adds to the training loop.
+
+    Attributes:
+        modules (`dict[str, nn.Module]`): The networks that are trained, each with an optimizer of its own, by the names
+            of the pipeline's components.
+        null_label (`int`, *optional*): The label that stands for no label.
+        label_dropout (`float`): Share of the labels that the loop replaces by `null_label`.
+        phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
+    """
+
+    modules: dict[str, nn.Module]
+    null_label: int | None = None
+    label_dropout: float = 0.0
+    phases: dict[str, int] = {}
+
+    def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
+        """
+        Yields (name of a module, its scalar loss), or (name, loss, scalars to log by name), in the order in which the
+        modules are stepped. The loop back-propagates and steps before it asks for the next.
+        """
+        raise NotImplementedError
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        """Computes the loss of each image, `(B,)`."""
+        raise NotImplementedError
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> Any:
+        """Builds the pipeline around (EMA) networks, which is what is saved."""
+        raise NotImplementedError
+
+    def sample(self, pipeline: Any, num_images: int, seed: int) -> tuple[list, dict]:
+        """Draws the images of a sample grid: (PIL images, keyword arguments of [`plots.image_grid`])."""
+        raise NotImplementedError
+
+
+def class_grid(id2label: dict[int, str], num_images: int) -> tuple[list[int], int, dict[str, Any]]:
+    """
+    Lays out a grid with a row for each class.
+
+    Args:
+        id2label (`dict[int, str]`): The names of the classes; of many, the first ten are shown.
+        num_images (`int`): Number of images to share out among them; each class gets at least one.
+
+    Returns:
+        `tuple[list[int], int, dict]`: The label of each image, the images a class, arguments of [`plots.image_grid`].
+    """
+    classes = list(id2label)[:MAX_GRID_CLASSES]
+    per_class = max(1, num_images // len(classes))
+    labels = [label for label in classes for _ in range(per_class)]
+    return labels, per_class, {"columns": per_class, "row_labels": [id2label[label] for label in classes]}
+
+
+def halving_widths(resolution: int) -> list[int]:
+    """
+    Returns the widths of the levels, finest first: 64, 128, ... for as many halvings as bring the images to 4 pixels a
+    side or to an odd number, five at most. At 64 pixels these are DCGAN's.
+    """
+    widths = [64]
+    resolution //= 2
+    while resolution > 4 and resolution % 2 == 0 and len(widths) < 5:
+        widths.append(2 * widths[-1])
+        resolution //= 2
+    return widths
+
+
+def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]) -> Pipeline | None:
+    """
+    Loads the pipeline that `--pretrained_model_name_or_path` names, in float32; None if it is not given.
+
+    Raises:
+        UserError: If there is no such checkpoint, or it is of another family.
+    """
+    name = arguments.pretrained_model_name_or_path
+    if name is None:
+        return None
+    try:
+        pipeline = TinyPipeline.from_pretrained(name, cache_dir=arguments.cache_dir)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--pretrained_model_name_or_path: {error}") from error
+    if not isinstance(pipeline, pipeline_class):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, not a {pipeline_class.__name__}."
+        )
+    return pipeline
+
+
+def asked_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """Returns the network's options that the user asked for: neither at their default nor set by `--smoke`."""
+    fields = {f.name: f for f in dataclasses.fields(arguments)}
+    smoke = arguments.SMOKE if arguments.smoke else {}
+    options = network_options(arguments).items()
+    return {name: value for name, value in options if value != fields[name].default and value != smoke.get(name)}
+
+
+def check_network_flags(arguments: TrainingArguments, config: dict[str, Any]) -> None:
+    """
+    Checks that a loaded network is what the flags ask for.
+
+    Args:
+        arguments ([`TrainingArguments`]): The settings as asked for.
+        config (`dict[str, Any]`): option -> what the loaded network has; an option that it lacks is unknown to it.
+
+    Raises:
+        UserError: If they differ; it names each flag.
+    """
+    differing = []
+    for name, value in asked_options(arguments).items():
+        if name not in config:
+            differing.append(f"--{name} {_spelled(value)} (it knows no such option)")
+        elif value != (list(config[name]) if isinstance(config[name], tuple) else config[name]):
+            differing.append(f"--{name} {_spelled(value)} (it has {_spelled(config[name])})")
+    if differing:
+        source = arguments.pretrained_model_name_or_path or getattr(arguments, "model_config_name_or_path", None)
+        raise UserError(f"{source} fixes the network, so leave such flags out: {', '.join(differing)}.")
+
+
+def _spelled(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,144 @@
+"""What a run leaves in its folder beside checkpoints: settings and facts, sample grids, the pipeline, the card."""
+
+import copy
+import logging
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import __version__, hub, plots
+from ..hardware import default_dtype
+from .arguments import TrainingArguments, command_line, saved_settings
+
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def write_run_files(trainer: "Trainer") -> None:
+    """Writes `config.yaml`, the settings as a recipe that makes the run again, and `run.json`, facts of this machine."""
+    trainer.folder.write_config(saved_settings(trainer.settings))
+    trainer.folder.write_facts(
+        {
+            "command": command_line(trainer.settings),
+            "data": data_facts(trainer),
+            "parameters": {name: count_parameters(module) for name, module in trainer.family.modules.items()},
+            "device": str(trainer.device),
+            "processes": trainer.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "global_batch": trainer.global_batch,
+            "versions": {
+                "tiny-diffusers": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+    )
+
+
+def write_seconds(trainer: "Trainer") -> None:
+    """Adds the seconds of the loop to `run.json`; nothing if a kill has lost some of them."""
+    if trainer.accelerator.is_main_process and trainer.earlier_seconds is not None:
+        seconds = round(trainer.earlier_seconds + trainer.seconds, 1)
+        trainer.folder.write_facts(trainer.folder.read_facts() | {"seconds": seconds})
+
+
+def data_facts(trainer: "Trainer") -> dict[str, Any]:
+    """Describes the training data for `run.json` and the card."""
+    data, held_out = trainer.data, trainer.validation_indices
+    return {
+        "name": data.name,
+        "split": data.split,
+        "images": len(data),
+        "held_out": len(held_out) if held_out is not None else 0,
+        "shape": list(data.images.shape[1:]),
+        "classes": list(data.id2label.values()) if data.id2label else None,
+        "fingerprint": data.fingerprint,
+        "notes": data.notes,
+    }
+
+
+def print_summary(trainer: "Trainer") -> None:
+    """Prints what is trained, on what, and how."""
+    data, settings = trainer.data, trainer.settings
+    for note in data.notes:
+        print(f"data: {note}")
+    modules = trainer.family.modules.items()
+    parameters = ", ".join(f"{name} {count_parameters(module) / 1e6:.2f} M" for name, module in modules)
+    print(
+        f"{settings.FAMILY}: {len(trainer.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
+        f"{trainer.max_steps:,} steps of {trainer.global_batch}; {parameters} parameters"
+    )
+    print(
+        f"on {trainer.device} x {trainer.accelerator.num_processes}, {torch.get_num_threads()} threads, "
+        f"mixed precision {settings.mixed_precision}, {str(trainer.memory_format).removeprefix('torch.')}, "
+        f"{'fused ' if trainer.fuses else ''}{settings.optimizer}, "
+        f"{'foreach' if settings.use_ema else 'no'} EMA, into {trainer.folder.path}",
+        flush=True,
+    )
+
+
+def save_pipeline(trainer: "Trainer") -> None:
+    """Saves the pipeline around the EMA networks, with the code that it needs."""
+    hub.export(trainer.family.pipeline(trainer.networks()), trainer.folder.path)
+
+
+def save_grid(trainer: "Trainer", path: Path) -> None:
+    """Draws a sample grid with copies of the networks, cast to the dtype that the hardware multiplies fastest."""
+    settings, dtype = trainer.settings, default_dtype(trainer.device)
+    # nn.Module's own `to`: that of diffusers warns at every cast
+    copies = {name: nn.Module.to(copy.deepcopy(module).eval(), dtype) for name, module in trainer.networks().items()}
+    pipeline = trainer.family.pipeline(copies)
+    pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not sys.stderr.isatty())
+    try:
+        images, options = trainer.family.sample(pipeline, settings.eval_batch_size, settings.seed)
+    except ValueError as error:  # samples that are not finite are no reason to lose the run
+        logger.warning(f"no samples at step {trainer.step}: {error}")
+        return
+    path.parent.mkdir(exist_ok=True)
+    plots.image_grid(images, **options).save(path)
+
+
+def save_results(trainer: "Trainer") -> None:
+    """Saves the pipeline, the pictures and the card, and pushes them if asked to."""
+    folder, settings = trainer.folder, trainer.settings
+    with folder.writing(lambda: trainer.step):
+        save_pipeline(trainer)
+        save_grid(trainer, folder.samples)
+        grids = folder.list_grids()
+        if grids:  # all from the same latents
+            plots.animation([*grids, folder.samples], folder.animation)
+        plots.loss_curves(folder.log, folder.loss_curves)
+        hub.write_card(
+            folder.path,
+            model_name=settings.hub_model_id or folder.path.name,
+            command=command_line(settings),
+            settings=scalar_settings(settings),
+            data=data_facts(trainer),
+            hub_model_id=settings.hub_model_id,
+            license=settings.license,
+            base_model=settings.pretrained_model_name_or_path,
+        )
+    print(f"saved to {folder.path}: look at {folder.samples}", flush=True)
+    if settings.push_to_hub:
+        repo_id = settings.hub_model_id or folder.path.name
+        hub.push(folder.path, repo_id, token=settings.hub_token, private=settings.hub_private_repo)
+
+
+def scalar_settings(settings: TrainingArguments) -> dict[str, Any]:
+    """Returns the settings as trackers and cards take them: numbers and words, no secrets."""
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+        for key, value in saved_settings(settings).items()
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Counts the parameters of a network."""
+    return sum(parameter.numel() for parameter in module.parameters())

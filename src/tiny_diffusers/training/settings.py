@@ -1,0 +1,84 @@
+"""
+From the arguments, as asked for, to the settings of the run: the same dataclass with nothing left open.
+
+Neither is ever written to. The settings are what a run uses, saves in its `config.yaml`, shows in its card and compares
+when it is resumed.
+"""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data import ImageData
+from ..runs import RunFolder
+from .arguments import Arguments, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: ImageData, **options: Any) -> Arguments:
+    """
+    Resolves what the arguments leave open with the machine, the data and, on a resume, the earlier run's settings.
+    The number of steps is resolved later, by [`resolve_num_steps`]: it may depend on the speed of the first ones.
+
+    Args:
+        arguments ([`TrainingArguments`]): The settings as asked for.
+        accelerator (`Accelerator`): From [`~tiny_diffusers.training.process.setup_process`].
+        data ([`ImageData`]): The images, of one size.
+        options (`Any`): What the family resolves, such as the options of its network.
+    """
+    name = Path(arguments.train_data_dir or data.name).name
+    settings = _resolve(
+        arguments,
+        num_threads=torch.get_num_threads(),
+        mixed_precision=accelerator.mixed_precision,
+        resolution=data.images.shape[-1],
+        output_dir=arguments.output_dir or str(Path("runs", f"{arguments.FAMILY}-{name}")),
+        **options,
+    )
+    if not settings.resume_from_checkpoint:
+        return settings
+    earlier = RunFolder(settings.output_dir).read_config()
+    values = {name: earlier.get(name, value) for name, value in options.items() if getattr(arguments, name) is None}
+    minutes = settings.max_train_minutes
+    if settings.max_train_steps is None and minutes is not None and minutes == earlier.get("max_train_minutes"):
+        values["max_train_steps"] = earlier.get("max_train_steps")
+    if settings.ema_start_step is None:
+        values["ema_start_step"] = earlier.get("ema_start_step")
+    return _resolve(settings, **values)
+
+
+def resolve_num_steps(settings: Arguments, steps_per_epoch: float, measured_steps: int | None = None) -> Arguments:
+    """
+    Resolves the number of steps, and what follows from it.
+
+    Args:
+        settings ([`TrainingArguments`]): The settings so far.
+        steps_per_epoch (`float`): Optimizer steps in which every image is seen once.
+        measured_steps (`int`, *optional*): Steps that fit into `--max_train_minutes`.
+    """
+    steps = settings.max_train_steps or measured_steps or math.ceil(settings.num_epochs * steps_per_epoch)
+    ema_start_step = settings.ema_start_step
+    if ema_start_step is None:
+        ema_start_step = min(2000, steps // 10)
+    return _resolve(settings, max_train_steps=steps, ema_start_step=ema_start_step)
+
+
+def _resolve(settings: Arguments, **values: Any) -> Arguments:
+    """Replaces settings, and records the names of those that nobody asked for."""
+    changed = [name for name, value in values.items() if value != getattr(settings, name)]
+    return dataclasses.replace(settings, **values, resolved=list(dict.fromkeys([*settings.resolved, *changed])))
+
+
+def warn_of_changes(settings: TrainingArguments, earlier: dict[str, Any]) -> None:
+    """Warns of each setting that makes the resumed run another run than the earlier one."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.metadata.get("changes_run") and field.name in earlier and earlier[field.name] != value:
+            logger.warning(f"--{field.name} is {value}, but was {earlier[field.name]} in the run that is resumed.")

@@ -1,0 +1,140 @@
+"""A checkpoint is complete or it is skipped; a log, settings and a lock are one run's."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tiny_diffusers import runs
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.runs import RunFolder
+
+
+def write(folder):
+    (folder / "unet").mkdir()
+    (folder / "unet" / "weights").write_bytes(bytes(range(256)))
+    (folder / "state.json").write_text('{"step": 1}')
+
+
+def publish(output_dir, *steps):
+    for step in steps:
+        RunFolder(output_dir).publish_checkpoint(step, write)
+
+
+def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
+    publish(tmp_path, 900, 1000, 50)
+    assert RunFolder(tmp_path).find_checkpoint("latest").name == "checkpoint-1000"
+
+
+def test_none_yet(tmp_path):
+    assert RunFolder(tmp_path).find_checkpoint("latest") is None
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["unet/weights", "state.json", runs.MANIFEST]),
+    kind=st.sampled_from(["delete", "truncate", "flip", "empty"]),
+    position=st.integers(0, 10),
+)
+def test_every_kind_of_damage_to_every_file_is_seen(tmp_path_factory, capsys, name, kind, position):
+    output_dir = tmp_path_factory.mktemp("run")
+    publish(output_dir, 1, 2)
+    path = output_dir / "checkpoint-2" / name
+    content = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        content[position] ^= 0x10
+        path.write_bytes(content)
+    capsys.readouterr()
+    assert RunFolder(output_dir).find_checkpoint("latest").name == "checkpoint-1"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "checkpoint-2" in said[0]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    publish(tmp_path, 1)
+
+    def fails(folder):
+        (folder / "half").write_text("...")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        RunFolder(tmp_path).publish_checkpoint(2, fails)
+    assert [path.name for path in RunFolder(tmp_path).list_checkpoints()] == ["checkpoint-1"]
+    publish(tmp_path, 3)
+    RunFolder(tmp_path).prune(tmp_path / "checkpoint-3", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):
+    publish(tmp_path, 1)
+    old = tmp_path / ".staging-old-checkpoint-1"
+    write(old.mkdir() or old)
+    publish(tmp_path, 1)  # over the one that is there
+    assert runs.find_damage(tmp_path / "checkpoint-1") is None
+
+
+def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
+    publish(tmp_path, 1)
+    with pytest.raises(UserError, match="checkpoint-1"):
+        RunFolder(tmp_path).find_checkpoint("checkpoint-7")
+    (tmp_path / "checkpoint-1" / "state.json").unlink()
+    with pytest.raises(UserError, match="state.json is missing"):
+        RunFolder(tmp_path).find_checkpoint("checkpoint-1")
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        RunFolder(tmp_path).find_checkpoint("latest")
+
+
+def test_a_manifest_cannot_point_outside(tmp_path):
+    publish(tmp_path, 1)
+    (tmp_path / "secret").write_text("x")
+    manifest = tmp_path / "checkpoint-1" / runs.MANIFEST
+    manifest.write_text(json.dumps({"../secret": {"size": 1, "sha256": "0"}}))
+    assert "outside" in runs.find_damage(tmp_path / "checkpoint-1")
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    publish(tmp_path, 1, 2, 3, 4)
+    RunFolder(tmp_path).prune(tmp_path / "checkpoint-4", 2, keep=tmp_path / "checkpoint-1")
+    assert [p.name for p in RunFolder(tmp_path).list_checkpoints()] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_constructing_a_folder_touches_nothing_and_claiming_it_is_exclusive(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.path.exists()
+    with folder.claim(resume=False, overwrite=False):
+        with pytest.raises(UserError, match="another process"), folder.claim(resume=False, overwrite=False):
+            pass
+    with folder.claim(resume=False, overwrite=False):  # the lock is free again
+        folder.write_config({"seed": 1})
+    assert folder.read_config() == {"seed": 1}
+    with pytest.raises(UserError, match="holds another run"), folder.claim(resume=False, overwrite=False):
+        pass
+    with folder.claim(resume=True, overwrite=True):  # a resume never deletes
+        assert folder.read_config() == {"seed": 1}
+    with folder.claim(resume=False, overwrite=True):
+        assert folder.read_config() == {}
+
+
+def test_too_full_a_disk_is_refused_before_training(tmp_path):
+    with (
+        pytest.raises(UserError, match="MB free"),
+        RunFolder(tmp_path).claim(resume=False, overwrite=False, needed_bytes=10**18),
+    ):
+        pass
+
+
+def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.append_log({"step": step, "loss": 0.5})
+    with folder.log.open("a") as log:
+        log.write('{"step": 4, "lo')
+    folder.trim_log(2)
+    assert [json.loads(line)["step"] for line in folder.log.read_text().splitlines()] == [1, 2]

@@ -1,0 +1,29 @@
+"""A training run that takes a second, for all tests: its flags, the run in this process, its log."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+
+TINY_NETWORK = [
+    *("--block_out_channels", "8", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
+    *("--layers_per_block", "1"),
+]
+TINY_RUN = [
+    *("--max_train_samples", "64", "--train_batch_size", "8", "--eval_batch_size", "4", "--checkpointing_steps", "2"),
+    *("--logging_steps", "2", "--mixed_precision", "no", "--num_threads", "1"),
+]
+TINY_DIFFUSION = [*TINY_NETWORK, *TINY_RUN, "--ddpm_num_inference_steps", "2"]
+
+
+def train(folder: Path, *argv: str, steps: int | None = 6, script: ModuleType | None = None, flags=TINY_DIFFUSION):
+    """Runs a script (the unconditional one by default) in this process; returns the run's folder."""
+    from tiny_diffusers.train_scripts import train_unconditional
+
+    length = ["--max_train_steps", str(steps)] if steps else []
+    (script or train_unconditional).main([*flags, *length, "--output_dir", str(folder), *argv])
+    return folder
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
