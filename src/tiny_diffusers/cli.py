@@ -505,8 +505,7 @@ def main(argv: list[str] | None = None) -> int:
     Runs one command.
 
     Args:
-        argv (`list[str]`, *optional*):
-            The arguments; the process's by default.
+        argv (`list[str]`, *optional*): The arguments; the process's by default.
 
     Returns:
         `int`: The exit status: 0, or 2 for a user's mistake, which is printed as one line. Anything else raises.

@@ -35,12 +35,9 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
     needs no code and gets none.
 
     Args:
-        pipe (`DiffusionPipeline`):
-            The pipeline to save.
-        directory (`str` or `Path`):
-            The folder to save it in; created if it doesn't exist.
-        with_code (`bool`, defaults to `True`):
-            Whether to copy the code. `False` is `pipe.save_pretrained(directory)`.
+        pipe (`DiffusionPipeline`): The pipeline to save.
+        directory (`str` or `Path`): The folder to save it in; created if it doesn't exist.
+        with_code (`bool`, defaults to `True`): Whether to copy the code. `False` is `pipe.save_pretrained(directory)`.
 
     Returns:
         `Path`: `directory`.
@@ -130,25 +127,17 @@ def write_card(
     `samples.png` and `loss_curves.png` are shown if they exist.
 
     Args:
-        output_dir (`str` or `Path`):
-            A folder with a saved pipeline.
-        model_name (`str`):
-            The card's heading.
-        command (`str`):
-            The command line that trained the model. The value of `--hub_token` is left out.
-        settings (`dict`):
-            Every setting of the run, name -> value. Tokens are left out.
-        data (`dict`):
-            The training data, such as `name`, `split`, `images`, `fingerprint`, `notes`. A `name` that is a Hub id goes
-            into the metadata.
+        output_dir (`str` or `Path`): A folder with a saved pipeline.
+        model_name (`str`): The card's heading.
+        command (`str`): The command line that trained the model. The value of `--hub_token` is left out.
+        settings (`dict`): Every setting of the run, name -> value. Tokens are left out.
+        data (`dict`): The training data, such as `name`, `split`, `images`, `fingerprint`, `notes`. A `name` that is a
+            Hub id goes into the metadata.
         hub_model_id (`str`, *optional*):
             The model's Hub id, for the lines that load it; otherwise [`push`] fills it in.
-        license (`str`, *optional*):
-            The Hub's identifier of a license, such as `"apache-2.0"`.
-        base_model (`str`, *optional*):
-            The Hub id of the model that was fine-tuned.
-        results (`dict`, *optional*):
-            Metrics with their protocol, metric -> value.
+        license (`str`, *optional*): The Hub's identifier of a license, such as `"apache-2.0"`.
+        base_model (`str`, *optional*): The Hub id of the model that was fine-tuned.
+        results (`dict`, *optional*): Metrics with their protocol, metric -> value.
 
     Returns:
         `Path`: The card.
@@ -190,10 +179,8 @@ def add_results(output_dir: str | Path, report: "Report") -> Path:
     section "Results", which replaces an earlier one.
 
     Args:
-        output_dir (`str` or `Path`):
-            The folder of the card, `README.md`.
-        report ([`~tiny_diffusers.evaluation.Report`]):
-            The metrics with their protocol.
+        output_dir (`str` or `Path`): The folder of the card, `README.md`.
+        report ([`~tiny_diffusers.evaluation.Report`]): The metrics with their protocol.
 
     Returns:
         `Path`: The card.
@@ -289,14 +276,11 @@ def push(directory: str | Path, repo_id: str, token: str | None = None, private:
     `repo_id` replaces `path/to/this/folder`.
 
     Args:
-        directory (`str` or `Path`):
-            A folder with a saved pipeline. Nothing in it is changed.
-        repo_id (`str`):
-            The repository: `owner/name`, or a name alone for a repository of the token's owner.
+        directory (`str` or `Path`): A folder with a saved pipeline. Nothing in it is changed.
+        repo_id (`str`): The repository: `owner/name`, or a name alone for a repository of the token's owner.
         token (`str`, *optional*):
             A Hub token with write access. Defaults to the one that `hf auth login` stored, or `HF_TOKEN`.
-        private (`bool`, defaults to `False`):
-            Whether a repository that is created here is private.
+        private (`bool`, defaults to `False`): Whether a repository that is created here is private.
 
     Returns:
         `str`: The commit's URL.

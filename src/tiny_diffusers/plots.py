@@ -87,17 +87,12 @@ def image_grid(
     Args:
         images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`):
             Images of one size, in any form that [`to_pil`] takes.
-        columns (`int`, *optional*):
-            Images per row. Defaults to the smallest number with no more rows than columns.
-        scale (`int`, *optional*):
-            Factor by which each image is enlarged. By default it is the largest that keeps the grid within 1024 pixels
-            on its longer side, and at least 1.
-        padding (`int`, defaults to 2):
-            White pixels between images and around them, after the enlargement.
-        row_labels (`list[str]`, *optional*):
-            A label to the left of each row.
-        column_labels (`list[str]`, *optional*):
-            A label above each column; it may be empty.
+        columns (`int`, *optional*): Images per row. Defaults to the smallest number with no more rows than columns.
+        scale (`int`, *optional*): Factor by which each image is enlarged. By default it is the largest that keeps the
+            grid within 1024 pixels on its longer side, and at least 1.
+        padding (`int`, defaults to 2): White pixels between images and around them, after the enlargement.
+        row_labels (`list[str]`, *optional*): A label to the left of each row.
+        column_labels (`list[str]`, *optional*): A label above each column; it may be empty.
 
     Returns:
         `PIL.Image.Image`: The grid, `L` if all images are grey and `RGB` otherwise.
@@ -160,12 +155,9 @@ def strip(
     Args:
         states (`list` of batches):
             K batches of the same N images in order of time, each in any form that [`to_pil`] takes.
-        row_labels (`list[str]`, *optional*):
-            A label to the left of each of the N rows.
-        scale (`int`, *optional*):
-            As in [`image_grid`].
-        padding (`int`, defaults to 2):
-            As in [`image_grid`].
+        row_labels (`list[str]`, *optional*): A label to the left of each of the N rows.
+        scale (`int`, *optional*): As in [`image_grid`].
+        padding (`int`, defaults to 2): As in [`image_grid`].
 
     Returns:
         `PIL.Image.Image`: N rows of K images.
@@ -185,11 +177,9 @@ def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
     Saves pictures of one size, such as the sample grids of a run, as an animated GIF. The last one is shown longest.
 
     Args:
-        pictures (`list[str]` or `list[Path]`):
-            The picture files, in order. Of more than 60, only 60 evenly spaced ones are shown, with the first and the
-            last.
-        output (`str` or `Path`):
-            The GIF to write.
+        pictures (`list[str]` or `list[Path]`): The picture files, in order. Of more than 60, only 60 evenly spaced
+            ones are shown, with the first and the last.
+        output (`str` or `Path`): The GIF to write.
 
     Returns:
         `Path`: `output`.
@@ -227,12 +217,9 @@ def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -
     several) and the validation loss.
 
     Args:
-        log (`str` or `Path`):
-            The run's `train_log.jsonl`, as read by [`~tiny_diffusers.runs.read_log`].
-        output (`str` or `Path`):
-            The picture to write; its suffix determines the format.
-        title (`str`, *optional*):
-            Title of the plot.
+        log (`str` or `Path`): The run's `train_log.jsonl`, as read by [`~tiny_diffusers.runs.read_log`].
+        output (`str` or `Path`): The picture to write; its suffix determines the format.
+        title (`str`, *optional*): Title of the plot.
 
     Returns:
         `Path`: `output`.
@@ -269,10 +256,8 @@ def compare_losses(logs: Mapping[str, str | Path], output: str | Path) -> Path:
     compared.
 
     Args:
-        logs (`dict[str, str]`):
-            A run's name in the legend -> its `train_log.jsonl`.
-        output (`str` or `Path`):
-            The picture to write; its suffix determines the format.
+        logs (`dict[str, str]`): A run's name in the legend -> its `train_log.jsonl`.
+        output (`str` or `Path`): The picture to write; its suffix determines the format.
 
     Returns:
         `Path`: `output`.

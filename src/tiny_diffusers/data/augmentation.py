@@ -24,21 +24,15 @@ def augment(
     Each image depends only on its own row of `uniform`, not on the rest of the batch.
 
     Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`):
-            Floating point in [-1, 1], as returned by [`normalize`].
-        uniform (`torch.Tensor` of shape `(B, AUGMENT_DRAWS)`):
-            Random numbers in [0, 1), on the images' device.
-        random_flip (`bool`, defaults to `False`):
-            Flip half of the images horizontally.
-        random_crop_padding (`int`, defaults to 0):
-            Shift each image by up to this many pixels in each direction. The border is reflected: a generative model
-            would learn to paint a black one.
-        color_jitter (`float`, defaults to 0.0):
-            In [0, 1]. Brightness, contrast and (for RGB) saturation are each multiplied by a factor in
-            [1 - color_jitter, 1 + color_jitter].
-        cutout (`int`, defaults to 0):
-            Side in pixels of a square that is filled with mid-grey (0). Its centre is anywhere in the image
-            (arXiv 1708.04552).
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Floating point in [-1, 1], as returned by [`normalize`].
+        uniform (`torch.Tensor` of shape `(B, AUGMENT_DRAWS)`): Random numbers in [0, 1), on the images' device.
+        random_flip (`bool`, defaults to `False`): Flip half of the images horizontally.
+        random_crop_padding (`int`, defaults to 0): Shift each image by up to this many pixels in each direction. The
+            border is reflected: a generative model would learn to paint a black one.
+        color_jitter (`float`, defaults to 0.0): In [0, 1]. Brightness, contrast and (for RGB) saturation are each
+            multiplied by a factor in [1 - color_jitter, 1 + color_jitter].
+        cutout (`int`, defaults to 0): Side in pixels of a square that is filled with mid-grey (0). Its centre is
+            anywhere in the image (arXiv 1708.04552).
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: The augmented images, of the same dtype, in [-1, 1].

@@ -38,35 +38,27 @@ def load_images(
     notes. The result is cached on disk for the next start.
 
     Args:
-        dataset_name (`str`, defaults to `"digits"`):
-            A Hub id, a folder or `"digits"`. A folder has the layout of a Hub repository, or images, optionally in a
-            sub-folder for each class. `"digits"` are scikit-learn's 1,797 handwritten 8x8 digits. They need no network
-            and have the split `"train"` only.
-        dataset_config_name (`str`, *optional*):
-            The configuration, for a dataset with several.
-        train_data_dir (`str` or `os.PathLike`, *optional*):
-            A folder, instead of `dataset_name`.
+        dataset_name (`str`, defaults to `"digits"`): A Hub id, a folder or `"digits"`. A folder has the layout of a
+            Hub repository, or images, optionally in a sub-folder for each class. `"digits"` are scikit-learn's 1,797
+            handwritten 8x8 digits. They need no network and have the split `"train"` only.
+        dataset_config_name (`str`, *optional*): The configuration, for a dataset with several.
+        train_data_dir (`str` or `os.PathLike`, *optional*): A folder, instead of `dataset_name`.
         split (`str`, defaults to `"train"`):
             The split to read, or a slice in the syntax of `datasets`, such as `"train[:1000]"`.
-        image_column, label_column (`str`, *optional*):
-            By default columns are found by their features: an `Image` for the images; a `ClassLabel`, or else an
-            integer or string column whose values repeat, for the labels.
+        image_column, label_column (`str`, *optional*): By default columns are found by their features: an `Image` for
+            the images; a `ClassLabel`, or else an integer or string column whose values repeat, for the labels.
         resolution (`int`, *optional*):
             Side of the square images in pixels. Not needed if all images already have one square size.
-        center_crop (`bool`, defaults to `False`):
-            Crop images that are not square at their centre. By default the position is pseudo-random and depends only
-            on the bytes of the file.
+        center_crop (`bool`, defaults to `False`): Crop images that are not square at their centre. By default the
+            position is pseudo-random and depends only on the bytes of the file.
         classes (`str` or sequence of `str` or `int`, *optional*):
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
-        max_samples (`int`, *optional*):
-            Maximum number of images. A random subset is taken, always the same one.
-        channels (`int`, *optional*):
-            1 or 3. Defaults to 1 if all images are grey, else 3.
+        max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
+        channels (`int`, *optional*): 1 or 3. Defaults to 1 if all images are grey, else 3.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder for the caches of `datasets` and of the decoded images. Defaults to the one of `datasets`, and to
             `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers` for the decoded images.
-        require_labels (`bool`, defaults to `False`):
-            Raise an error if an image has no label.
+        require_labels (`bool`, defaults to `False`): Raise an error if an image has no label.
 
     Returns:
         [`ImageData`]: uint8 images of shape `(N, C, resolution, resolution)`, in the order of the dataset.

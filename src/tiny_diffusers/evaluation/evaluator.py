@@ -67,20 +67,15 @@ def evaluate(
             A pipeline to draw images from, or images (N, C, H, W): uint8, or floats in [0, 1].
         reference ([`~tiny_diffusers.data.ImageData`], `np.ndarray` or `torch.Tensor`):
             Real images of the same size and channels, with labels if classes are to be measured.
-        protocol ([`Protocol`], *optional*):
-            Settings of the evaluation.
-        training ([`~tiny_diffusers.data.ImageData`], *optional*):
-            The training set of the model, for the distance to it and for the baselines. Without it, the baselines are
-            made of the reference's images.
-        output_dir (`str` or `Path`, *optional*):
-            Folder for `report.json`, `report.md` and `report.png`. Drawn images are kept in a hidden folder below it,
-            or else in the package's cache, and a stopped run resumes from them.
-        name (`str`, *optional*):
-            Name of the model in the report.
+        protocol ([`Protocol`], *optional*): Settings of the evaluation.
+        training ([`~tiny_diffusers.data.ImageData`], *optional*): The training set of the model, for the distance to
+            it and for the baselines. Without it, the baselines are made of the reference's images.
+        output_dir (`str` or `Path`, *optional*): Folder for `report.json`, `report.md` and `report.png`. Drawn images
+            are kept in a hidden folder below it, or else in the package's cache, and a stopped run resumes from them.
+        name (`str`, *optional*): Name of the model in the report.
         load (`dict`, *optional*):
             Arguments of [`~tiny_diffusers.data.load_images`] that loaded the reference, for the report.
-        command (`str`, *optional*):
-            The command line, for the report.
+        command (`str`, *optional*): The command line, for the report.
 
     Returns:
         [`Report`]: The metrics with their protocol.

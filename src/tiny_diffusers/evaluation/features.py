@@ -45,15 +45,11 @@ class Extractor:
     Feature extractor on one device.
 
     Args:
-        name (`str`):
-            Name of the features in a report.
-        forward (`Callable`):
-            uint8 (B, C, H, W) on the device -> floating point (B, D).
-        preprocessing (`dict`):
-            The network and everything that is done to an image, in JSON values. These texts are part of reports and
-            of the keys of cached features: rewording one makes earlier reports incomparable.
-        device (`torch.device`):
-            Device of the network.
+        name (`str`): Name of the features in a report.
+        forward (`Callable`): uint8 (B, C, H, W) on the device -> floating point (B, D).
+        preprocessing (`dict`): The network and everything that is done to an image, in JSON values. These texts are
+            part of reports and of the keys of cached features: rewording one makes earlier reports incomparable.
+        device (`torch.device`): Device of the network.
         classifier (`nn.Linear`, *optional*):
             Maps features to the logits of the network's own classes, for the Inception Score.
     """
@@ -105,14 +101,11 @@ def load(
     Args:
         name (`str`):
             `inception` (FID's network of 2015), `dinov2`, `efficientnet-lite0`, `pixels`, or a registered name.
-        weights (`str` or `Path`, *optional*):
-            For `inception` the file of its weights, if it is not in the cache of torch.hub or the Hub; for `dinov2` a
-            folder or a Hub id (default: `facebook/dinov2-large`).
-        dtype (`str`, defaults to `"float32"`):
-            Dtype of the network: `"float32"`, or `"bfloat16"`, which is twice as fast on hardware that has it and
-            shifts distances by 1 or 2 %. It is part of the preprocessing.
-        device (`torch.device` or `str`, *optional*):
-            Defaults to the accelerator if there is one, else the CPU.
+        weights (`str` or `Path`, *optional*): For `inception` the file of its weights, if it is not in the cache of
+            torch.hub or the Hub; for `dinov2` a folder or a Hub id (default: `facebook/dinov2-large`).
+        dtype (`str`, defaults to `"float32"`): Dtype of the network: `"float32"`, or `"bfloat16"`, which is twice as
+            fast on hardware that has it and shifts distances by 1 or 2 %. It is part of the preprocessing.
+        device (`torch.device` or `str`, *optional*): Defaults to the accelerator if there is one, else the CPU.
 
     Returns:
         [`Extractor`]: The extractor.
@@ -147,16 +140,12 @@ def register(
     Registers any torch module as features, for the lifetime of the process.
 
     Args:
-        name (`str`):
-            Name of the features.
-        network (`nn.Module`):
-            float32 (B, 3, size, size) -> (B, D). The channel of grey images is repeated.
+        name (`str`): Name of the features.
+        network (`nn.Module`): float32 (B, 3, size, size) -> (B, D). The channel of grey images is repeated.
         size (`int`, *optional*):
             Images are resized to it with Pillow's antialiased bicubic filter. Defaults to their own size.
-        mean, std (`float` or three of them):
-            The network's input is (x / 255 - mean) / std.
-        classifier (`nn.Linear`, *optional*):
-            Maps features to logits, for the Inception Score.
+        mean, std (`float` or three of them): The network's input is (x / 255 - mean) / std.
+        classifier (`nn.Linear`, *optional*): Maps features to logits, for the Inception Score.
     """
     if name in EXTRACTORS:
         raise UserError(f"'{name}' is one of the package's own features: register yours under another name.")

@@ -153,16 +153,12 @@ def frechet_infinity(
     its own share of the bias remains.
 
     Args:
-        features (`np.ndarray` of shape `(N, D)`):
-            The features to compare with the reference.
-        reference (`np.ndarray` of shape `(M, D)`, [`Moments`] or [`FrechetReference`]):
-            The reference.
-        num_points (`int`, defaults to 15):
-            Number of subsets, as in the paper.
+        features (`np.ndarray` of shape `(N, D)`): The features to compare with the reference.
+        reference (`np.ndarray` of shape `(M, D)`, [`Moments`] or [`FrechetReference`]): The reference.
+        num_points (`int`, defaults to 15): Number of subsets, as in the paper.
         min_size (`int`, *optional*):
             Size of the smallest subset. Defaults to N / 10, but at least to 2,000 or N / 2, whichever is smaller.
-        seed (`int`, defaults to 0):
-            Seed of the subsets.
+        seed (`int`, defaults to 0): Seed of the subsets.
 
     Returns:
         [`Estimate`]: The value of the line at 0, with its standard error. It can be negative.
@@ -199,17 +195,13 @@ def kernel_distance(
     of samples (Binkowski et al. 2018, arXiv 1801.01401). With the features of `inception` it is the KID.
 
     Args:
-        features (`np.ndarray` of shape `(N, D)`):
-            One set.
-        reference (`np.ndarray` of shape `(M, D)`):
-            The other.
+        features (`np.ndarray` of shape `(N, D)`): One set.
+        reference (`np.ndarray` of shape `(M, D)`): The other.
         num_subsets (`int`, defaults to 100):
             Number of subsets drawn from each set; 1, with `subset_size` equal to the sets' size, uses all rows.
-        subset_size (`int`, defaults to 1000):
-            Number of rows in a subset. With several subsets it is at most half of the smaller set: larger subsets
-            would be nearly the same.
-        seed (`int`, defaults to 0):
-            Seed of the subsets.
+        subset_size (`int`, defaults to 1000): Number of rows in a subset. With several subsets it is at most half of
+            the smaller set: larger subsets would be nearly the same.
+        seed (`int`, defaults to 0): Seed of the subsets.
 
     Returns:
         [`Estimate`]: The mean over the subsets, which can be negative, and their standard deviation.
