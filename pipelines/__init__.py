@@ -1,3 +1,5 @@
+"""The pipelines. Their files travel with checkpoints: they import only stdlib, numpy, PIL, torch, diffusers, siblings."""
+
 from .pipeline_tiny import TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_conditional import TinyConditionalPipeline
 from .pipeline_tiny_dcgan import TinyDCGANPipeline

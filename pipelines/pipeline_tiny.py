@@ -1,8 +1,4 @@
-"""
-`TinyPipeline`: unconditional sampling, the base class of every pipeline here, and the loader of every checkpoint.
-
-This file travels with checkpoints, so it imports only the standard library, numpy, PIL, torch and diffusers.
-"""
+"""`TinyPipeline`: unconditional sampling, the base class of every pipeline here, and the loader of every checkpoint."""
 
 import contextlib
 import glob
@@ -42,8 +38,7 @@ _REPLACEMENTS = {
 # The variance types of DDPM that the network predicts.
 _LEARNED = ("learned", "learned_range")
 
-# Limits on integers in a component's config, by a part of the key. Without them, a malicious config could build layers
-# without end.
+# Limits on integers in a component's config, by a part of the key. A malicious config could build layers without end.
 _SIZE_LIMITS = {"layers": 64, "sample_size": 4096, "channels": 4096, "": 2**20}
 _MAX_SIZES = 64  # integers in a list
 
@@ -169,9 +164,9 @@ class TinyPipeline(DiffusionPipeline):
             `ValueError`: If an argument is not as described above, the network needs class labels, or the samples are
                 not finite.
         """
-        self._check_output(batch_size, output_type)
-        self._check_steps(num_inference_steps, timesteps, eta, return_intermediates)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_output(batch_size, output_type, return_intermediates)
+        self._check_steps(num_inference_steps, timesteps, eta)
+        on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if isinstance(self._network, UNet2DModel) and self._network.class_embedding is not None:
             raise ValueError(
                 "The network is class-conditional and has no unconditional mode: sample with "
@@ -183,11 +178,10 @@ class TinyPipeline(DiffusionPipeline):
             latents,
             lambda sample, timestep, step: self._predict(sample, timestep),
             self.scheduler,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            return_intermediates=return_intermediates,
+            eta,
+            generator,
+            on_step_end,
+            return_intermediates,
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
 
@@ -212,17 +206,17 @@ class TinyPipeline(DiffusionPipeline):
         """Returns the dtype of the samples: float32, or float64 for a float64 network."""
         return torch.promote_types(self._network.dtype, torch.float32)
 
-    def _check_output(self, batch_size: int, output_type: str):
+    def _check_output(self, batch_size: int, output_type: str, return_intermediates: int | None = None):
         if not _is_positive_int(batch_size):
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size}.")
         if output_type not in self._output_types:
             allowed = ", ".join(map(repr, self._output_types))
             raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
+        if return_intermediates is not None and not _is_positive_int(return_intermediates):
+            raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
 
-    def _check_steps(
-        self, num_inference_steps: int, timesteps: list[int] | None, eta: float, return_intermediates: int | None
-    ):
-        num_train_timesteps = self.scheduler.config.num_train_timesteps
+    def _check_steps(self, num_inference_steps: int, timesteps: list[int] | None, eta: float):
+        total = self.scheduler.config.num_train_timesteps
         if timesteps is not None:
             timesteps = [int(t) for t in timesteps]
             if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
@@ -231,31 +225,35 @@ class TinyPipeline(DiffusionPipeline):
                     "or use `TinyDDIMScheduler`."
                 )
             decreasing = timesteps == sorted(set(timesteps), reverse=True)
-            if not timesteps or not decreasing or timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
-                raise ValueError(
-                    f"`timesteps` must be strictly decreasing in [0, {num_train_timesteps - 1}], got {timesteps}."
-                )
-        elif not _is_positive_int(num_inference_steps) or num_inference_steps > num_train_timesteps:
+            if not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
+                raise ValueError(f"`timesteps` must be strictly decreasing in [0, {total - 1}], got {timesteps}.")
+        elif not _is_positive_int(num_inference_steps) or num_inference_steps > total:
             raise ValueError(
-                f"`num_inference_steps` must be an integer from 1 to {num_train_timesteps}, the number of training "
-                f"timesteps, got {num_inference_steps}."
+                f"`num_inference_steps` must be an integer from 1 to {total}, the number of training timesteps, got "
+                f"{num_inference_steps}."
             )
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"`eta` must be in [0, 1], where 0 is DDIM and 1 is DDPM, got {eta}.")
-        if return_intermediates is not None and not _is_positive_int(return_intermediates):
-            raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
 
-    def _check_callback_inputs(self, callback_tensor_inputs: Sequence[str]):
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
+    def _wrap_callback(self, callback: StepCallback | None, tensor_inputs: Sequence[str]) -> Callable[..., dict]:
+        """Checks the tensor inputs and returns the callback, or none, as `on_step_end(step, timestep, tensors)`."""
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             allowed = self._callback_tensor_inputs
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be from {allowed}, got {unknown}.")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback.tensor_inputs
+
+        def on_step_end(step: int, timestep: int | torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+            if callback is None:
+                return tensors
+            return callback(self, step, timestep, {name: tensors[name] for name in tensor_inputs})
+
+        return on_step_end
 
     def _check_generator(self, generator: Generators | None, batch_size: int):
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"A list of generators must have one per image, got {len(generator)} for a batch of {batch_size}."
-            )
+            raise ValueError(f"Give one generator or one per image: got {len(generator)} for a batch of {batch_size}.")
 
     def _check_num_frames(self, num_frames: int):
         if not isinstance(num_frames, numbers.Integral) or num_frames < 2:
@@ -266,17 +264,13 @@ class TinyPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Draws the initial noise, or checks the given one, and returns it on the device in `_sample_dtype`."""
         self._check_generator(generator, batch_size)
-        shape = (batch_size, *self._latents_shape)
+        latent_dim = self._network.config.get("latent_dim")  # of a network whose latents are vectors
+        shape = (batch_size, *(self._image_shape if latent_dim is None else (latent_dim,)))
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._sample_dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape (batch_size, ...) = {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, self._sample_dtype)
-
-    @property
-    def _latents_shape(self) -> tuple[int, ...]:
-        """Returns the shape of one image's initial noise."""
-        return self._image_shape
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:
@@ -296,9 +290,7 @@ class TinyPipeline(DiffusionPipeline):
             if not array.is_floating_point():
                 raise ValueError(f"Array and tensor `images` must be floats in [0, 1], got {array.dtype}.")
             if not ((array >= 0) & (array <= 1)).all():
-                raise ValueError(
-                    f"Array and tensor `images` must lie in [0, 1], got {array.min():.3g} to {array.max():.3g}."
-                )
+                raise ValueError(f"`images` must lie in [0, 1], got {array.min():.3g} to {array.max():.3g}.")
         processor = VaeImageProcessor(
             do_resize=resize_arrays or not arrays,
             vae_scale_factor=1,
@@ -307,10 +299,9 @@ class TinyPipeline(DiffusionPipeline):
             do_convert_grayscale=channels == 1,
         )
         sample = processor.preprocess(images, height, width)
-        if sample.shape[1:] != image_shape or len(sample) != (batch_size or len(sample)):
-            raise ValueError(
-                f"`images` must be {batch_size or 'B'} images of shape {image_shape}, got {tuple(sample.shape)}."
-            )
+        shape = tuple(sample.shape)
+        if shape[1:] != image_shape or batch_size not in (None, len(sample)):
+            raise ValueError(f"`images` must be {batch_size or 'B'} images of shape {image_shape}, got {shape}.")
         return sample.to(self._execution_device, self._sample_dtype)
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
@@ -327,12 +318,10 @@ class TinyPipeline(DiffusionPipeline):
             scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
         self._num_timesteps = len(scheduler.timesteps)
 
-    def _predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the network on a sample in the network's dtype. The prediction is in float32 at least."""
-        labels = {} if class_labels is None else {"class_labels": class_labels}
-        model_output = self.unet(sample, timestep, **labels).sample
+        condition = {} if labels is None else {"class_labels": labels}
+        model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
     def _is_guided(self, step: int) -> bool:
@@ -344,11 +333,9 @@ class TinyPipeline(DiffusionPipeline):
         latents: torch.Tensor,
         predict: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
         scheduler: SchedulerMixin,
-        *,
         eta: float,
         generator: Generators | None,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        on_step_end: Callable[..., dict],
         return_intermediates: int | None,
     ) -> tuple[torch.Tensor, list[Intermediate] | None]:
         """
@@ -356,17 +343,11 @@ class TinyPipeline(DiffusionPipeline):
         `predict(sample, timestep, step)`.
         """
         channels = latents.shape[1]
-        num_steps = len(scheduler.timesteps)
-        kept_steps = set()
-        if return_intermediates is not None:
-            if return_intermediates > num_steps:
-                raise ValueError(
-                    f"`return_intermediates` must be at most the {num_steps} steps, got {return_intermediates}."
-                )
-            kept_steps = set(np.linspace(num_steps - 1, 0, return_intermediates).round().astype(int).tolist())
+        num_steps, num_kept = len(scheduler.timesteps), return_intermediates or 0
+        if num_kept > num_steps:
+            raise ValueError(f"`return_intermediates` must be at most the {num_steps} steps, got {num_kept}.")
+        kept_steps = set(np.linspace(num_steps - 1, 0, num_kept).round().astype(int).tolist())
         intermediates = []
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         options = {"eta": eta, "generator": generator}
         step_parameters = inspect.signature(scheduler.step).parameters
@@ -379,18 +360,17 @@ class TinyPipeline(DiffusionPipeline):
         dtype = self.unet.dtype
         device_timesteps = scheduler.timesteps.to(latents.device)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            # 1. predict the model output
             sample = scheduler.scale_model_input(latents, timestep)
             model_output = predict(sample.to(dtype), device_timesteps[step], step)
             if not learns_variance:
                 model_output = model_output[:, :channels]
 
-            # 2. x_t -> x_t-1. Under guidance, eps and the clipped x_0 disagree: unless DDIM recomputes eps from the
-            # clipped x_0, the image drifts to another class.
+            # Under guidance, eps and the clipped x_0 disagree: unless DDIM recomputes eps from the clipped x_0, the image
+            # drifts to another class.
             if "use_clipped_model_output" in step_parameters:
                 step_kwargs["use_clipped_model_output"] = self._is_guided(step)
             output = scheduler.step(model_output, timestep, latents, **step_kwargs)
-            latents = output.prev_sample
+            latents = output.prev_sample  # x_t-1
 
             if step in kept_steps:
                 x_0 = getattr(output, "pred_original_sample", None)
@@ -398,10 +378,7 @@ class TinyPipeline(DiffusionPipeline):
                     x_0 = predict_original_sample(scheduler, model_output[:, :channels], timestep, sample)
                 intermediates.append(Intermediate(float(timestep), sample, x_0))
 
-            if callback_on_step_end is not None:
-                tensors = {"latents": latents}
-                callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, step, timestep, callback_kwargs).pop("latents", latents)
+            latents = on_step_end(step, timestep, {"latents": latents}).pop("latents", latents)
             if self.interrupt:
                 break
 
@@ -617,9 +594,7 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
             ) from error
     config_name = TinyPipeline.config_name
     if not os.path.isfile(os.path.join(folder, config_name)):
-        raise ValueError(
-            f"'{name_or_path}' has no {config_name}: give a folder or Hub id that a pipeline was saved in."
-        )
+        raise ValueError(f"'{name_or_path}' has no {config_name}: give a folder or Hub id of a saved pipeline.")
     return folder
 
 
@@ -656,24 +631,20 @@ def _check_components(index: dict[str, Any], folder: str):
         if os.path.isfile(os.path.join(folder, name, f"{library}.py")):
             raise ValueError(f"{folder} has a file {name}/{library}.py, which poses as the library {library}.")
         _check_sizes(os.path.join(folder, name, known.config_name))
-        for file in glob.glob("*.safetensors.index.json", root_dir=os.path.join(folder, name)):
-            for shard in _read_json(os.path.join(folder, name, file)).get("weight_map", {}).values():
+        for path in glob.glob(os.path.join(glob.escape(folder), name, "*.safetensors.index.json")):
+            for shard in _read_json(path).get("weight_map", {}).values():
                 if os.path.basename(str(shard)) != shard:
-                    raise ValueError(
-                        f"{folder}/{name}/{file} names {shard!r}, which is not a file in the same folder."
-                    )
+                    raise ValueError(f"{path} names {shard!r}, which is not a file in the same folder.")
 
 
-def _check_sizes(config_path: str):
+def _check_sizes(path: str):
     """Checks that no size in a component's config is so large that building it would take all memory or time."""
-    config = _read_json(config_path) if os.path.isfile(config_path) else {}
+    config = _read_json(path) if os.path.isfile(path) else {}
     for name, value in config.items():
         limit = next(limit for part, limit in _SIZE_LIMITS.items() if part in name)
         sizes = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
         if len(sizes) > _MAX_SIZES or any(abs(size) > limit for size in sizes):
-            raise ValueError(
-                f"{config_path}: {name} is too large, at most {_MAX_SIZES} integers of at most {limit} are allowed."
-            )
+            raise ValueError(f"{path}: {name} is too large, at most {_MAX_SIZES} integers up to {limit} are allowed.")
 
 
 def _check_weights(pipeline: DiffusionPipeline, folder: str):

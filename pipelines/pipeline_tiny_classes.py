@@ -1,8 +1,4 @@
-"""
-`ClassConditioningMixin`: class labels in any form, and classifier-free guidance.
-
-This file travels with checkpoints, so it imports only the standard library, numpy, torch and diffusers.
-"""
+"""`ClassConditioningMixin`: class labels in any form, and classifier-free guidance."""
 
 import contextlib
 import difflib
@@ -27,9 +23,7 @@ class ClassConditioningMixin:
     The pipeline's `null_class_id` is the row of the null class, or None if there is no null class.
     """
 
-    def _register_classes(
-        self, id2label: dict[int, str] | None, null_class_id: int | None, class_dropout_prob: float | None
-    ):
+    def _register_classes(self, id2label: dict | None, null_class_id: int | None, class_dropout_prob: float | None):
         """Checks the arguments against the network and saves them in the pipeline's config."""
         rows = self._num_rows
         if rows == 0:
@@ -120,10 +114,8 @@ class ClassConditioningMixin:
             if self._num_rows == 0:
                 return None, batch_size
             if guidance_scale != 0:
-                or_none = "" if guidance_scale is None else ", or `guidance_scale=0` for unconditional samples"
-                raise ValueError(
-                    f"The network needs `class_labels`: give classes of {self._allowed_classes}{or_none}."
-                )
+                hint = "" if guidance_scale is None else ", or `guidance_scale=0` for unconditional samples"
+                raise ValueError(f"The network needs `class_labels`: give classes of {self._allowed_classes}{hint}.")
             labels = torch.tensor([self._null_class_id])
         elif self._num_rows == 0:
             raise ValueError("The network has no classes: leave out `class_labels`.")
@@ -210,14 +202,12 @@ class ClassConditioningMixin:
 
         return predict
 
-    def _predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        is_mixture = class_labels is not None and class_labels.is_floating_point()
+    def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        is_mixture = labels is not None and labels.is_floating_point()
         if is_mixture and isinstance(self._network, UNet2DModel):
             with _mix_embeddings(self._network.class_embedding):
-                return super()._predict(sample, timestep, class_labels)
-        return super()._predict(sample, timestep, class_labels)
+                return super()._predict(x_t, timestep, labels)
+        return super()._predict(x_t, timestep, labels)
 
 
 @contextlib.contextmanager

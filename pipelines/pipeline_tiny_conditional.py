@@ -1,8 +1,4 @@
-"""
-`TinyConditionalPipeline`: class-conditional sampling with classifier-free guidance.
-
-This file travels with checkpoints, so it imports only the standard library, torch, diffusers and its siblings.
-"""
+"""`TinyConditionalPipeline`: class-conditional sampling with classifier-free guidance."""
 
 from typing import Optional
 
@@ -127,32 +123,26 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         Raises:
             `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
         """
-        self._check_output(1 if batch_size is None else batch_size, output_type)
-        self._check_steps(num_inference_steps, timesteps, eta, return_intermediates)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_output(1 if batch_size is None else batch_size, output_type, return_intermediates)
+        self._check_steps(num_inference_steps, timesteps, eta)
+        on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_guidance(guidance_scale, guidance_interval)
         scheduler = self._thresholding_scheduler(dynamic_thresholding)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
         latents = self._prepare_latents(batch_size, generator, latents)
         self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
         latents, intermediates = self._denoise(
-            latents,
-            self._guided_predict(labels, guidance_scale, guidance_interval),
-            scheduler,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            return_intermediates=return_intermediates,
+            latents, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
 
-    def _thresholding_scheduler(self, percentile: float | None) -> SchedulerMixin:
-        """Returns the pipeline's scheduler, or a copy with dynamic thresholding if a percentile is given."""
-        if percentile is None:
+    def _thresholding_scheduler(self, ratio: float | None) -> SchedulerMixin:
+        """Returns the pipeline's scheduler, or a copy with dynamic thresholding if its percentile is given."""
+        if ratio is None:
             return self.scheduler
-        if not 0 < percentile <= 1:
-            raise ValueError(f"`dynamic_thresholding` must be in (0, 1], such as 0.995, got {percentile}.")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"`dynamic_thresholding` must be in (0, 1], such as 0.995, got {ratio}.")
         config = self.scheduler.config
         if "thresholding" not in config:
             raise ValueError(
@@ -161,9 +151,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             )
         # Stock schedulers bound the threshold by 1 by default, which makes thresholding plain clipping.
         bound = {"sample_max_value": 1e6} if config.sample_max_value == 1 else {}
-        return type(self.scheduler).from_config(
-            config, thresholding=True, dynamic_thresholding_ratio=percentile, **bound
-        )
+        return type(self.scheduler).from_config(config, thresholding=True, dynamic_thresholding_ratio=ratio, **bound)
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

@@ -1,8 +1,4 @@
-"""
-`TinyDCGANPipeline`: unconditional and class-conditional samples of a DCGAN.
-
-This file travels with checkpoints, so it imports only the standard library, torch, diffusers and its siblings.
-"""
+"""`TinyDCGANPipeline`: unconditional and class-conditional samples of a DCGAN."""
 
 from typing import Optional
 
@@ -90,10 +86,6 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         latents = self._prepare_latents(batch_size, generator, latents)
         sample = self.generator(latents, labels).sample
         return self._postprocess(sample, None, output_type, return_dict)
-
-    @property
-    def _latents_shape(self) -> tuple[int]:
-        return (self._network.config.latent_dim,)
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

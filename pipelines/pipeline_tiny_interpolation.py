@@ -1,10 +1,7 @@
-"""
-`TinyInterpolationPipeline`: interpolation between two seeds, latents, images or classes.
-
-This file travels with checkpoints, so it imports only the standard library, torch, diffusers and its siblings.
-"""
+"""`TinyInterpolationPipeline`: interpolation between two seeds, latents, images or classes."""
 
 import inspect
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -141,9 +138,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             `ValueError`: If an argument is not as described above, `images` are given with a scheduler other than
                 DDIM, or the samples are not finite.
         """
-        self._check_output(2, output_type)
-        self._check_steps(num_inference_steps, timesteps, eta, return_intermediates)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_output(2, output_type, return_intermediates)
+        self._check_steps(num_inference_steps, timesteps, eta)
+        on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_guidance(guidance_scale, guidance_interval)
         self._check_num_frames(num_frames)
         self._check_generator(generator, num_frames)
@@ -152,12 +149,12 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         if sum(given is not None for given in (seeds, latents, images)) != 1:
             raise ValueError("Give exactly one of `seeds`, `latents` and `images`, for the two ends.")
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:
-            latents = self._invert(
-                self._preprocess(images, 2), labels, guidance_scale, guidance_interval, num_inference_steps, timesteps
-            )
+            predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+            latents = self._invert(self._preprocess(images, 2), predict)
         elif seeds is not None:
             if len(seeds) != 2:
                 raise ValueError(f"`seeds` must be two seeds, got {seeds}.")
@@ -169,7 +166,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)
         frames = (slerp if interpolation == "slerp" else torch.lerp)(latents[:1], latents[1:], share.view(-1, 1, 1, 1))
         if labels is not None:
-            labels = self._interpolate_labels(labels, share)
+            if not labels.is_floating_point():
+                labels = torch.nn.functional.one_hot(labels, self._num_rows)
+            labels = torch.lerp(*labels.to(share.dtype), share[:, None])  # (2, rows) -> (num_frames, rows)
 
         # 3. denoise the frames
         if _adds_noise(self.scheduler, eta):
@@ -177,16 +176,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 f"{type(self.scheduler).__name__} with eta={eta} adds noise at each step: the path won't be smooth. "
                 "Use `TinyDDIMScheduler` with `eta=0`."
             )
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
         frames, intermediates = self._denoise(
-            frames,
-            self._guided_predict(labels, guidance_scale, guidance_interval),
-            self.scheduler,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            return_intermediates=return_intermediates,
+            frames, predict, self.scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(frames, intermediates, output_type, return_dict)
 
@@ -220,32 +212,22 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         Raises:
             `ValueError`: If the scheduler is not a [`DDIMScheduler`], or an argument is not as described above.
         """
-        self._check_steps(num_inference_steps, timesteps, 0.0, None)
+        self._check_steps(num_inference_steps, timesteps, 0.0)
         self._check_guidance(guidance_scale, guidance_interval)
         sample = self._preprocess(images, None)
         labels, _ = self._encode_class_labels(class_labels, len(sample), guidance_scale)
-        latents = self._invert(sample, labels, guidance_scale, guidance_interval, num_inference_steps, timesteps)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        latents = self._invert(sample, self._guided_predict(labels, guidance_scale, guidance_interval))
         self.maybe_free_model_hooks()
         return latents
 
-    def _invert(
-        self,
-        sample: torch.Tensor,
-        labels: torch.Tensor | None,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        num_inference_steps: int,
-        timesteps: list[int] | None,
-    ) -> torch.Tensor:
+    def _invert(self, sample: torch.Tensor, predict: Callable[..., torch.Tensor]) -> torch.Tensor:
         scheduler = self.scheduler
         if not isinstance(scheduler, DDIMScheduler):
             raise ValueError(
                 f"Images can be inverted by DDIM, not by {type(scheduler).__name__}: set `pipe.scheduler = "
                 "TinyDDIMScheduler.from_config(pipe.scheduler.config)`."
             )
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
-        self._set_timesteps(scheduler, num_inference_steps, timesteps)
-
         alpha_prod_prev = float(scheduler.final_alpha_cumprod)
         dtype = self.unet.dtype
         device_timesteps = scheduler.timesteps.to(sample.device)
@@ -269,13 +251,6 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 sample = ratio * prev_sample + direction * epsilon + lost
             alpha_prod_prev = alpha_prod
         return sample
-
-    def _interpolate_labels(self, labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Interpolates linearly between two labels, ids (2,) or weights (2, rows). Returns (num_frames, rows)."""
-        if not labels.is_floating_point():
-            labels = torch.nn.functional.one_hot(labels, self._num_rows)
-        start, end = labels.to(share.dtype)
-        return torch.lerp(start, end, share[:, None])
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

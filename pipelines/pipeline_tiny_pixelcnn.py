@@ -1,9 +1,4 @@
-"""
-`TinyPixelCNNPipeline`: autoregressive samples of a PixelCNN, completions of images, and exact likelihoods.
-
-This file travels with checkpoints, so it imports only the standard library, numpy, PIL, torch, diffusers and its
-siblings.
-"""
+"""`TinyPixelCNNPipeline`: autoregressive samples of a PixelCNN, completions of images, and exact likelihoods."""
 
 import math
 from collections.abc import Callable
@@ -120,7 +115,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                 predicts values instead of distributions, or the samples are not finite.
         """
         self._check_temperature(temperature)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if (images is None) != (mask is None):
             raise ValueError("Give `images` and `mask` together: the mask tells which part of the images is given.")
         given_images = None if images is None else self._to_levels(images)
@@ -152,10 +147,8 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                 if c < C - 1:
                     continue
                 bar.update()
-                if j == W - 1 and callback_on_step_end is not None:
-                    tensors = {"images": sample}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_on_step_end(self, i, i, callback_kwargs)
+                if j == W - 1:
+                    on_step_end(i, i, {"images": sample})
                 if self.interrupt:
                     break
         return self._postprocess(torch.where(finite, 2 * sample - 1, torch.nan), None, output_type, return_dict)
@@ -183,9 +176,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         images = self._from_uint8(images)
         labels = None
         if class_labels is None and self._num_rows and self.config.class_dropout_prob == 0:
-            raise ValueError(
-                "p(x | null class) was not learned, as no label was dropped in training: give `class_labels`."
-            )
+            raise ValueError("p(x | null class) wasn't learned: no label was dropped in training. Use `class_labels`.")
         if class_labels is not None:
             labels, _ = self._encode_class_labels(class_labels, len(images))
         bits = self._network.nll(self._network.quantize(images / 255), labels)

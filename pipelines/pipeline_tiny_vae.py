@@ -1,8 +1,4 @@
-"""
-`TinyVAEPipeline`: samples of a variational autoencoder, reconstructions, interpolations and the likelihood bound.
-
-This file travels with checkpoints, so it imports only the standard library, torch, diffusers and its siblings.
-"""
+"""`TinyVAEPipeline`: samples of a variational autoencoder, reconstructions, interpolations and the likelihood bound."""
 
 import math
 
@@ -205,10 +201,6 @@ class TinyVAEPipeline(TinyPipeline):
 
     def _decode(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> TinyPipelineOutput | tuple:
         return self._postprocess(self._network.decode(latents), None, output_type, return_dict)
-
-    @property
-    def _latents_shape(self) -> tuple[int]:
-        return (self._network.config.latent_dim,)
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

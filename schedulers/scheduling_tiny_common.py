@@ -1,6 +1,7 @@
 """`TinySchedulerMixin`: noise schedules, configs for stock solvers, training losses and the variational bound."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,33 +95,25 @@ class TinySchedulerMixin:
         for name in names:
             check_known(name, self.config[name], CHOICES[name])
 
-    def _resolve_schedule(self) -> dict[str, Any]:
-        """Checks the arguments that determine the betas and returns them under their stock names."""
-        config = self.config
+    def _stock_arguments(self, cls: type) -> dict[str, Any]:
+        """Returns the stock class's arguments from the config, with the noise schedule checked and by its stock name."""
         self._check_choices("beta_schedule")
-        beta_schedule = BETA_SCHEDULE_ALIASES.get(config.beta_schedule, config.beta_schedule)
-        num_train_timesteps, trained_betas = config.num_train_timesteps, config.trained_betas
+        arguments = {name: self.config[name] for name in inspect.signature(cls).parameters if name in self.config}
+        beta_schedule, trained_betas = arguments["beta_schedule"], arguments["trained_betas"]
+        arguments["beta_schedule"] = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
 
         if trained_betas is not None:
             trained_betas = np.asarray(trained_betas, dtype=np.float64)
             if trained_betas.ndim != 1 or not np.all((trained_betas > 0) & (trained_betas <= 1)):
                 raise ValueError("trained_betas must be a flat list of numbers in (0, 1], one for each timestep.")
-            trained_betas = trained_betas.tolist()
-            num_train_timesteps = len(trained_betas)
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}.")
+            arguments |= {"trained_betas": trained_betas.tolist(), "num_train_timesteps": len(trained_betas)}
+        if arguments["num_train_timesteps"] < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {arguments['num_train_timesteps']}.")
 
         if trained_betas is None and beta_schedule in WRITTEN_OUT_SCHEDULES:
-            stock = DDPMScheduler(num_train_timesteps, config.beta_start, config.beta_end, beta_schedule)
-            trained_betas = stock.betas.tolist()
-
-        return {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": config.beta_start,
-            "beta_end": config.beta_end,
-            "beta_schedule": beta_schedule,
-            "trained_betas": trained_betas,
-        }
+            stock = DDPMScheduler(**{name: arguments[name] for name in SCHEDULE_ARGUMENTS})
+            arguments["trained_betas"] = stock.betas.tolist()
+        return arguments
 
     def _resolve_training(self) -> None:
         """Checks the other arguments and completes the config. Must be called last in `__init__`."""
@@ -209,12 +202,10 @@ class TinySchedulerMixin:
             raise ValueError("timesteps must be a list of at least one integer.")
         if np.any(values[1:] >= values[:-1]):
             raise ValueError(f"timesteps must be strictly decreasing, got {values.tolist()}.")
-        last = self.config.num_train_timesteps - 1
-        if values[0] > last or values[-1] < 0:
+        high, low, last = values[0], values[-1], self.config.num_train_timesteps - 1
+        if high > last or low < 0:
             offset = self.config.steps_offset
-            raise ValueError(
-                f"timesteps must be in [0, {last}], got {values[0]} to {values[-1]} (steps_offset {offset})."
-            )
+            raise ValueError(f"timesteps must be in [0, {last}], got {high} to {low} (steps_offset {offset}).")
 
         self.num_inference_steps = len(values)
         self.timesteps = torch.from_numpy(values.astype(np.int64)).to(device)
@@ -222,9 +213,7 @@ class TinySchedulerMixin:
     def _spaced_timesteps(self, num_inference_steps: int) -> np.ndarray:
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
-            raise ValueError(
-                f"num_inference_steps must be an integer from 1 to T = {total}, got {num_inference_steps}."
-            )
+            raise ValueError(f"num_inference_steps must be an integer from 1 to {total}, got {num_inference_steps}.")
         if self.config.timestep_spacing == "leading":
             step_ratio = total // num_inference_steps
             return np.arange(num_inference_steps)[::-1] * step_ratio + self.config.steps_offset
@@ -257,14 +246,12 @@ class TinySchedulerMixin:
                 f"{tuple(model_output.shape)}."
             )
 
-    def _split_variance(
-        self, model_output: torch.Tensor, sample: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _split_variance(self, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Splits the model output into the prediction and the predicted variance (None without one)."""
-        self._check_output(model_output, sample)
-        if model_output.shape == sample.shape:
-            return model_output, None
-        return model_output.chunk(2, dim=1)
+        self._check_output(output, sample)
+        if output.shape == sample.shape:
+            return output, None
+        return output.chunk(2, dim=1)
 
     def _check_variance(self, predicted_variance: torch.Tensor | None) -> None:
         self._check_choices("variance_type")

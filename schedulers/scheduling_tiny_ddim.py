@@ -85,19 +85,7 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         huber_schedule: Literal["constant", "exponential", "snr"] = "constant",
         snr_gamma: float | None = None,
     ):
-        super().__init__(
-            **self._resolve_schedule(),
-            clip_sample=clip_sample,
-            set_alpha_to_one=set_alpha_to_one,
-            steps_offset=steps_offset,
-            prediction_type=prediction_type,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            clip_sample_range=clip_sample_range,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        super().__init__(**self._stock_arguments(DDIMScheduler))
         self._resolve_training()
 
     def step(

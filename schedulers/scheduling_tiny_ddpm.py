@@ -83,19 +83,7 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
         huber_schedule: Literal["constant", "exponential", "snr"] = "constant",
         snr_gamma: float | None = None,
     ):
-        super().__init__(
-            **self._resolve_schedule(),
-            variance_type=variance_type,
-            clip_sample=clip_sample,
-            prediction_type=prediction_type,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            clip_sample_range=clip_sample_range,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        super().__init__(**self._stock_arguments(DDPMScheduler))
         self._resolve_training()
 
     def step(

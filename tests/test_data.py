@@ -3,6 +3,7 @@ import re
 import shutil
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from sklearn.datasets import load_digits
 from tiny_diffusers.data import (
     AUGMENT_DRAWS,
     augment,
+    cache,
     decoding,
     denormalize,
     held_out,
@@ -430,6 +432,14 @@ def test_a_cache_that_cannot_be_written_is_not_needed(folder, tmp_path, monkeypa
     expected = load_images(str(folder), cache_dir=tmp_path / "cache").fingerprint
     monkeypatch.setattr(loading, "cache_root", lambda cache_dir=None: tmp_path / "file" / "below")
     assert load_images(str(folder), cache_dir=tmp_path / "cache").fingerprint == expected
+
+
+def test_several_may_write_the_same_data_at_once(tmp_path):
+    data = load_images(max_samples=20)
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda _: cache.write_cache(tmp_path / "key", data), range(16)))
+    assert {each.fingerprint for each in written} == {data.fingerprint}
+    assert torch.equal(cache.read_cache(tmp_path / "key").images, data.images)
 
 
 def test_images_that_do_not_fit_in_memory_are_mapped_from_a_file(load, folder, monkeypatch):

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         data.id2label,
         settings.class_dropout_prob,
         settings.guidance_scales,
-        settings.ddpm_num_inference_steps,
+        settings.num_inference_steps,
     )
 
     Trainer(settings, accelerator, data, family).run()

@@ -36,7 +36,7 @@ from .data import ImageData
 from .errors import UserError, unknown
 from .families.diffusion import Diffusion, DiffusionArguments, build_scheduler
 from .families.unets import build_unet, resolve_unet
-from .flags import flag
+from .flags import Flags, flag
 from .pipelines.pipeline_tiny import TinyPipeline, image_generators
 from .training.outputs import count_parameters
 from .training.process import MIXED_PRECISION, setup_process
@@ -54,26 +54,28 @@ class Unavailable(UserError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Flags):
     """What is measured; every field is a flag of `tiny-diffusers benchmark`."""
 
-    resolution: int = flag(32, "Side of the images.")
+    resolution: int = flag(32, "Side of the images.", within="[1, 4096]")
     block_out_channels: list[int] = flag(
-        [64, 128, 128], "Widths of both networks' levels, two or more; the second level has attention."
+        [64, 128, 128],
+        "Widths of both networks' levels, two or more; the second level has attention.",
+        within="[1, 4096]",
     )
-    layers_per_block: int = flag(2, "Residual blocks a level, in both networks.")
-    batch_size: int = flag(64, "Images of a training step and of a pipeline call.")
-    sampling_steps: int = flag(50, "DDIM steps of a pipeline call; fewer make the row `sampling` shorter.")
-    rounds: int = flag(5, "Runs of each contender, after one that warms it up.")
-    num_threads: int | None = flag(None, "CPU threads; the physical cores if not given.")
+    layers_per_block: int = flag(2, "Residual blocks a level, in both networks.", within="[1, 32]")
+    batch_size: int = flag(64, "Images of a training step and of a pipeline call.", within="[1, inf)")
+    sampling_steps: int = flag(
+        50, "DDIM steps of a pipeline call; fewer make the row `sampling` shorter.", within="[1, 1000]"
+    )
+    rounds: int = flag(5, "Runs of each contender, after one that warms it up.", within="[1, inf)")
+    num_threads: int | None = flag(None, "CPU threads; the physical cores if not given.", within="[1, 1024]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "Dtype of this package's contenders; auto is its choice for this machine."
     )
 
     def __post_init__(self):
-        for name in ("resolution", "layers_per_block", "batch_size", "sampling_steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1.")
+        super().__post_init__()
         if len(self.block_out_channels) < 2:
             raise UserError(
                 f"--block_out_channels {' '.join(map(str, self.block_out_channels))}: two levels or more are compared, "

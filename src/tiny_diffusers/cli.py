@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import logging
 import os
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import __version__
 from .errors import UserError, first_line, unknown
 
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from .data import ImageData
     from .evaluation import Report
+
+logger = logging.getLogger(__name__)
 
 # --scheduler -> the name of its class, in this package or in diffusers, and its options
 SCHEDULERS = {
@@ -341,7 +345,7 @@ def evaluate(args: argparse.Namespace) -> None:
         protocol = dataclasses.replace(protocol, sampling=sampling)
     load = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "classes")}
     options = {**load, "resolution": width, "channels": channels}
-    reference, training = _load_reference(args, options, state), _load_training(args, options, state)
+    reference, training = _load_real_images(args, options, state)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
@@ -389,28 +393,25 @@ def _flags_of(report: "Report", path: str, with_source: bool) -> dict:
     return flags
 
 
-def _load_reference(args: argparse.Namespace, options: dict, state: "PartialState") -> "ImageData":
-    """Loads the reference; one process decodes it, the others read its cache."""
+def _load_real_images(
+    args: argparse.Namespace, options: dict, state: "PartialState"
+) -> "tuple[ImageData, ImageData | None]":
+    """Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache."""
     from .data import load_images
 
     with state.main_process_first():
-        return load_images(split="train" if args.dataset_name == "digits" else args.split, **options)
-
-
-def _load_training(args: argparse.Namespace, options: dict, state: "PartialState") -> "ImageData | None":
-    """Loads the training set, if there is one; the digits have one split alone, which is the reference."""
-    from .data import load_images
-
-    if args.dataset_name == "digits" or args.train_split == "none":
-        return None
-    with state.main_process_first():
+        if args.dataset_name == "digits":  # which have one split alone
+            return load_images(split="train", **options), None
+        reference = load_images(split=args.split, **options)
+        if args.train_split == "none":
+            return reference, None
         try:
-            return load_images(split=args.train_split or "train", **options)
+            return reference, load_images(split=args.train_split or "train", **options)
         except UserError as error:
             if args.train_split is not None:
                 raise
-            print(f"no training set: {error}", file=sys.stderr)
-            return None
+            logger.warning(f"there is no training set: {error}")
+            return reference, None
 
 
 def compare_parser() -> argparse.ArgumentParser:
@@ -427,6 +428,7 @@ def compare(args: argparse.Namespace) -> None:
     table = tabulate({name: Report.load(name) for name in args.reports})
     print(table)
     if args.output is not None:
+        _make_parent(args.output)
         args.output.write_text(table, encoding="utf-8")
 
 
@@ -449,6 +451,7 @@ def plot(args: argparse.Namespace) -> None:
     logs = {str(folder): RunFolder(folder).log for folder in args.runs}
     if args.output.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--output {args.output}: it must end in .png, .svg or .pdf.")
+    _make_parent(args.output)
     if len(logs) == 1:
         plots.loss_curves(*logs.values(), args.output, title=args.runs[0].name)
     else:
@@ -516,6 +519,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train, sample, measure and share generative models of small images.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"tiny-diffusers {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, add_help=False)
@@ -714,6 +718,14 @@ def _prepare_output(text: str) -> Path:
     except OSError as error:
         raise UserError(f"'{folder}' can't be written to ({error.strerror}): give another place.") from error
     return path
+
+
+def _make_parent(path: Path) -> None:
+    """Creates the folder that a file goes to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{path.parent}' can't be created ({error.strerror}): give another --output.") from error
 
 
 def _save_numbered(images: list["Image.Image"], folder: Path) -> None:

@@ -2,8 +2,8 @@
 Command-line flags from dataclasses: a field is a flag, its type gives the allowed values, its metadata the rest.
 
     @dataclass(frozen=True)
-    class Arguments:
-        seed: int = flag(0, "Seed of everything random.")
+    class Arguments(Flags):
+        seed: int = flag(0, "Seed of everything random.", within="[0, inf)")
         dtype: Literal["float32", "bfloat16"] = flag("float32", "Dtype of the network.")
 
     arguments = FlagParser(Arguments).parse(["--seed", "1"])
@@ -13,7 +13,8 @@ import argparse
 import copy
 import dataclasses
 import difflib
-from typing import Any, Literal, TypeVar, get_args, get_origin
+import math
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -27,6 +28,7 @@ def flag(
     default: Any,
     help: str,
     *aliases: str,
+    within: str | None = None,
     changes_run: bool = True,
     replaces: tuple[str, ...] = (),
     decides: tuple[str, ...] = (),
@@ -38,17 +40,17 @@ def flag(
         default (`Any`): The value when the flag is not given. A list is copied for each instance.
         help (`str`): One line for `--help`.
         aliases (`str`): Further spellings, such as `"--num_train_epochs"`.
+        within (`str`, *optional*): The interval of its numbers, such as `"[0, 1)"` or `"(0, inf)"`.
         changes_run (`bool`): False if a resumed run may have another value and still be the same run.
-        replaces (`tuple[str, ...]`):
-            Flags whose values in a recipe are dropped when this one is given on the command line: `--num_epochs`
-            replaces a recipe's `max_train_steps`.
-        decides (`tuple[str, ...]`):
-            The same for values that nobody asked for, as an earlier run resolved them: `--resolution` decides the
-            network's options.
+        replaces (`tuple[str, ...]`): Flags whose values in a recipe are dropped when this one is given on the command
+            line: `--num_epochs` replaces a recipe's `max_train_steps`.
+        decides (`tuple[str, ...]`): The same for values that nobody asked for, as an earlier run resolved them:
+            `--resolution` decides the network's options.
     """
     metadata = {
         "help": help,
         "aliases": list(aliases),
+        "within": within,
         "changes_run": changes_run,
         "replaces": replaces,
         "decides": decides,
@@ -56,6 +58,41 @@ def flag(
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class Flags:
+    """Base of the dataclasses whose fields are flags: constructing one checks the ranges of its numbers."""
+
+    DASHES: ClassVar[str] = "--"  # before a name in errors; none for a class that is used from Python as well
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            within, given = field.metadata.get("within"), getattr(self, field.name)
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if within is not None and value is not None and not _contains(within, value):
+                    raise UserError(f"{self.DASHES}{field.name} {value}: it must be {_describe(within, value)}.")
+
+
+def _bounds(within: str) -> tuple[float, float]:
+    low, high = (float(bound) for bound in within[1:-1].split(","))
+    return low, high
+
+
+def _contains(within: str, value: float) -> bool:
+    low, high = _bounds(within)
+    above = value >= low if within[0] == "[" else value > low
+    return above and (value <= high if within[-1] == "]" else value < high)
+
+
+def _describe(within: str, value: float) -> str:
+    """Describes an interval in words: `"(0, inf)"` is "a finite number above 0"."""
+    low, high = _bounds(within)
+    if math.isfinite(high):
+        return f"in {within}"
+    number = "a whole number" if isinstance(value, int) else "a number" if within[-1] == "]" else "a finite number"
+    if not math.isfinite(low):
+        return number
+    return f"{number} {'of at least' if within[0] == '[' else 'above'} {low:g}"
 
 
 def default_of(field: dataclasses.Field) -> Any:

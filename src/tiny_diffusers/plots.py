@@ -46,7 +46,7 @@ def to_pil(images: Images) -> list[Image.Image]:
         `list[PIL.Image.Image]`: N images, `L` for one channel and `RGB` for three.
 
     Raises:
-        `ValueError`: If the shape is another one, or if floats are outside [0, 1].
+        `ValueError`: If the shape is another one, or if floats are NaN or outside [0, 1].
     """
     if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
         return [image if image.mode == "L" else image.convert("RGB") for image in images]
@@ -63,14 +63,23 @@ def to_pil(images: Images) -> list[Image.Image]:
         raise ValueError(
             f"Images of shape {images.shape} can't be drawn: give (N, C, H, W), (N, H, W, C) or (N, H, W), C = 1 or 3."
         )
-    if images.dtype != np.uint8:
-        if not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):  # true for NaN as well
-            raise ValueError(
-                f"Float images must lie in [0, 1], not in [{images.min():.3g}, {images.max():.3g}]: "
-                "convert images in [-1, 1] with `(images / 2 + 0.5).clip(0, 1)`."
-            )
-        images = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    images = to_uint8(images)
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Converts floats in [0, 1] to uint8 and keeps uint8 images; raises a [`UserError`] for NaN and other values."""
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    if np.isnan(low):
+        raise UserError("The images have NaN pixels: an overflow in the model, or in whatever produced them.")
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise UserError(
+            f"Images must be uint8, or floats in [0, 1]: these are {images.dtype} in [{low:.3g}, {high:.3g}]. Convert "
+            "images in [-1, 1] with `(images / 2 + 0.5).clip(0, 1)`."
+        )
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def image_grid(
@@ -85,8 +94,7 @@ def image_grid(
     Arranges images in rows, enlarged without smoothing so that each pixel is visible.
 
     Args:
-        images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`):
-            Images of one size, in any form that [`to_pil`] takes.
+        images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`): Images of one size, as [`to_pil`] takes.
         columns (`int`, *optional*): Images per row. Defaults to the smallest number with no more rows than columns.
         scale (`int`, *optional*): Factor by which each image is enlarged. By default it is the largest that keeps the
             grid within 1024 pixels on its longer side, and at least 1.
@@ -144,17 +152,13 @@ def image_grid(
 
 
 def strip(
-    states: Sequence[Images],
-    row_labels: Sequence[str] | None = None,
-    scale: int | None = None,
-    padding: int = 2,
+    states: Sequence[Images], row_labels: Sequence[str] | None = None, scale: int | None = None, padding: int = 2
 ) -> Image.Image:
     """
     Arranges the states of sampling, from noise to images: a row for each image of the batch, a column for each state.
 
     Args:
-        states (`list` of batches):
-            K batches of the same N images in order of time, each in any form that [`to_pil`] takes.
+        states (`list` of batches): K batches of the same N images in order of time, each as [`to_pil`] takes.
         row_labels (`list[str]`, *optional*): A label to the left of each of the N rows.
         scale (`int`, *optional*): As in [`image_grid`].
         padding (`int`, defaults to 2): As in [`image_grid`].
@@ -197,14 +201,8 @@ def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """
-    Computes the mean over a centred window, so the result has no lag. At the ends the window is cut off.
-
-    Args:
-        values (`np.ndarray` of shape `(N,)`): The values.
-        window (`int`): Values in the window.
-
-    Returns:
-        `np.ndarray` of shape `(N,)`: The means.
+    Computes the means (N,) of values (N,) over a centred window of `window` values, so the result has no lag. At the
+    ends the window is cut off.
     """
     window = min(window, len(values))
     ones = np.ones(window)

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -248,23 +249,25 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     Args:
         directory (`Path`): The folder to publish; an older one of that name is replaced.
         write (`Callable[[Path], None]`): Writes the content into the staging folder that it is given.
+
+    Raises:
+        OSError: If the disk is full, or another process has published the same folder meanwhile.
     """
-    staging = directory.with_name(STAGING + directory.name)
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = directory.with_name(f"{STAGING}{directory.name}-{uuid.uuid4().hex[:8]}")  # each writer's own
+    old = staging.with_name(f"{staging.name}-old")
     staging.mkdir(parents=True)
     try:
         write(staging)
         seal(staging)
-    except Exception:
-        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, half a checkpoint is in everyone's way
-        raise
-
-    if directory.exists():  # a damaged checkpoint of the same step, or the same one again
-        old = directory.with_name(f"{STAGING}old-{directory.name}")
-        shutil.rmtree(old, ignore_errors=True)  # left by a kill
-        os.replace(directory, old)
-    os.replace(staging, directory)
-    _fsync(directory.parent)
+        if directory.exists():  # a damaged checkpoint of the same step, or the same one again
+            os.replace(directory, old)
+        os.replace(staging, directory)
+        _fsync(directory.parent)
+    finally:
+        with contextlib.suppress(OSError):  # another process has published, or there is nothing to put back
+            os.replace(old, directory)
+        for leftover in (staging, old):  # on a full disk, half a checkpoint is in everyone's way
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:

@@ -419,11 +419,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "line"),
         [
-            ({"num_images": 1}, "num_images is 1: it must be 2 or more"),
-            ({"batch_size": 0}, "batch_size is 0"),
-            ({"max_neighbours": 9}, "max_neighbours is 9: it must be 10 or more"),
-            ({"likelihood_images": 0}, "likelihood_images is 0"),
-            ({"num_bootstrap": 1}, "num_bootstrap is 1: it must be 0, or 2 or more"),
+            ({"num_images": 1}, "num_images 1: it must be a whole number of at least 2"),
+            ({"batch_size": 0}, "batch_size 0: it must be a whole number of at least 1"),
+            ({"max_neighbours": 9}, "max_neighbours 9: it must be a whole number of at least 10"),
+            ({"likelihood_images": 0}, "likelihood_images 0: it must be a whole number of at least 1"),
+            ({"num_bootstrap": 1}, "num_bootstrap 1: it must be 0, or 2 or more"),
         ],
     )
     def test_numbers_out_of_range(self, options, line):

@@ -32,11 +32,7 @@ def inputs(network: nn.Module, batch_size: int = 4) -> torch.Tensor:
     return torch.rand(shape, generator=generator) * 2 - 1
 
 
-def ids(options: dict) -> str:
-    return ",".join(f"{name}={value}" for name, value in options.items()) or "defaults"
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_option_trains_every_parameter_and_survives_a_save(network, options, tmp_path):
     model = make(network, **options)
@@ -71,10 +67,7 @@ def test_at_64_pixels_it_is_the_network_of_the_paper():
         *(nn.Conv2d(nc, 8, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)),
         *(*down(8, 16), *down(16, 32), *down(32, 64), nn.Conv2d(64, 1, 4, 1, 0, bias=False)),
     )
-    ours = [
-        TinyDCGANGenerator(64, nc, nz, (8, 16, 32, 64)),
-        TinyDCGANDiscriminator(64, nc, (8, 16, 32, 64)),
-    ]
+    ours = [TinyDCGANGenerator(64, nc, nz, (8, 16, 32, 64)), TinyDCGANDiscriminator(64, nc, (8, 16, 32, 64))]
     for theirs, network in zip((generator, discriminator), ours, strict=True):
         network.load_state_dict(dict(zip(network.state_dict(), theirs.state_dict().values(), strict=True)))
         x = inputs(network)

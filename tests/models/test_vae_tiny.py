@@ -40,11 +40,7 @@ def images(vae: TinyVAEModel, batch_size: int = 2, seed: int = 1) -> torch.Tenso
     return torch.randint(256, shape, generator=generator) / 127.5 - 1
 
 
-def ids(options: dict) -> str:
-    return ",".join(f"{name}={value}" for name, value in options.items()) or "defaults"
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_trains_every_parameter_and_survives_a_save(options, tmp_path):
     vae = make(**options)
     sample, noise = images(vae), torch.randn(2, vae.config.latent_dim)

@@ -1,12 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyDDPMScheduler
 from tiny_diffusers.pipelines.pipeline_tiny import image_generators
@@ -26,12 +21,8 @@ def sample(pipe):
     """Returns a function that samples two images as a tensor, always from the same noise."""
 
     def call(class_labels=None, pipe=pipe, batch_size=2, **arguments):
-        arguments = {
-            "num_inference_steps": 4,
-            "output_type": "pt",
-            "generator": image_generators(0, batch_size),
-        } | arguments
-        return pipe(class_labels, batch_size, **arguments).images
+        defaults = {"num_inference_steps": 4, "output_type": "pt", "generator": image_generators(0, batch_size)}
+        return pipe(class_labels, batch_size, **(defaults | arguments)).images
 
     return call
 
@@ -165,11 +156,8 @@ def test_a_callback_can_change_the_guidance_scale(pipe):
 
 
 def test_under_guidance_a_learned_variance_is_conditional(make_unet, quiet):
-    pipe = quiet(
-        TinyConditionalPipeline(
-            make_unet(classes=3, learned=True), TinyDDPMScheduler(variance_type="learned_range"), id2label=NAMES
-        )
-    )
+    unet, scheduler = make_unet(classes=3, learned=True), TinyDDPMScheduler(variance_type="learned_range")
+    pipe = quiet(TinyConditionalPipeline(unet, scheduler, id2label=NAMES))
     x_t, timestep = torch.randn(2, 1, 8, 8), torch.tensor(500)
     pipe._num_timesteps = 1
     guided = pipe._guided_predict(torch.tensor([0, 1]), 3.0, (0.0, 1.0))(x_t, timestep, 0)
@@ -207,10 +195,8 @@ def test_thresholding_with_a_stock_scheduler_is_more_than_clipping(pipe, sample)
 
 
 def test_thresholding_keeps_high_guidance_finite(pipe):
-    output = pipe(
-        "cat", 2, guidance_scale=20.0, dynamic_thresholding=0.9, num_inference_steps=3, output_type="pt",
-        return_intermediates=3,
-    )  # fmt: skip
+    options = {"num_inference_steps": 3, "output_type": "pt", "return_intermediates": 3}
+    output = pipe("cat", 2, guidance_scale=20.0, dynamic_thresholding=0.9, **options)
     assert all(torch.isfinite(i.pred_original_sample).all() for i in output.intermediates)
     assert output.intermediates[-1].pred_original_sample.shape == (2, 1, 8, 8)
 

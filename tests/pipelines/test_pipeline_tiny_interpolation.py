@@ -8,15 +8,10 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffusers.utils import export_to_gif
 
-from tiny_diffusers import (
-    TinyConditionalPipeline,
-    TinyDDIMScheduler,
-    TinyDDPMScheduler,
-    TinyInterpolationPipeline,
-    TinyPipeline,
-)
+from tiny_diffusers.pipelines import TinyConditionalPipeline, TinyInterpolationPipeline, TinyPipeline
 from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 from tiny_diffusers.pipelines.pipeline_tiny_interpolation import slerp
+from tiny_diffusers.schedulers import TinyDDIMScheduler, TinyDDPMScheduler
 
 
 QUICK = {"num_inference_steps": 4, "output_type": "pt"}
@@ -81,11 +76,9 @@ def test_the_frames_are_in_order_and_the_path_is_smooth(pipe):
 
 def test_linear_interpolation_has_less_noise_than_slerp(pipe):
     middle = {}
-    for interpolation in ("slerp", "linear"):
-        output = pipe(
-            latents=noise(2), num_frames=3, interpolation=interpolation, return_intermediates=4, **QUICK
-        )  # fmt: skip
-        middle[interpolation] = output.intermediates[0].sample[1].std()
+    for kind in ("slerp", "linear"):
+        output = pipe(latents=noise(2), num_frames=3, interpolation=kind, return_intermediates=4, **QUICK)
+        middle[kind] = output.intermediates[0].sample[1].std()
     assert middle["linear"] < middle["slerp"]
 
 
@@ -138,9 +131,8 @@ def test_inversion_reconstructs_images(make_unet, quiet, scheduler, prediction_t
     pipe = quiet(TinyInterpolationPipeline(unet, scheduler(**config)))
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     latents = pipe.invert(images, num_inference_steps=20)
-    again = quiet(TinyPipeline(unet, pipe.scheduler))(
-        2, latents=latents, num_inference_steps=20, output_type="pt"
-    ).images
+    alone = quiet(TinyPipeline(unet, pipe.scheduler))
+    again = alone(2, latents=latents, num_inference_steps=20, output_type="pt").images
     psnr = -10 * torch.log10((again - images).square().mean())
     assert latents.shape == (2, 1, 8, 8) and psnr > 30
 
@@ -165,17 +157,15 @@ def test_images_are_accepted_in_every_form(pipe):
     torch.testing.assert_close(latents[0], latents[2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pipe.invert(pil[0], num_inference_steps=2), latents[0][:1], atol=1e-5, rtol=1e-5)
     assert len(pipe(images=pil, num_frames=3, num_inference_steps=2).images) == 3
-    assert (
-        len(pipe(images=[image.convert("RGB").resize((16, 16)) for image in pil], num_inference_steps=2).images) == 16
-    )
+    others = [image.convert("RGB").resize((16, 16)) for image in pil]
+    assert len(pipe(images=others, num_inference_steps=2).images) == 16
 
 
 # ------------------------------------------------------------------------------------------------------ invalid input
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "eta"),
-    [(TinyDDIMScheduler, 0.5), (TinyDDPMScheduler, 0.0), (EulerAncestralDiscreteScheduler, 0.0)],
+    ("scheduler", "eta"), [(TinyDDIMScheduler, 0.5), (TinyDDPMScheduler, 0.0), (EulerAncestralDiscreteScheduler, 0.0)]
 )
 def test_a_path_that_is_not_smooth_is_warned_about(pipe, caplog, scheduler, eta):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)

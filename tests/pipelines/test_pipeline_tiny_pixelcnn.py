@@ -255,7 +255,7 @@ def test_nonfinite_parameters_are_refused(make_pipe, variant):
         ({"output_type": "latent"}, "'pil', 'np', 'pt'"),
         ({"batch_size": 2, "generator": [torch.Generator()]}, "one per image"),
         ({"images": torch.zeros(1, 1, 5, 5)}, "together"),
-        ({"images": torch.zeros(1, 1, 4, 4), "mask": torch.ones(4, 4)}, "5 by 5"),
+        ({"images": torch.zeros(1, 1, 4, 4), "mask": torch.ones(4, 4)}, r"\(batch, 1, 5, 5\)"),
         ({"images": torch.full((1, 1, 5, 5), 2.0), "mask": torch.ones(5, 5)}, r"\[0, 1\]"),
         ({"images": torch.full((1, 1, 5, 5), 0.51), "mask": torch.ones(5, 5)}, "between the network's 16 levels"),
         ({"images": torch.zeros(2, 1, 5, 5), "mask": torch.ones(5, 5), "batch_size": 3}, "one for each of 3"),

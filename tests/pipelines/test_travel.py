@@ -12,26 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_diffusers.models as models
-import tiny_diffusers.pipelines
-import tiny_diffusers.schedulers
-from tiny_diffusers import (
-    TinyConditionalPipeline,
-    TinyDCGANDiscriminator,
-    TinyDCGANGenerator,
-    TinyDCGANPipeline,
-    TinyDDIMScheduler,
-    TinyInterpolationPipeline,
-    TinyPipeline,
-    TinyPixelCNNModel,
-    TinyPixelCNNPipeline,
-    TinyVAEModel,
-    TinyVAEPipeline,
-    hub,
-)
+from tiny_diffusers import hub, models, pipelines, schedulers
+from tiny_diffusers.pipelines import TinyConditionalPipeline, TinyPipeline
 
 
-ROOMS = [Path(room.__file__).parent for room in (tiny_diffusers.pipelines, tiny_diffusers.schedulers, models)]
+ROOMS = [Path(room.__file__).parent for room in (pipelines, schedulers, models)]
 FILES = [file for room in ROOMS for file in sorted(room.glob("*.py")) if file.name != "__init__.py"]
 ALLOWED = {"diffusers", "numpy", "PIL", "torch"} | sys.stdlib_module_names
 
@@ -101,24 +86,25 @@ def test_file_names_are_unique_across_the_rooms():
 
 def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_unet, quiet, tmp_path):
     unets = {"stock": make_unet(classes=3), "tiny": make_unet(stock=False, classes=3)}
+    ddim, labels = schedulers.TinyDDIMScheduler(), {0: "cat", 1: "dog"}
     steps = {"num_inference_steps": 4}
     guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, **steps}
     sizes = {"sample_size": 8, "block_out_channels": (8,), "num_class_embeds": 2}
-    generator = TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
-    discriminator = TinyDCGANDiscriminator(in_channels=1, **sizes)
-    vae = TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
-    pixelcnn = TinyPixelCNNModel(4, 1, 4, hidden_channels=8, num_layers=1).eval()
+    generator = models.TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
+    discriminator = models.TinyDCGANDiscriminator(in_channels=1, **sizes)
+    vae = models.TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
+    pixelcnn = models.TinyPixelCNNModel(4, 1, 4, hidden_channels=8, num_layers=1).eval()
     plans = {
-        "unconditional": (TinyPipeline(make_unet(stock=False), TinyDDIMScheduler()), {"batch_size": 2, **steps}),
-        "conditional": (TinyConditionalPipeline(unets["tiny"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
-        "around_stock": (TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"}), guided),
+        "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
+        "conditional": (TinyConditionalPipeline(unets["tiny"], ddim, labels), guided),
+        "around_stock": (TinyConditionalPipeline(unets["stock"], ddim, labels), guided),
         "walk": (
-            TinyInterpolationPipeline(unets["tiny"], TinyDDIMScheduler()),
+            pipelines.TinyInterpolationPipeline(unets["tiny"], ddim),
             {"seeds": [0, 1], "class_labels": [0, 2], **steps},
         ),
-        "vae": (TinyVAEPipeline(vae), {"batch_size": 2}),
-        "pixelcnn": (TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
-        "dcgan": (TinyDCGANPipeline(generator, discriminator, {0: "cat", 1: "dog"}), {"class_labels": ["cat", "dog"]}),
+        "vae": (pipelines.TinyVAEPipeline(vae), {"batch_size": 2}),
+        "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
+        "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels), {"class_labels": ["cat", "dog"]}),
     }
     jobs = []
     for name, (pipe, call) in plans.items():
@@ -129,7 +115,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
         jobs.append([str(tmp_path / name), {}, call])
     # a stock checkpoint, loaded into one of our pipelines by its file
     stock_folder = tmp_path / "community"
-    pipe = TinyConditionalPipeline(unets["stock"], TinyDDIMScheduler(), {0: "cat", 1: "dog"})
+    pipe = TinyConditionalPipeline(unets["stock"], ddim, labels)
     pipe.save_pretrained(stock_folder)
     plans["community"] = (pipe, guided)
     jobs.append([str(stock_folder), {"custom_pipeline": str(ROOMS[0] / "pipeline_tiny_conditional.py")}, guided])

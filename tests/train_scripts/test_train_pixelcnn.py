@@ -77,7 +77,7 @@ def test_training_goes_on_from_a_checkpoint(train):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num_levels", "512"], "256 levels"),
+        (["--num_levels", "512"], r"--num_levels 512: it must be in \[2, 256\]"),
         (["--single_image", "100000"], "has the images 0 to"),
         (["--temperature", "0"], "above 0"),
         (["--temperature", "inf"], "finite"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
@@ -197,8 +198,8 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_earlier_one(whole, 
     shutil.copytree(whole, folder)
     (folder / "checkpoint-6" / "state.json").unlink()
     _train(folder, *RESUME, "--checkpointing_steps", "5", "--checkpoints_total_limit", "1")
-    assert [path.name for path in RunFolder(folder).list_checkpoints()] == ["checkpoint-5"]
-    assert find_damage(folder / "checkpoint-5") is None
+    assert [path.name for path in RunFolder(folder).list_checkpoints()] == ["checkpoint-6"]  # the end's
+    assert find_damage(folder / "checkpoint-6") is None
 
 
 def test_half_written_files_of_a_kill_are_no_obstacle(whole, run):
@@ -608,3 +609,25 @@ def test_float16_that_overflows_in_sampling_is_caught_with_advice(tmp_path):
     pipe(num_inference_steps=2, generator=generator)
     with pytest.raises(ValueError, match="torch.float16.*float32 and bfloat16"):
         pipe.to(torch.float16)(num_inference_steps=2, generator=generator)
+
+
+def test_a_finished_run_is_continued_from_its_end(tmp_path, capsys):
+    _train(tmp_path / "run", "--checkpointing_steps", "100")
+    assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["checkpoint-6"]
+    _train(tmp_path / "run", *RESUME, "--checkpointing_steps", "100", steps=8)
+    assert "starts at step 0" not in capsys.readouterr().err
+    assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "key"), [("learning_rate", "1e-5", "lr"), ("adam_weight_decay", "0.5", "weight_decay")]
+)
+def test_a_resumed_run_uses_its_own_hyperparameters_and_says_so(run, capsys, flag, value, key):
+    _train(run, *RESUME, f"--{flag}", value, "--lr_scheduler", "constant", steps=8)
+    assert f"--{flag} is {float(value)}, but was" in capsys.readouterr().err
+    groups = json.loads((run / "checkpoint-8" / "unet_optimizer" / "optimizer.json").read_text())["param_groups"]
+    assert groups[0][key] == float(value)
+    assert yaml.safe_load((run / "config.yaml").read_text())[flag] == float(value)
+    if key == "lr":
+        rates = {line["lr"] for line in read_log(run) if line["step"] > 4 and "lr" in line}
+        assert rates == {float(value)}

@@ -1,10 +1,9 @@
 """Cache of decoded images on disk: one folder for each dataset and request, with `images.npy` and `data.json`."""
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import PIL
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from ..runs import publish
 from .images import ImageData, compute_fingerprint
 
 
@@ -19,10 +19,7 @@ _CACHE_FORMAT = 1  # increase it when the same files are decoded to other pixels
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
-    """
-    Returns this package's cache folder: in `cache_dir` if it is given, else `$TINY_DIFFUSERS_CACHE` or
-    `$HF_HOME/tiny_diffusers`.
-    """
+    """Returns the cache folder: in `cache_dir` if given, else `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers`."""
     if cache_dir is not None:
         return Path(cache_dir) / "tiny_diffusers"
     return Path(os.environ.get("TINY_DIFFUSERS_CACHE") or Path(HF_HOME) / "tiny_diffusers")
@@ -65,18 +62,13 @@ def write_cache(directory: Path, data: ImageData) -> ImageData:
         "notes": data.notes,
     }
     record["checksum"] = _checksum(record)
-    staging = None
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent)
-        np.save(Path(staging, "images.npy"), data.images.numpy())
-        Path(staging, "data.json").write_text(json.dumps(record), encoding="utf-8")
-        # If two processes write the same data at once, one rename fails. Both wrote the same files.
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(staging, directory)
-    except OSError:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+
+    def write(staging: Path) -> None:
+        np.save(staging / "images.npy", data.images.numpy())
+        (staging / "data.json").write_text(json.dumps(record), encoding="utf-8")
+
+    with contextlib.suppress(OSError):  # the disk is full, or another process has written the same files meanwhile
+        publish(directory, write)
     return read_cache(directory) or data
 
 

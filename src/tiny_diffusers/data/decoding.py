@@ -48,6 +48,7 @@ def decode_source(
         [`~tiny_diffusers.errors.UserError`]: If the images are not square or differ in size and `resolution` is None,
             if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
     """
+    name, total = source.name, len(source.rows)
     storage = None
     kept, broken = [], []  # positions in `source.rows`; names of files
     changes = Counter()
@@ -55,33 +56,31 @@ def decode_source(
         if image is None:
             broken.append(said)
             continue
-        size = image.shape[1:]
+        height, width = image.shape[1:]
         if storage is None:
-            if size[0] != size[1]:
+            if height != width:
                 raise UserError(
-                    f"The images of '{source.name}' are not square ({size[1]}x{size[0]}): make them square, or set "
-                    "`resolution`."
+                    f"The images of '{name}' are not square ({width}x{height}): make them square, or set `resolution`."
                 )
-            storage = _allocate((len(source.rows), channels or 3, *size), scratch)
-        if size != storage.shape[2:]:
-            side = storage.shape[2]
+            side = width
+            storage = _allocate((total, channels or 3, side, side), scratch)
+        if (height, width) != (side, side):
             raise UserError(
-                f"The images of '{source.name}' differ in size ({side}x{side}, {size[1]}x{size[0]}): resize them to "
-                "one size, or set `resolution`."
+                f"The images of '{name}' differ in size ({side}x{side}, {width}x{height}): resize them to one size, "
+                "or set `resolution`."
             )
         storage[len(kept)] = image  # a grey image is repeated over the channels
         kept.append(position)
         changes.update(said)
 
-    total = len(source.rows)
     if len(broken) > _MAX_BROKEN_SHARE * total:
         raise UserError(
-            f"{len(broken):,} of {total:,} images of '{source.name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
+            f"{len(broken):,} of {total:,} images of '{name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
             f"{abbreviate(broken)}. Repair or remove them."
         )
     grey = changes.pop("grey", 0)
     if channels is None and grey == len(kept):
-        images = _allocate((len(kept), 1, *storage.shape[2:]), scratch)
+        images = _allocate((len(kept), 1, side, side), scratch)
         images[:] = storage[: len(kept), :1]
     else:
         images = storage[: len(kept)]
@@ -97,7 +96,7 @@ def decode_source(
         images=images,
         labels=labels,
         id2label=None if labels is None else dict(enumerate(source.class_names)),
-        name=source.name,
+        name=name,
         split=source.split,
         fingerprint=compute_fingerprint(images, labels),
         notes=source.notes + notes,
@@ -128,7 +127,9 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
             try:
                 results.append((position, *_decode_image(image, *options)))
             except Exception:  # Pillow raises almost any exception for a damaged file
-                results.append((position, None, _row_name(source, position, image)))
+                path = image and image["path"]
+                name = relative_name(Path(path), source.folder) if path else f"row {source.rows[position]}"
+                results.append((position, None, name))
         return results
 
     total = len(source.rows)
@@ -144,12 +145,6 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
             for results in pool.map(decode, *zip(*parts, strict=True)):
                 yield from results
                 progress.update(len(results))
-
-
-def _row_name(source: Source, position: int, encoded: dict | None) -> str:
-    if encoded is None or not encoded["path"]:
-        return f"row {source.rows[position]}"
-    return relative_name(Path(encoded["path"]), source.folder)
 
 
 def _decode_image(
@@ -202,7 +197,7 @@ def _to_grey_or_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     changes = []
     if image.mode == "P":
         changes.append("had a palette, converted to RGB")
-    elif image.mode not in ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa"):
+    elif not grey and image.mode not in ("RGB", "RGBA", "RGBa"):
         changes.append(f"were {image.mode}, converted to RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
 _MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+_LABEL_DTYPES = ("int", "uint", "bool", "string", "large_string")  # or longer names, such as "int64"
 
 
 def open_dataset(
@@ -157,14 +158,15 @@ def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, sp
 
     features = dataset.features
     classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    discrete = [column for column, feature in features.items() if _is_discrete(feature)]
+    dtypes = {column: feature.dtype for column, feature in features.items() if isinstance(feature, datasets.Value)}
+    discrete = [column for column, dtype in dtypes.items() if dtype.startswith(_LABEL_DTYPES)]
     if given is not None:
         if given not in features:
             raise unknown(f"label_column of '{name}'", given, dataset.column_names)
         if given not in classes + discrete:
             raise UserError(
                 f"label_column '{given}' of '{name}' holds neither classes nor integers nor strings: choose another "
-                f"column of {', '.join(dataset.column_names)}."
+                f"column of {', '.join(features)}."
             )
         return [given]
     # If each split has its own folder, `datasets` takes these folders for classes.
@@ -173,14 +175,6 @@ def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, sp
         most = min(_MAX_CLASSES, len(dataset) // 2)  # captions and serial numbers do not repeat
         found = [column for column in discrete if len(dataset.unique(column)) <= most]
     return sorted(found, key=lambda column: column != "label")
-
-
-def _is_discrete(feature: object) -> bool:
-    import datasets
-
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
-        ("int", "uint", "bool", "string", "large_string")
-    )
 
 
 def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, list[str]]:

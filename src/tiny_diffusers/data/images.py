@@ -73,26 +73,13 @@ def held_out(num_images: int, share: float, seed: int = 0) -> tuple[torch.Tensor
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """
-    Converts uint8 images in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1.
-
-    Args:
-        images (`torch.Tensor`): uint8, of any shape.
-
-    Returns:
-        `torch.Tensor`: float32, of the same shape and on the same device.
-    """
+    """Converts uint8 images in [0, 255], of any shape, to float32 in [-1, 1] on the same device: x / 127.5 - 1."""
     return images.float().div(127.5).sub_(1)
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """
-    Converts images in [-1, 1] to uint8 in [0, 255], rounded and clamped: `denormalize(normalize(x))` equals `x`.
-
-    Args:
-        images (`torch.Tensor`): Floating point, of any shape.
-
-    Returns:
-        `torch.Tensor`: uint8, of the same shape and on the same device.
+    Converts floating-point images in [-1, 1], of any shape, to uint8 in [0, 255] on the same device, rounded and
+    clamped: `denormalize(normalize(x))` equals `x`.
     """
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -43,21 +43,18 @@ def load_images(
             handwritten 8x8 digits. They need no network and have the split `"train"` only.
         dataset_config_name (`str`, *optional*): The configuration, for a dataset with several.
         train_data_dir (`str` or `os.PathLike`, *optional*): A folder, instead of `dataset_name`.
-        split (`str`, defaults to `"train"`):
-            The split to read, or a slice in the syntax of `datasets`, such as `"train[:1000]"`.
+        split (`str`, defaults to `"train"`): The split, or a slice in the syntax of `datasets`: `"train[:1000]"`.
         image_column, label_column (`str`, *optional*): By default columns are found by their features: an `Image` for
             the images; a `ClassLabel`, or else an integer or string column whose values repeat, for the labels.
-        resolution (`int`, *optional*):
-            Side of the square images in pixels. Not needed if all images already have one square size.
+        resolution (`int`, *optional*): Side of the images in pixels. Not needed if all are squares of one size.
         center_crop (`bool`, defaults to `False`): Crop images that are not square at their centre. By default the
             position is pseudo-random and depends only on the bytes of the file.
         classes (`str` or sequence of `str` or `int`, *optional*):
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
         max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
         channels (`int`, *optional*): 1 or 3. Defaults to 1 if all images are grey, else 3.
-        cache_dir (`str` or `os.PathLike`, *optional*):
-            Folder for the caches of `datasets` and of the decoded images. Defaults to the one of `datasets`, and to
-            `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers` for the decoded images.
+        cache_dir (`str` or `os.PathLike`, *optional*): Folder for the caches of `datasets` and of the decoded images.
+            Defaults to their own: for the images `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers`.
         require_labels (`bool`, defaults to `False`): Raise an error if an image has no label.
 
     Returns:
@@ -73,9 +70,7 @@ def load_images(
     if channels not in (None, 1, 3):
         raise UserError(f"channels must be 1 (grey), 3 (RGB) or None (grey if all images are), not {channels}.")
     if train_data_dir is not None and dataset_name != "digits":
-        raise UserError(
-            f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}' were both given: give only one."
-        )
+        raise UserError(f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}': give only one.")
 
     # The cache key depends on the order of these options.
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}

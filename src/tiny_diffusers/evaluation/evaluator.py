@@ -28,13 +28,13 @@ from .. import __version__, hardware
 from ..data import ImageData, cache_root
 from ..errors import UserError
 from ..plots import image_grid
-from . import features as feature_extractors
+from . import features as extractors
 from . import images as image_sets
 from .features import Extractor
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
 from .measurement import FeatureSet, FeatureSets, ImageSet, Measurement
 from .metrics import Estimate
-from .report import METRICS, Protocol, Report
+from .report import Protocol, Report
 
 
 FEATURE_BATCH = 64
@@ -42,7 +42,6 @@ _CACHE_FORMAT = 1  # raised when the same images would get other features
 _ENOUGH_IMAGES = 10_000  # the bias of a Frechet distance is small from here on, with any features
 _WORK_FOLDER = ".evaluation"  # in the output folder; hidden files are not pushed
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
-_IMAGES = (ImageData, np.ndarray, torch.Tensor)  # types that are measured in place of a pipeline
 
 
 def evaluate(
@@ -73,8 +72,7 @@ def evaluate(
         output_dir (`str` or `Path`, *optional*): Folder for `report.json`, `report.md` and `report.png`. Drawn images
             are kept in a hidden folder below it, or else in the package's cache, and a stopped run resumes from them.
         name (`str`, *optional*): Name of the model in the report.
-        load (`dict`, *optional*):
-            Arguments of [`~tiny_diffusers.data.load_images`] that loaded the reference, for the report.
+        load (`dict`, *optional*): Arguments of [`~tiny_diffusers.data.load_images`] for the reference, for the report.
         command (`str`, *optional*): The command line, for the report.
 
     Returns:
@@ -85,19 +83,17 @@ def evaluate(
     """
     protocol = protocol or Protocol()
     state = processes()
-    extractor = feature_extractors.load(
-        protocol.features, protocol.feature_weights, protocol.feature_dtype, device=state.device
-    )
+    extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
     reference = _as_data(reference, "reference")
     shape = tuple(reference.images.shape[1:])
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")
-    no_likelihood = _why_no_likelihood(pipe_or_images, reference, protocol)
+    no_likelihood = why_unavailable(pipe_or_images, reference, protocol)
     work = Path(output_dir, _WORK_FOLDER) if output_dir is not None else cache_root() / "samples"
 
     # 1. Images
-    if isinstance(pipe_or_images, _IMAGES):
+    if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
         data, source = _given_images(pipe_or_images, reference, protocol, name)
     else:
         data, source = _draw_images(pipe_or_images, reference, protocol, work, state, name)
@@ -119,16 +115,7 @@ def evaluate(
     # 3. Bits/dim
     likelihood = None
     if "bits_per_dim" in protocol.metrics and no_likelihood is None:
-        num_images = min(protocol.likelihood_images, len(real))
-        likelihood = measure_likelihood(
-            pipe_or_images,
-            real,
-            work / f"bits-{source['key']}-{real.fingerprint[:16]}-{num_images}.npy",
-            num_images=num_images,
-            seed=protocol.seed,
-            batch_size=protocol.batch_size,
-            state=state,
-        )
+        likelihood = measure_likelihood(pipe_or_images, real, protocol, work, source["key"], state)
         source["likelihood"] = likelihood.describe()
 
     # 4. Metrics and report
@@ -136,29 +123,25 @@ def evaluate(
     if state.is_main_process:
         bits_per_dim = None if likelihood is None else likelihood.mean()
         measured = Measurement(protocol, extractor, sets, bits_per_dim)
-        id2label = reference.id2label or {}
+        names = reference.id2label or {}
         report = Report(
             protocol=asdict(protocol),
-            measured_by=_measured_by(protocol, extractor, sets, training, likelihood),
+            measured_by=_measured_by(measured, training, likelihood, load),
             source=source,
             figures=_as_json(measured.figures),
-            per_class={
-                id2label.get(label, str(label)): _as_json(figures) for label, figures in measured.per_class.items()
-            },
+            per_class={names.get(i, str(i)): _as_json(figures) for i, figures in measured.per_class.items()},
             baselines={
                 kind: {"images": len(sets.compared(kind)[0]), "figures": _as_json(figures)}
                 for kind, figures in measured.baselines.items()
             },
-            warnings=_warnings(protocol, extractor, sets, training, likelihood, no_likelihood),
+            warnings=_warnings(measured, training, likelihood, no_likelihood),
             versions=_versions(),
             command=command,
         )
-        report.measured_by["reference"]["load"] = load or {}
         if output_dir is not None:
             report.save(output_dir)
             _picture(sets, "nearest_neighbour" in protocol.metrics).save(Path(output_dir, "report.png"))
-    if state.num_processes > 1:
-        (report,) = broadcast_object_list([report])
+    (report,) = broadcast_object_list([report])
     return report
 
 
@@ -173,23 +156,6 @@ def _as_data(images: ImageData | np.ndarray | torch.Tensor, name: str) -> ImageD
         return images
     pixels = torch.from_numpy(np.array(image_sets.to_uint8(images)))
     return ImageData(pixels, None, None, name, "as given", image_sets.fingerprint(pixels.numpy()))
-
-
-def _why_no_likelihood(given: Any, reference: ImageData, protocol: Protocol) -> str | None:
-    """
-    Returns why bits/dim cannot be measured, or None.
-
-    Raises:
-        [`~tiny_diffusers.errors.UserError`]: If a pipeline has none and the protocol names them, other than by "all".
-    """
-    if "bits_per_dim" not in protocol.metrics:
-        return None
-    if isinstance(given, _IMAGES):
-        return "images alone have no likelihood"
-    reason = why_unavailable(given, reference)
-    if reason is not None and set(protocol.metrics) != set(METRICS):
-        raise UserError(f"Leave out the metric bits_per_dim: {reason}.")
-    return reason
 
 
 # Images
@@ -217,12 +183,7 @@ def _with_labels_of(reference: ImageData, data: ImageData) -> ImageData:
 
 
 def _draw_images(
-    pipe: DiffusionPipeline,
-    reference: ImageData,
-    protocol: Protocol,
-    work: Path,
-    state: PartialState,
-    name: str | None,
+    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, work: Path, state: PartialState, name: str | None
 ) -> tuple[ImageData, dict[str, Any]]:
     """Draws images from a pipeline, or reconstructs real ones; returns them with their entry in the report."""
     reconstructs = protocol.kind == "reconstructions"
@@ -230,27 +191,27 @@ def _draw_images(
         raise UserError(
             f"Reconstructions need a pipeline with a `reconstruct` method, a VAE: a {type(pipe).__name__} has none."
         )
-    labels, id2label = _labels_to_draw(pipe, reference, protocol)
+    labels, id2label = _labels_to_draw(pipe, real, protocol)
     source = _describe_pipeline(pipe, protocol, name)
     described = [source, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
-    real = None
+    originals = None
     if reconstructs:
-        described += [protocol.kind, reference.fingerprint]
-        real = reference.images.numpy()
-        real = real[image_sets.order_of(real)[: protocol.num_images]]
+        described += [protocol.kind, real.fingerprint]
+        originals = real.images.numpy()
+        originals = originals[image_sets.order_of(originals)[: protocol.num_images]]
     source["key"] = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
     images = image_sets.sample(
         pipe,
-        tuple(reference.images.shape[1:]),
+        tuple(real.images.shape[1:]),
         work / f"samples-{source['key']}.npy",
-        num_images=protocol.num_images if real is None else len(real),
+        num_images=protocol.num_images if originals is None else len(originals),
         seed=protocol.seed,
         batch_size=protocol.batch_size,
         options=protocol.sampling,
         state=state,
         class_labels=labels,
-        real=real,
+        real=originals,
     )
     images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
     labels = None if labels is None else torch.from_numpy(labels)
@@ -267,7 +228,7 @@ def _describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | 
         "name": name or pipe.config.get("_name_or_path") or type(pipe).__name__,
         "class": type(pipe).__name__,
         "weights_sha256": {
-            part: feature_extractors.digest(module)
+            part: extractors.digest(module)
             for part, module in sorted(pipe.components.items())
             if isinstance(module, torch.nn.Module)
         },
@@ -344,26 +305,15 @@ class _FeatureFiles:
         def compute(start: int, stop: int) -> np.ndarray:
             return self.extractor(torch.from_numpy(read(start, stop))).numpy()
 
-        return image_sets.fill(
-            path,
-            (rows, self.dim),
-            np.float32,
-            compute,
-            batch_size=FEATURE_BATCH,
-            state=self.state,
-            desc=f"Features: {desc}",
-        )
+        shape, desc = (rows, self.dim), f"Features: {desc}"
+        return image_sets.fill(path, shape, np.float32, compute, batch_size=FEATURE_BATCH, state=self.state, desc=desc)
 
 
 # Report
 
 
 def _measured_by(
-    protocol: Protocol,
-    extractor: Extractor,
-    sets: FeatureSets,
-    training: ImageData | None,
-    likelihood: Likelihood | None,
+    measured: Measurement, training: ImageData | None, likelihood: Likelihood | None, load: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Returns everything that must agree before two reports can be compared."""
 
@@ -378,14 +328,14 @@ def _measured_by(
         }
 
     measured_by = {
-        "num_images": len(sets.generated),
-        "features": extractor.preprocessing,
+        "num_images": len(measured.sets.generated),
+        "features": measured.extractor.preprocessing,
         "feature_batch": FEATURE_BATCH,
-        "reference": describe(sets.real.data),
-        "max_neighbours": protocol.max_neighbours,
+        "reference": describe(measured.sets.real.data) | {"load": load or {}},
+        "max_neighbours": measured.protocol.max_neighbours,
     }
     if likelihood is not None:
-        measured_by["likelihood_images"] = protocol.likelihood_images
+        measured_by["likelihood_images"] = measured.protocol.likelihood_images
         measured_by["likelihood_levels"] = likelihood.levels
     if training is not None:
         measured_by["training"] = describe(training)
@@ -393,14 +343,10 @@ def _measured_by(
 
 
 def _warnings(
-    protocol: Protocol,
-    extractor: Extractor,
-    sets: FeatureSets,
-    training: ImageData | None,
-    likelihood: Likelihood | None,
-    no_likelihood: str | None,
+    measured: Measurement, training: ImageData | None, likelihood: Likelihood | None, no_likelihood: str | None
 ) -> list[str]:
     """Returns the caveats of the metrics."""
+    protocol, sets = measured.protocol, measured.sets
     warnings = []
     if protocol.kind == "reconstructions":
         warnings.append(
@@ -429,10 +375,8 @@ def _warnings(
             warnings.append(f"Real against real has only {size:,} images, the whole training set.")
     if "nearest_neighbour" in protocol.metrics and training is None:
         warnings.append("The distance to the training set was not measured: no training set was given.")
-    if "inception_score" in protocol.metrics and extractor.classifier is None:
-        warnings.append(
-            f"The classifier score was not measured: the features '{protocol.features}' have no classifier."
-        )
+    if "inception_score" in protocol.metrics and measured.extractor.classifier is None:
+        warnings.append(f"The classifier score was not measured: '{protocol.features}' has no classifier.")
     if no_likelihood is not None:
         warnings.append(f"Bits/dim were not measured: {no_likelihood}.")
     if likelihood is not None:
@@ -442,26 +386,12 @@ def _warnings(
 
 
 def _as_json(figures: dict[str, Estimate]) -> dict[str, dict]:
-    return {
-        name: {
-            "value": float(figure.value),
-            "error": None if figure.error is None else float(figure.error),
-            "error_kind": figure.error_kind,
-        }
-        for name, figure in figures.items()
-        if np.isfinite(figure.value)
-    }
+    return {name: figure._asdict() for name, figure in figures.items() if np.isfinite(figure.value)}
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "tiny-diffusers": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": np.__version__,
-    }
+    libraries = {module.__name__: module.__version__ for module in (torch, diffusers, accelerate, np)}
+    return {"python": platform.python_version(), "tiny-diffusers": __version__, **libraries}
 
 
 def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:

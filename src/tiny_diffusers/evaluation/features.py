@@ -12,6 +12,7 @@ import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -40,6 +41,7 @@ EFFICIENTNET_SIZE = 128
 _PIXELS_SIDE = 32  # larger images are reduced to this: a 64x64 colour image would have 12,288 features
 
 
+@dataclass
 class Extractor:
     """
     Feature extractor on one device.
@@ -50,33 +52,19 @@ class Extractor:
         preprocessing (`dict`): The network and everything that is done to an image, in JSON values. These texts are
             part of reports and of the keys of cached features: rewording one makes earlier reports incomparable.
         device (`torch.device`): Device of the network.
-        classifier (`nn.Linear`, *optional*):
-            Maps features to the logits of the network's own classes, for the Inception Score.
+        classifier (`nn.Linear`, *optional*): Maps features to the network's logits, for the Inception Score.
     """
 
-    def __init__(
-        self,
-        name: str,
-        forward: Callable[[torch.Tensor], torch.Tensor],
-        preprocessing: dict,
-        device: torch.device,
-        classifier: nn.Linear | None = None,
-    ):
-        self.name, self.preprocessing, self.device, self.classifier = name, preprocessing, device, classifier
-        self._forward = forward
+    name: str
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    preprocessing: dict
+    device: torch.device
+    classifier: nn.Linear | None = None
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Extracts features.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): uint8, C = 1 (grey) or 3 (RGB).
-
-        Returns:
-            `torch.Tensor` of shape `(B, D)`: float32, on the CPU.
-        """
-        return self._forward(images.to(self.device)).float().cpu()
+        """Extracts features (B, D), float32 on the CPU, from uint8 images (B, C, H, W), C = 1 (grey) or 3 (RGB)."""
+        return self.forward(images.to(self.device)).float().cpu()
 
     @torch.inference_mode()
     def probabilities(self, features: np.ndarray) -> np.ndarray:
@@ -99,8 +87,7 @@ def load(
     Loads an extractor.
 
     Args:
-        name (`str`):
-            `inception` (FID's network of 2015), `dinov2`, `efficientnet-lite0`, `pixels`, or a registered name.
+        name (`str`): `inception` (FID's of 2015), `dinov2`, `efficientnet-lite0`, `pixels`, or a registered name.
         weights (`str` or `Path`, *optional*): For `inception` the file of its weights, if it is not in the cache of
             torch.hub or the Hub; for `dinov2` a folder or a Hub id (default: `facebook/dinov2-large`).
         dtype (`str`, defaults to `"float32"`): Dtype of the network: `"float32"`, or `"bfloat16"`, which is twice as
@@ -142,8 +129,7 @@ def register(
     Args:
         name (`str`): Name of the features.
         network (`nn.Module`): float32 (B, 3, size, size) -> (B, D). The channel of grey images is repeated.
-        size (`int`, *optional*):
-            Images are resized to it with Pillow's antialiased bicubic filter. Defaults to their own size.
+        size (`int`, *optional*): Images are resized to it as by [`resize`]. Defaults to their own size.
         mean, std (`float` or three of them): The network's input is (x / 255 - mean) / std.
         classifier (`nn.Linear`, *optional*): Maps features to logits, for the Inception Score.
     """
@@ -198,19 +184,15 @@ class _Inputs(NamedTuple):
 
     def describe(self, module: nn.Module, network: str, dtype: str) -> dict:
         size = self.size
+        resize = "none" if size is None else f"to {size}x{size}, Pillow's antialiased bicubic, float, not clamped"
         return {
             "network": network,
             "weights_sha256": digest(module),
             "grey images": "channel repeated three times",
-            "resize": "none"
-            if size is None
-            else f"to {size}x{size}, Pillow's antialiased bicubic, float, not clamped",
+            "resize": resize,
             "input": f"(x / 255 - {self.mean}) / {self.std}",
             "dtype": dtype,
         }
-
-
-_IMAGENET_INPUTS = _Inputs(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _network_extractor(
@@ -291,18 +273,14 @@ def _load_dinov2(weights: str | Path | None, dtype: str, device: torch.device) -
         network = AutoModel.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"DINOv2 cannot be loaded from '{source}' ({first_line(error)}): give a folder or a Hub id as the feature "
-            "weights."
+            f"DINOv2 cannot be loaded from '{source}' ({first_line(error)}): give a folder or a Hub id of its weights."
         ) from error
+    inputs = _Inputs(224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # ImageNet's
     preprocessing = {
-        **_IMAGENET_INPUTS.describe(network, source, dtype),
+        **inputs.describe(network, source, dtype),
         "features": f"normalised class token of the last layer, {network.config.hidden_size}",
     }
-
-    def call(images: torch.Tensor) -> torch.Tensor:
-        return network(images).pooler_output
-
-    return _network_extractor("dinov2", network, _IMAGENET_INPUTS, preprocessing, device, call)
+    return _network_extractor("dinov2", network, inputs, preprocessing, device, lambda x: network(x).pooler_output)
 
 
 def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
@@ -325,8 +303,12 @@ def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
 def _load_inception(weights: str | Path | None, dtype: str, device: torch.device) -> Extractor:
     """Loads either form in circulation: the state dict of pytorch-fid and torch-fidelity, or NVIDIA's TorchScript."""
     path = Path(weights) if weights is not None else _find_inception()
-    if not path.is_file():
-        raise UserError(f"There is no file '{path}': {_inception_advice()}")
+    if path is None or not path.is_file():
+        what = "The weights of 'inception' are not on this machine" if path is None else f"There is no file '{path}'"
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise UserError(
+            f"{what}: download {INCEPTION_URL} to {folder}, or give the path of the file as the feature weights."
+        )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     preprocessing = {
         "network": "Inception-v3 of 2015-12-05",
@@ -342,9 +324,7 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     if _is_torchscript(path):
         script = torch.jit.load(str(path), map_location="cpu").eval().to(device)
         preprocessing |= {"resize": "by the TorchScript itself", "input": "by the TorchScript itself"}
-        return Extractor(
-            "inception", lambda images: script(to_rgb(images), return_features=True), preprocessing, device
-        )
+        return Extractor("inception", lambda x: script(to_rgb(x), return_features=True), preprocessing, device)
 
     if not sha256.startswith(INCEPTION_HASH):
         raise UserError(
@@ -354,9 +334,8 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     from .inception import FIDInception
 
     network = FIDInception()
-    missing, unexpected = network.load_state_dict(
-        torch.load(path, map_location="cpu", weights_only=True), strict=False
-    )
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    missing, unexpected = network.load_state_dict(state_dict, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # unused in evaluation mode
     if missing or unexpected:
         raise UserError(
@@ -368,22 +347,15 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     return Extractor("inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier)
 
 
-def _find_inception() -> Path:
+def _find_inception() -> Path | None:
     """Finds the weights in the cache of torch.hub, which pytorch-fid and torch-fidelity use, or of the Hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    candidates = []
     for name in INCEPTION_FILES:
-        candidates = [Path(torch.hub.get_dir(), "checkpoints", name)]
+        candidates.append(Path(torch.hub.get_dir(), "checkpoints", name))
         candidates += sorted(Path(HF_HUB_CACHE).glob(f"models--*/snapshots/*/{name}"))
-        found = next((path for path in candidates if path.is_file()), None)
-        if found is not None:
-            return found
-    raise UserError(f"The weights of the features 'inception' are not on this machine: {_inception_advice()}")
-
-
-def _inception_advice() -> str:
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    return f"download {INCEPTION_URL} to {folder}, or give the path of the file as the feature weights."
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _is_torchscript(path: Path) -> bool:

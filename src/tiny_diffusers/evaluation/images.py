@@ -17,11 +17,13 @@ from diffusers import DiffusionPipeline
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
+from .. import plots
 from ..data import ImageData, load_images
 from ..errors import UserError
 from ..pipelines.pipeline_tiny import image_generators
 
 
+IMAGE_TYPES = (ImageData, np.ndarray, torch.Tensor)  # are measured as they are, in place of a pipeline
 BLUR_SIGMA = 1.0  # pixels, of the blurred baseline
 _ROWS = 4096  # images read at a time
 
@@ -138,14 +140,11 @@ def read_folder(folder: str | Path) -> ImageData:
     if not Path(folder).is_dir():
         raise UserError(f"There is no folder '{folder}': give a folder of images.")
     data = load_images(train_data_dir=folder)
-    broken = next((note for note in data.notes if note.startswith("broken files")), None)
-    if broken is not None:
-        raise UserError(f"'{folder}' has images that cannot be read ({broken}): repair or remove them.")
-    mixed = next((note for note in data.notes if "were grey" in note), None)
-    if mixed is not None:
-        raise UserError(
-            f"'{folder}' mixes grey and colour images ({mixed}): evaluate them separately, or convert them."
-        )
+    for note in data.notes:
+        if note.startswith("broken files"):
+            raise UserError(f"'{folder}' has images that cannot be read ({note}): repair or remove them.")
+        if "were grey" in note:
+            raise UserError(f"'{folder}' mixes grey and colour images ({note}): separate them, or convert them.")
     return data
 
 
@@ -159,16 +158,7 @@ def to_uint8(images: np.ndarray | torch.Tensor) -> np.ndarray:
     images = images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UserError(f"Images must have the shape (N, C, H, W) with C = 1 or 3: these have {images.shape}.")
-    if images.dtype == np.uint8:
-        return images
-    if np.isnan(images).any():
-        raise UserError("The images have NaN pixels: an overflow in the model, or in whatever produced them.")
-    low, high = images.min(), images.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise UserError(
-            f"Images must be uint8, or floats in [0, 1]: these are {images.dtype} in [{low:.3g}, {high:.3g}]."
-        )
-    return (images.clip(0, 1) * 255).round().astype(np.uint8)
+    return plots.to_uint8(images)
 
 
 def check(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
@@ -177,9 +167,7 @@ def check(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
     if len(images) < 2:
         raise UserError(f"{what} are {len(images)}: metrics need at least two.")
     if all((images[i : i + _ROWS] == images[0]).all() for i in range(0, len(images), _ROWS)):
-        raise UserError(
-            f"{what} are all identical: {len(images):,} copies of one image have no distribution to measure."
-        )
+        raise UserError(f"{what} are all identical: {len(images):,} copies of one image have no distribution.")
 
 
 def check_shape(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
@@ -190,8 +178,7 @@ def check_shape(images: np.ndarray, shape: tuple[int, int, int], what: str) -> N
 
     if images.shape[1:] != shape:
         raise UserError(
-            f"{what} are {describe(*images.shape[1:])} and the reference's are {describe(*shape)}: their sizes and "
-            "channels must agree."
+            f"{what} are {describe(*images.shape[1:])} and the reference's are {describe(*shape)}: they must agree."
         )
 
 

@@ -44,15 +44,9 @@ class InceptionA(nn.Module):
         self.branch_pool = ConvBN(in_channels, pool_features, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch5x5_2(self.branch5x5_1(x)),
-                self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                self.branch_pool(_average_pool(x)),
-            ],
-            dim=1,
-        )
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_average_pool(x))], dim=1)
 
 
 class InceptionB(nn.Module):
@@ -89,16 +83,10 @@ class InceptionC(nn.Module):
         self.branch_pool = ConvBN(in_channels, 192, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-                self.branch_pool(_average_pool(x)),
-            ],
-            dim=1,
-        )
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average_pool(x))], dim=1)
 
 
 class InceptionD(nn.Module):
@@ -137,19 +125,11 @@ class InceptionE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         three = self.branch3x3_1(x)
+        three = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        double = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
         pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _average_pool(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch3x3_2a(three),
-                self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            dim=1,
-        )
+        return torch.cat([self.branch1x1(x), *three, *double, self.branch_pool(pooled)], dim=1)
 
 
 class FIDInception(nn.Module):
@@ -176,15 +156,7 @@ class FIDInception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Extracts features.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): uint8, or floats in [0, 255].
-
-        Returns:
-            `torch.Tensor` of shape `(B, 2048)`: The features.
-        """
+        """Extracts features (B, 2048) from images (B, 3, H, W), uint8 or floats in [0, 255]."""
         x = (resize_like_tensorflow_1(images.float(), IMAGE_SIZE) - 128) / 128  # in [-1, 0.992], as released
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
@@ -198,15 +170,8 @@ class FIDInception(nn.Module):
 
 def resize_like_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Resizes images bilinearly at TensorFlow 1's sampling positions, x * in / out instead of (x + 1/2) * in / out - 1/2,
-    as `tf.image.resize_bilinear(align_corners=False)` does, without antialiasing.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Floating point.
-        size (`int`): Side of the resized images in pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, size, size)`.
+    Resizes floats (B, C, H, W) to (B, C, size, size) bilinearly, without antialiasing, at the sampling positions of
+    TensorFlow 1's `tf.image.resize_bilinear(align_corners=False)`: x * in / out, not (x + 1/2) * in / out - 1/2.
     """
     rows, columns = (_interpolation(side, size).to(images) for side in images.shape[2:])
     return rows @ images @ columns.T  # (size, H) @ (B, C, H, W) @ (W, size)

@@ -1,9 +1,8 @@
-"""
-Bits/dim of real images: a pipeline's own likelihood, or the variational bound of its scheduler.
-"""
+"""Bits/dim of real images: a pipeline's own likelihood, or the variational bound of its scheduler."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +10,11 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..data import ImageData, normalize
-from .images import fill
+from ..errors import UserError
+from .images import IMAGE_TYPES, fill
 from .measurement import ImageSet
 from .metrics import Estimate
+from .report import METRICS, Protocol
 
 
 # pipelines with their own `bits_per_dim` -> its kind
@@ -35,56 +36,59 @@ class Likelihood:
 
     def mean(self) -> Estimate:
         """Returns the mean over the images."""
-        error = self.bits.std(ddof=1) / np.sqrt(len(self.bits)) if len(self.bits) > 1 else None
+        error = float(self.bits.std(ddof=1) / np.sqrt(len(self.bits))) if len(self.bits) > 1 else None
         return Estimate(float(self.bits.mean()), error, "standard error over images")
 
 
-def why_unavailable(pipe: DiffusionPipeline, reference: ImageData) -> str | None:
-    """Returns why a pipeline has no bits/dim, before any image is drawn; None if it has."""
-    scheduler = getattr(pipe, "scheduler", None)
-    if hasattr(pipe, "bits_per_dim"):  # its network may still have no likelihood: try one image
+def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str | None:
+    """
+    Returns why bits/dim cannot be measured, before any image is drawn; None if they can, or need not.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If a pipeline has none and the protocol names them, other than by "all".
+    """
+    if "bits_per_dim" not in protocol.metrics:
+        return None
+    if isinstance(given, IMAGE_TYPES):
+        return "images alone have no likelihood"
+    scheduler, reason = getattr(given, "scheduler", None), None
+    if hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
         labels = None if reference.labels is None else reference.labels[:1]
         try:
-            _bits(pipe, reference.images[:1], labels, seed=0)
+            _bits(given, reference.images[:1], labels, seed=0)
         except ValueError as error:
-            return str(error).removesuffix(".")
+            reason = str(error).removesuffix(".")
     elif scheduler is None:
-        return f"a {type(pipe).__name__} has no likelihood"
+        reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound"):
-        return (
-            f"a {type(scheduler).__name__} has no bound of the likelihood; use TinyDDIMScheduler or TinyDDPMScheduler"
-        )
-    return None
+        reason = f"a {type(scheduler).__name__} has no variational bound; use TinyDDIMScheduler or TinyDDPMScheduler"
+    if reason is not None and set(protocol.metrics) != set(METRICS):
+        raise UserError(f"Leave out the metric bits_per_dim: {reason}.")
+    return reason
 
 
 def measure_likelihood(
-    pipe: DiffusionPipeline,
-    real: ImageSet,
-    path: Path,
-    *,
-    num_images: int,
-    seed: int,
-    batch_size: int,
-    state: PartialState,
+    pipe: DiffusionPipeline, real: ImageSet, protocol: Protocol, folder: Path, key: str, state: PartialState
 ) -> Likelihood:
     """
-    Computes bits/dim of the first `num_images` real images, in the order of their hashes.
+    Computes bits/dim of the first `protocol.likelihood_images` real images, in the order of their hashes.
 
     Args:
         pipe (`DiffusionPipeline`): The model.
         real ([`ImageSet`]): The real images.
-        path (`Path`): The `.npy` file that keeps the values.
-        num_images (`int`): Number of images.
-        seed (`int`): Seed of the first batch.
-        batch_size (`int`): Number of images at a time.
+        protocol ([`Protocol`]): Gives the number of images, the batch size, and the seed of the first batch.
+        folder (`Path`): Folder for the file that keeps the values.
+        key (`str`): Key of the model in the file's name.
         state (`PartialState`): The processes, which share the batches.
     """
+    num_images, batch_size = min(protocol.likelihood_images, len(real)), protocol.batch_size
+    path = folder / f"bits-{key}-{real.fingerprint[:16]}-{num_images}.npy"
     images = real.data.images.numpy()
 
     def compute(start: int, stop: int) -> np.ndarray:
         labels = None if real.labels is None else torch.from_numpy(real.labels[start:stop])
         batch = torch.from_numpy(images[real.order[start:stop]])
-        return _bits(pipe, batch, labels, seed + start).float().cpu().numpy()
+        return _bits(pipe, batch, labels, protocol.seed + start).float().cpu().numpy()
 
     bits = fill(path, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]

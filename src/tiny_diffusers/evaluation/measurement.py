@@ -1,6 +1,4 @@
-"""
-All metrics of a protocol, computed from features: of the images, of each class, and of the baselines.
-"""
+"""All metrics of a protocol, computed from features: of the images, of each class, and of the baselines."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +86,7 @@ class Measurement:
         protocol ([`Protocol`]): The protocol.
         extractor ([`Extractor`]): The extractor of the features, for its classifier.
         sets ([`FeatureSets`]): The features.
-        bits_per_dim ([`Estimate`], *optional*): Bits/dim of real images, which do not depend on features.
+        bits_per_dim ([`Estimate`] or None): Bits/dim of real images, which do not depend on features.
 
     Attributes:
         figures (`dict[str, Estimate]`): metric -> value.
@@ -96,13 +94,11 @@ class Measurement:
         baselines (`dict[str, dict[str, Estimate]]`): baseline -> metric -> value.
     """
 
-    def __init__(
-        self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, bits_per_dim: Estimate | None = None
-    ):
+    def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, bits_per_dim: Estimate | None):
         self.protocol, self.extractor, self.sets = protocol, extractor, sets
         self.figures = self._compare(sets.generated, sets.real)
         if "frechet_distance" in self.figures and protocol.num_bootstrap:
-            self.figures["frechet_distance"] = self._bootstrap(self.figures["frechet_distance"])
+            self._bootstrap(protocol.num_bootstrap)
         if bits_per_dim is not None:
             self.figures["bits_per_dim"] = bits_per_dim
         self.baselines = {
@@ -136,12 +132,12 @@ class Measurement:
             figures |= _diversity(judged, real)
         return figures
 
-    def _bootstrap(self, distance: Estimate) -> Estimate:
+    def _bootstrap(self, resamples: int) -> None:
         """Adds the standard error to the Frechet distance of the images."""
-        generated, reference = self.sets.generated, self.sets.real.frechet
-        resamples = self.protocol.num_bootstrap
-        error = metrics.bootstrap(lambda rows: reference.distance(generated.features, rows), len(generated), resamples)
-        return Estimate(distance.value, error, f"standard error, {resamples} bootstrap resamples")
+        images, reference = self.sets.generated.features, self.sets.real.frechet
+        error = metrics.bootstrap(lambda rows: reference.distance(images, rows), len(images), resamples)
+        kind = f"standard error, {resamples} bootstrap resamples"
+        self.figures["frechet_distance"] = self.figures["frechet_distance"]._replace(error=error, error_kind=kind)
 
     def _measure_classes(self) -> None:
         """Measures each class on its own, and how often a classifier of real images finds the requested class."""

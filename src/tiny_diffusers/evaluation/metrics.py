@@ -184,11 +184,7 @@ def frechet_infinity(
 
 
 def kernel_distance(
-    features: np.ndarray,
-    reference: np.ndarray,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 0,
+    features: np.ndarray, reference: np.ndarray, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
     """
     Computes the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, which is unbiased for any number
@@ -211,10 +207,8 @@ def kernel_distance(
     if size < 2:
         raise UserError(f"A kernel distance needs at least four images in each set: there are {smaller}.")
     rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(num_subsets):
-        x, y = (_subset(rows, size, rng) for rows in (features, reference))
-        values.append(_squared_discrepancy(x, y))
+    draws = ((_subset(features, size, rng), _subset(reference, size, rng)) for _ in range(num_subsets))
+    values = [_squared_discrepancy(x, y) for x, y in draws]
     if num_subsets == 1:
         return Estimate(float(values[0]))
     deviation = f"standard deviation over {num_subsets} subsets of {size:,}"
@@ -268,9 +262,7 @@ def density_coverage(reference: np.ndarray, features: np.ndarray, k: int = 5) ->
     coverage, the share of these balls that contain a generated image (Naeem et al. 2020, arXiv 2002.09797).
 
     Args:
-        reference (`np.ndarray` of shape `(M, D)`): Features of real images.
-        features (`np.ndarray` of shape `(N, D)`): Features of generated images.
-        k (`int`, defaults to 5): The neighbour whose distance is a ball's radius.
+        reference, features, k (defaults to 5): As in [`precision_recall`].
 
     Returns:
         `dict[str, Estimate]`: `density`, 0 or more and 1 for a set like the reference, and `coverage`, in [0, 1].
@@ -374,16 +366,7 @@ def spread(features: np.ndarray) -> float:
 
 
 def spread_within_classes(features: np.ndarray, labels: np.ndarray) -> dict[int, float]:
-    """
-    Computes the diversity of each class, the [`spread`] of its images.
-
-    Args:
-        features (`np.ndarray` of shape `(N, D)`): Features.
-        labels (`np.ndarray` of shape `(N,)`): The class of each row.
-
-    Returns:
-        `dict[int, float]`: class -> spread, for classes with at least two images.
-    """
+    """Computes the [`spread`] of each class that has at least two rows; features are (N, D) and labels (N,)."""
     classes, counts = np.unique(labels, return_counts=True)
     return {int(label): spread(features[labels == label]) for label in classes[counts > 1]}
 

@@ -1,16 +1,14 @@
-"""
-Protocols and reports: metrics are saved with everything that is needed to reproduce them, and tabulated side by side.
-"""
+"""Protocols and reports: metrics are saved with all that is needed to reproduce them, and tabulated side by side."""
 
 import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import UserError, unknown
-from ..flags import flag
+from ..flags import Flags, flag
 
 
 REPORT_FORMAT = 1  # raised when a metric of the same name is computed differently
@@ -59,7 +57,7 @@ BASELINE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Flags):
     """
     Settings of an evaluation: how images are drawn, and how they are measured.
 
@@ -72,8 +70,8 @@ class Protocol:
 
     kind: Kind = flag("samples", "Images to measure: samples, or a VAE's reconstructions of the reference images.")
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call
-    seed: int = flag(0, "Image i is drawn with the seed SEED + i.")
-    batch_size: int = flag(64, "Number of images drawn at a time.")
+    seed: int = flag(0, "Image i is drawn with the seed SEED + i.", within="[0, 9223372036854775807]")
+    batch_size: int = flag(64, "Number of images drawn at a time.", within="[1, inf)")
     features: str = flag("efficientnet-lite0", "Features: inception, dinov2, efficientnet-lite0 or pixels.")
     feature_weights: str | None = flag(None, "Weights of inception (a file) or dinov2 (a folder or a Hub id).")
     feature_dtype: FeatureDtype = flag(
@@ -82,17 +80,23 @@ class Protocol:
     metrics: list[Literal[Metric, "all"]] = flag(
         [name for name in METRICS if name not in _SLOW_METRICS], f"Metrics: {', '.join(METRICS)}, or all."
     )
-    num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.")
-    num_bootstrap: int = flag(20, "Bootstrap resamples for the standard error of the Frechet distance; 0 for none.")
+    num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, inf)")
+    num_bootstrap: int = flag(
+        20, "Bootstrap resamples for the standard error of the Frechet distance; 0 for none.", within="[0, inf)"
+    )
     baselines: list[Literal[Baseline, "none"]] = flag(list(BASELINES), f"Baselines: {', '.join(BASELINES)}, or none.")
     max_neighbours: int = flag(
         10_000,
         "Maximum number of images per set for precision, recall, density and coverage, and of generated images for "
         "nearest_neighbour.",
+        within="[10, inf)",
     )
-    likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.")
+    likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.", within="[1, inf)")
+
+    DASHES: ClassVar[str] = ""
 
     def __post_init__(self):
+        super().__post_init__()
         metrics = METRICS if "all" in self.metrics else self.metrics
         object.__setattr__(self, "metrics", list(metrics))  # the dataclass is frozen
         object.__setattr__(self, "baselines", [name for name in self.baselines if name != "none"])
@@ -105,11 +109,8 @@ class Protocol:
             for name in given:
                 if name not in allowed:
                     raise unknown(what, name, allowed)
-        for name, least in (("num_images", 2), ("batch_size", 1), ("max_neighbours", 10), ("likelihood_images", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be {least} or more.")
-        if self.num_bootstrap < 0 or self.num_bootstrap == 1:
-            raise UserError(f"num_bootstrap is {self.num_bootstrap}: it must be 0, or 2 or more.")
+        if self.num_bootstrap == 1:
+            raise UserError("num_bootstrap 1: it must be 0, or 2 or more.")
 
 
 @dataclass
@@ -164,8 +165,7 @@ class Report:
         unexpected = content.keys() - {entry.name for entry in fields(cls)}
         if missing or unexpected:
             raise UserError(
-                f"'{path}' is not a report: it lacks the keys {sorted(missing)} and has the unknown keys "
-                f"{sorted(unexpected)}."
+                f"'{path}' is not a report: it lacks {sorted(missing)} and has the unknown keys {sorted(unexpected)}."
             )
         return cls(**content)
 
@@ -218,9 +218,7 @@ class Report:
         rows = {self.source.get("name", "model"): self.figures}
         rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
         parts = [f"{self.summary()}.", _table(self, rows, "")]
-        kinds = {
-            f"{self.label(name)}: {entry['error_kind']}" for name, entry in self.figures.items() if entry["error"]
-        }
+        kinds = {f"{self.label(key)}: {entry['error_kind']}" for key, entry in self.figures.items() if entry["error"]}
         if kinds:
             parts.append("After ±: " + "; ".join(sorted(kinds)) + ".")
         if self.per_class:

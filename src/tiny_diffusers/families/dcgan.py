@@ -25,13 +25,18 @@ from ..training.family import Batch, Family, check_network_flags, class_grid, ha
 class DCGANNetworkArguments(NetworkArguments):
     """Options of [`TinyDCGANGenerator`] and [`TinyDCGANDiscriminator`]."""
 
-    latent_dim: int = flag(100, "Size of the generator's latent vector.")
+    latent_dim: int = flag(100, "Size of the generator's latent vector.", within="[1, 65536]")
     generator_channels: list[int] | None = flag(
         None,
         "Widths of the generator's levels, finest first, as 64 128 256 (by resolution) or, front-loaded, 64 256 256.",
+        within="[1, 4096]",
     )
-    discriminator_channels: list[int] | None = flag(None, "Widths of the discriminator's levels, finest first.")
-    class_embed_dim: int = flag(16, "Channels of the class embedding that is tiled to each feature map.")
+    discriminator_channels: list[int] | None = flag(
+        None, "Widths of the discriminator's levels, finest first.", within="[1, 4096]"
+    )
+    class_embed_dim: int = flag(
+        16, "Channels of the class embedding that is tiled to each feature map.", within="[1, 1024]"
+    )
 
 
 @dataclass(frozen=True)
@@ -47,34 +52,33 @@ class DCGANArguments(DCGANNetworkArguments, TrainingArguments):
     }
 
     class_conditional: bool = flag(False, "Give both networks the class of the image.")
-    real_label: float = flag(1.0, "Target of the discriminator for real images; 0.9 is smoothed.")
-    fake_label: float = flag(0.0, "Target of the discriminator for generated images; 0.1 is smoothed.")
-    instance_noise: float = flag(
-        0.0, "Standard deviation of noise on all images that the discriminator sees; 0.1 is usual."
+    real_label: float = flag(1.0, "Target of the discriminator for real images; 0.9 is smoothed.", within="[0, 1]")
+    fake_label: float = flag(
+        0.0, "Target of the discriminator for generated images; 0.1 is smoothed.", within="[0, 1]"
     )
-    instance_noise_steps: int = flag(5000, "Steps over which that noise falls to 0.")
+    instance_noise: float = flag(
+        0.0, "Standard deviation of noise on all images that the discriminator sees; 0.1 is usual.", within="[0, inf)"
+    )
+    instance_noise_steps: int = flag(5000, "Steps over which that noise falls to 0.", within="[1, inf)")
 
-    learning_rate: float = flag(2e-4, "Peak learning rate.")
+    learning_rate: float = flag(2e-4, "Peak learning rate.", within="[0, inf)")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("constant", "Schedule of the learning rate.")
     optimizer: Literal["adamw", "adam", "sgd"] = flag("adam", "Optimizer.")
-    adam_beta1: float = flag(0.5, "Adam's beta1 (SGD's momentum).")
-    adam_beta2: float = flag(0.999, "Adam's beta2.")
-    adam_weight_decay: float = flag(0.0, "Weight decay.")
-    max_grad_norm: float = flag(math.inf, "Clip gradients to this norm; DCGAN clips none.")
-    validation_split: float = flag(0.0, "A GAN has no validation loss: nothing is held out.")
+    adam_beta1: float = flag(0.5, "Adam's beta1 (SGD's momentum).", within="[0, 1)")
+    adam_beta2: float = flag(0.999, "Adam's beta2.", within="[0, 1)")
+    adam_weight_decay: float = flag(0.0, "Weight decay.", within="[0, inf)")
+    max_grad_norm: float = flag(math.inf, "Clip gradients to this norm; DCGAN clips none.", within="[0, inf]")
+    validation_split: float = flag(0.0, "A GAN has no validation loss: nothing is held out.", within="[0, 1)")
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.fake_label < self.real_label <= 1:
             raise UserError(
                 f"--fake_label {self.fake_label} --real_label {self.real_label}: they must rise within [0, 1]; 0 and 1 "
                 "are plain, 0.1 and 0.9 smoothed."
             )
-        if not 0 <= self.instance_noise < math.inf:
-            raise UserError(f"--instance_noise {self.instance_noise}: it must be a finite number of at least 0.")
-        if self.instance_noise_steps < 1:
-            raise UserError(f"--instance_noise_steps {self.instance_noise_steps}: it must be at least 1.")
         no_validation = "a GAN has no validation loss"
         for name, off, why in (
             ("validation_split", 0, no_validation),

@@ -1,7 +1,6 @@
 """The diffusion families: their arguments, their scheduler, their loss. Both diffusion scripts share it."""
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,6 +22,8 @@ from .unets import ConditionalUNetArguments, UNetArguments
 
 logger = logging.getLogger(__name__)
 
+_NUM_INFERENCE_STEPS = 50  # if not given; fewer if there are fewer timesteps
+
 
 @dataclass(frozen=True)
 class DiffusionArguments(UNetArguments, TrainingArguments):
@@ -40,21 +41,25 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         "mid_attention": "linear",
     }
 
-    ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.")
-    ddpm_num_inference_steps: int = flag(50, "Sampling steps of the sample grids.", changes_run=False)
+    ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.", within="[1, 100000]")
+    ddpm_num_inference_steps: int = flag(
+        _NUM_INFERENCE_STEPS, "Sampling steps of the sample grids, T at most.", within="[1, inf)", changes_run=False
+    )
     ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] = flag("cosine", "Schedule of the betas.")
-    beta_start: float = flag(1e-4, "First beta (not used by cosine).")
-    beta_end: float = flag(0.02, "Last beta (not used by cosine).")
+    beta_start: float = flag(1e-4, "First beta (not used by cosine).", within="(0, 1)")
+    beta_end: float = flag(0.02, "Last beta (not used by cosine).", within="(0, 1)")
     prediction_type: Literal[CHOICES["prediction_type"]] = flag("v_prediction", "What the network predicts.")
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process."
     )
     loss_type: Literal[CHOICES["loss_type"]] = flag("l2", "Loss of a pixel.")
-    huber_delta: float | None = flag(None, "Delta of the Huber losses.")
+    huber_delta: float | None = flag(None, "Delta of the Huber losses.", within="(0, inf)")
     huber_schedule: Literal[CHOICES["huber_schedule"]] = flag("constant", "Delta over the timesteps.")
-    snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.")
+    snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.", within="(0, inf)")
     dynamic_thresholding: float | None = flag(
-        None, "Percentile in (0, 1] of dynamic thresholding in sampling, such as 0.995; saved with the model."
+        None,
+        "Percentile in (0, 1] of dynamic thresholding in sampling, such as 0.995; saved with the model.",
+        within="(0, 1]",
     )
 
     model_config_name_or_path: str | None = flag(
@@ -64,6 +69,17 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         None, "One of the reports' networks by its name, such as self-attention-2-levels.", decides=("network",)
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
+        if given > most and given != _NUM_INFERENCE_STEPS:
+            raise UserError(f"--ddpm_num_inference_steps {given}: it must be at most --ddpm_num_steps, {most}.")
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Sampling steps of the sample grids."""
+        return min(self.ddpm_num_inference_steps, self.ddpm_num_steps)
+
 
 @dataclass(frozen=True)
 class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
@@ -72,21 +88,17 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
     SCRIPT: ClassVar[str] = "conditional"
     FAMILY: ClassVar[str] = "conditional-ddpm"
 
-    class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped; guidance needs some.")
+    class_dropout_prob: float = flag(
+        0.1, "Share of the labels that are dropped; guidance needs some.", within="[0, 1)"
+    )
     guidance_scales: list[float] | None = flag(
-        None, "Guidance scales of the sample grids; 1 and 3 if not given.", changes_run=False
+        None, "Guidance scales of the sample grids; 1 and 3 if not given.", within="(-inf, inf)", changes_run=False
     )
     ema_start_step: int | None = flag(
         None,
         "The EMA starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
+        within="[0, inf)",
     )
-
-    def __post_init__(self):
-        if not 0 <= self.class_dropout_prob < 1:
-            raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
-        for scale in self.guidance_scales or ():
-            if not math.isfinite(scale):
-                raise UserError(f"--guidance_scales {scale}: each must be a finite number, such as 3.")
 
 
 def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:

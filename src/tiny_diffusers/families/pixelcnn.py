@@ -1,7 +1,6 @@
 """PixelCNNs: their arguments, their loss, the builder of their networks."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -29,13 +28,19 @@ class PixelCNNNetworkArguments(NetworkArguments):
     """Options of [`TinyPixelCNNModel`]; None stands for the default of the variant."""
 
     variant: Literal[tuple(DEFAULTS)] = flag("gated", "Variant of the network.")
-    hidden_channels: int | None = flag(None, "Features of a layer; by variant if not given.")
-    num_layers: int | None = flag(None, "Layers, or blocks of each resolution (plusplus); by variant if not given.")
-    num_mixtures: int | None = flag(None, "Logistics in the mixture (plusplus); 10 if not given.")
-    num_frequencies: int = flag(0, "Waves of 2, 4, ... levels that the input is decomposed into, 8 for all (gated).")
-    dilations: list[int] | None = flag(None, "Dilations of the layers, in turn (gated); 1 if not given.")
-    dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.")
-    num_levels: int = flag(256, "Levels that sub-pixels are quantized to, 2 to 256.")
+    hidden_channels: int | None = flag(None, "Features of a layer; by variant if not given.", within="[1, 4096]")
+    num_layers: int | None = flag(
+        None, "Layers, or blocks of each resolution (plusplus); by variant if not given.", within="[1, 64]"
+    )
+    num_mixtures: int | None = flag(None, "Logistics in the mixture (plusplus); 10 if not given.", within="[1, 1024]")
+    num_frequencies: int = flag(
+        0, "Waves of 2, 4, ... levels that the input is decomposed into, 8 for all (gated).", within="[0, 16]"
+    )
+    dilations: list[int] | None = flag(
+        None, "Dilations of the layers, in turn (gated); 1 if not given.", within="[1, 256]"
+    )
+    dropout: float | None = flag(None, "Dropout (plusplus); 0.5 if not given.", within="[0, 1)")
+    num_levels: int = flag(256, "Levels that sub-pixels are quantized to.", within="[2, 256]")
 
 
 @dataclass(frozen=True)
@@ -52,17 +57,14 @@ class PixelCNNArguments(PixelCNNNetworkArguments, TrainingArguments):
     }
 
     class_conditional: bool = flag(False, "Condition on the images' classes.")
-    class_dropout_prob: float = flag(0.1, "Share of the labels that are dropped, to learn images of no class, too.")
-    single_image: int | None = flag(None, "Overfit the image of this index alone.")
-    temperature: float = flag(1.0, "Temperature of the sample grids.", changes_run=False)
+    class_dropout_prob: float = flag(
+        0.1, "Share of the labels that are dropped, to learn images of no class, too.", within="[0, 1)"
+    )
+    single_image: int | None = flag(None, "Overfit the image of this index alone.", within="[0, inf)")
+    temperature: float = flag(1.0, "Temperature of the sample grids.", within="(0, inf)", changes_run=False)
 
     def __post_init__(self):
-        if not 2 <= self.num_levels <= 256:
-            raise UserError(f"--num_levels {self.num_levels}: images of 8 bits have 256 levels; give 2 to 256.")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise UserError(f"--class_dropout_prob {self.class_dropout_prob}: it must be in [0, 1); 0.1 is usual.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: it must be a finite number above 0.")
+        super().__post_init__()
         if self.temperature != 1 and self.variant == "baseline":
             raise UserError(f"--temperature {self.temperature}: the baseline draws nothing; leave it out.")
         if self.num_mixtures is not None and self.variant != "plusplus":

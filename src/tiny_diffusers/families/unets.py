@@ -30,22 +30,24 @@ _COSTLY_POSITIONS = 64 * 64  # full attention over this many or more is warned o
 class UNetArguments(NetworkArguments):
     """Options of [`TinyUNet2DModel`], resolved by the resolution (or the preset) where they are not given."""
 
-    block_out_channels: list[int] | None = flag(None, "Widths of the levels; by resolution if not given.")
-    layers_per_block: int | None = flag(None, "Residual blocks a level.")
-    norm_num_groups: int | None = flag(None, "Groups of the group norms.")
+    block_out_channels: list[int] | None = flag(
+        None, "Widths of the levels; by resolution if not given.", within="[1, 4096]"
+    )
+    layers_per_block: int | None = flag(None, "Residual blocks a level.", within="[1, 32]")
+    norm_num_groups: int | None = flag(None, "Groups of the group norms.", within="[1, 4096]")
     attention: list[Literal[CHOICES["attention"]]] | None = flag(
         None, "none, linear or full for each level, or one for all."
     )
     mid_attention: Literal[CHOICES["mid_attention"]] | None = flag(None, "Attention in the middle.")
-    attention_head_dim: int | None = flag(None, "Width of an attention head.")
+    attention_head_dim: int | None = flag(None, "Width of an attention head.", within="[1, 4096]")
     patch_size: Literal[CHOICES["patch_size"]] | None = flag(
         None, "Side of the patches that the network works on, in pixels."
     )
-    dropout: float | None = flag(None, "Dropout in the residual blocks.")
+    dropout: float | None = flag(None, "Dropout in the residual blocks.", within="[0, 1)")
     weight_standardization: bool | None = flag(None, "Standardize the weights of the convolutions.")
     skip_rescale: bool | None = flag(None, "Divide the residual sums by sqrt 2.")
     time_embedding: Literal[CHOICES["time_embedding"]] | None = flag(None, "Features of the timestep.")
-    time_embedding_dim: int | None = flag(None, "Width of the time embedding.")
+    time_embedding_dim: int | None = flag(None, "Width of the time embedding.", within="[1, 16384]")
     act_fn: Literal[CHOICES["act_fn"]] | None = flag(None, "Activation.")
     downsample: Literal[CHOICES["downsample"]] | None = flag(None, "Downsampling between levels.")
     upsample: Literal[CHOICES["upsample"]] | None = flag(None, "Upsampling between levels.")

@@ -22,15 +22,17 @@ from ..training.family import Batch, Family, check_network_flags, halving_widths
 class VAENetworkArguments(NetworkArguments):
     """Options of [`TinyVAEModel`]."""
 
-    latent_dim: int = flag(64, "Size of the latent vector.")
+    latent_dim: int = flag(64, "Size of the latent vector.", within="[1, 65536]")
     block_out_channels: list[int] | None = flag(
-        None, "Widths of the levels, finest first; by resolution if not given."
+        None, "Widths of the levels, finest first; by resolution if not given.", within="[1, 4096]"
     )
-    layers_per_block: int = flag(1, "Residual blocks a level.")
+    layers_per_block: int = flag(1, "Residual blocks a level.", within="[1, 32]")
     reconstruction: Literal[RECONSTRUCTIONS] = flag(
         "logistic", "Distribution of the pixels, a likelihood with logistic and gaussian; or mse."
     )
-    num_levels: int = flag(256, "Levels that pixels are rounded to; 2 makes them binary, for bernoulli.")
+    num_levels: int = flag(
+        256, "Levels that pixels are rounded to; 2 makes them binary, for bernoulli.", within="[2, 65536]"
+    )
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,10 @@ class VAEArguments(VAENetworkArguments, TrainingArguments):
     FAMILY: ClassVar[str] = "vae"
     SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "latent_dim": 4, "block_out_channels": [8]}
 
-    kl_weight: float = flag(1.0, "Beta: weight of the KL divergence; 1 for the evidence lower bound.")
-    kl_warmup_steps: int = flag(500, "Steps over which that weight rises from 0.")
-
-    def __post_init__(self):
-        if not 0 <= self.kl_weight < math.inf:
-            raise UserError(
-                f"--kl_weight {self.kl_weight}: it must be a finite number of at least 0; 1 is the bound's."
-            )
-        if self.kl_warmup_steps < 0:
-            raise UserError(f"--kl_warmup_steps {self.kl_warmup_steps}: it must be at least 0.")
+    kl_weight: float = flag(
+        1.0, "Beta: weight of the KL divergence; 1 for the evidence lower bound.", within="[0, inf)"
+    )
+    kl_warmup_steps: int = flag(500, "Steps over which that weight rises from 0.", within="[0, inf)")
 
 
 class VAE(Family):

@@ -4,6 +4,7 @@ The DCGAN generator and discriminator (Radford et al. 2015, arXiv 1511.06434) fo
 Both can be class-conditional: the class embedding is tiled over a feature map and joins it as further channels.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,8 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | None = None):
         super().__init__()
-        if kernel_size is None:
-            self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
-        else:
-            self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, bias=False)
+        size, stride, padding = (4, 2, 1) if kernel_size is None else (kernel_size, 1, 0)
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, size, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -156,13 +155,11 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
         E = 0 if num_class_embeds is None else class_embed_dim
 
         self.blocks = nn.ModuleList([UpBlock(latent_dim + E, widths[0], smallest)])
-        for width, narrower in zip(widths, widths[1:], strict=False):
+        for width, narrower in itertools.pairwise(widths):
             self.blocks.append(UpBlock(width + E, narrower))
         self.conv_out = nn.ConvTranspose2d(widths[-1] + E, out_channels, 4, stride=2, padding=1, bias=False)
         self.apply(_init_weights)
-        self.class_embed = None
-        if num_class_embeds is not None:
-            self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim)
+        self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim) if num_class_embeds else None
 
     def forward(
         self, latents: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
@@ -251,15 +248,11 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
         smallest = _check_config(self.config)
         widths = [in_channels if num_class_embeds is None else in_channels + class_embed_dim, *block_out_channels]
 
-        self.blocks = nn.ModuleList(
-            DownBlock(width, wider, norm=i > 0)
-            for i, (width, wider) in enumerate(zip(widths, widths[1:], strict=False))
-        )
+        pairs = enumerate(itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(DownBlock(width, wider, norm=i > 0) for i, (width, wider) in pairs)
         self.conv_out = nn.Conv2d(widths[-1], 1, smallest, bias=False)
         self.apply(_init_weights)
-        self.class_embed = None
-        if num_class_embeds is not None:
-            self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim)
+        self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim) if num_class_embeds else None
 
     def forward(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True

@@ -16,33 +16,28 @@ from torch import nn
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
 
 # Limits that keep a config from elsewhere from allocating more memory than a network for small images needs
+OPTIONAL_SIZES = {
+    "hidden_channels": (1, 4096),
+    "num_layers": (1, 64),
+    "norm_num_groups": (1, 4096),
+    "attention_head_dim": (1, 4096),
+    "time_embedding_dim": (1, 16384),
+    "num_class_embeds": (1, 100_000),
+}
 SIZES = {
+    **OPTIONAL_SIZES,
     "sample_size": (1, 1024),
     "in_channels": (1, 1024),
     "out_channels": (1, 1024),
     "latent_dim": (1, 65536),
     "block_out_channels": (1, 4096),
     "layers_per_block": (1, 32),
-    "hidden_channels": (1, 4096),
-    "num_layers": (1, 64),
-    "norm_num_groups": (1, 4096),
-    "attention_head_dim": (1, 4096),
-    "time_embedding_dim": (1, 16384),
     "num_train_timesteps": (1, 100_000),
-    "num_class_embeds": (1, 100_000),
     "class_embed_dim": (1, 1024),
     "num_levels": (2, 65536),
     "num_mixtures": (1, 1024),
     "num_frequencies": (0, 16),
     "dilations": (1, 256),
-}
-OPTIONAL_SIZES = {
-    "hidden_channels",
-    "num_layers",
-    "norm_num_groups",
-    "attention_head_dim",
-    "time_embedding_dim",
-    "num_class_embeds",
 }
 MAX_LEVELS = 8
 MAX_PARAMETERS = 4e9
@@ -74,37 +69,32 @@ class ClassEmbedding(nn.Module):
         return self.mlp(self.table(class_weights(class_labels, batch_size, self.num_class_embeds, self.table.weight)))
 
 
-def embed_classes(
-    class_embed: ClassEmbedding | None, class_labels: torch.Tensor | None, batch_size: int
-) -> torch.Tensor | None:
+def embed_classes(class_embed: ClassEmbedding | None, labels: torch.Tensor | None, B: int) -> torch.Tensor | None:
     """Applies `class_embed`, or returns None for a network without classes."""
     if class_embed is not None:
-        return class_embed(class_labels, batch_size)
-    refuse_labels(class_labels)
+        return class_embed(labels, B)
+    refuse_labels(labels)
     return None
 
 
-def class_weights(
-    class_labels: torch.Tensor | None, batch_size: int, num_class_embeds: int, table: torch.Tensor
-) -> torch.Tensor:
+def class_weights(labels: torch.Tensor | None, B: int, K: int, table: torch.Tensor) -> torch.Tensor:
     """
     Converts labels (B,), mixing weights (B, K + 1), or None for no class (row K) to weights of a class table's rows,
     (B, K + 1), in the table's dtype. Raises a ValueError for another shape or, on a CPU, a label out of range.
     """
-    K = num_class_embeds
-    if class_labels is None:
-        class_labels = torch.full((batch_size,), K, device=table.device)
-    mixes = class_labels.is_floating_point()
-    if class_labels.shape != ((batch_size, K + 1) if mixes else (batch_size,)):
+    if labels is None:
+        labels = torch.full((B,), K, device=table.device)
+    mixes = labels.is_floating_point()
+    if labels.shape != ((B, K + 1) if mixes else (B,)):
         raise ValueError(
-            f"class_labels has shape {tuple(class_labels.shape)} and {class_labels.dtype}: for {batch_size} images of "
-            f"{K} classes it must be integers of shape ({batch_size},), or floats of shape ({batch_size}, {K + 1}) "
-            "that mix the classes, the last being no class."
+            f"class_labels has shape {tuple(labels.shape)} and {labels.dtype}: for {B} images of {K} classes it must "
+            f"be integers of shape ({B},), or floats of shape ({B}, {K + 1}) that mix the classes, the last being no "
+            "class."
         )
     if not mixes:
-        check_range("class label", class_labels, K + 1)
-        class_labels = F.one_hot(class_labels.long(), K + 1)
-    return class_labels.to(table.dtype)
+        check_range("class label", labels, K + 1)
+        labels = F.one_hot(labels.long(), K + 1)
+    return labels.to(table.dtype)
 
 
 def refuse_labels(class_labels: torch.Tensor | None) -> None:
@@ -158,7 +148,7 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
 
 
-def check_levels(config: Mapping, multiple: int, advice: str = "or fewer levels in block_out_channels") -> None:
+def check_levels(config: Mapping, multiple: int, advice: str = "") -> None:
     """Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `sample_size` is a multiple of `multiple`."""
     levels, size = len(config["block_out_channels"]), config["sample_size"]
     if not 1 <= levels <= MAX_LEVELS:
@@ -166,7 +156,7 @@ def check_levels(config: Mapping, multiple: int, advice: str = "or fewer levels 
     if size % multiple:
         raise ValueError(
             f"sample_size {size} is not possible with {levels} levels: it must be a multiple of {multiple}. "
-            f"Take another size, {advice}."
+            f"Take another size, {advice}or fewer levels in block_out_channels."
         )
 
 

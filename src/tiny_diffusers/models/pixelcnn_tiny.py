@@ -3,8 +3,7 @@ PixelCNNs for small images: p(x) is a product of one distribution for each sub-p
 order, with channels R, G, B within a pixel.
 
 There are three variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
-(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517). The file travels with checkpoints, together with
-`layers_tiny.py`.
+(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517).
 
 Channels come last everywhere, so the same code runs on an image (B, H, W, C), a row (B, W, C) and a pixel (B, C). Only
 the convolutions look at neighbours, and they have a method for each of the three cases: incremental sampling needs
@@ -57,35 +56,24 @@ def _check_config(config: dict) -> None:
     if config["dropout"] is not None:
         check_dropout(config["dropout"])
 
+    def refuse(name: str, reason: str) -> None:
+        raise ValueError(f"{name} {config[name]} is not possible with variant {variant!r}: {reason}")
+
     if variant != "plusplus" and width is not None and width % channels:
-        raise ValueError(
-            f"hidden_channels {width} is not possible: it must be a multiple of in_channels {channels}, as each "
-            "channel has its own features."
+        refuse(
+            "hidden_channels",
+            f"it must be a multiple of in_channels {channels}, as each channel has its own features.",
         )
     if variant != "plusplus" and config["dropout"]:
-        raise ValueError(
-            f"dropout {config['dropout']} is not possible with variant {variant!r}: only 'plusplus' has dropout."
-        )
+        refuse("dropout", "only 'plusplus' has dropout.")
     if variant != "gated" and config["num_frequencies"]:
-        raise ValueError(
-            f"num_frequencies {config['num_frequencies']} is not possible with variant {variant!r}: only 'gated' "
-            "takes frequencies as input."
-        )
+        refuse("num_frequencies", "only 'gated' takes frequencies as input.")
     if variant != "gated" and set(config["dilations"]) != {1}:
-        raise ValueError(
-            f"dilations {config['dilations']} are not possible with variant {variant!r}: only the layers of 'gated' "
-            "have them."
-        )
+        refuse("dilations", "only the layers of 'gated' have them.")
     if variant == "baseline" and config["num_layers"] in (1, 2):
-        raise ValueError(
-            f"num_layers {config['num_layers']} is not possible with variant 'baseline': it has two masked "
-            "convolutions and one or more of 1x1, so give 3 or more."
-        )
+        refuse("num_layers", "it has two masked convolutions and one or more of 1x1, so give 3 or more.")
     if variant == "baseline" and config["num_class_embeds"] is not None:
-        raise ValueError(
-            "num_class_embeds is not possible with variant 'baseline': it has no gates that classes could enter. Use "
-            "'gated' or 'plusplus'."
-        )
+        refuse("num_class_embeds", "it has no gates that classes could enter. Use 'gated' or 'plusplus'.")
 
 
 # ------------------------------------------------------------------------------------------- causal convolutions
@@ -565,13 +553,9 @@ class Stream(nn.Module):
         coarsest = NUM_RESOLUTIONS - 1
         self.encoder = nn.ModuleList([blocks(r, num_layers, False) for r in range(NUM_RESOLUTIONS)])
         self.decoder = nn.ModuleList([blocks(r, num_layers + (r < coarsest), True) for r in range(NUM_RESOLUTIONS)])
-        self.down = nn.ModuleList(
-            [
-                CausalConv2d(width, width, **window, stride=2, resolution=r, weight_norm=True)
-                for r in range(NUM_RESOLUTIONS - 1)
-            ]
-        )
-        self.up = nn.ModuleList([Upsample(width, r) for r in range(NUM_RESOLUTIONS - 1)])
+        options = {**window, "stride": 2, "weight_norm": True}
+        self.down = nn.ModuleList([CausalConv2d(width, width, **options, resolution=r) for r in range(coarsest)])
+        self.up = nn.ModuleList([Upsample(width, r) for r in range(coarsest)])
 
 
 class PixelCNNPlusPlus(nn.Module):
@@ -590,13 +574,10 @@ class PixelCNNPlusPlus(nn.Module):
         self.vertical_stream = Stream(config, first_v, {"kernel_size": (2, 3), "left": 1})
         self.horizontal_stream = Stream(config, first_h, {"kernel_size": (2, 2)})
         # one for each block of the horizontal stream, under the block's name there
-        self.v_to_h = nn.ModuleDict(
-            {
-                name.replace(".", "_"): CausalConv2d(2 * width, width, weight_norm=True)
-                for name, block in self.horizontal_stream.named_modules()
-                if isinstance(block, GatedResnet)
-            }
-        )
+        self.v_to_h = nn.ModuleDict()
+        for name, block in self.horizontal_stream.named_modules():
+            if isinstance(block, GatedResnet):
+                self.v_to_h[name.replace(".", "_")] = CausalConv2d(2 * width, width, weight_norm=True)
         self.out = CausalConv2d(width, K * (1 + 2 * C + C * (C - 1) // 2), weight_norm=True)
 
     def vertical(
@@ -761,8 +742,7 @@ class TinyPixelCNNOutput(BaseOutput):
             `(B, C, L, H, W)`. `plusplus`: log-weights, means and log-scales of K logistics on [-1, 1] after the
             coupling of the channels, `(B, C, 3, K, H, W)`. `baseline`: the predicted intensities, `(B, C, H, W)`.
         loss (`torch.Tensor` of shape `(B,)`, *optional*):
-            Negative log-likelihood of each image in bits per dimension; for `baseline` its mean absolute error in [0,
-            1].
+            Negative log-likelihood of each image in bits per dimension. `baseline`: mean absolute error in [0, 1].
     """
 
     sample: torch.Tensor | None = None
@@ -874,7 +854,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             ValueError: If a shape does not fit the network, if a label is out of range (on a CPU), or if labels are
                 given to a network without classes.
         """
-        self._check_shape(sample)
+        check_shape("sample", sample, self.config.in_channels, "height", "width")
         labels = self._class_weights(class_labels, len(sample))
         network = self.network
         x = self._input(sample)
@@ -903,10 +883,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                 `plusplus` in training mode, as its dropout changes the likelihood.
         """
         if self.config.variant == "baseline":
-            raise ValueError(
-                "The baseline has no likelihood: it predicts intensities, not their distribution. Use the variant "
-                "'gated' or 'plusplus'."
-            )
+            raise ValueError("The baseline predicts intensities and has no likelihood: use 'gated' or 'plusplus'.")
         self._check_mode()
         return self(self.to_levels(images), class_labels, return_loss=True).loss
 
@@ -925,9 +902,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         """
         L = self.config.num_levels
         if L > 256:
-            raise ValueError(
-                f"The network has {L} levels, but 8-bit images have only 256: they would leave the others unused."
-            )
+            raise ValueError(f"The network has {L} levels, but 8-bit images have only 256: others would be unused.")
         return ((images * 255).round() * (L / 256)).floor() / (L - 1)
 
     def to_levels(self, images: torch.Tensor) -> torch.Tensor:
@@ -944,12 +919,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If images have another shape, leave [0, 1] or lie between the levels.
         """
-        self._check_shape(images)
         size = self.config.sample_size
-        if images.shape[2:] != (size, size):
-            raise ValueError(
-                f"images have height and width {tuple(images.shape[2:])}: this network's are {size} by {size}."
-            )
+        check_shape("images", images, self.config.in_channels, size, size)
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: they must be floats in [0, 1]; divide uint8 ones by 255.")
         if not ((images >= 0) & (images <= 1)).all():
@@ -992,7 +963,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             ValueError: As in `forward`; in training mode, where dropout and batch norm differ.
         """
         self._check_mode()
-        self._check_shape(sample)
+        check_shape("sample", sample, self.config.in_channels, "height", "width")
         network = self.network
         _, C, H, W = sample.shape
         labels = self._class_weights(class_labels, len(sample))
@@ -1132,12 +1103,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     def _check_mode(self) -> None:
         variant, dropout = self.config.variant, self.config.dropout
         if self.training and (variant == "baseline" or (variant == "plusplus" and dropout != 0)):
-            raise ValueError(
-                f"The network is in training mode, in which {variant!r} gives different results: call `eval()` first."
-            )
-
-    def _check_shape(self, sample: torch.Tensor) -> None:
-        check_shape("sample", sample, self.config.in_channels, "height", "width")
+            raise ValueError(f"In training mode, {variant!r} gives different results: call `eval()` first.")
 
 
 def _categorical(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:

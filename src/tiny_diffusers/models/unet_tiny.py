@@ -2,7 +2,7 @@
 A U-Net for small images (8x8 to 64x64) that is fast on CPUs as well as on GPUs.
 
 It follows Ho et al. 2020 (arXiv 2006.11239) and diffusers' `UNet2DModel`: residual blocks with a time embedding,
-optional attention, and skip connections. The file travels with checkpoints, together with `layers_tiny.py`.
+optional attention, and skip connections.
 
 Four choices make it fast on a CPU. Convolutions run channels-last. Each group of a group norm has a multiple of 16
 channels, the width of the vector path of torch's kernel. Attention heads have 64 features, and batched matrix products
@@ -126,17 +126,14 @@ def _check_options(config: dict, kinds: Sequence[str]) -> None:
     widths, patch_size = config["block_out_channels"], config["patch_size"]
     if len(kinds) != len(widths):
         raise ValueError(
-            f"attention has {len(kinds)} entries for {len(widths)} levels: give one for each of block_out_channels, "
-            "or a single string for all."
+            f"attention has {len(kinds)} entries for {len(widths)} levels: give one for each, or a string for all."
         )
     for name, allowed in CHOICES.items():
         for value in kinds if name == "attention" else (config[name],):
             check_choice(name, value, allowed)
     check_sizes(config)
     check_dropout(config["dropout"])
-    advice = "or fewer levels in block_out_channels"
-    if patch_size > 1:
-        advice = f"a smaller patch_size than {patch_size}, {advice}"
+    advice = f"a smaller patch_size than {patch_size}, " if patch_size > 1 else ""
     check_levels(config, patch_size * 2 ** (len(widths) - 1), advice)
     # nearly all are in 3x3 convolutions: two in each block, the first of which is twice as wide in the decoder
     parameters = sum(9 * width**2 * (5 * config["layers_per_block"] + 3) for width in widths)
@@ -373,7 +370,6 @@ class TimeEmbedding(nn.Module):
     def __init__(self, kind: str, num_features: int, embedding_dim: int, act_fn: str, num_train_timesteps: int):
         super().__init__()
         self.kind = kind
-        self.num_features = num_features
         self.num_train_timesteps = num_train_timesteps
         self.table = nn.Embedding(num_train_timesteps, num_features) if kind == "learned" else None
         self.linear1 = nn.Linear(num_features, embedding_dim)
@@ -392,7 +388,7 @@ class TimeEmbedding(nn.Module):
 
     def features(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Computes cosines and sines in float32, whatever the dtype of the weights: (B,) -> (B, num_features)"""
-        half = self.num_features // 2
+        half = self.linear1.in_features // 2
         i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         if self.kind == "sinusoidal":
             frequencies = torch.exp(-math.log(10000) / half * i)
@@ -586,12 +582,11 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
                 CPU), or if labels are given to a network without classes.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
+        B, _, H, W = sample.shape
         multiple = self.config.patch_size * 2 ** (len(self.down) - 1)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise ValueError(
-                f"sample has height and width {tuple(sample.shape[2:])}: this network takes multiples of {multiple}."
-            )
-        B, timesteps = len(sample), torch.as_tensor(timestep, device=sample.device)
+        if H % multiple or W % multiple:
+            raise ValueError(f"sample has height {H} and width {W}: this network takes multiples of {multiple}.")
+        timesteps = torch.as_tensor(timestep, device=sample.device)
         if timesteps.numel() not in (1, B):
             raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
 
@@ -627,9 +622,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
 
         # 4. images, in the dtype and the memory format of the input
         x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
-        memory_format = torch.contiguous_format
-        if not sample.is_contiguous() and sample.is_contiguous(memory_format=torch.channels_last):
-            memory_format = torch.channels_last
+        channels_last = not sample.is_contiguous() and sample.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = x.to(sample.dtype).contiguous(memory_format=memory_format)
         return TinyUNet2DOutput(sample=x) if return_dict else (x,)
 

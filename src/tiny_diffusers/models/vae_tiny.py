@@ -2,8 +2,7 @@
 A convolutional variational autoencoder (arXiv 1312.6114) for small images, with a latent vector.
 
 Where the decoder gives each image a probability (discretized logistic or Gaussian for grey levels, Bernoulli for
-binary images), the evidence lower bound bounds the likelihood, in bits per dimension. The file travels with
-checkpoints, together with `layers_tiny.py`.
+binary images), the evidence lower bound bounds the likelihood, in bits per dimension.
 """
 
 import math
@@ -42,11 +41,7 @@ def _check_config(config: dict) -> None:
 
 
 def discretized_log_prob(
-    sample: torch.Tensor,
-    mean: torch.Tensor,
-    log_scale: torch.Tensor,
-    num_levels: int,
-    log_cdf: Callable[[torch.Tensor], torch.Tensor],
+    sample: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, num_levels: int, log_cdf: Callable
 ) -> torch.Tensor:
     """
     Computes the log-probability of each pixel's level under a symmetric continuous distribution.
@@ -196,9 +191,8 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
     @property
     def has_likelihood(self) -> bool:
         """`bool`: True if p(x | z) is a probability of the levels, so the bound is a bound on the likelihood."""
-        return self.config.reconstruction in LOG_CDFS or (
-            self.config.reconstruction == "bernoulli" and self.config.num_levels == 2
-        )
+        reconstruction, num_levels = self.config.reconstruction, self.config.num_levels
+        return reconstruction in LOG_CDFS or (reconstruction == "bernoulli" and num_levels == 2)
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor) -> Normal:
@@ -257,9 +251,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         posterior = self.encode(sample)
         noise = torch.randn_like(posterior.mean) if noise is None else noise
         if noise.shape != posterior.mean.shape:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}: for these images it must be {tuple(posterior.mean.shape)}."
-            )
+            raise ValueError(f"noise has shape {tuple(noise.shape)}: it must be {tuple(posterior.mean.shape)}.")
         output = self._decode(posterior.mean + posterior.stddev * noise)
         prior = Normal(torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean), validate_args=False)
         kl = kl_divergence(posterior, prior).sum(1)

@@ -18,56 +18,63 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from ..errors import UserError, unknown
-from ..flags import FlagParser, default_of, flag
+from ..flags import FlagParser, Flags, default_of, flag
 
 
-# The number of steps follows from one of these: the one on the command line replaces the others in a recipe.
-_LENGTH = ("max_train_steps", "max_train_minutes", "num_epochs")
 _NETWORK = "network"  # stands for all options of the network, in what a flag decides
+_DATASET = ("resolution", _NETWORK)
+# The number of steps follows from one of three flags: one on the command line replaces the others in a recipe.
+_LENGTH = {
+    "changes_run": False,
+    "replaces": ("max_train_steps", "max_train_minutes", "num_epochs"),
+    "decides": ("ema_start_step",),
+}
 
 
 @dataclass(frozen=True)
-class NetworkArguments:
+class NetworkArguments(Flags):
     """
     Base of a network's options, each declared once: a field is a flag and, by the same name, an argument of the network.
     """
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class DataArguments(Flags):
     """The training data."""
 
     dataset_name: str = flag(
         "digits",
         "Hub id, local folder of that layout or of images, or the embedded 'digits'.",
         replaces=("train_data_dir",),
-        decides=("resolution", _NETWORK),
+        decides=_DATASET,
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = flag(
-        None,
-        "Image folder to train on, in place of --dataset_name.",
-        replaces=("dataset_name",),
-        decides=("resolution", _NETWORK),
+        None, "Image folder to train on, in place of --dataset_name.", replaces=("dataset_name",), decides=_DATASET
     )
     split: str = flag("train", "Split of the dataset to train on.")
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
     resolution: int | None = flag(
-        None, "Resize images to this many pixels a side; their own size if not given.", decides=(_NETWORK,)
+        None,
+        "Resize images to this many pixels a side; their own size if not given.",
+        within="[1, 4096]",
+        decides=(_NETWORK,),
     )
     center_crop: bool = flag(False, "Crop the center of images that are not square.")
     random_flip: bool = flag(False, "Flip half of the images left to right.")
-    random_crop_padding: int = flag(0, "Shift images by up to this many pixels each way.")
-    color_jitter: float = flag(0.0, "Change brightness, contrast and saturation by up to this share.")
-    cutout: int = flag(0, "Side of a square that is cut out of each image.")
+    random_crop_padding: int = flag(0, "Shift images by up to this many pixels each way.", within="[0, inf)")
+    color_jitter: float = flag(0.0, "Change brightness, contrast and saturation by up to this share.", within="[0, 1]")
+    cutout: int = flag(0, "Side of a square that is cut out of each image.", within="[0, inf)")
     classes: str | None = flag(None, "Train on these classes only, by name or index: 'cat,frog'.")
-    max_train_samples: int | None = flag(None, "Use at most this many images.")
-    validation_split: float = flag(0.05, "Share of the images held out for the validation loss; 0 for none.")
-    max_validation_samples: int = flag(512, "Use at most this many held-out images.")
+    max_train_samples: int | None = flag(None, "Use at most this many images.", within="[1, inf)")
+    validation_split: float = flag(
+        0.05, "Share of the images held out for the validation loss; 0 for none.", within="[0, 1)"
+    )
+    max_validation_samples: int = flag(512, "Use at most this many held-out images.", within="[1, inf)")
     cache_dir: str | None = flag(None, "Cache of datasets and models from the Hub.", changes_run=False)
     dataloader_num_workers: int = flag(
-        0, "Accepted for compatibility: images are decoded once and kept.", changes_run=False
+        0, "Accepted for compatibility: has no effect.", within="[0, inf)", changes_run=False
     )
 
 
@@ -90,54 +97,46 @@ class TrainingArguments(DataArguments):
     cell: str | None = flag(None, "Experiment to run, if --config holds a grid of them.", changes_run=False)
     smoke: bool = flag(False, "End-to-end smoke test: 20 steps of a tiny network on 64 images.", changes_run=False)
     output_dir: str | None = flag(
-        None, "Folder of the run; runs/RECIPE/CELL or runs/FAMILY-DATA if not given.", changes_run=False
+        None, "Folder of the run; by default runs/RECIPE/CELL or runs/FAMILY-DATA.", changes_run=False
     )
     overwrite_output_dir: bool = flag(False, "Delete another run in --output_dir.", changes_run=False)
-    seed: int = flag(0, "Seed of everything random.")
-    train_batch_size: int = flag(32, "Images a process and micro-batch.")
-    gradient_accumulation_steps: int = flag(1, "Micro-batches a step.")
+    seed: int = flag(0, "Seed of everything random.", within="[0, 9223372036854775807]")
+    train_batch_size: int = flag(32, "Images a process and micro-batch.", within="[1, inf)")
+    gradient_accumulation_steps: int = flag(1, "Micro-batches a step.", within="[1, inf)")
     num_epochs: int = flag(
         30,
         "Passes over the data, unless steps or minutes are given.",
         "--num_train_epochs",
-        changes_run=False,
-        replaces=_LENGTH,
-        decides=("ema_start_step",),
+        within="[1, inf)",
+        **_LENGTH,
     )
-    max_train_steps: int | None = flag(
-        None,
-        "Optimizer steps; overrides --num_epochs.",
-        changes_run=False,
-        replaces=_LENGTH,
-        decides=("ema_start_step",),
-    )
+    max_train_steps: int | None = flag(None, "Optimizer steps; overrides --num_epochs.", within="[1, inf)", **_LENGTH)
     max_train_minutes: float | None = flag(
         None,
         "Train for this long: the number of steps is resolved from the speed of the first ones.",
-        changes_run=False,
-        replaces=_LENGTH,
-        decides=("ema_start_step",),
+        within="(0, inf)",
+        **_LENGTH,
     )
     pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.", decides=(_NETWORK,))
 
-    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    learning_rate: float = flag(1e-3, "Peak learning rate.", within="[0, inf)")
     scale_lr: bool = flag(False, "Multiply the learning rate by the number of images a step.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("cosine", "Schedule of the learning rate.")
-    lr_warmup_steps: int = flag(100, "Steps over which the learning rate rises.")
+    lr_warmup_steps: int = flag(100, "Steps over which the learning rate rises.", within="[0, inf)")
     optimizer: Literal["adamw", "adam", "sgd"] = flag("adamw", "Optimizer.")
-    adam_beta1: float = flag(0.9, "Adam's beta1 (SGD's momentum).")
-    adam_beta2: float = flag(0.99, "Adam's beta2.")
-    adam_weight_decay: float = flag(0.01, "Weight decay.")
-    adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
-    max_grad_norm: float = flag(1.0, "Clip gradients to this norm.")
+    adam_beta1: float = flag(0.9, "Adam's beta1 (SGD's momentum).", within="[0, 1)")
+    adam_beta2: float = flag(0.99, "Adam's beta2.", within="[0, 1)")
+    adam_weight_decay: float = flag(0.01, "Weight decay.", within="[0, inf)")
+    adam_epsilon: float = flag(1e-8, "Adam's epsilon.", within="[0, inf)")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0 for no clipping.", within="[0, inf]")
 
     use_ema: bool = flag(True, "Save the EMA of the weights instead of the last weights.")
-    ema_max_decay: float = flag(0.9999, "Highest decay of the EMA.")
-    ema_inv_gamma: float = flag(1.0, "Inverse gamma of the EMA's warm-up.")
-    ema_power: float = flag(0.75, "Power of the EMA's warm-up; 0 for a constant decay.")
-    ema_start_step: int | None = flag(0, "The EMA starts as a copy of the weights after this step.")
+    ema_max_decay: float = flag(0.9999, "Highest decay of the EMA.", within="[0, 1]")
+    ema_inv_gamma: float = flag(1.0, "Inverse gamma of the EMA's warm-up.", within="(0, inf)")
+    ema_power: float = flag(0.75, "Power of the EMA's warm-up; 0 for a constant decay.", within="[0, inf)")
+    ema_start_step: int | None = flag(0, "The EMA starts as a copy of the weights after this step.", within="[0, inf)")
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = flag("auto", "auto: bf16 if the hardware has it.")
     memory_format: Literal["channels_last", "contiguous_format"] = flag(
@@ -145,31 +144,40 @@ class TrainingArguments(DataArguments):
     )
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
     compile: bool = flag(False, "Compile the network's repeated blocks (not on a CPU).")
-    num_threads: int | None = flag(None, "CPU threads; the physical cores over the local processes if not given.")
-    local_rank: int = flag(
-        -1, "Accepted for compatibility: accelerate reads it from the environment.", changes_run=False
+    num_threads: int | None = flag(
+        None, "CPU threads; the physical cores over the local processes if not given.", within="[1, 1024]"
     )
+    local_rank: int = flag(-1, "Accepted for compatibility: has no effect.", within="(-inf, inf)", changes_run=False)
     enable_xformers_memory_efficient_attention: bool = flag(
-        False, "Accepted for compatibility: torch's attention is used.", changes_run=False
+        False, "Accepted for compatibility: has no effect.", changes_run=False
     )
 
-    checkpointing_steps: int = flag(500, "Save a checkpoint every so many steps.", changes_run=False)
-    checkpoints_total_limit: int | None = flag(2, "Keep at most this many checkpoints.", changes_run=False)
+    checkpointing_steps: int = flag(
+        500, "Save a checkpoint every so many steps.", within="[1, inf)", changes_run=False
+    )
+    checkpoints_total_limit: int | None = flag(
+        2, "Keep at most this many checkpoints.", within="[1, inf)", changes_run=False
+    )
     resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint's name or path.", changes_run=False)
     validation_steps: int | None = flag(
-        None, "Measure the validation loss every so many steps; 20 times a run if not given."
+        None, "Measure the validation loss every so many steps; 20 times a run if not given.", within="[1, inf)"
     )
     early_stopping_patience: int | None = flag(
-        None, "Stop after so many validations in a row without a better loss, and save the best weights."
+        None,
+        "Stop after so many validations in a row without a better loss, and save the best weights.",
+        within="[1, inf)",
     )
     save_images_epochs: int | None = flag(
         None,
         "Save a sample grid every so many epochs, 0 for none during training; every 10, ten a run at most, if not given.",
+        within="[0, inf)",
         changes_run=False,
     )
-    save_model_epochs: int | None = flag(None, "Save the pipeline every so many epochs.", changes_run=False)
-    eval_batch_size: int = flag(64, "Images in the sample grids.", changes_run=False)
-    logging_steps: int = flag(10, "Log the mean loss every so many steps.", changes_run=False)
+    save_model_epochs: int | None = flag(
+        None, "Save the pipeline every so many epochs.", within="[1, inf)", changes_run=False
+    )
+    eval_batch_size: int = flag(64, "Images in the sample grids.", within="[1, inf)", changes_run=False)
+    logging_steps: int = flag(10, "Log the mean loss every so many steps.", within="[1, inf)", changes_run=False)
     report_to: str = flag(
         "none", "tensorboard, wandb, trackio, several with commas, or none.", "--logger", changes_run=False
     )

@@ -116,7 +116,7 @@ def load_weights(module: torch.nn.Module, folder: Path) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """
-    Loads an optimizer's state.
+    Loads an optimizer's state. Its hyperparameters stay those of this run: a resumed run may change them.
 
     Raises:
         ValueError: If another kind of optimizer saved it.
@@ -126,12 +126,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["scalars"]}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        if not group.keys() >= saved_group.keys() - {"params"}:
+    own_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    for own, group in zip(own_groups, saved["param_groups"], strict=True):
+        if not own.keys() >= group.keys() - {"params"}:
             raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    for own, group in zip(own_groups, optimizer.param_groups, strict=True):
+        group.update(own)
     # Fused optimizers need each moment in the memory format of its weight (such as channels-last).
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 entries[key] = match_layout(value, parameter)
+
+
+def load_lr_scheduler(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:
+    """Loads where a learning rate schedule stands, and sets the rate to this run's peak rate at that step."""
+    base_lrs = lr_scheduler.base_lrs
+    lr_scheduler.load_state_dict({**state, "base_lrs": base_lrs})
+    rates = [lr * rate(lr_scheduler.last_epoch) for lr, rate in zip(base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates

@@ -67,6 +67,9 @@ class Trainer:
             self.train_indices, self.validation_indices = held_out(len(data), settings.validation_split, settings.seed)
         self.order = DataOrder(settings.seed, len(self.train_indices))
         self.augmentation = {name: getattr(settings, name) for name in _AUGMENTATIONS if getattr(settings, name)}
+        augment(
+            normalize(data.images[:1]), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation
+        )  # refuses what is too large
         micro_batches = settings.gradient_accumulation_steps
         self.global_batch = settings.train_batch_size * accelerator.num_processes * micro_batches
         self.steps_per_epoch = len(self.train_indices) / self.global_batch
@@ -295,10 +298,10 @@ class Trainer:
             if self._epochs_passed(settings.save_model_epochs) and is_main_process:
                 outputs.save_pipeline(self)
 
-            # 4. a checkpoint: one is due, this is the best one, or the run is told to stop
+            # 4. a checkpoint: one is due, this is the best or the last one, or the run is told to stop
             self._agree_on_signals()
             keep_best = improved and settings.early_stopping_patience is not None
-            due = self.step % settings.checkpointing_steps == 0 and not self.state.bad_steps
+            due = (self._is_due(settings.checkpointing_steps) or self._stopped_early()) and not self.state.bad_steps
             if keep_best or due or self.stop_signal:
                 self._save_checkpoint()
             if self.stop_signal:
@@ -362,7 +365,8 @@ class Trainer:
                         self.state.add(key, value.detach())
                     totals[name] += loss.detach()
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(self.modules[name].parameters(), settings.max_grad_norm)
+                        max_norm = settings.max_grad_norm or math.inf
+                        norm = accelerator.clip_grad_norm_(self.modules[name].parameters(), max_norm)
                         norm = checkpoints.gather_full(norm)
                         self.state.add(f"{prefix[name]}grad_norm", norm)
                         finite = self._everywhere(torch.isfinite(norm + totals[name]))
@@ -509,7 +513,7 @@ class Trainer:
                 checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
             state = json.loads((folder / "state.json").read_text())
             for name, lr_scheduler in self.lr_schedulers.items():
-                lr_scheduler.load_state_dict(state["lr_schedulers"][name])
+                checkpoints.load_lr_scheduler(lr_scheduler, state["lr_schedulers"][name])
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.state.load_state_dict(state, self.accelerator)
