@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..flags import flag
 from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
-from ..training.arguments import NetworkArguments, TrainingArguments
+from ..training.arguments import LRScheduler, NetworkArguments, Optimizer, TrainingArguments
 from ..training.family import Batch, Family, check_network_flags, class_grid, halving_widths, load_pretrained
 
 
@@ -62,10 +62,8 @@ class DCGANArguments(DCGANNetworkArguments, TrainingArguments):
     instance_noise_steps: int = flag(5000, "Steps over which that noise falls to 0.", within="[1, inf)")
 
     learning_rate: float = flag(2e-4, "Peak learning rate.", within="[0, inf)")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = flag("constant", "Schedule of the learning rate.")
-    optimizer: Literal["adamw", "adam", "sgd"] = flag("adam", "Optimizer.")
+    lr_scheduler: LRScheduler = flag("constant", "Schedule of the learning rate.")
+    optimizer: Optimizer = flag("adam", "Optimizer.")
     adam_beta1: float = flag(0.5, "Adam's beta1 (SGD's momentum).", within="[0, 1)")
     adam_beta2: float = flag(0.999, "Adam's beta2.", within="[0, 1)")
     adam_weight_decay: float = flag(0.0, "Weight decay.", within="[0, inf)")

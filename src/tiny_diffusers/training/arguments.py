@@ -21,6 +21,9 @@ from ..errors import UserError, unknown
 from ..flags import FlagParser, Flags, default_of, flag
 
 
+Optimizer = Literal["adamw", "adam", "sgd"]
+LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
 _NETWORK = "network"  # stands for all options of the network, in what a flag decides
 _DATASET = ("resolution", _NETWORK)
 # The number of steps follows from one of three flags: one on the command line replaces the others in a recipe.
@@ -56,10 +59,7 @@ class DataArguments(Flags):
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
     resolution: int | None = flag(
-        None,
-        "Resize images to this many pixels a side; their own size if not given.",
-        within="[1, 4096]",
-        decides=(_NETWORK,),
+        None, "Resize images to this many pixels a side, if given.", within="[1, 4096]", decides=(_NETWORK,)
     )
     center_crop: bool = flag(False, "Crop the center of images that are not square.")
     random_flip: bool = flag(False, "Flip half of the images left to right.")
@@ -104,28 +104,19 @@ class TrainingArguments(DataArguments):
     train_batch_size: int = flag(32, "Images a process and micro-batch.", within="[1, inf)")
     gradient_accumulation_steps: int = flag(1, "Micro-batches a step.", within="[1, inf)")
     num_epochs: int = flag(
-        30,
-        "Passes over the data, unless steps or minutes are given.",
-        "--num_train_epochs",
-        within="[1, inf)",
-        **_LENGTH,
+        30, "Epochs, unless steps or minutes are given.", "--num_train_epochs", within="[1, inf)", **_LENGTH
     )
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides --num_epochs.", within="[1, inf)", **_LENGTH)
     max_train_minutes: float | None = flag(
-        None,
-        "Train for this long: the number of steps is resolved from the speed of the first ones.",
-        within="(0, inf)",
-        **_LENGTH,
+        None, "Train for this long; the speed of the first steps tells how many fit.", within="(0, inf)", **_LENGTH
     )
     pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.", decides=(_NETWORK,))
 
     learning_rate: float = flag(1e-3, "Peak learning rate.", within="[0, inf)")
     scale_lr: bool = flag(False, "Multiply the learning rate by the number of images a step.")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = flag("cosine", "Schedule of the learning rate.")
+    lr_scheduler: LRScheduler = flag("cosine", "Schedule of the learning rate.")
     lr_warmup_steps: int = flag(100, "Steps over which the learning rate rises.", within="[0, inf)")
-    optimizer: Literal["adamw", "adam", "sgd"] = flag("adamw", "Optimizer.")
+    optimizer: Optimizer = flag("adamw", "Optimizer.")
     adam_beta1: float = flag(0.9, "Adam's beta1 (SGD's momentum).", within="[0, 1)")
     adam_beta2: float = flag(0.99, "Adam's beta2.", within="[0, 1)")
     adam_weight_decay: float = flag(0.01, "Weight decay.", within="[0, inf)")
@@ -163,13 +154,11 @@ class TrainingArguments(DataArguments):
         None, "Measure the validation loss every so many steps; 20 times a run if not given.", within="[1, inf)"
     )
     early_stopping_patience: int | None = flag(
-        None,
-        "Stop after so many validations in a row without a better loss, and save the best weights.",
-        within="[1, inf)",
+        None, "Stop after so many validations without a better loss; save the best weights.", within="[1, inf)"
     )
     save_images_epochs: int | None = flag(
         None,
-        "Save a sample grid every so many epochs, 0 for none during training; every 10, ten a run at most, if not given.",
+        "Epochs between sample grids, 0 for none; ten grids at most by default.",
         within="[0, inf)",
         changes_run=False,
     )

@@ -423,9 +423,8 @@ class Trainer:
         """Computes the mean loss of the EMA networks on the held-out images, always with the same noise and timesteps."""
         networks, size = self.networks(), self.settings.train_batch_size
         total = torch.zeros((), dtype=torch.float64)
-        count = 0
-        if self.validation_indices is not None:
-            count = min(len(self.validation_indices), self.settings.max_validation_samples)
+        num_held_out = 0 if self.validation_indices is None else len(self.validation_indices)
+        count = min(num_held_out, self.settings.max_validation_samples)
         for start in range(self.accelerator.process_index * size, count, size * self.accelerator.num_processes):
             rows = range(start, min(start + size, count))
             draws = Draws(self.settings.seed, "validation", rows, self.device)
@@ -454,10 +453,9 @@ class Trainer:
         settings, folder = self.settings, self.folder
         if not settings.resume_from_checkpoint:
             return None
-        found = [None]
-        if self.accelerator.is_main_process:
-            found = [folder.find_checkpoint(settings.resume_from_checkpoint)]
-        checkpoint = broadcast_object_list(found)[0]
+        is_main_process = self.accelerator.is_main_process
+        checkpoint = folder.find_checkpoint(settings.resume_from_checkpoint) if is_main_process else None
+        checkpoint = self._broadcast(checkpoint)
         if checkpoint is not None and not checkpoint.is_dir():
             raise UserError(
                 f"--output_dir: {checkpoint} is not on this machine; all must see one and the same folder."
@@ -542,7 +540,7 @@ class Trainer:
         held = self.accelerator.reduce(torch.as_tensor(condition, device=self.device).float(), "sum")
         return float(held) == self.accelerator.num_processes
 
-    def _broadcast(self, value: int) -> int:
+    def _broadcast(self, value: Any) -> Any:
         """Returns the main process's value on every process."""
         return broadcast_object_list([value])[0]
 
