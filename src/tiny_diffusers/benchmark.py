@@ -167,16 +167,21 @@ def measure(settings: Settings, names: Sequence[str], rows: dict[str, Callable] 
     Raises:
         UserError: If a row is unknown, before any is measured; for sizes that no network can have.
     """
-    rows = ROWS if rows is None else rows
-    for name in names:
-        if name not in rows:
-            raise unknown("row", name, rows)
+    rows = _known_rows(names, rows)
     for name in names:
         try:
             yield from rows[name](settings)
         except Unavailable as error:
             yield Row(name, skipped=str(error))
         gc.collect()
+
+
+def _known_rows(names: Sequence[str], rows: dict[str, Callable] | None) -> dict[str, Callable]:
+    rows = ROWS if rows is None else rows
+    for name in names:
+        if name not in rows:
+            raise unknown("row", name, rows)
+    return rows
 
 
 def run(
@@ -192,6 +197,7 @@ def run(
     """
     if output.parent.is_file() or output.is_dir():
         raise UserError(f"--output {output}: give the name of a file to write to, such as benchmark.json.")
+    rows = _known_rows(names, rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = machine(settings)
     print(", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items()), f"\n\n{HEADER}", sep="\n")

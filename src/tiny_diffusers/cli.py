@@ -323,7 +323,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("Give the real images to measure against: --dataset_name, a Hub id, a folder, or digits.")
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
     protocol = Protocol(**{name: getattr(args, name) for name in fields})
-    folder = Path(args.output or (args.checkpoint if Path(args.checkpoint or "").is_dir() else "evaluation"))
+    is_folder = args.checkpoint is not None and Path(args.checkpoint).is_dir()
+    folder = Path(args.output or (args.checkpoint if is_folder else "evaluation"))
     if args.output is None and args.kind != "samples":  # the checkpoint's own report, and its card, are of samples
         folder = folder / args.kind
     _prepare_output(f"{folder}/")

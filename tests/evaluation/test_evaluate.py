@@ -541,6 +541,7 @@ class TestCommandLine:
         assert "--dataset_name" in line(checkpoint)
         assert "either" in line("--dataset_name", "digits")
         assert "no report" in line("--from_report", tmp_path / "nothing.json")
+        assert "There is no folder 'nowhere'" in line("--images", "nowhere", "--dataset_name", "digits")
         assert "metric" in line(checkpoint, "--dataset_name", "digits", "--metrics", "fid")
         assert "features" in line(checkpoint, *self.OPTIONS, "--features", "vgg")
 

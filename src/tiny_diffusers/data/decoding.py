@@ -9,23 +9,24 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..progress import progress_bar
 from .folders import abbreviate, relative_name
 from .images import ImageData, compute_fingerprint
-from .sources import Source
+from .sources import RefusedImageError, Source, open_image
 
 
 _MAX_BROKEN_SHARE = 0.01
 _MEMORY_SHARE = 0.25  # of the free memory, for the images of one dataset
-_MAX_PIXELS = 2**26  # a larger image is treated as a decompression bomb
+_BITS = (8, 10, 12, 14, 16)  # of cameras and scanners, whose values are stored in 16 bits
 _READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
 
 
@@ -52,7 +53,9 @@ def decode_source(
     storage = None
     kept, broken = [], []  # positions in `source.rows`; names of files
     changes = Counter()
-    for position, image, said in _decode_rows(source, resolution, center_crop, channels):
+    wide = {}  # index in `kept` -> bits that the image needs
+    options = (resolution, center_crop, channels)
+    for position, image, said in _decode_rows(source, *options, 8):
         if image is None:
             broken.append(said)
             continue
@@ -70,14 +73,26 @@ def decode_source(
                 "or set `resolution`."
             )
         storage[len(kept)] = image  # a grey image is repeated over the channels
+        wide |= {len(kept): change for change in said if isinstance(change, int)}
         kept.append(position)
-        changes.update(said)
+        changes.update(change for change in said if isinstance(change, str))
 
     if len(broken) > _MAX_BROKEN_SHARE * total:
         raise UserError(
             f"{len(broken):,} of {total:,} images of '{name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
             f"{abbreviate(broken)}. Repair or remove them."
         )
+
+    # One scale for the whole set: 12-bit values in 16-bit pixels would be nearly black if scaled by 65535.
+    if wide:
+        bits = max(wide.values())
+        again = [index for index, needed in wide.items() if needed < bits]
+        rest = replace(source, rows=source.rows[[kept[index] for index in again]])
+        for index, (_, image, _) in zip(again, _decode_rows(rest, *options, bits), strict=True):
+            storage[index] = image
+        said = f"had {bits}-bit values in wider pixels, {'kept' if bits == 8 else 'scaled to 8'}"
+        changes["had 16 bits a pixel, scaled to 8" if bits == 16 else said] = len(wide)
+
     grey = changes.pop("grey", 0)
     if channels is None and grey == len(kept):
         images = _allocate((len(kept), 1, side, side), scratch)
@@ -108,7 +123,7 @@ def _allocate(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray
     size = math.prod(shape)
     if size <= _MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, np.uint8)
-    directory = scratch if scratch is not None and scratch.is_dir() else Path(tempfile.gettempdir())
+    directory = scratch if scratch is not None and os.access(scratch, os.W_OK) else Path(tempfile.gettempdir())
     # Checked beforehand, since writing to a mapped file on a full disk kills the process.
     if 2 * size > shutil.disk_usage(directory).free:
         raise UserError(
@@ -126,16 +141,16 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
         for position, image in zip(positions, encoded, strict=True):
             try:
                 results.append((position, *_decode_image(image, *options)))
-            except Exception:  # Pillow raises almost any exception for a damaged file
+            except Exception as error:  # Pillow raises almost any exception for a damaged file
                 path = image and image["path"]
-                name = relative_name(Path(path), source.folder) if path else f"row {source.rows[position]}"
-                results.append((position, None, name))
+                name = relative_name(Path(str(path)), source.folder) if path else f"row {source.rows[position]}"
+                results.append((position, None, f"{name} ({error})" if isinstance(error, RefusedImageError) else name))
         return results
 
     total = len(source.rows)
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=total, desc=f"Decoding {source.name}", unit=" images", delay=2) as progress,
+        progress_bar(total=total, desc=f"Decoding {source.name}", unit=" images", delay=2) as progress,
     ):
         for start in range(0, total, _READ_BATCH):
             positions = range(start, min(start + _READ_BATCH, total))
@@ -148,16 +163,23 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
 
 
 def _decode_image(
-    encoded: dict, resolution: int | None, center_crop: bool, channels: int | None
-) -> tuple[np.ndarray, list[str]]:
-    """Decodes an image to uint8 (1 or 3, H, W). Also returns what was changed."""
-    content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
-    image = Image.open(io.BytesIO(content))
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError("a decompression bomb")
-    if image.format in ("EPS", "WMF"):  # Pillow runs another program to decode these
-        raise ValueError("not an image but a program")
-    image, changes = _to_grey_or_rgb(ImageOps.exif_transpose(image))
+    encoded: dict, resolution: int | None, center_crop: bool, channels: int | None, bits: int
+) -> tuple[np.ndarray, list[str | int]]:
+    """
+    Decodes an image to uint8 (1 or 3, H, W). Also returns what was changed: for values of more than 8 bits, or in
+    wider pixels, the number of bits that they need. They are scaled by the larger of this and `bits`.
+    """
+    content, path = encoded["bytes"], encoded["path"]
+    if content is None:
+        content = (Path(path) if isinstance(path, str) else path).read_bytes()
+    image = open_image(io.BytesIO(content))
+    try:
+        has_frames = getattr(image, "n_frames", 1) > 1
+    except Exception:  # a frame beyond the first is damaged
+        image, has_frames = open_image(io.BytesIO(content)), True
+    image, changes = _to_grey_or_rgb(ImageOps.exif_transpose(image), bits)
+    if has_frames:
+        changes.append("have several frames or pages: the first was taken")
     if channels == 1 and image.mode == "RGB":
         image = image.convert("L")
         changes.append("were in colour, converted to grey")
@@ -181,17 +203,19 @@ def _decode_image(
     return np.asarray(image).transpose(2, 0, 1), changes  # (H, W, C) -> (C, H, W)
 
 
-def _to_grey_or_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Converts an image of any mode to "L" or "RGB". Also returns what was changed."""
+def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[str | int]]:
+    """Converts an image of any mode to "L" or "RGB". Also returns what was changed, as [`_decode_image`] does."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image, []
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers of more than 16 bits")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)), ["had 16 bits a pixel, scaled to 8"]
+            raise RefusedImageError("integers of more than 16 bits")
+        needed = next(each for each in _BITS if values.max() < 2**each)
+        levels = np.rint(values * 255 / (2 ** max(bits, needed) - 1)).astype(np.uint8)
+        return Image.fromarray(levels), [needed]
     if image.mode == "F":
-        raise ValueError("floating-point values have no fixed range")
+        raise RefusedImageError("floating-point values have no fixed range")
 
     grey = image.mode in ("1", "L", "LA", "La")
     changes = []

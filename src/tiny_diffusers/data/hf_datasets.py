@@ -1,5 +1,6 @@
-"""Reads Hub datasets and local folders with the `datasets` library, and finds their image and label columns."""
+"""Reads Hub datasets and local parquet, arrow or webdataset files with the `datasets` library."""
 
+import glob
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,14 +9,14 @@ import numpy as np
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
-from .folders import abbreviate, is_image, is_metadata, list_files, relative_name
-from .sources import Source
+from .folders import abbreviate, is_image, list_files, relative_name
+from .sources import MAX_CLASSES, Source, index_labels
 
 
 if TYPE_CHECKING:
     import datasets
 
-_MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, by suffix
 _LABEL_DTYPES = ("int", "uint", "bool", "string", "large_string")  # or longer names, such as "int64"
 
 
@@ -27,7 +28,7 @@ def open_dataset(
 
     Args:
         name (`str`): The Hub id, or the folder as the user spelled it.
-        folder (`Path`, *optional*): The resolved folder; None for a Hub dataset.
+        folder (`Path`, *optional*): The resolved folder, or a .parquet or .arrow file; None for a Hub dataset.
         config (`str`, *optional*): The configuration.
         split (`str`): The split, or a slice such as `"train[:1000]"`.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache folder of `datasets`.
@@ -40,20 +41,24 @@ def open_dataset(
     """
     import datasets
 
-    path, data_dir = os.fspath(folder or name), None
-    if folder is not None and config is None:
-        files = [file for file in list_files(folder) if not is_metadata(file)]
-        if any(map(is_image, files)) and not any(file.suffix in (".parquet", ".arrow") for file in files):
-            # Without this, `datasets` reads a folder with more text files than images as a text dataset.
-            path, data_dir = "imagefolder", path
+    # `datasets` takes a path for a pattern: in another folder's name, "[ab]" would match "a".
+    path, local = os.fspath(folder or name), {}
+    if folder is not None and folder.is_file():
+        path, local = folder.suffix[1:].lower(), {"data_files": {"train": glob.escape(path)}}
+    elif folder is not None and glob.escape(path) != path:
+        suffixes = {file.suffix.lower() for file in list_files(folder)}
+        kinds = [kind for suffix, kind in _BUILDERS.items() if suffix in suffixes]
+        if config is not None or not kinds:
+            raise UserError(f"The folder '{name}' cannot be read as a dataset: its name holds one of *?[, rename it.")
+        path, local = kinds[0], {"data_dir": glob.escape(path)}
 
     # The exceptions of `datasets` and of the Hub's client have no common base class.
     try:
         builder = datasets.load_dataset_builder(
-            path, config, data_dir=data_dir, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
+            path, config, cache_dir=None if cache_dir is None else os.fspath(cache_dir), **local
         )
     except Exception as error:
-        reason = first_line(error)
+        reason = _reason(error, folder)
         if folder is not None:
             raise UserError(f"The folder '{name}' cannot be read as a dataset: {reason}") from error
         if isinstance(error, ValueError) and not isinstance(error, HFValidationError):
@@ -65,7 +70,7 @@ def open_dataset(
     try:
         builder.download_and_prepare()
     except Exception as error:
-        raise UserError(f"The dataset '{name}' cannot be read: {first_line(error.__cause__ or error)}") from error
+        raise UserError(f"The dataset '{name}' cannot be read: {_reason(error.__cause__ or error, folder)}") from error
 
     splits = list(builder.info.splits or ())
     try:
@@ -77,6 +82,13 @@ def open_dataset(
     if len(dataset) == 0:
         raise UserError(f"The split '{split}' of '{name}' is empty: its splits are {', '.join(splits)}.")
     return dataset, splits
+
+
+def _reason(error: BaseException, folder: Path | None) -> str:
+    """Returns the first line of an error. If a local dataset fails by a file elsewhere, that is in the cache."""
+    file = getattr(error, "filename", None)
+    is_cache = folder is not None and isinstance(file, str) and not Path(file).is_relative_to(folder)
+    return first_line(error) + (" (the cache of `datasets`: set `cache_dir` or HF_HOME)" if is_cache else "")
 
 
 def read_dataset(
@@ -113,13 +125,12 @@ def read_dataset(
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:
             notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
-    if folder is not None and dataset.builder_name == "imagefolder":
-        others = [file for file in list_files(folder) if not is_image(file) and not is_metadata(file)]
-        if others:
-            skipped = abbreviate([relative_name(file, folder) for file in others])
-            notes.append(f"files that are not images, left out: {skipped}")
+    beside = [file for file in list_files(folder) if is_image(file)] if folder is not None and folder.is_dir() else []
+    if beside:
+        names = abbreviate([relative_name(file, folder) for file in beside])
+        notes.append(f"images beside the parquet or arrow files, left out, {len(beside):,}: {names}")
     return Source(
-        name=name if folder is None else folder.name,
+        name=name if folder is None else folder.stem if folder.is_file() else folder.name,
         split=split,
         columns=dataset.column_names,
         read=lambda rows: encoded[rows][image_columns[0]],
@@ -172,7 +183,7 @@ def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, sp
     # If each split has its own folder, `datasets` takes these folders for classes.
     found = [column for column in classes if not set(features[column].names) <= set(splits)]
     if not classes:
-        most = min(_MAX_CLASSES, len(dataset) // 2)  # captions and serial numbers do not repeat
+        most = min(MAX_CLASSES, len(dataset) // 2)  # captions and serial numbers do not repeat
         found = [column for column in discrete if len(dataset.unique(column)) <= most]
     return sorted(found, key=lambda column: column != "label")
 
@@ -185,6 +196,4 @@ def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, 
     values = dataset.select_columns([column])[:][column]
     if isinstance(feature, datasets.ClassLabel):
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), feature.names
-    known = sorted({value for value in values if value is not None})
-    index = {value: position for position, value in enumerate(known)}
-    return np.array([index.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in known]
+    return index_labels(values)

@@ -1,13 +1,14 @@
 """Loads images by name: from the cache, or read, selected, decoded and written to the cache."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from .arrays import read_arrays
 from .cache import cache_key, cache_root, read_cache, write_cache
 from .decoding import decode_source
-from .folders import list_files
+from .folders import is_repository, list_files, read_folder
 from .hf_datasets import open_dataset, read_dataset
 from .images import ImageData
 from .sources import read_digits, select
@@ -32,17 +33,19 @@ def load_images(
     """
     Loads the images of a dataset, decoded to uint8 and brought to one size.
 
-    Each image becomes 8-bit grey or RGB: 16-bit values are scaled, palettes are resolved, transparent pixels are
-    blended with white, and the EXIF orientation is applied. Then its largest square (see `center_crop`) is resized to
-    `resolution` with Pillow's antialiased bicubic filter. Files that cannot be decoded are skipped and named in the
+    Each image becomes 8-bit grey or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
+    are blended with white, and the EXIF orientation is applied. Then its largest square (see `center_crop`) is resized
+    to `resolution` with Pillow's antialiased bicubic filter. Files that cannot be decoded are skipped and named in the
     notes. The result is cached on disk for the next start.
 
     Args:
-        dataset_name (`str`, defaults to `"digits"`): A Hub id, a folder or `"digits"`. A folder has the layout of a
-            Hub repository, or images, optionally in a sub-folder for each class. `"digits"` are scikit-learn's 1,797
-            handwritten 8x8 digits. They need no network and have the split `"train"` only.
+        dataset_name (`str`, defaults to `"digits"`): A Hub id, a folder, a file or `"digits"`. A folder has the layout
+            of a Hub repository, or images, optionally in a sub-folder for each class; if all folders at the first
+            level are named train, test, val, valid or validation, they are splits. A file is a .zip of such a folder,
+            .npz, .npy, .parquet or .arrow. `"digits"` are scikit-learn's 1,797 handwritten 8x8 digits. They need no
+            network and have the split `"train"` only.
         dataset_config_name (`str`, *optional*): The configuration, for a dataset with several.
-        train_data_dir (`str` or `os.PathLike`, *optional*): A folder, instead of `dataset_name`.
+        train_data_dir (`str` or `os.PathLike`, *optional*): A folder or file, instead of `dataset_name`.
         split (`str`, defaults to `"train"`): The split, or a slice in the syntax of `datasets`: `"train[:1000]"`.
         image_column, label_column (`str`, *optional*): By default columns are found by their features: an `Image` for
             the images; a `ClassLabel`, or else an integer or string column whose values repeat, for the labels.
@@ -75,25 +78,51 @@ def load_images(
     # The cache key depends on the order of these options.
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
     if train_data_dir is None and dataset_name == "digits":
-        return decode_source(select(read_digits(split), classes, max_samples, require_labels), **options)
+        source = read_digits(split)
+        if Path("digits").exists():
+            source.notes.append("'digits' is the embedded dataset: name the folder or file of this name ./digits")
+        return decode_source(select(source, classes, max_samples, require_labels), **options)
 
     name = dataset_name if train_data_dir is None else os.fspath(train_data_dir)
-    folder = Path(name).resolve() if Path(name).is_dir() else None
-    if folder is None and train_data_dir is not None:
+    if not name:
+        raise UserError("The dataset's name is empty: give a Hub id such as ylecun/mnist, a folder, or digits.")
+    path = Path(name).expanduser()
+    path = path.resolve() if path.is_dir() or (path.exists() and path.suffix) else None
+    if path is None and train_data_dir is not None:
         raise UserError(f"There is no folder '{name}'.")
 
-    # A folder lists its files without `datasets`, so a cache hit never opens it. A Hub dataset must be opened first.
-    location = (name, folder, dataset_config_name, split, cache_dir)
-    opened = open_dataset(*location) if folder is None else None
-    files = list_files(folder) if opened is None else [Path(file["filename"]) for file in opened[0].cache_files]
+    # Local files are listed without `datasets`, so a cache hit never opens them. A Hub dataset must be opened first.
+    location = (name, path, dataset_config_name, split, cache_dir)
+    reader, opened = None, None
+    if path is None:
+        opened = open_dataset(*location)
+        files = [Path(file["filename"]) for file in opened[0].cache_files]
+    else:
+        reader, files = _choose_reader(path, name, dataset_config_name)
     columns = (image_column, label_column)
     root = cache_root(cache_dir)
-    directory = root / cache_key(files, dataset_config_name, split, columns, classes, max_samples, options)
+    # The folder is part of the key: its parent may hold the same files, in other classes.
+    request = (path and os.fspath(path), dataset_config_name, split, columns, classes, max_samples, options)
+    directory = root / cache_key(files, *request)
     data = read_cache(directory)
     if data is not None and not (require_labels and data.labels is None):
         return data
 
-    dataset, splits = opened or open_dataset(*location)
-    source = read_dataset(dataset, splits, name, folder, split, *columns)
+    if reader is None:
+        dataset, splits = opened or open_dataset(*location)
+        source = read_dataset(dataset, splits, name, path, split, *columns)
+    else:
+        source = reader(path, name, split, *columns)
     data = decode_source(select(source, classes, max_samples, require_labels), **options, scratch=root)
     return write_cache(directory, data)
+
+
+def _choose_reader(path: Path, name: str, config: str | None) -> tuple[Callable | None, list[Path]]:
+    """Returns the reader of a local folder or file, None if `datasets` reads it, and all of its files."""
+    if path.is_dir():
+        files = list_files(path)
+        return None if config is not None or is_repository(files) else read_folder, files
+    readers = {".zip": read_folder, ".npz": read_arrays, ".npy": read_arrays, ".parquet": None, ".arrow": None}
+    if path.suffix.lower() not in readers or not path.is_file():
+        raise UserError(f"'{name}' is no dataset: give a folder, or a file of {', '.join(readers)}.")
+    return readers[path.suffix.lower()], [path]

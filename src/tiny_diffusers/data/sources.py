@@ -1,17 +1,30 @@
 """
 Sources: splits whose images are still encoded, and the selection of their rows.
 
-Each reader returns a [`Source`]: `read_digits` here, `read_dataset` in hf_datasets.py.
+Each reader returns a [`Source`]: `read_digits` here, `read_folder` in folders.py, `read_arrays` in arrays.py and
+`read_dataset` in hf_datasets.py.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import UserError, unknown
+
+
+MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+# Names of splits, as folders and arrays and as what is asked for.
+SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+_MAX_PIXELS = 2**26  # a larger image is treated as a decompression bomb
+
+
+class RefusedImageError(ValueError):
+    """Reason why an intact image is not read."""
 
 
 @dataclass
@@ -24,7 +37,8 @@ class Source:
         split (`str`): The split.
         columns (`list[str]`): All columns of the dataset, for messages.
         read (`Callable`): Maps row numbers to encoded images, each a dict of `"bytes"` and `"path"` (either may be
-            None) as `datasets.Image(decode=False)` returns it, or None for a missing image.
+            None) as `datasets.Image(decode=False)` returns it, or None for a missing image. The path may also be a
+            `Path` or `zipfile.Path`.
         rows (`np.ndarray` of shape `(N,)`): Numbers of the selected rows.
         labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label.
         class_names (`list[str]`, *optional*): Name of each class.
@@ -41,6 +55,68 @@ class Source:
     class_names: list[str] | None
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def open_image(stream: BinaryIO) -> Image.Image:
+    """Opens an encoded image without decoding it. Refuses over-large ones and those that are programs."""
+    try:
+        image = Image.open(stream)
+    except Image.DecompressionBombError as error:
+        raise RefusedImageError(f"more than {_MAX_PIXELS:,} pixels") from error
+    if image.width * image.height > _MAX_PIXELS:
+        raise RefusedImageError(f"more than {_MAX_PIXELS:,} pixels")
+    if image.format in ("EPS", "WMF"):  # Pillow runs another program to decode these
+        raise ValueError("not an image but a program")
+    return image
+
+
+def decodes(file: Any) -> bool:
+    """Checks that Pillow decodes a file (a `Path` or `zipfile.Path`), or would if the image were not over-large."""
+    try:
+        with file.open("rb") as stream:
+            open_image(stream).load()
+    except RefusedImageError:
+        return True
+    except Exception:  # Pillow raises almost any exception for a damaged file
+        return False
+    return True
+
+
+def index_labels(values: Sequence) -> tuple[np.ndarray, list[str]]:
+    """Returns class indices (N,) of integers or strings, -1 for None, and the sorted names of the classes."""
+    known = {value for value in values if value is not None}
+    known = sorted(known, key=str if len(set(map(type, known))) > 1 else None)
+    index = {value: position for position, value in enumerate(known)}
+    return np.array([index.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in known]
+
+
+def select_splits(rows: dict[str, np.ndarray], split: str, name: str) -> np.ndarray:
+    """
+    Returns the rows of a split or of a slice such as "train[:1000]" or "train+test", as `datasets` reads it.
+
+    Args:
+        rows (`dict[str, np.ndarray]`): Row numbers of each split. "val" and "valid" mean "validation", too.
+        split (`str`): The split or slice.
+        name (`str`): Name of the dataset in messages.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If there is no such split, or if it is empty.
+    """
+    known = rows | {alias: rows[each] for alias, each in SPLITS.items() if each in rows}
+    if split in known:
+        chosen = known[split]
+    else:
+        from datasets import ReadInstruction
+
+        try:
+            spec = "+".join(rows) if split == "all" else split
+            parts = ReadInstruction.from_spec(spec).to_absolute({each: len(found) for each, found in known.items()})
+        except (ValueError, AssertionError) as error:
+            raise unknown(f"split of '{name}'", split, rows) from error
+        chosen = np.concatenate([known[part.splitname][part.from_ : part.to] for part in parts])
+    if len(chosen) == 0:
+        raise UserError(f"The split '{split}' of '{name}' is empty: its splits are {', '.join(rows)}.")
+    return chosen
 
 
 def read_digits(split: str) -> Source:

@@ -15,12 +15,12 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from numpy.lib.format import open_memmap
-from tqdm.auto import tqdm
 
 from .. import plots
 from ..data import ImageData, load_images
 from ..errors import UserError
 from ..pipelines.pipeline_tiny import image_generators
+from ..progress import progress_bar
 
 
 IMAGE_TYPES = (ImageData, np.ndarray, torch.Tensor)  # are measured as they are, in place of a pipeline
@@ -63,7 +63,7 @@ def fill(
         state.wait_for_everyone()
         rows, done = open_memmap(part, "r+"), open_memmap(marks, "r+")
         mine = [i for i in range(state.process_index, len(starts), state.num_processes) if not done[i]]
-        for i in tqdm(mine, desc=desc, unit=" batches", delay=2, disable=not state.is_main_process):
+        for i in progress_bar(mine, desc=desc, unit=" batches", delay=2, disable=not state.is_main_process):
             stop = min(starts[i] + batch_size, shape[0])
             rows[starts[i] : stop] = compute(starts[i], stop)
             rows.flush()

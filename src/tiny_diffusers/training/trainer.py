@@ -11,7 +11,6 @@ import logging
 import math
 import signal
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError
 from ..hardware import compile_failure
+from ..progress import progress_bar
 from ..runs import RunFolder, find_damage
 from . import checkpoints, outputs
 from .arguments import TrainingArguments
@@ -265,14 +265,8 @@ class Trainer:
             accelerator.init_trackers("tiny-diffusers", config=outputs.scalar_settings(self.settings))
 
     def _progress_bar(self) -> tqdm:
-        return tqdm(
-            initial=self.step,
-            total=self.max_steps,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            dynamic_ncols=True,
-        )
+        is_main_process = self.accelerator.is_main_process
+        return progress_bar(initial=self.step, total=self.max_steps, unit="step", disable=not is_main_process)
 
     def _loop(self, bar: tqdm) -> None:
         settings, is_main_process = self.settings, self.accelerator.is_main_process

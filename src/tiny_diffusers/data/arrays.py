@@ -1,0 +1,142 @@
+"""Reads images from NumPy files: an .npy of images, or an .npz with images and labels."""
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ..errors import UserError, first_line, unknown
+from .sources import MAX_CLASSES, SPLITS, Source, index_labels, select_splits
+
+
+def read_arrays(file: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
+    """
+    Reads an .npy or .npz file of images, uint8 or other integers of up to 16 bits.
+
+    Images are the first array of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, and labels the first
+    one of N integers or strings; one named "label", "labels" or "y" comes before others. Arrays that are named by
+    splits, such as `x_train` and `y_test`, are read as these splits.
+
+    Args:
+        file (`Path`): The file.
+        name (`str`): The file as the user spelled it.
+        split, image_column, label_column (`str`): As in [`load_images`]. Columns are the names of arrays.
+
+    Returns:
+        [`Source`]: The images of the split, encoded as PGM or PPM.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If the file cannot be read, if it holds no images or is larger than
+            memory, or if the split or an array does not exist.
+    """
+    by_split = {}
+    for each, array in _read_file(file, name).items():
+        by_split.setdefault(next((SPLITS[word] for word in _words(each) if word in SPLITS), "train"), {})[each] = array
+    wanted = re.match(r"\w*", split).group()  # without a slice
+    wanted = SPLITS.get(wanted, wanted)
+    if wanted not in by_split:
+        raise unknown(f"split of '{name}'", split, by_split)
+    arrays = by_split[wanted]
+    shapes = ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
+    for kind, given in (("image_column", image_column), ("label_column", label_column)):
+        if given is not None and given not in arrays:
+            raise unknown(f"{kind} of '{name}'", given, arrays)
+
+    image_columns = [each for each, array in arrays.items() if _is_images(array) and image_column in (None, each)]
+    if not image_columns:
+        raise UserError(
+            f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {shapes}. "
+            "Images have shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3."
+        )
+    images = arrays[image_columns[0]]
+    largest = _find_largest_value(images, name, image_columns[0])
+
+    label_columns = [
+        each for each, array in arrays.items() if _is_labels(array, images) and label_column in (None, each)
+    ]
+    if label_column is not None and not label_columns:
+        raise UserError(
+            f"label_column '{label_column}' of '{name}' holds neither integers nor strings, one for each image: its "
+            f"arrays are {shapes}."
+        )
+    if label_column is None:
+        named = [each for each in label_columns if {"label", "labels", "y"} & set(_words(each))]
+        most = min(MAX_CLASSES, len(images) // 2)  # serial numbers do not repeat
+        repeating = [each for each in label_columns if len(np.unique(arrays[each])) <= most]
+        label_columns = list(dict.fromkeys(named + repeating))
+    notes = []
+    for kind, columns in (("image", image_columns), ("label", label_columns)):
+        if len(columns) > 1:
+            notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
+    labels, class_names = index_labels(arrays[label_columns[0]].ravel().tolist()) if label_columns else (None, None)
+    rows = select_splits({wanted: np.arange(len(images))}, split, name)
+    return Source(
+        name=file.stem,
+        split=split,
+        columns=list(arrays),
+        read=lambda numbers: [{"bytes": _encode(images[row], largest), "path": None} for row in numbers],
+        rows=rows,
+        labels=None if labels is None else labels[rows],
+        class_names=class_names,
+        notes=notes,
+    )
+
+
+def _words(name: str) -> list[str]:
+    return re.split("[^a-z]+", name.lower())
+
+
+def _read_file(file: Path, name: str) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file by name. Pickled objects are refused: they could run code."""
+    try:
+        if file.suffix.lower() == ".npy":
+            return {"images": np.load(file, mmap_mode="r", allow_pickle=False)}
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > psutil.virtual_memory().available / 2:
+            raise UserError(f"'{name}' holds {size / 1e9:.1f} GB of arrays, more than half of the free memory.")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {each: arrays[each] for each in arrays.files}
+    except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"The file '{name}' cannot be read: {first_line(error)}") from error
+
+
+def _is_images(array: np.ndarray) -> bool:
+    return array.ndim == 3 or (array.ndim == 4 and (array.shape[-1] in (1, 3) or array.shape[1] in (1, 3)))
+
+
+def _is_labels(array: np.ndarray, images: np.ndarray) -> bool:
+    return array.dtype.kind in "iubU" and array.shape in ((len(images),), (len(images), 1))
+
+
+def _find_largest_value(images: np.ndarray, name: str, column: str) -> int:
+    """Returns the largest value that the images can be encoded with: 1 (bool), 255 or 65535."""
+    if images.dtype.kind not in "iub":
+        raise UserError(
+            f"'{column}' of '{name}' holds {images.dtype} values, which have no fixed range: save them as uint8 (0 to "
+            "255)."
+        )
+    if images.dtype.kind == "b":
+        return 1
+    if images.dtype == np.uint8 or not images.size:
+        return 255
+    low, high = int(images.min()), int(images.max())
+    limit = 255 if images.ndim == 4 and 3 in (images.shape[1], images.shape[-1]) else 65535
+    if low < 0 or high > limit:
+        raise UserError(f"'{column}' of '{name}' holds values from {low} to {high}: they must be from 0 to {limit}.")
+    return 255 if high <= 255 else 65535
+
+
+def _encode(image: np.ndarray, largest: int) -> bytes:
+    """Encodes an image of shape (H, W), (H, W, C) or (C, H, W) as PGM or PPM."""
+    if image.ndim == 3 and image.shape[-1] not in (1, 3):
+        image = image.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    height, width = image.shape[:2]
+    magic = b"P6" if image.shape[2:] == (3,) else b"P5"
+    pixels = image * 255 if largest == 1 else image
+    header = b"%s\n%d %d\n%d\n" % (magic, width, height, max(largest, 255))
+    return header + pixels.astype(">u2" if largest > 255 else np.uint8).tobytes()
