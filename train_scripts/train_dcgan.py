@@ -7,8 +7,10 @@ Train a DCGAN on small images, unconditionally or on their classes.
 
 import sys
 
-from tiny_diffusers.families.dcgan import DCGAN, DCGANArguments, build_dcgan
+from tiny_diffusers.families.dcgan import DCGAN, DCGANArguments, build_dcgan, resolve_dcgan
+from tiny_diffusers.pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from tiny_diffusers.training.arguments import parse_arguments
+from tiny_diffusers.training.family import load_pretrained
 from tiny_diffusers.training.process import launch, load_data, setup_process
 from tiny_diffusers.training.settings import resolve_settings
 from tiny_diffusers.training.trainer import Trainer
@@ -18,9 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DCGANArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
-    settings = resolve_settings(arguments, accelerator, data)
+    pretrained = load_pretrained(arguments, TinyDCGANPipeline)
+    settings = resolve_settings(arguments, accelerator, data, **resolve_dcgan(arguments, data, pretrained))
 
-    generator, discriminator = build_dcgan(settings, data)
+    generator, discriminator = build_dcgan(settings, data, pretrained)
     family = DCGAN(
         generator,
         discriminator,

@@ -198,7 +198,10 @@ def run(
     if output.parent.is_file() or output.is_dir():
         raise UserError(f"--output {output}: give the name of a file to write to, such as benchmark.json.")
     rows = _known_rows(names, rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: its folder can't be created ({error.strerror}).") from error
     facts = machine(settings)
     print(", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items()), f"\n\n{HEADER}", sep="\n")
     result = {"command": command, "machine": facts, "settings": asdict(settings), "rows": []}

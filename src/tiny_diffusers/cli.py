@@ -6,7 +6,6 @@ are imported by what runs, so that `--help` answers at once.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -17,12 +16,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import __version__
-from .errors import UserError, first_line, unknown
+from .errors import UserError, first_line, refusals, unknown
 
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def sample(args: argparse.Namespace) -> None:
         if labels is not None:
             options["class_labels"] = labels[start:stop]
         generator = image_generators(args.seed, stop - start, first=start)
-        with _pipeline_errors():
+        with refusals():
             drawn = pipe(batch_size=stop - start, generator=generator, **options)
         images += drawn.images
         for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
@@ -200,7 +199,7 @@ def interpolate(args: argparse.Namespace) -> None:
     options = _call_options(pipe, args, *names, "seeds", "images")
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
-    with _pipeline_errors():
+    with refusals():
         frames = pipe(num_frames=args.num_frames, **options).images
 
     if output.is_dir():
@@ -352,7 +351,7 @@ def evaluate(args: argparse.Namespace) -> None:
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
         )
 
-    with _pipeline_errors():
+    with refusals():
         report = measure(
             source,
             reference,
@@ -646,7 +645,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
             )
         name, options = SCHEDULERS[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
-        with _pipeline_errors():
+        with refusals():
             pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -662,7 +661,7 @@ def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPip
     logging.disable_progress_bar()  # of the loading, which is short
     logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     try:
-        with _pipeline_errors():
+        with refusals():
             return getattr(tiny_diffusers, class_name).from_pretrained(
                 args.checkpoint, trust_remote_code=args.trust_remote_code
             )
@@ -671,25 +670,6 @@ def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPip
             f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
             f"on the Hub ({first_line(error)})."
         ) from error
-
-
-@contextlib.contextmanager
-def _pipeline_errors() -> Iterator[None]:
-    """
-    Turns a `ValueError` that a pipeline, scheduler or network raises itself into a `UserError`: their files travel, so
-    they cannot import it. One that comes from below them is a bug and keeps its traceback.
-    """
-    try:
-        yield
-    except ValueError as error:
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        module = trace.tb_frame.f_globals.get("__name__", "")
-        rooms = tuple(f"{__package__}.{room}" for room in ("pipelines", "schedulers", "models"))
-        if isinstance(error, UserError) or not module.startswith((*rooms, "diffusers")):
-            raise
-        raise UserError(str(error)) from error
 
 
 def _call_options(pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:

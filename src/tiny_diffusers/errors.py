@@ -1,10 +1,11 @@
 """What a user reads when something is wrong: one line that says what was given, what is allowed and what to do."""
 
+import contextlib
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -29,6 +30,25 @@ def unknown(kind: str, given: object, allowed: Iterable[object]) -> UserError:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def refusals(prefix: str = "") -> Iterator[None]:
+    """
+    Turns a `ValueError` that a pipeline, scheduler or network raises itself into a [`UserError`], after `prefix`: their
+    files travel, so they cannot import it. One that comes from below them is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        rooms = tuple(f"{__package__}.{room}" for room in ("pipelines", "schedulers", "models"))
+        if isinstance(error, UserError) or not module.startswith((*rooms, "diffusers")):
+            raise
+        raise UserError(f"{prefix}{error}") from error
 
 
 class _StderrHandler(logging.Handler):

@@ -70,7 +70,7 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
         device (`str`, *optional*): Such as `"cuda:1"`; the accelerator if there is one, else the CPU, if not given.
 
     Returns:
-        `torch.device`: The device, which is known to work.
+        `torch.device`: The device; one that was named is known to work.
 
     Raises:
         UserError: If the device cannot be used.
@@ -79,7 +79,8 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
     torch.set_num_threads(num_threads or max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         chosen = torch.device(device) if device else default_device()
-        torch.empty(1, device=chosen)
+        if device:
+            torch.empty(1, device=chosen)  # not otherwise: each process of a launch has an accelerator of its own
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"The device '{device}' can't be used here: {first_line(error)}") from error
     if chosen.type == "cpu":

@@ -44,7 +44,7 @@ EXPORTED = ("README.md", "*.png", "*.jsonl", "config.yaml", "run.json", "report.
 # `--overwrite_output_dir` deletes these and the checkpoints.
 _DELETED = (
     *("config.yaml", "run.json", "train_log.jsonl", MODEL_INDEX, "README.md"),
-    *("*.png", "samples/step-*.png", "*.gif", "*.py"),
+    *("*.png", "samples/step-*.png", "*.gif", "*.py", "report.json", "report.md"),
 )
 
 
@@ -100,7 +100,8 @@ class RunFolder:
                     "replace it with --overwrite_output_dir, or name another folder."
                 )
             if holds_run:
-                for path in [*(p for pattern in _DELETED for p in self.path.glob(pattern)), *self.list_checkpoints()]:
+                files = [path for pattern in _DELETED for path in self.path.glob(pattern)]
+                for path in [*self._components(), *files, *self.list_checkpoints()]:
                     _remove(path)
             free = shutil.disk_usage(self.path).free
             if free < needed_bytes:
@@ -111,6 +112,14 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def _components(self) -> list[Path]:
+        """Lists the folders of the saved pipeline's components."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            index = json.loads(self.model_index.read_text(encoding="utf-8"))
+            names = [name for name, entry in index.items() if isinstance(entry, list) and name.isidentifier()]
+            return [self.path / name for name in names if name != "_class_name" and (self.path / name).is_dir()]
+        return []
 
     @contextlib.contextmanager
     def writing(self, step: Callable[[], int]) -> Iterator[None]:
@@ -363,7 +372,7 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no training log '{path}': give the train_log.jsonl of a run's output folder.")
+        raise UserError(f"There is no training log '{path}': give the output folder of a run.")
     series: dict[str, dict[int, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

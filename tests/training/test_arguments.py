@@ -250,3 +250,24 @@ def test_a_changed_setting_warns_on_resume_only_if_it_changes_the_run(capsys):
         "warning: --max_train_samples is 9, but was None in the run that is resumed.",
         "warning: --dropout is 0.5, but was None in the run that is resumed.",
     ]
+
+
+def test_what_was_resolved_stays_so_over_generations(tmp_path):
+    asked = parse_arguments(DiffusionArguments, ["--num_epochs", "3"])
+    resolved = {"max_train_steps": 16, "block_out_channels": [64, 64], "output_dir": "runs/x"}
+    settings = dataclasses.replace(asked, **resolved, resolved=list(resolved))
+    for generation in ("one", "two", "three"):
+        RunFolder(tmp_path).write_config(saved_settings(settings))
+        settings = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml"), "--seed", "1"])
+        assert settings.resolved == list(resolved), generation
+    again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml"), "--dataset_name", "x"])
+    assert again.block_out_channels is None and again.output_dir is None and again.resolved == ["max_train_steps"]
+
+
+def test_a_flag_at_its_default_is_asked_for_if_it_is_given():
+    from tiny_diffusers.families.vae import VAEArguments
+    from tiny_diffusers.training.family import check_network_flags
+
+    check_network_flags(parse_arguments(VAEArguments, []), {"latent_dim": 4})
+    with pytest.raises(UserError, match=r"--latent_dim 64 \(it has 4\)"):
+        check_network_flags(parse_arguments(VAEArguments, ["--latent_dim", "64"]), {"latent_dim": 4})

@@ -12,13 +12,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from ..training.arguments import LRScheduler, NetworkArguments, Optimizer, TrainingArguments
-from ..training.family import Batch, Family, check_network_flags, class_grid, halving_widths, load_pretrained
+from ..training.family import Batch, Family, class_grid, halving_widths, loaded_options
 
 
 @dataclass(frozen=True)
@@ -159,18 +159,39 @@ def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
-def build_dcgan(settings: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGenerator, TinyDCGANDiscriminator]:
+def resolve_dcgan(
+    arguments: DCGANArguments, data: ImageData, pretrained: TinyDCGANPipeline | None = None
+) -> dict[str, Any]:
+    """Resolves the options of the networks: loaded ones', or the widths by resolution."""
+    if pretrained is None:
+        widths = halving_widths(data.images.shape[-1])
+        names = ("generator_channels", "discriminator_channels")
+        return {name: getattr(arguments, name) or widths for name in names}
+    if pretrained.discriminator is None:
+        raise UserError("--pretrained_model_name_or_path: it was saved without its discriminator.")
+    config = pretrained.generator.config
+    loaded = {
+        "latent_dim": config.latent_dim,
+        "generator_channels": config.block_out_channels,
+        "discriminator_channels": pretrained.discriminator.config.block_out_channels,
+        "class_embed_dim": config.class_embed_dim,
+    }
+    return loaded_options(arguments, loaded)
+
+
+def build_dcgan(
+    settings: DCGANArguments, data: ImageData, pretrained: TinyDCGANPipeline | None = None
+) -> tuple[TinyDCGANGenerator, TinyDCGANDiscriminator]:
     """
-    Builds the networks: a checkpoint's, or new ones by their options.
+    Builds the networks: a loaded pipeline's, or new ones by their options.
 
     Raises:
         UserError: If they do not fit the data, or cannot be built.
     """
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     num_class_embeds = len(data.id2label) if settings.class_conditional else None
-    pretrained = load_pretrained(settings, TinyDCGANPipeline)
     if pretrained is not None:
-        _check_pretrained(pretrained, settings, data, (channels, resolution, num_class_embeds))
+        _check_pretrained(pretrained, data, (channels, resolution, num_class_embeds))
         return pretrained.generator, pretrained.discriminator
 
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
@@ -179,18 +200,17 @@ def build_dcgan(settings: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGen
         "num_class_embeds": num_class_embeds,
         "class_embed_dim": settings.class_embed_dim,
     }
-    generator_channels = settings.generator_channels or halving_widths(resolution)
-    discriminator_channels = settings.discriminator_channels or halving_widths(resolution)
+    widths = resolve_dcgan(settings, data)
     with _naming("--generator_channels"):
         generator = TinyDCGANGenerator(
             out_channels=channels,
             latent_dim=settings.latent_dim,
-            block_out_channels=generator_channels,
+            block_out_channels=widths["generator_channels"],
             **shared,
         )
     with _naming("--discriminator_channels"):
         discriminator = TinyDCGANDiscriminator(
-            in_channels=channels, block_out_channels=discriminator_channels, **shared
+            in_channels=channels, block_out_channels=widths["discriminator_channels"], **shared
         )
     return generator, discriminator
 
@@ -199,15 +219,14 @@ def build_dcgan(settings: DCGANArguments, data: ImageData) -> tuple[TinyDCGANGen
 def _naming(flag_name: str) -> Iterator[None]:
     """Names the flag that stands for a network's `block_out_channels` in its errors."""
     try:
-        yield
-    except ValueError as error:
+        with refusals():
+            yield
+    except UserError as error:
         raise UserError(str(error).replace("block_out_channels", flag_name)) from error
 
 
-def _check_pretrained(
-    pipeline: TinyDCGANPipeline, settings: DCGANArguments, data: ImageData, expected: tuple[int, int, int | None]
-) -> None:
-    """Refuses a checkpoint that does not fit the data or the flags."""
+def _check_pretrained(pipeline: TinyDCGANPipeline, data: ImageData, expected: tuple[int, int, int | None]) -> None:
+    """Refuses a checkpoint that does not fit the data."""
     config = pipeline.generator.config
     given = (config.out_channels, config.sample_size, config.num_class_embeds)
     if given != expected:
@@ -215,18 +234,9 @@ def _check_pretrained(
             f"--pretrained_model_name_or_path: its images have (channels, pixels a side, classes) {given}, but those of "
             f"{data.name} have {expected}."
         )
-    if pipeline.discriminator is None:
-        raise UserError("--pretrained_model_name_or_path: it was saved without its discriminator.")
     names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
     if names and names != data.id2label:
         raise UserError(
             f"--pretrained_model_name_or_path: its classes are {list(names.values())[:5]}, but those of {data.name} are "
             f"{list(data.id2label.values())[:5]}: give the same --classes."
         )
-    network = {
-        "latent_dim": config.latent_dim,
-        "generator_channels": config.block_out_channels,
-        "discriminator_channels": pipeline.discriminator.config.block_out_channels,
-        "class_embed_dim": config.class_embed_dim,
-    }
-    check_network_flags(settings, network)

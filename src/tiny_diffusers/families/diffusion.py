@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..flags import flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
@@ -111,7 +111,7 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
     thresholding = {}
     if settings.dynamic_thresholding is not None:
         thresholding = {"thresholding": True, "dynamic_thresholding_ratio": settings.dynamic_thresholding}
-    try:
+    with refusals():
         scheduler = TinyDDIMScheduler(
             num_train_timesteps=settings.ddpm_num_steps,
             beta_schedule=settings.ddpm_beta_schedule,
@@ -126,8 +126,6 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
             timestep_spacing="trailing",
             **thresholding,
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
     last_signal = float(scheduler.alphas_cumprod[-1].sqrt())
     if last_signal > 0.05:
         advice = "--ddpm_beta_schedule cosine"

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ..data import ImageData, held_out, normalize
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.draws import DataOrder
-from ..training.family import Batch, Family, check_network_flags, class_grid
+from ..training.family import Batch, Family, class_grid, loaded_options
 
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialized from
@@ -130,10 +130,7 @@ def resolve_pixelcnn(
     if arguments.single_image is not None:
         resolved = {"validation_split": 1 / len(data), "train_batch_size": 1}
     if pretrained is not None:
-        config = pretrained.pixelcnn.config
-        check_network_flags(arguments, config)
-        options = {name: config[name] for name in network_options(arguments)}
-        options["dilations"] = list(options["dilations"])
+        options = loaded_options(arguments, pretrained.pixelcnn.config)
         options["num_mixtures"] = options["num_mixtures"] if options["variant"] == "plusplus" else None
         return resolved | options
     if arguments.smoke and arguments.num_layers is None:
@@ -167,10 +164,8 @@ def build_pixelcnn(
         return pretrained.pixelcnn
     options = {name: value for name, value in network_options(settings).items() if value is not None}
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-    try:
+    with refusals():
         pixelcnn = TinyPixelCNNModel(**fixed, **options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     indices = torch.arange(len(data))
     if settings.validation_split > 0:
         indices, _ = held_out(len(data), settings.validation_split, settings.seed)

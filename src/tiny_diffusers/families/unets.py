@@ -12,13 +12,14 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError, unknown
+from ..errors import UserError, refusals, unknown
 from ..flags import flag
 from ..hardware import default_device
 from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
+from ..pipelines.pipeline_tiny import TinyPipeline
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import asked_options, check_network_flags
+from ..training.family import asked_options, check_network_flags, load_pretrained
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
         "num_class_embeds": num_class_embeds,
         "num_train_timesteps": settings.ddpm_num_steps,
     }
-    try:
+    with refusals():
         if settings.pretrained_model_name_or_path:
             unet = _pretrained_unet(settings, resolution, data.id2label if num_class_embeds else None)
             unet = _apply_flags(unet, settings)
@@ -133,8 +134,6 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
         else:
             torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
             unet = TinyUNet2DModel(**{**_unet_options(settings, data), **fixed})
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
     if unet.config.in_channels != channels:
         raise UserError(
             f"the network takes images of {unet.config.in_channels} channels, but those of {data.name} have {channels}."
@@ -173,10 +172,8 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
 
 
 def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dict[int, str] | None) -> nn.Module:
-    from ..pipelines.pipeline_tiny import TinyPipeline
-
     name = settings.pretrained_model_name_or_path
-    pipeline = TinyPipeline.from_pretrained(name, cache_dir=settings.cache_dir)
+    pipeline = load_pretrained(settings, TinyPipeline)
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         raise UserError(
@@ -186,7 +183,9 @@ def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dic
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
-        raise UserError(f"--pretrained_model_name_or_path: {name} has classes: continue with train_conditional.py.")
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} has classes: continue with `tiny-diffusers train conditional` (train_conditional.py)."
+        )
     return unet.float()
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import Batch, Family, check_network_flags, halving_widths, load_pretrained
+from ..training.family import Batch, Family, halving_widths, loaded_options
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class VAEArguments(VAENetworkArguments, TrainingArguments):
 
     SCRIPT: ClassVar[str] = "vae"
     FAMILY: ClassVar[str] = "vae"
-    SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "latent_dim": 4, "block_out_channels": [8]}
+    SMOKE: ClassVar[dict[str, Any]] = {
+        **TrainingArguments.SMOKE,
+        "latent_dim": 4,
+        "block_out_channels": [8],
+        "kl_warmup_steps": 10,
+    }
 
     kl_weight: float = flag(
         1.0, "Beta: weight of the KL divergence; 1 for the evidence lower bound.", within="[0, inf)"
@@ -93,15 +98,21 @@ class VAE(Family):
         return pipeline(batch_size=num_images, generator=image_generators(seed, num_images)).images, {}
 
 
-def build_vae(settings: VAEArguments, data: ImageData) -> TinyVAEModel:
+def resolve_vae(arguments: VAEArguments, data: ImageData, pretrained: TinyVAEPipeline | None = None) -> dict[str, Any]:
+    """Resolves the options of the network: a loaded one's, or the widths by resolution."""
+    if pretrained is not None:
+        return loaded_options(arguments, pretrained.vae.config)
+    return {"block_out_channels": arguments.block_out_channels or halving_widths(data.images.shape[-1])}
+
+
+def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeline | None = None) -> TinyVAEModel:
     """
-    Builds the network: a checkpoint's, or a new one by its options.
+    Builds the network: a loaded pipeline's, or a new one by its options.
 
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
     channels, resolution = data.images.shape[1], data.images.shape[-1]
-    pretrained = load_pretrained(settings, TinyVAEPipeline)
     if pretrained is not None:
         vae = pretrained.vae
         if (vae.config.in_channels, vae.config.sample_size) != (channels, resolution):
@@ -109,12 +120,8 @@ def build_vae(settings: VAEArguments, data: ImageData) -> TinyVAEModel:
                 f"--pretrained_model_name_or_path: its images have {vae.config.in_channels} channels and "
                 f"{vae.config.sample_size} pixels a side, but those of {data.name} have {channels} and {resolution}."
             )
-        check_network_flags(settings, vae.config)
         return vae
-    options = network_options(settings)
-    options["block_out_channels"] = options["block_out_channels"] or halving_widths(resolution)
+    options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-    try:
+    with refusals():
         return TinyVAEModel(sample_size=resolution, in_channels=channels, **options)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -25,7 +25,7 @@ Optimizer = Literal["adamw", "adam", "sgd"]
 LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 _NETWORK = "network"  # stands for all options of the network, in what a flag decides
-_DATASET = ("resolution", _NETWORK)
+_DATASET = ("resolution", "output_dir", _NETWORK)
 # The number of steps follows from one of three flags: one on the command line replaces the others in a recipe.
 _LENGTH = {
     "changes_run": False,
@@ -59,7 +59,7 @@ class DataArguments(Flags):
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
     resolution: int | None = flag(
-        None, "Resize images to this many pixels a side, if given.", within="[1, 4096]", decides=(_NETWORK,)
+        None, "Resize images to this many pixels a side, if given.", within="[1, 1024]", decides=(_NETWORK,)
     )
     center_crop: bool = flag(False, "Crop the center of images that are not square.")
     random_flip: bool = flag(False, "Flip half of the images left to right.")
@@ -178,13 +178,15 @@ class TrainingArguments(DataArguments):
     hub_token: str | None = flag(None, "Token to push with.", changes_run=False)
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes_run=False)
 
-    resolved: list[str] = dataclasses.field(default_factory=list)  # names of settings that nobody asked for; no flag
+    # No flags: the names of settings that nobody asked for, and of those that were given on the command line
+    resolved: list[str] = dataclasses.field(default_factory=list)
+    given: list[str] = dataclasses.field(default_factory=list, compare=False)
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
-_UNSAVED = ("config", "cell", "smoke", "hub_token", "resume_from_checkpoint", "overwrite_output_dir")
+_UNSAVED = ("config", "cell", "smoke", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "given")
 
 
 def network_options(arguments: TrainingArguments) -> dict[str, Any]:
@@ -210,7 +212,8 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         UserError: On an unknown flag, key or cell (naming the nearest known one), or a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = FlagParser(arguments_class, description=sys.modules[arguments_class.__module__].__doc__)
+    prog = f"tiny-diffusers train {arguments_class.SCRIPT}"
+    parser = FlagParser(arguments_class, prog=prog, description=sys.modules[arguments_class.__module__].__doc__)
     given = parser.given(argv)
     config, cell = given.get("config"), given.get("cell")
     if cell and not config:
@@ -220,7 +223,10 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
     smoke = arguments_class.SMOKE if given.get("smoke") else {}
     lower = parser.given(_as_flags(recipe)) | parser.given(_as_flags(smoke))
-    values = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class) | given
+    kept = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class)
+    values = kept | given
+    values["resolved"] = [name for name in resolved if name in kept and name not in {*given, *smoke}]
+    values["given"] = list(given)
     if values.get("output_dir") is None and (cell or given.get("smoke")):  # so that experiments stay apart
         parts = ["smoke"] if given.get("smoke") else []
         parts += [Path(config).stem] if config else []

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..pipelines.pipeline_tiny import TinyPipeline
 from .arguments import TrainingArguments, network_options
 from .draws import Draws
@@ -113,8 +113,9 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
     if name is None:
         return None
     try:
-        pipeline = TinyPipeline.from_pretrained(name, cache_dir=arguments.cache_dir)
-    except (ValueError, OSError) as error:
+        with refusals("--pretrained_model_name_or_path: "):
+            pipeline = TinyPipeline.from_pretrained(name, cache_dir=arguments.cache_dir)
+    except OSError as error:
         raise UserError(f"--pretrained_model_name_or_path: {error}") from error
     if not isinstance(pipeline, pipeline_class):
         raise UserError(
@@ -124,11 +125,14 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
 
 
 def asked_options(arguments: TrainingArguments) -> dict[str, Any]:
-    """Returns the network's options that the user asked for: neither at their default nor set by `--smoke`."""
-    fields = {f.name: f for f in dataclasses.fields(arguments)}
+    """Returns the network's options that were asked for: on the command line, or by a value that is no default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
     smoke = arguments.SMOKE if arguments.smoke else {}
-    options = network_options(arguments).items()
-    return {name: value for name, value in options if value != fields[name].default and value != smoke.get(name)}
+    return {
+        name: value
+        for name, value in network_options(arguments).items()
+        if name in arguments.given or value not in (defaults[name], smoke.get(name, defaults[name]))
+    }
 
 
 def check_network_flags(arguments: TrainingArguments, config: dict[str, Any]) -> None:
@@ -151,6 +155,13 @@ def check_network_flags(arguments: TrainingArguments, config: dict[str, Any]) ->
     if differing:
         source = arguments.pretrained_model_name_or_path or getattr(arguments, "model_config_name_or_path", None)
         raise UserError(f"{source} fixes the network, so leave such flags out: {', '.join(differing)}.")
+
+
+def loaded_options(arguments: TrainingArguments, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that a loaded network has, once [`check_network_flags`] has found no flag against them."""
+    check_network_flags(arguments, config)
+    options = {name: config[name] for name in network_options(arguments)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def _spelled(value: Any) -> str:

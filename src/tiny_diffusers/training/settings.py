@@ -1,5 +1,6 @@
 """
-From the arguments, as asked for, to the settings of the run: the same dataclass with nothing left open.
+From the arguments, as asked for, to the settings of the run: the same dataclass, with what the machine, the data, the
+family and an earlier run resolve.
 
 Neither is ever written to. The settings are what a run uses, saves in its `config.yaml`, shows in its card and compares
 when it is resumed.
@@ -45,7 +46,8 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     if not settings.resume_from_checkpoint:
         return settings
     earlier = RunFolder(settings.output_dir).read_config()
-    values = {name: earlier.get(name, value) for name, value in options.items() if getattr(arguments, name) is None}
+    open_options = [name for name in options if getattr(arguments, name) is None and earlier.get(name) is not None]
+    values = {name: earlier[name] for name in open_options}
     minutes = settings.max_train_minutes
     if settings.max_train_steps is None and minutes is not None and minutes == earlier.get("max_train_minutes"):
         values["max_train_steps"] = earlier.get("max_train_steps")
@@ -79,6 +81,7 @@ def _resolve(settings: Arguments, **values: Any) -> Arguments:
 def warn_of_changes(settings: TrainingArguments, earlier: dict[str, Any]) -> None:
     """Warns of each setting that makes the resumed run another run than the earlier one."""
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.metadata.get("changes_run") and field.name in earlier and earlier[field.name] != value:
-            logger.warning(f"--{field.name} is {value}, but was {earlier[field.name]} in the run that is resumed.")
+        value, before = getattr(settings, field.name), earlier.get(field.name)
+        newly_resolved = before is None and field.name in settings.resolved
+        if field.metadata.get("changes_run") and field.name in earlier and before != value and not newly_resolved:
+            logger.warning(f"--{field.name} is {value}, but was {before} in the run that is resumed.")
