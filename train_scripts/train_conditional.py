@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         unet,
         scheduler,
         data.id2label,
-        settings.class_dropout_prob,
-        settings.guidance_scales,
-        settings.num_inference_steps,
+        class_dropout_prob=settings.class_dropout_prob,
+        guidance_scales=settings.guidance_scales,
+        num_inference_steps=settings.num_inference_steps,
     )
 
     Trainer(settings, accelerator, data, family).run()

@@ -27,11 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     family = DCGAN(
         generator,
         discriminator,
-        data.id2label if settings.class_conditional else None,
-        settings.real_label,
-        settings.fake_label,
-        settings.instance_noise,
-        settings.instance_noise_steps,
+        id2label=data.id2label if settings.class_conditional else None,
+        real_label=settings.real_label,
+        fake_label=settings.fake_label,
+        instance_noise=settings.instance_noise,
+        instance_noise_steps=settings.instance_noise_steps,
     )
 
     Trainer(settings, accelerator, data, family).run()

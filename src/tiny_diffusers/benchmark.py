@@ -50,12 +50,12 @@ _MEMORY_STEPS = 2  # after which optimizer, EMA and gradients have all been allo
 
 
 class Unavailable(UserError):
-    """What a row needs is not on this machine."""
+    """Raised if this machine lacks what a row needs."""
 
 
 @dataclass(frozen=True)
 class Settings(Flags):
-    """What is measured; every field is a flag of `tiny-diffusers benchmark`."""
+    """Settings of the benchmark; every field is a flag of `tiny-diffusers benchmark`."""
 
     resolution: int = flag(32, "Side of the images.", within="[1, 4096]")
     block_out_channels: list[int] = flag(

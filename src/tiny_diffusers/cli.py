@@ -2,7 +2,7 @@
 The command line: `tiny-diffusers COMMAND ...`.
 
 A command is two functions side by side: `COMMAND_parser` declares its arguments, `COMMAND` runs it. torch and diffusers
-are imported by what runs, so that `--help` answers at once.
+are imported by what runs, so that `tiny-diffusers --help` answers at once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line that says what was given, what is allowed and what to do."""
+"""Errors and warnings for users: one line that says what was given, what is allowed and what to do."""
 
 import contextlib
 import difflib

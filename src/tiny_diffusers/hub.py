@@ -60,7 +60,7 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
 
 def _is_stock(index: dict) -> bool:
     """
-    Whether a `model_index.json` names stock classes and means them: a pipeline of ours that does more has a
+    Checks that a `model_index.json` names stock classes and means them: a pipeline of ours that does more has a
     `_tiny_class_name` beside its stock name.
     """
     import diffusers
@@ -76,7 +76,7 @@ def _is_stock(index: dict) -> bool:
 
 
 def _travels(cls: type) -> bool:
-    """Whether a class's file travels with a checkpoint: it is this package's, or came with a checkpoint itself."""
+    """Checks that a class's file travels with a checkpoint: it is this package's, or came with a checkpoint itself."""
     return cls.__module__.split(".")[0] in (__package__.split(".")[0], "diffusers_modules")
 
 
@@ -246,7 +246,7 @@ def _describe(folder: Path) -> dict[str, object]:
 
 
 def _is_hub_id(name: object) -> bool:
-    """Whether `name` can only be an `owner/name` on the Hub: metadata may name nothing else."""
+    """Checks that `name` can only be an `owner/name` on the Hub: metadata may name nothing else."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if not isinstance(name, str) or "/" not in name or Path(name).exists():

@@ -520,6 +520,14 @@ class TestCommandLine:
         assert self.run("evaluate", "--images", tmp_path / "images", *self.OPTIONS, "--output", output) == 0
         assert values(Report.load(output))["precision"] == 1  # they are part of the reference
 
+    def test_without_an_output_a_folder_of_images_is_reported_on_in_evaluation(self, tmp_path, monkeypatch):
+        for i, image in enumerate(load_images().images[:50, 0].numpy()):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "images" / f"{i:05}.png")
+        monkeypatch.chdir(tmp_path)
+        assert self.run("evaluate", "--images", "images", *self.OPTIONS) == 0
+        assert Report.load(tmp_path / "evaluation").figures
+
     def test_reconstructions_leave_the_report_and_the_card_of_the_samples_alone(self, tmp_path, capsys):
         folder = tmp_path / "vae"
         vae().save_pretrained(folder)

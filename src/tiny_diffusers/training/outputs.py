@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside checkpoints: settings and facts, sample grids, the pipeline, the card."""
+"""Outputs of a run beside its checkpoints: settings and facts, sample grids, the pipeline, the card."""
 
 import copy
 import logging

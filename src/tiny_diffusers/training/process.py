@@ -1,4 +1,4 @@
-"""What surrounds a train script: its exit status, the set-up of its processes, the loading of its data."""
+"""Surroundings of a train script: its exit status, the set-up of its processes, the loading of its data."""
 
 import logging
 import os

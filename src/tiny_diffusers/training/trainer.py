@@ -137,7 +137,7 @@ class Trainer:
 
     @property
     def fuses(self) -> bool:
-        """Whether torch's optimizers have one kernel for all weights on this device."""
+        """Checks that torch's optimizers have one kernel for all weights on this device."""
         return self.device.type in ("cpu", "cuda")
 
     def _can_compile(self) -> bool:
@@ -306,7 +306,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.max_steps
 
     def _epochs_passed(self, every: float | None) -> bool:
-        """Whether the last step was the first after another `every` epochs."""
+        """Checks whether the last step was the first after another `every` epochs."""
         steps = (every or math.inf) * self.steps_per_epoch
         return self.step // steps > (self.step - 1) // steps
 
@@ -530,7 +530,7 @@ class Trainer:
             self.stop_signal = int(signals.max())
 
     def _everywhere(self, condition: torch.Tensor | bool) -> bool:
-        """Whether a condition holds on every process."""
+        """Checks that a condition holds on every process."""
         held = self.accelerator.reduce(torch.as_tensor(condition, device=self.device).float(), "sum")
         return float(held) == self.accelerator.num_processes
 
