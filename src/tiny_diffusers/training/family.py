@@ -150,7 +150,7 @@ def check_network_flags(arguments: TrainingArguments, config: dict[str, Any]) ->
     for name, value in asked_options(arguments).items():
         if name not in config:
             differing.append(f"--{name} {_spelled(value)} (it knows no such option)")
-        elif value != (list(config[name]) if isinstance(config[name], tuple) else config[name]):
+        elif value != _as_given(config[name]):
             differing.append(f"--{name} {_spelled(value)} (it has {_spelled(config[name])})")
     if differing:
         source = arguments.pretrained_model_name_or_path or getattr(arguments, "model_config_name_or_path", None)
@@ -160,8 +160,12 @@ def check_network_flags(arguments: TrainingArguments, config: dict[str, Any]) ->
 def loaded_options(arguments: TrainingArguments, config: dict[str, Any]) -> dict[str, Any]:
     """Returns the options that a loaded network has, once [`check_network_flags`] has found no flag against them."""
     check_network_flags(arguments, config)
-    options = {name: config[name] for name in network_options(arguments)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return {name: _as_given(config[name]) for name in network_options(arguments)}
+
+
+def _as_given(value: Any) -> Any:
+    """Returns a value of a network's config as the flags have it: widths as a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _spelled(value: Any) -> str:
