@@ -18,7 +18,9 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.pipelines.pipeline_utils import snapshot_download
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 
@@ -421,8 +423,9 @@ class TinyPipeline(DiffusionPipeline):
 
         `TinyPipeline.from_pretrained` returns the class that the checkpoint's `model_index.json` names; a subclass
         returns itself. Stock `DDIMPipeline` and `DDPMPipeline` checkpoints are loaded with this package's schedulers.
+        Of a `checkpoint-N` of a training run the averaged weights (EMA) are loaded.
         Code in the checkpoint runs only with `trust_remote_code=True`, which this package's classes never need.
-        Without it, only JSON and safetensors files are downloaded from the Hub.
+        Without it, only JSON and safetensors files are downloaded from the Hub. Pickled weights are not read.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
@@ -440,6 +443,7 @@ class TinyPipeline(DiffusionPipeline):
         trust_remote_code = kwargs.get("trust_remote_code", False)
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        kwargs.setdefault("use_safetensors", True)
         folder = _fetch_folder(pretrained_model_name_or_path, trust_remote_code, **hub_kwargs)
         with _wrap_config_errors(folder):
             index = cls.load_config(folder)
@@ -461,6 +465,11 @@ class TinyPipeline(DiffusionPipeline):
                 pipeline = super().from_pretrained(folder, **kwargs)
             if "device_map" not in kwargs:
                 _check_weights(pipeline, folder)
+            for name in pipeline.components.keys() - kwargs.keys():
+                ema = os.path.join(folder, f"{name}_ema", SAFETENSORS_WEIGHTS_NAME)
+                if os.path.isfile(ema):
+                    with _wrap_config_errors(folder):
+                        pipeline.components[name].load_state_dict(load_state_dict(ema))
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
 
@@ -582,7 +591,7 @@ def _public_class(name: Any) -> type | None:
 
 def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs) -> str:
     """Returns the folder of a checkpoint, downloaded from the Hub if no such folder exists."""
-    folder = str(name_or_path)
+    folder = os.path.expanduser(name_or_path)
     if not os.path.isdir(folder):
         files = ["*.json", "*.safetensors"] + (["*.py"] if trust_remote_code else [])
         try:
@@ -603,7 +612,7 @@ def _wrap_config_errors(folder: str) -> Iterator[None]:
     """Turns the errors that values of a wrong type in a config cause into a `ValueError` of one line."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError that has nothing to do with the config
+    except (torch.OutOfMemoryError, NotImplementedError):  # RuntimeErrors that have nothing to do with the config
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

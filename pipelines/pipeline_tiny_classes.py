@@ -132,6 +132,8 @@ class ClassConditioningMixin:
 
     def _parse_labels(self, class_labels: ClassLabels) -> torch.Tensor:
         """Converts labels in any form to ids (B,) or mixing weights (B, rows)."""
+        if isinstance(class_labels, np.ndarray) and class_labels.dtype.kind in "OU":  # names
+            class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, str):
             class_labels = [class_labels]
         if isinstance(class_labels, Sequence) and len(class_labels) > 0:
@@ -149,11 +151,24 @@ class ClassConditioningMixin:
                     f"and of shape (B, {self._num_rows}), got {tuple(labels.shape)}."
                 )
             return labels.float()
+        if labels.ndim > 1 and labels.shape[1:] != (1,):
+            labels = self._decode_one_hot(labels)
         labels = labels.reshape(-1).long()
         unknown = sorted(set(labels.tolist()) - set(self._class_ids))
         if unknown:
             raise ValueError(f"Unknown class id {unknown}: the classes are {self._allowed_classes}.")
         return labels
+
+    def _decode_one_hot(self, labels: torch.Tensor) -> torch.Tensor:
+        """Converts one-hot rows (B, K) over the classes, or (B, rows) with the null class, to ids (B,)."""
+        rows = {self._num_rows: range(self._num_rows), len(self._class_ids): self._class_ids}.get(labels.shape[-1])
+        is_one_hot = labels.ndim == 2 and ((labels == 0) | (labels == 1)).all() and (labels.sum(dim=1) == 1).all()
+        if rows is None or not is_one_hot:
+            raise ValueError(
+                f"Integer `class_labels` are ids of shape (B,), or one-hot rows of shape (B, {len(self._class_ids)}), got "
+                f"{tuple(labels.shape)}."
+            )
+        return torch.tensor(rows)[labels.long().argmax(dim=1)]
 
     def _class_id(self, label: str) -> int:
         label2id = {name: class_id for class_id, name in (self.config.id2label or {}).items()}

@@ -74,6 +74,18 @@ class TestSample:
             expected = pipe(generator=generator, num_inference_steps=3).images[0]
             np.testing.assert_allclose(image, np.asarray(expected), atol=1)
 
+    def test_the_images_of_two_models_are_not_mixed(self, checkpoint, tmp_path, capsys):
+        sample(checkpoint, tmp_path / "a", "--num_images", 3)
+        sample(checkpoint, tmp_path / "a", "--num_images", 3, "--seed", 5)  # replaces all of them
+        message = error_line(capsys, "sample", checkpoint, "--output", f"{tmp_path}/a/", "--num_images", 2)
+        assert "more numbered images than the 2 to be saved, such as 00002.png" in message
+
+    def test_a_tilde_is_the_home_folder_wherever_it_is_typed(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "model").symlink_to(checkpoint)
+        assert run("sample", "~/model", "--num_images", 1, "--num_inference_steps", 1, "--output=~/a.png") == 0
+        assert (tmp_path / "a.png").is_file()
+
     def test_no_image_depends_on_the_batch_size(self, checkpoint, tmp_path):
         arguments = ("--num_images", 5, "--scheduler", "ddpm")  # its noise at each step is drawn per image too
         one, two = (sample(checkpoint, tmp_path / str(b), *arguments, "--batch_size", b) for b in (5, 2))

@@ -167,6 +167,14 @@ class TestExport:
         assert type(pipe) is TinyPipeline and type(pipe.unet) is TinyUNet2DModel
         np.testing.assert_array_equal(draw(pipe), images)
 
+    def test_a_compiled_network_takes_its_code_along(self, exported, tmp_path, tiny_pipeline):
+        directory, _ = exported
+        pipe = tiny_pipeline()
+        pipe.unet = torch.compile(pipe.unet)
+        hub.export(pipe, tmp_path)
+        for name in ("model_index.json", "unet/unet_tiny.py", f"unet/{WEIGHTS}"):
+            assert (tmp_path / name).read_bytes() == (directory / name).read_bytes(), name
+
     def test_without_code_it_is_what_the_pipeline_saves(self, tmp_path, tiny_pipeline):
         pipe = tiny_pipeline()
         hub.export(pipe, tmp_path / "exported", with_code=False)

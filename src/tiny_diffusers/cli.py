@@ -113,6 +113,7 @@ def sample(args: argparse.Namespace) -> None:
     output = _prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
+    _check_numbered(output, args.num_images)
     pipe = _load_pipeline(args, "TinyPipeline")
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
     options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
@@ -194,6 +195,7 @@ def interpolate(args: argparse.Namespace) -> None:
     from .plots import image_grid
 
     output = _prepare_output(args.output)
+    _check_numbered(output, args.num_frames)
     pipe = _load_pipeline(args, "TinyInterpolationPipeline")
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
     options = _call_options(pipe, args, *names, "seeds", "images")
@@ -524,8 +526,11 @@ def main(argv: list[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, add_help=False)
     command = COMMANDS[parser.parse_args(argv[:1]).command]
+
+    from .flags import expand_user
+
     try:
-        args = command.parser().parse_args(argv[1:])
+        args = expand_user(command.parser().parse_args(argv[1:]))
         args.argv, args.command_line = argv[1:], shlex.join(["tiny-diffusers", *argv])
         return command.run(args) or 0
     except UserError as error:
@@ -709,10 +714,26 @@ def _make_parent(path: Path) -> None:
         raise UserError(f"'{path.parent}' can't be created ({error.strerror}): give another --output.") from error
 
 
+def _numbered(folder: Path, count: int) -> list[Path]:
+    """Lists the files of `count` images in a folder: 00000.png, 00001.png, ..."""
+    digits = max(5, len(str(count - 1)))
+    return [folder / f"{i:0{digits}}.png" for i in range(count)]
+
+
+def _check_numbered(output: Path, count: int) -> None:
+    """Refuses a folder in which numbered images of an earlier call would be left among the `count` new ones."""
+    if output.is_dir():
+        earlier = {path for path in output.glob("*.png") if path.stem.isdecimal()} - set(_numbered(output, count))
+        if earlier:
+            raise UserError(
+                f"'{output}' holds more numbered images than the {count} to be saved, such as {min(earlier).name}, and "
+                "they would be mixed: remove them, or name another folder."
+            )
+
+
 def _save_numbered(images: list["Image.Image"], folder: Path) -> None:
-    digits = max(5, len(str(len(images) - 1)))
-    for i, image in enumerate(images):
-        image.save(folder / f"{i:0{digits}}.png")
+    for image, path in zip(images, _numbered(folder, len(images)), strict=True):
+        image.save(path)
 
 
 if __name__ == "__main__":

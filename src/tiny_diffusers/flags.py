@@ -14,6 +14,8 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from transformers.hf_argparser import HfArgumentParser
@@ -100,6 +102,14 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def expand_user(namespace: argparse.Namespace) -> argparse.Namespace:
+    """Replaces a `~` at the start of a value by the home folder, which no shell does in `--flag=~/folder`."""
+    for name, value in vars(namespace).items():
+        if isinstance(value, (str, Path)):
+            setattr(namespace, name, type(value)(os.path.expanduser(value)))
+    return namespace
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -134,8 +144,9 @@ class FlagParser(HfArgumentParser):
     def parse_known_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parses as argparse does, splits lists of strings at commas, and checks their choices."""
+        """Parses as argparse does, expands `~`, splits lists of strings at commas, and checks their choices."""
         namespace, rest = super().parse_known_args(args, namespace)
+        expand_user(namespace)
         for name, choices in self.choices.items():
             words = getattr(namespace, name)
             if isinstance(words, list):

@@ -52,6 +52,7 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
     index.pop("_tiny_class_name", None)
     index["_class_name"] = _copy_code(type(pipe), directory)
     for name, component in pipe.components.items():
+        component = getattr(component, "_orig_mod", component)  # of a network in the wrapper of `torch.compile`
         if _travels(type(component)):
             index[name] = _copy_code(type(component), directory / name)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -57,7 +57,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.card = self.path / "README.md"
         self.config = self.path / "config.yaml"
         self.facts = self.path / "run.json"

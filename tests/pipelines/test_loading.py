@@ -354,3 +354,29 @@ def test_missing_weights_are_named(saved):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="unet lacks 1 weights, first conv_in.weight"):
         TinyPipeline.from_pretrained(saved)
+
+
+# ------------------------------------------------------------------------------------- checkpoints of training runs
+
+
+def test_a_training_checkpoint_is_loaded_with_its_averaged_weights(saved, make_unet):
+    average = make_unet(stock=False)
+    torch.nn.init.constant_(average.conv_out.bias, 0.5)
+    average.save_pretrained(saved / "unet_ema")
+    loaded = TinyPipeline.from_pretrained(saved)
+    for name, value in average.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], value), name
+    own = make_unet(stock=False)
+    assert TinyPipeline.from_pretrained(saved, unet=own).unet is own  # a given network stays
+
+
+def test_pickled_weights_are_not_read(saved, make_unet):
+    (saved / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(make_unet(stock=False).state_dict(), saved / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        TinyPipeline.from_pretrained(saved)
+
+
+def test_an_unknown_device_map_is_named(saved):
+    with pytest.raises(NotImplementedError, match="auto not supported"):
+        TinyPipeline.from_pretrained(saved, device_map="auto")

@@ -53,7 +53,12 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
         ["2", "0"],
         torch.tensor([2, 0]),
         np.array([2, 0]),
+        np.array(["frog", "cat"]),
+        np.array(["frog", "cat"], dtype=object),
         [[2], [0]],
+        torch.tensor([[0, 0, 1], [1, 0, 0]]),  # one-hot rows of the three classes
+        np.array([[0, 0, 1, 0], [1, 0, 0, 0]], dtype=np.uint8),  # and with the null class
+        torch.tensor([[False, False, True], [True, False, False]]),
         torch.tensor([[0.0, 0, 1, 0], [1, 0, 0, 0]]),
         np.array([[0.0, 0, 1, 0], [1, 0, 0, 0]]),
         [[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]],
@@ -246,6 +251,8 @@ def test_class_names_that_do_not_match_the_network_are_refused(make_unet, argume
         ({"class_labels": 3}, r"Unknown class id \[3\]"),
         ({"class_labels": -1}, r"Unknown class id \[-1\]"),
         ({"class_labels": []}, "class_labels.*is empty"),
+        ({"class_labels": torch.tensor([[0, 1, 1], [1, 0, 0]])}, r"one-hot rows of shape \(B, 3\), got \(2, 3\)"),
+        ({"class_labels": torch.tensor([[0, 1], [1, 0]])}, r"one-hot rows of shape \(B, 3\), got \(2, 2\)"),
         ({"class_labels": [0, 1, 2], "batch_size": 2}, "each of 2 images, got 3"),
         ({"class_labels": 0, "batch_size": -1}, "batch_size.*got -1"),
         ({"class_labels": torch.ones(2, 3)}, r"weights.*\(B, 4\), got \(2, 3\)"),

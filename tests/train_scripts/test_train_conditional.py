@@ -78,6 +78,13 @@ def test_images_are_of_the_class_that_is_asked_for(train, tmp_path):
         assert images[:4].mean() < 0.3 and images[4:].mean() > 0.7
 
 
+def test_classes_without_a_training_image_are_named(train, capsys):
+    train("--max_train_samples", "12", steps=1)
+    assert re.search(r"[1-9] of 10 classes have no training image.*: \d", capsys.readouterr().err)
+    train("--validation_split", "0", "--overwrite_output_dir", steps=1)
+    assert "no training image" not in capsys.readouterr().err
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two):
     options = ("--class_dropout_prob", "0.5", "--random_flip")
     whole = train(*options, steps=20, name="whole")

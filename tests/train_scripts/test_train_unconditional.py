@@ -43,6 +43,9 @@ def test_the_averaged_weights_are_what_is_saved(train):
     trained = load_file(folder / "checkpoint-6" / "unet" / WEIGHTS)
     assert all(torch.equal(saved[key], average[key]) for key in saved)
     assert any(not torch.equal(saved[key], trained[key]) for key in saved)
+    for name in (".", "checkpoint-6"):  # a checkpoint is a pipeline of its moment
+        unet = TinyPipeline.from_pretrained(folder / name).unet
+        assert all(torch.equal(saved[key], value) for key, value in unet.state_dict().items()), name
 
 
 def test_same_seed_same_weights_and_samples_to_the_bit(train):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
 from .. import __version__, hub, plots
@@ -87,6 +88,15 @@ def print_summary(trainer: "Trainer") -> None:
 def save_pipeline(trainer: "Trainer") -> None:
     """Saves the pipeline around the EMA networks, with the code that it needs."""
     hub.export(trainer.family.pipeline(trainer.networks()), trainer.folder.path)
+
+
+def save_pipeline_config(trainer: "Trainer", folder: Path) -> None:
+    """Saves all of the pipeline but the weights: with these it is `TinyPipeline.from_pretrained(folder)`."""
+    pipeline = trainer.family.pipeline(trainer.networks())
+    for name, component in pipeline.components.items():
+        if isinstance(component, SchedulerMixin):
+            component.save_pretrained(folder / name)
+    pipeline.save_config(folder)
 
 
 def save_grid(trainer: "Trainer", path: Path) -> None:

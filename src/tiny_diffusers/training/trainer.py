@@ -65,6 +65,7 @@ class Trainer:
         self.train_indices, self.validation_indices = torch.arange(len(data)), None
         if settings.validation_split > 0:
             self.train_indices, self.validation_indices = held_out(len(data), settings.validation_split, settings.seed)
+        self._warn_of_absent_classes()
         self.order = DataOrder(settings.seed, len(self.train_indices))
         self.augmentation = {name: getattr(settings, name) for name in _AUGMENTATIONS if getattr(settings, name)}
         augment(
@@ -84,6 +85,20 @@ class Trainer:
         return self.state.step
 
     # -------------------------------------------------------------------------------------------------- set-up
+
+    def _warn_of_absent_classes(self) -> None:
+        """Warns of classes that the network has and no training image shows."""
+        data = self.data
+        if data.labels is None or self.family.null_label is None:
+            return
+        counts = torch.bincount(data.labels[self.train_indices], minlength=len(data.id2label))
+        absent = [name for class_id, name in data.id2label.items() if counts[class_id] == 0]
+        if absent:
+            held_out = " that is not held out (--validation_split)" if self.validation_indices is not None else ""
+            logger.warning(
+                f"{len(absent)} of {len(counts)} classes have no training image{held_out}, so nothing is learned of "
+                f"them: {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}."
+            )
 
     def _build(self) -> None:
         """Builds the EMA and the optimizer of each network, and prepares both for this machine."""
@@ -490,6 +505,7 @@ class Trainer:
                 network.save_config(checkpoint / name)
                 if name in self.emas:
                     network.save_pretrained(checkpoint / f"{name}_ema")
+            outputs.save_pipeline_config(self, checkpoint)
             (checkpoint / "state.json").write_text(json.dumps(state, indent=2))
 
         newest = folder.publish_checkpoint(self.step, write)
