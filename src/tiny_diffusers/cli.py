@@ -230,6 +230,12 @@ def export_parser() -> argparse.ArgumentParser:
         help="dtype of the weights; the others halve the file (default: float32)",
     )
     parser.add_argument("--no_code", action="store_true", help="leave the code out: it loads with this package alone")
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "onnx"),
+        default="diffusers",
+        help="onnx: the network alone, in float32, for any batch size (default: diffusers)",
+    )
     return parser
 
 
@@ -243,8 +249,15 @@ def export(args: argparse.Namespace) -> None:
     source = Path(args.checkpoint)
     if source.exists() and args.directory.exists() and source.samefile(args.directory):
         raise UserError(f"'{args.directory}' is the checkpoint itself: give another folder to export it to.")
+    if args.format == "onnx" and (args.dtype != "float32" or args.no_code):
+        raise UserError("--format onnx is float32 and has no code beside it: leave out --dtype and --no_code.")
     _prepare_output(f"{args.directory}/")
     pipe = _from_pretrained("TinyPipeline", args)
+    if args.format == "onnx":
+        from .onnx_export import export_onnx
+
+        print(f"exported to {export_onnx(pipe, args.directory)}")
+        return
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))
     hub.export(pipe, args.directory, with_code=not args.no_code)

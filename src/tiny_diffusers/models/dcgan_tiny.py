@@ -180,7 +180,7 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
                 given to a network without classes.
         """
         check_shape("latents", latents, self.config.latent_dim)
-        embedding = embed_classes(self.class_embed, class_labels, len(latents))
+        embedding = embed_classes(self.class_embed, class_labels, latents.shape[0])
         x = latents.to(self.dtype)[:, :, None, None]  # (B, latent_dim, 1, 1)
         for block in self.blocks:
             x = block(_concat(x, embedding))
@@ -272,7 +272,7 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
         """
         size = self.config.sample_size
         check_shape("sample", sample, self.config.in_channels, size, size)
-        x = _concat(sample.to(self.dtype), embed_classes(self.class_embed, class_labels, len(sample)))
+        x = _concat(sample.to(self.dtype), embed_classes(self.class_embed, class_labels, sample.shape[0]))
         for block in self.blocks:
             x = block(x)
         logits = self.conv_out(x).flatten().to(sample.dtype)  # (B, 1, 1, 1) -> (B,)

@@ -260,7 +260,7 @@ class CausalConv2d(nn.Module):
         if self not in cache.buffers:
             kh, kw = (self.dilation * (n - 1) + 1 for n in self.kernel_size)
             width = -(-cache.width >> self.resolution)  # rounded up
-            cache.buffers[self] = x.new_zeros(len(x), kh, width + kw - 1, self.weight.shape[1])
+            cache.buffers[self] = x.new_zeros(x.shape[0], kh, width + kw - 1, self.weight.shape[1])
         return cache.buffers[self]
 
     def _cached_weights(self, cache: RowCache, as_image: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -301,7 +301,7 @@ class Upsample(nn.Module):
         column >>= self.resolution
         if x is not None:
             if self not in cache.buffers:
-                cache.buffers[self] = x.new_empty(len(x), 2, W + W % 2, y.shape[-1])
+                cache.buffers[self] = x.new_empty(x.shape[0], 2, W + W % 2, y.shape[-1])
             cache.buffers[self][:, :, column : column + 2] = y
         return cache.buffers[self][:, row, column]
 
@@ -643,7 +643,7 @@ class PixelCNNPlusPlus(nn.Module):
 
 def _broadcast(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshapes a bias to be added at every position: (B, D) -> (B, 1, ..., D)"""
-    return bias.view(len(bias), *[1] * (like.ndim - 2), -1)
+    return bias.view(bias.shape[0], *[1] * (like.ndim - 2), -1)
 
 
 # ------------------------------------------------------------------------------------------------ distributions
@@ -855,7 +855,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                 given to a network without classes.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
-        labels = self._class_weights(class_labels, len(sample))
+        labels = self._class_weights(class_labels, sample.shape[0])
         network = self.network
         x = self._input(sample)
         features = network.horizontal(x, network.vertical(x, labels), labels)
@@ -966,7 +966,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         network = self.network
         _, C, H, W = sample.shape
-        labels = self._class_weights(class_labels, len(sample))
+        labels = self._class_weights(class_labels, sample.shape[0])
         cache = RowCache(sample, network) if use_cache else None
         for i in range(H):
             if use_cache:

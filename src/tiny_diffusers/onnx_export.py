@@ -1,0 +1,82 @@
+"""Export of a pipeline's network to ONNX, to sample where there is no PyTorch."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from .errors import UserError
+
+
+class _Forward(nn.Module):
+    """A network's function of its inputs alone, which returns a tensor."""
+
+    def __init__(self, network: nn.Module, function: Callable):
+        super().__init__()
+        self.network, self.function = network, function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        output = self.function(*inputs)
+        return output if isinstance(output, torch.Tensor) else output.sample
+
+
+def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
+    """
+    Saves the network that a pipeline samples with as `directory/NAME/model.onnx`, in float32 and for any batch size B. Its
+    config and that of the scheduler lie beside it, as `pipe.save_pretrained` lays them.
+
+    Inputs, as far as the network has them, and the output `out_sample`:
+    - `sample`: float32 `(B, C, H, W)`; a U-Net's x_t, a PixelCNN's image in [0, 1];
+    - `timestep`: int64 `(B,)`;
+    - `latents`: float32 `(B, latent_dim)`, of a DCGAN or of a VAE, whose decoder it is that is saved;
+    - `class_labels`: int64 `(B,)`, the null class included.
+
+    Args:
+        pipe (`DiffusionPipeline`): A pipeline of this package, in float32.
+        directory (`str` or `Path`): The folder to save it in; created if it doesn't exist.
+
+    Returns:
+        `Path`: The ONNX file.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If ONNX is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("ONNX is not installed: pip install 'tiny-diffusers[onnx]'.") from error
+
+    network = pipe._network
+    function = getattr(network, "decode", network.forward)
+    config = network.config
+    num_classes = config.get("num_class_embeds")
+    examples = {
+        "sample": torch.zeros(2, *pipe._image_shape) if "latent_dim" not in config else None,
+        "timestep": torch.zeros(2, dtype=torch.int64),
+        "latents": torch.zeros(2, config.get("latent_dim", 0)),
+        "class_labels": None if num_classes is None else torch.zeros(2, dtype=torch.int64),
+    }
+    names = [name for name in inspect.signature(function).parameters if examples.get(name) is not None]
+    folder = Path(directory) / pipe._network_name
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated parts of torch that its own exporter uses
+        program = torch.onnx.export(
+            _Forward(network.eval(), function),
+            tuple(examples[name] for name in names),
+            input_names=names,
+            output_names=["out_sample"],
+            dynamic_shapes=((({0: torch.export.Dim("batch")},) * len(names)),),  # of the one argument *inputs
+            dynamo=True,
+            verbose=False,
+        )
+    program.save(folder / "model.onnx")
+    network.save_config(folder)
+    for name, component in pipe.components.items():
+        if isinstance(component, SchedulerMixin):
+            component.save_pretrained(Path(directory) / name)
+    return folder / "model.onnx"

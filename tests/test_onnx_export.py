@@ -1,0 +1,98 @@
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDCGANGenerator,
+    TinyDCGANPipeline,
+    TinyDDIMScheduler,
+    TinyPixelCNNModel,
+    TinyPixelCNNPipeline,
+    TinyVAEModel,
+    TinyVAEPipeline,
+    cli,
+)
+from tiny_diffusers.onnx_export import export_onnx
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 1])  # of three classes and no class
+IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LATENTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def diffusion(tiny_unet):
+    pipe = TinyConditionalPipeline(tiny_unet(num_class_embeds=3), TinyDDIMScheduler())
+    inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "class_labels": LABELS}
+    return pipe, inputs, lambda *inputs: pipe.unet(*inputs).sample
+
+
+def vae(tiny_unet):
+    pipe = TinyVAEPipeline(TinyVAEModel(sample_size=8, in_channels=1, block_out_channels=(8,), latent_dim=4))
+    return pipe, {"latents": LATENTS}, pipe.vae.decode
+
+
+def dcgan(tiny_unet):
+    options = {"sample_size": 8, "out_channels": 1, "block_out_channels": (8,), "latent_dim": 4}
+    pipe = TinyDCGANPipeline(TinyDCGANGenerator(**options, num_class_embeds=3).eval(), None)
+    inputs = {"latents": LATENTS, "class_labels": LABELS}
+    return pipe, inputs, lambda *inputs: pipe.generator(*inputs).sample
+
+
+def pixelcnn(variant):
+    def build(tiny_unet):
+        options = {"sample_size": 8, "in_channels": 1, "variant": variant, "hidden_channels": 8, "num_layers": 1}
+        pipe = TinyPixelCNNPipeline(TinyPixelCNNModel(**options, num_class_embeds=3).eval())
+        return pipe, {"sample": IMAGES, "class_labels": LABELS}, lambda *inputs: pipe.pixelcnn(*inputs).sample
+
+    return build
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(diffusion, marks=slow),
+        vae,
+        dcgan,
+        pytest.param(pixelcnn("gated"), marks=slow),
+        pytest.param(pixelcnn("plusplus"), marks=slow),
+    ],
+)
+def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
+    pipe, inputs, function = build(tiny_unet)
+    session = onnxruntime.InferenceSession(export_onnx(pipe, tmp_path))
+    assert [each.name for each in session.get_inputs()] == [*inputs]
+    for size in (1, 3, 5):
+        batch = {name: value[:size] for name, value in inputs.items()}
+        with torch.no_grad():
+            expected = function(*batch.values()).numpy()
+        (found,) = session.run(["out_sample"], {name: value.numpy() for name, value in batch.items()})
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "build", [diffusion, dcgan, pixelcnn("gated"), pytest.param(pixelcnn("plusplus"), marks=slow)]
+)
+def test_torch_exports_a_network_with_any_batch_size(tiny_unet, build):
+    pipe, inputs, function = build(tiny_unet)
+    batch = torch.export.Dim("batch")
+    shapes = {name: {0: batch} for name in inputs}
+    program = torch.export.export(
+        pipe._network, (), {name: v[:2] for name, v in inputs.items()}, dynamic_shapes=shapes
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(**inputs).sample, function(*inputs.values()), atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_lays_the_network_and_the_scheduler(tiny_unet, tmp_path, capsys):
+    pipe, _, _ = dcgan(tiny_unet)
+    pipe.save_pretrained(tmp_path / "model")
+    assert cli.main(["export", f"{tmp_path}/model", f"{tmp_path}/onnx", "--format", "onnx"]) == 0
+    files = {path.relative_to(tmp_path / "onnx").as_posix() for path in (tmp_path / "onnx").rglob("*.*")}
+    assert files == {"generator/model.onnx", "generator/config.json"}
+    assert cli.main(["export", f"{tmp_path}/model", f"{tmp_path}/onnx", "--format", "onnx", "--dtype", "float16"]) == 2
+    assert "--format onnx is float32" in capsys.readouterr().err
