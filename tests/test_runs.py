@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -138,3 +139,36 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):
         log.write('{"step": 4, "lo')
     folder.trim_log(2)
     assert [json.loads(line)["step"] for line in folder.log.read_text().splitlines()] == [1, 2]
+
+
+def test_yaml_that_expands_without_bounds_is_refused():
+    levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    merges = "".join(
+        f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdef", "bcdefg", strict=True)
+    )
+    for text in (f"a: &a [x]\n{levels}", f"a: &a {{x: 1}}\n{merges}", "a: &a [*a]", "[" * 5000):
+        with pytest.raises(yaml.YAMLError, match="expands to more|nested too deeply"):
+            runs.load_yaml(text)
+    shared = {"generator_channels": [8, 16]}
+    shared["discriminator_channels"] = shared["generator_channels"]  # which PyYAML writes as an alias
+    assert runs.load_yaml(yaml.safe_dump(shared)) == shared
+
+
+def test_no_is_a_word_in_yaml():
+    text = "mixed_precision: no\nuse_ema: false\nrandom_flip: True\nsplit: on\nsteps: 3\nempty:"
+    expected = {
+        "mixed_precision": "no",
+        "use_ema": False,
+        "random_flip": True,
+        "split": "on",
+        "steps": 3,
+        "empty": None,
+    }
+    assert runs.load_yaml(text) == expected
+
+
+@pytest.mark.parametrize("facts", [{"seconds": "x"}, {"data": [1]}, {"global_batch": None}, {"global_batch": 1.5}])
+def test_facts_of_another_type_are_named(tmp_path, facts):
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=f"run.json is damaged .{next(iter(facts))} is "):
+        RunFolder(tmp_path).read_facts()

@@ -48,6 +48,11 @@ _DELETED = (
 )
 
 
+# What is read back from `run.json`
+_FACTS = {"data": dict, "global_batch": int, "seconds": (int, float)}
+_MAX_YAML_VALUES = 100_000
+
+
 class RunFolder:
     """
     The folder of one run.
@@ -135,15 +140,19 @@ class RunFolder:
     # ------------------------------------------------------------------------------- settings, facts, log, grids
 
     def read_config(self) -> dict[str, Any]:
-        """Reads `config.yaml`, the settings of the run; empty if there is none."""
-        return _read(self.config, yaml.safe_load)
+        """Reads `config.yaml`, the settings of the run, as anyone may have written them; empty if there is none."""
+        return _read(self.config, load_yaml)
 
     def write_config(self, settings: dict[str, Any]) -> None:
         replace_file(self.config, yaml.safe_dump(settings, sort_keys=False))
 
     def read_facts(self) -> dict[str, Any]:
         """Reads `run.json`, the data, machine and versions of the run; empty if there is none."""
-        return _read(self.facts, json.loads)
+        facts = _read(self.facts, json.loads)
+        for name, value in facts.items():
+            if not isinstance(value, _FACTS.get(name, object)):
+                raise UserError(f"{self.facts} is damaged ({name} is {value!r:.40}): delete it, and try again.")
+        return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         replace_file(self.facts, json.dumps(facts, indent=2))
@@ -389,9 +398,52 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans, true and false: `mixed_precision: no` is a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+
+
+def load_yaml(text: str) -> Any:
+    """
+    Parses YAML.
+
+    Raises:
+        yaml.YAMLError: If it is not valid, or if its aliases expand to more values than any settings have.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"it expands to more than {_MAX_YAML_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Counts the values of a document with each alias expanded; `counts` keeps those of the nodes that are done."""
+    if node not in counts:
+        counts[node] = _MAX_YAML_VALUES  # while its parts are counted: an alias of a node within itself has no end
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
+        counts[node] = 1 + sum(_count_values(part, counts) for pair in pairs for part in pair)
+    return counts[node]
+
+
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Reads names and values that a run has left; empty if there is no such file."""
     try:
         return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and try again.") from error

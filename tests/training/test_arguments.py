@@ -10,7 +10,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import flag
 from tiny_diffusers.runs import RunFolder
-from tiny_diffusers.training.arguments import parse_arguments, saved_settings
+from tiny_diffusers.training.arguments import parse_arguments, read_settings, saved_settings
 from tiny_diffusers.training.settings import warn_of_changes
 
 
@@ -271,3 +271,17 @@ def test_a_flag_at_its_default_is_asked_for_if_it_is_given():
     check_network_flags(parse_arguments(VAEArguments, []), {"latent_dim": 4})
     with pytest.raises(UserError, match=r"--latent_dim 64 \(it has 4\)"):
         check_network_flags(parse_arguments(VAEArguments, ["--latent_dim", "64"]), {"latent_dim": 4})
+
+
+def test_the_settings_of_an_earlier_run_are_checked_as_flags_are(tmp_path):
+    path = tmp_path / "config.yaml"
+    assert read_settings(path, DiffusionArguments) == {}
+    path.write_text(
+        "learning_rate: 1e-3\nblock_out_channels: [8, 16]\nmixed_precision: no\ndropout: null\nunheard_of: 1\n"
+    )
+    expected = {"learning_rate": 1e-3, "block_out_channels": [8, 16], "mixed_precision": "no", "dropout": None}
+    assert read_settings(path, DiffusionArguments) == expected
+    for text in ("max_train_steps: x", "block_out_channels: [[8]]", "learning_rate: {a: 1}", "optimizer: rm"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="config.yaml"):
+            read_settings(path, DiffusionArguments)

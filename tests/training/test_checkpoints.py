@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tiny_diffusers.training import checkpoints
@@ -57,3 +58,42 @@ def test_moments_lie_in_memory_as_their_weights_do(tmp_path):
     other = torch.optim.AdamW(module.parameters(), fused=True)
     checkpoints.load_optimizer(other, tmp_path)
     assert other.state[module.weight]["exp_avg"].stride() == module.weight.stride()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("0.exp_avg", lambda value: value[:1]),
+        ("0.exp_avg_sq", lambda value: value[:, :2]),
+        ("0.exp_avg_sq", lambda value: value.long()),
+        ("0.exp_avg", lambda value: value * float("nan")),
+        ("0.step", lambda value: torch.ones(3)),
+        ("0.exp_avg", None),
+        ("9.exp_avg", lambda value: torch.ones(3)),
+        ("0.other", lambda value: torch.ones(3, 4)),
+    ],
+)
+def test_moments_that_do_not_fit_their_weight_are_refused(tmp_path, name, change):
+    """torch's fused optimizers end in a segmentation fault, or read what lies behind them in memory."""
+    module = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    module(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    checkpoints.save(checkpoints.collect(module, optimizer), tmp_path, tmp_path)
+    tensors = load_file(tmp_path / "optimizer.safetensors")
+    value = tensors.pop(name, None)
+    if change is not None:
+        tensors[name] = change(value).contiguous()
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="its optimizer"):
+        checkpoints.load_optimizer(torch.optim.AdamW(module.parameters(), fused=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"step": "7"}, {"step": -1}, {"step": None}, {"sums": [1]}, {"best": 3}, {"best": {"step": []}}, {"skipped": {}}],
+)
+def test_a_state_of_other_types_is_refused(values):
+    accelerator, state = Accelerator(cpu=True), RunState()
+    with pytest.raises((ValueError, TypeError, LookupError)):
+        state.load_state_dict(state.state_dict(accelerator) | values, accelerator)

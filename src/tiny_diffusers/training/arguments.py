@@ -19,6 +19,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..flags import FlagParser, Flags, default_of, flag
+from ..runs import RunFolder, load_yaml
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -263,10 +264,10 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         UserError: If the file cannot be read or does not have this form.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config: {path} must hold 'name: value' lines.")
@@ -302,12 +303,47 @@ def _read_recipe(
     recipe |= cells.get(cell, {})
 
     resolved = recipe.pop("resolved", None) or []
-    flags = [f.name for f in dataclasses.fields(arguments_class) if "help" in f.metadata]
-    names = [name for name in flags if name not in ("config", "cell", "smoke")]
-    for name in recipe:
+    names = _recipe_names(arguments_class)
+    for name, value in recipe.items():
         if name not in names:
             raise unknown(f"key in {path}", name, names)
-    return recipe, list(resolved)
+        _check_value(name, value, path)
+    return recipe, [name for name in resolved if name in names] if isinstance(resolved, list) else []
+
+
+def _recipe_names(arguments_class: type[TrainingArguments]) -> list[str]:
+    """Lists the flags that a recipe may set."""
+    flags = [f.name for f in dataclasses.fields(arguments_class) if "help" in f.metadata]
+    return [name for name in flags if name not in ("config", "cell", "smoke")]
+
+
+def _check_value(name: str, value: Any, path: Path) -> None:
+    """Checks that a value read from YAML is a word, a number, or a list of these."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (list, dict)):
+            raise UserError(f"{path}: '{name}' must be a value, or a list of values.")
+
+
+def read_settings(path: Path, arguments_class: type[TrainingArguments]) -> dict[str, Any]:
+    """
+    Reads the settings of an earlier run from its `config.yaml`: those that this version knows, checked as flags are.
+
+    Args:
+        path (`Path`): The file; without one there are no settings.
+        arguments_class (`type`): A dataclass derived from [`TrainingArguments`].
+
+    Raises:
+        UserError: If the file is damaged, or a value has the wrong type.
+    """
+    names = _recipe_names(arguments_class)
+    settings = {name: value for name, value in RunFolder(path.parent).read_config().items() if name in names}
+    for name, value in settings.items():
+        _check_value(name, value, path)
+    try:
+        given = FlagParser(arguments_class).given(_as_flags(settings))
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return {name: given.get(name) for name in settings}
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

@@ -20,6 +20,16 @@ from safetensors.torch import load_file, save_file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+# Types of the state's fields in JSON, where they are not int
+_STATE_TYPES = {"sums": dict, "best": (dict, type(None))}
+# The tensors that an optimizer keeps for each weight: a number, or as many as the weight has
+_MOMENTS = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
 @dataclass
 class RunState:
     """
@@ -52,9 +62,19 @@ class RunState:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """Loads the state; sums of another number of processes are averaged."""
+        """
+        Loads the state; sums of another number of processes are averaged.
+
+        Raises:
+            ValueError: If a value has the wrong type.
+        """
         for f in dataclasses.fields(self):
-            setattr(self, f.name, state[f.name])
+            value = state[f.name]
+            if not isinstance(value, _STATE_TYPES.get(f.name, int)) or (isinstance(value, int) and value < 0):
+                raise ValueError(f"{f.name} is {value!r:.40}")
+            setattr(self, f.name, value)
+        if self.best is not None:
+            self.best = {"step": int(self.best["step"]), "val_loss": float(self.best["val_loss"])}
         self.sums = {}
         for key, (totals, count) in state["sums"].items():
             totals = torch.tensor(totals, device=accelerator.device)  # one for each process
@@ -119,7 +139,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     Loads an optimizer's state. Its hyperparameters stay those of this run: a resumed run may change them.
 
     Raises:
-        ValueError: If another kind of optimizer saved it.
+        ValueError: If another kind of optimizer saved it, or if a tensor is not as its weight needs it: torch's fused
+            optimizers check nothing, and would read beyond its end.
     """
     saved = json.loads((folder / "optimizer.json").read_text())
     state: dict[int, dict] = {}
@@ -130,6 +151,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for own, group in zip(own_groups, saved["param_groups"], strict=True):
         if not own.keys() >= group.keys() - {"params"}:
             raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
+    _check_moments(state, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     for own, group in zip(own_groups, optimizer.param_groups, strict=True):
         group.update(own)
@@ -138,6 +160,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 entries[key] = match_layout(value, parameter)
+
+
+def _check_moments(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> None:
+    """Checks the saved state of each weight: names, shapes, dtypes, and that all values are finite."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state.items():
+        if not 0 <= index < len(parameters) or entries.keys() != _MOMENTS[type(optimizer)]:
+            raise ValueError(f"its optimizer's state {index} has {', '.join(entries)}")
+        for name, value in entries.items():
+            value = torch.as_tensor(value)
+            shape = () if name == "step" else parameters[index].shape
+            if value.shape != shape or not value.is_floating_point() or not torch.isfinite(value).all():
+                raise ValueError(
+                    f"{index}.{name} of its optimizer is {value.dtype} of shape {tuple(value.shape)}, or not finite; its "
+                    f"weight has {tuple(parameters[index].shape)}"
+                )
 
 
 def load_lr_scheduler(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..data import ImageData
 from ..runs import RunFolder
-from .arguments import Arguments, TrainingArguments
+from .arguments import Arguments, TrainingArguments, read_settings
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     )
     if not settings.resume_from_checkpoint:
         return settings
-    earlier = RunFolder(settings.output_dir).read_config()
+    earlier = read_settings(RunFolder(settings.output_dir).config, type(settings))
     open_options = [name for name in options if getattr(arguments, name) is None and earlier.get(name) is not None]
     values = {name: earlier[name] for name in open_options}
     minutes = settings.max_train_minutes

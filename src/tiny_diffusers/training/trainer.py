@@ -29,7 +29,7 @@ from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder, find_damage
 from . import checkpoints, outputs
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
@@ -470,7 +470,7 @@ class Trainer:
                 f"--output_dir: {checkpoint} is not on this machine; all must see one and the same folder."
             )
 
-        warn_of_changes(settings, folder.read_config())
+        warn_of_changes(settings, read_settings(folder.config, type(settings)))
         facts = folder.read_facts()
         if facts.get("global_batch", self.global_batch) != self.global_batch:
             logger.warning(
