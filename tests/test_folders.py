@@ -172,6 +172,23 @@ def test_a_parquet_file_is_no_pattern(load, tmp_path, name, kind):
     assert values(load(tmp_path / name / "part.parquet" if kind == "file" else tmp_path / name)) == [7]
 
 
+def test_a_row_of_a_parquet_file_names_no_file_elsewhere(load, tmp_path, folder):
+    put(tmp_path / "private.png", 9)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    put(folder / "own.png", 3)
+    outside = [str(tmp_path / "private.png"), "../private.png", "link.png", "pipe.png", "/dev/zero", "/nowhere"]
+    image = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    for path in ("own.png", *outside):
+        rows = [{"bytes": None, "path": path}]
+        datasets.Dataset.from_dict({"image": rows}, image).to_parquet(folder / "part.parquet")
+        if path == "own.png":
+            assert values(load(folder)) == [3]
+        else:
+            with pytest.raises(UserError, match="1 of 1 images .* are broken.*no file of the dataset"):
+                load(folder)
+
+
 # Classes and splits
 
 
@@ -437,9 +454,12 @@ def test_a_parquet_file_is_read(load, tmp_path):
 
 
 def test_images_beside_parquet_files_are_said(load, folder):
-    put(folder / "banner.png", 5)
     save_parquet(folder / "some.parquet", 1)
-    assert load(folder).notes == ["images beside the parquet or arrow files, left out, 1: banner.png"]
+    for name in "abc":  # more than there are parquet files, so that `datasets` would read these
+        put(folder / f"{name}.png", 5)
+    data = load(folder)
+    assert values(data) == [7]
+    assert data.notes == ["images beside the parquet or arrow files, left out, 3: a.png, b.png, c.png"]
 
 
 # Formats

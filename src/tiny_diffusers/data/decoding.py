@@ -224,7 +224,9 @@ def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[st
     elif not grey and image.mode not in ("RGB", "RGBA", "RGBa"):
         changes.append(f"were {image.mode}, converted to RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)  # equals `alpha_composite`, in a third of its memory
+        image = white
         changes.append("had an alpha channel, laid on white")
     return image.convert("L" if grey else "RGB"), changes

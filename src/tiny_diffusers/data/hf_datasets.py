@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
@@ -41,21 +42,24 @@ def open_dataset(
     """
     import datasets
 
-    # `datasets` takes a path for a pattern: in another folder's name, "[ab]" would match "a".
-    path, local = os.fspath(folder or name), {}
+    # `datasets` takes a path for a pattern: in another folder's name, "[ab]" would match "a". And without a card that
+    # says more, it would read images that lie beside a parquet file, if there are several.
+    path, files = os.fspath(folder or name), None
     if folder is not None and folder.is_file():
-        path, local = folder.suffix[1:].lower(), {"data_files": {"train": glob.escape(path)}}
-    elif folder is not None and glob.escape(path) != path:
+        path, files = folder.suffix[1:].lower(), {"train": glob.escape(path)}
+    elif folder is not None:
         suffixes = {file.suffix.lower() for file in list_files(folder)}
-        kinds = [kind for suffix, kind in _BUILDERS.items() if suffix in suffixes]
-        if config is not None or not kinds:
+        kinds = [suffix for suffix in _BUILDERS if suffix in suffixes]
+        is_pattern = glob.escape(path) != path
+        if is_pattern and (config is not None or not kinds):
             raise UserError(f"The folder '{name}' cannot be read as a dataset: its name holds one of *?[, rename it.")
-        path, local = kinds[0], {"data_dir": glob.escape(path)}
+        if is_pattern or (config is None and kinds and not (folder / "README.md").is_file()):
+            path, files = _BUILDERS[kinds[0]], _split_files(folder, kinds[0])
 
     # The exceptions of `datasets` and of the Hub's client have no common base class.
     try:
         builder = datasets.load_dataset_builder(
-            path, config, cache_dir=None if cache_dir is None else os.fspath(cache_dir), **local
+            path, config, cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=files
         )
     except Exception as error:
         reason = _reason(error, folder)
@@ -84,6 +88,15 @@ def open_dataset(
     return dataset, splits
 
 
+def _split_files(folder: Path, suffix: str) -> dict[str, list[str]]:
+    """Lists the files of one kind by split, which `datasets` finds in their names; as patterns that match just them."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = glob.escape(os.fspath(folder))
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base, allowed_extensions=[suffix])
+    return {split: [glob.escape(file) for file in files] for split, files in found.items() if files}
+
+
 def _reason(error: BaseException, folder: Path | None) -> str:
     """Returns the first line of an error. If a local dataset fails by a file elsewhere, that is in the cache."""
     file = getattr(error, "filename", None)
@@ -99,6 +112,7 @@ def read_dataset(
     split: str,
     image_column: str | None,
     label_column: str | None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Source:
     """
     Reads the labels of an opened dataset and prepares the reading of its images.
@@ -107,6 +121,7 @@ def read_dataset(
         dataset (`datasets.Dataset`), splits (`list[str]`): As returned by [`open_dataset`].
         name (`str`), folder (`Path`, *optional*), split (`str`): As given to [`open_dataset`].
         image_column, label_column (`str`, *optional*): The columns to read; found by their features by default.
+        cache_dir (`str` or `os.PathLike`, *optional*): As given to [`open_dataset`].
 
     Returns:
         [`Source`]: All rows of the split.
@@ -121,6 +136,12 @@ def read_dataset(
     encoded = dataset.select_columns(image_columns[:1]).cast_column(image_columns[0], datasets.Image(decode=False))
     labels, class_names = _read_labels(dataset, label_columns[0]) if label_columns else (None, None)
 
+    if folder is not None:
+        roots = [folder if folder.is_dir() else folder.parent]
+    else:  # the files of a Hub dataset that is an image folder
+        caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([cache_dir] if cache_dir else [])]
+        roots = [Path(cache).expanduser().resolve() for cache in caches]
+
     notes = []
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:
@@ -133,13 +154,26 @@ def read_dataset(
         name=name if folder is None else folder.stem if folder.is_file() else folder.name,
         split=split,
         columns=dataset.column_names,
-        read=lambda rows: encoded[rows][image_columns[0]],
+        read=lambda rows: [_confine(image, roots) for image in encoded[rows][image_columns[0]]],
         rows=np.arange(len(dataset)),
         labels=labels,
         class_names=class_names,
         folder=folder,
         notes=notes,
     )
+
+
+def _confine(encoded: dict | None, roots: list[Path]) -> dict | None:
+    """
+    Resolves the path of a row that names a file instead of holding its bytes. A row is data of whoever made the dataset:
+    a file elsewhere, or one that is no regular file, is not read.
+    """
+    if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
+        return encoded
+    path = (roots[0] / encoded["path"]).resolve()
+    if path.is_file() and any(path.is_relative_to(root) for root in roots):
+        return {"bytes": None, "path": path}
+    return {"bytes": b"", "path": f"{encoded['path']} (no file of the dataset)"}
 
 
 def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str) -> list[str]:

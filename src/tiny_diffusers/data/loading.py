@@ -110,7 +110,7 @@ def load_images(
 
     if reader is None:
         dataset, splits = opened or open_dataset(*location)
-        source = read_dataset(dataset, splits, name, path, split, *columns)
+        source = read_dataset(dataset, splits, name, path, split, *columns, cache_dir)
     else:
         source = reader(path, name, split, *columns)
     data = decode_source(select(source, classes, max_samples, require_labels), **options, scratch=root)
