@@ -448,11 +448,11 @@ class TinyPipeline(DiffusionPipeline):
         with _wrap_config_errors(folder):
             index = cls.load_config(folder)
         if not trust_remote_code:
-            _check_components(index, folder)
+            _check_components(index, folder, cls._get_signature_keys(cls)[0])
 
         class_name = index["_class_name"]
         has_code = isinstance(class_name, list) and trust_remote_code
-        if cls is TinyPipeline and class_name != cls.__name__ and not has_code:
+        if (cls is TinyPipeline or isinstance(class_name, list)) and class_name != cls.__name__ and not has_code:
             pipeline_class = _public_class(class_name)
             if pipeline_class is None or not issubclass(pipeline_class, TinyPipeline):
                 raise ValueError(
@@ -619,26 +619,34 @@ def _wrap_config_errors(folder: str) -> Iterator[None]:
         raise ValueError(f"{folder} can't be loaded: one of its configs is damaged ({reason}).") from error
 
 
-def _check_components(index: dict[str, Any], folder: str):
-    """Checks that all components are networks and schedulers of this package or of diffusers, of reasonable size."""
+def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
+    """
+    Checks that all components are networks and schedulers that are loaded without trust, and of reasonable size. Those
+    that the pipeline expects are pairs of a library and a class: older versions of diffusers unpack whatever has two
+    parts.
+    """
     for name, entry in index.items():
-        if not isinstance(entry, list) or name == "_class_name":
+        if name == "_class_name" or not (isinstance(entry, list) or name in expected):
             continue
-        if not name.isidentifier() or len(entry) != 2:
+        if not name.isidentifier() or not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"The model_index.json of {folder} is damaged: its entry {name!r} is {entry}.")
         library, class_name = entry
-        if library is None:
-            continue
-        known = getattr(diffusers, str(class_name), None) if library == "diffusers" else _public_class(class_name)
-        if not isinstance(known, type) or not issubclass(known, (ModelMixin, SchedulerMixin)):
+        absent = library is None and class_name is None
+        if library == "diffusers":  # whose other networks have another call, and some take all memory to be built
+            known, kinds = getattr(diffusers, str(class_name), None), (UNet2DModel, SchedulerMixin)
+        else:
+            known, kinds = _public_class(class_name), (ModelMixin, SchedulerMixin)
+        if not absent and not (isinstance(known, type) and issubclass(known, kinds)):
             raise ValueError(
                 f"{folder} names the class {class_name} of the module {library} as its {name}, but only networks and "
-                "schedulers of this package and of diffusers are loaded. If you trust the checkpoint's code, pass "
-                "`trust_remote_code=True`."
+                "schedulers of this package, and UNet2DModel and schedulers of diffusers, are loaded. If you trust the "
+                "checkpoint's code, pass `trust_remote_code=True`."
             )
         # Older versions of diffusers run such a file instead of the library, without asking.
         if os.path.isfile(os.path.join(folder, name, f"{library}.py")):
             raise ValueError(f"{folder} has a file {name}/{library}.py, which poses as the library {library}.")
+        if absent:
+            continue
         _check_sizes(os.path.join(folder, name, known.config_name))
         for path in glob.glob(os.path.join(glob.escape(folder), name, "*.safetensors.index.json")):
             for shard in _read_json(path).get("weight_map", {}).values():
