@@ -1,6 +1,8 @@
 """`TinyPipeline`: unconditional sampling, the base class of every pipeline here, and the loader of every checkpoint."""
 
 import contextlib
+import copy
+import difflib
 import glob
 import importlib
 import inspect
@@ -15,11 +17,20 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.pipelines.pipeline_utils import snapshot_download
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
@@ -36,6 +47,14 @@ _REPLACEMENTS = {
     "DDIMScheduler": "TinyDDIMScheduler",
     "DDPMScheduler": "TinyDDPMScheduler",
 }
+
+# What a network is trained for, and its schedulers' constructor arguments: those they have, those they must not have.
+_OBJECTIVES = {"betas": ({"trained_betas", "prediction_type"}, {"snr_shift_scale"})}
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+# The highest noise level that a solver starts at, that of EDM (https://huggingface.co/papers/2206.00364, table 1). The
+# cosine schedule ends at 20,291, from where no step of a second order leads to the image.
+_SIGMA_MAX = 80.0
 
 # The variance types of DDPM that the network predicts.
 _LEARNED = ("learned", "learned_range")
@@ -78,8 +97,8 @@ class TinyPipelineOutput(ImagePipelineOutput):
 
 class TinyPipeline(DiffusionPipeline):
     r"""
-    Pipeline for unconditional generation of small images, with any diffusers scheduler and any network that has
-    [`UNet2DModel`]'s call. It also loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the
+    Pipeline for unconditional generation of small images, with any diffusers scheduler for beta schedules and any network
+    that has [`UNet2DModel`]'s call. It also loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the
     pipeline class that the checkpoint names.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
@@ -163,8 +182,8 @@ class TinyPipeline(DiffusionPipeline):
             [`TinyPipelineOutput`] or `tuple`: The images, and the intermediates if `return_intermediates` is given.
 
         Raises:
-            `ValueError`: If an argument is not as described above, the network needs class labels, or the samples are
-                not finite.
+            `ValueError`: If an argument is not as described above, the scheduler is not for such a network, the network
+                needs class labels, or the samples are not finite.
         """
         self._check_output(batch_size, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
@@ -175,11 +194,11 @@ class TinyPipeline(DiffusionPipeline):
                 "`TinyConditionalPipeline(**pipe.components)` and `class_labels`."
             )
         latents = self._prepare_latents(batch_size, generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
         latents, intermediates = self._denoise(
             latents,
             lambda sample, timestep, step: self._predict(sample, timestep),
-            self.scheduler,
+            scheduler,
             eta,
             generator,
             on_step_end,
@@ -218,6 +237,7 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
 
     def _check_steps(self, num_inference_steps: int, timesteps: list[int] | None, eta: float):
+        check_scheduler(self.scheduler)
         total = self.scheduler.config.num_train_timesteps
         if timesteps is not None:
             timesteps = [int(t) for t in timesteps]
@@ -233,6 +253,11 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`num_inference_steps` must be an integer from 1 to {total}, the number of training timesteps, got "
                 f"{num_inference_steps}."
+            )
+        elif num_inference_steps < 2 * getattr(self.scheduler, "pndm_order", 0):  # its first steps are Runge-Kutta's
+            raise ValueError(
+                f"`num_inference_steps` must be at least {2 * self.scheduler.pndm_order} with "
+                f"{type(self.scheduler).__name__}, got {num_inference_steps}: use `DPMSolverMultistepScheduler` for fewer."
             )
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"`eta` must be in [0, 1], where 0 is DDIM and 1 is DDPM, got {eta}.")
@@ -312,13 +337,26 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         return images.to(self._execution_device, torch.float32)
 
-    def _set_timesteps(self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None):
+    def _set_timesteps(
+        self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None
+    ) -> SchedulerMixin:
+        """Sets the timesteps, and returns the scheduler to step with: the given one, or its copy of bounded noise."""
         # The scheduler's tensors stay on the CPU: indexing them with a timestep on the GPU would sync at each step.
         if timesteps is None:
+            scheduler = _bound_noise(scheduler, num_inference_steps)
+            num_inference_steps = min(num_inference_steps, scheduler.config.num_train_timesteps)
             scheduler.set_timesteps(num_inference_steps)
         else:
             scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
+        if scheduler.config.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
+            last = len(scheduler.alphas_cumprod) - 1
+            if scheduler.timesteps[0] == last and scheduler.alphas_cumprod[last] < 1e-7:
+                raise ValueError(
+                    f"Timestep {last} is pure noise (`rescale_betas_zero_snr`), from which `epsilon` predicts no image: "
+                    'set `timestep_spacing="leading"`, or train with `v_prediction`.'
+                )
         self._num_timesteps = len(scheduler.timesteps)
+        return scheduler
 
     def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the network on a sample in the network's dtype. The prediction is in float32 at least."""
@@ -371,7 +409,13 @@ class TinyPipeline(DiffusionPipeline):
             # drifts to another class.
             if "use_clipped_model_output" in step_parameters:
                 step_kwargs["use_clipped_model_output"] = self._is_guided(step)
-            output = scheduler.step(model_output, timestep, latents, **step_kwargs)
+            try:
+                output = scheduler.step(model_output, timestep, latents, **step_kwargs)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{type(scheduler).__name__} can't use the network's `prediction_type` "
+                    f"{scheduler.config.prediction_type!r}: use `DPMSolverMultistepScheduler`."
+                ) from error
             latents = output.prev_sample  # x_t-1
 
             if step in kept_steps:
@@ -533,6 +577,66 @@ class TinyPipeline(DiffusionPipeline):
                 content = json.dumps(_read_json(path) | values, indent=2, sort_keys=True)
                 with open(path, "w", encoding="utf-8") as file:
                     file.write(content + "\n")
+
+
+def check_scheduler(scheduler: SchedulerMixin, objective: str = "betas"):
+    """
+    Checks that a scheduler fits a network.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        objective (`str`, *optional*, defaults to `"betas"`):
+            What the network was trained for: `"betas"`, to denoise at the noise levels of a beta schedule.
+
+    Raises:
+        `ValueError`: If the scheduler is for other networks. The error names the nearest one that fits.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if not _is_for(type(scheduler), objective):
+        known = [solver.name for solver in KarrasDiffusionSchedulers]
+        fitting = [
+            solver.removesuffix("Scheduler") for solver in known if _is_for(getattr(diffusers, solver), objective)
+        ]
+        nearest = (difflib.get_close_matches(name.removesuffix("Scheduler"), fitting, n=1, cutoff=0.4) or ["DDIM"])[0]
+        raise ValueError(
+            f"{name} is not for a network that was trained on a beta schedule: use `{nearest}Scheduler.from_config` with "
+            "the config of the checkpoint's scheduler."
+        )
+    if config.prediction_type not in _PREDICTION_TYPES or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"The network was trained on a beta schedule, but {name} is set to another kind: its `prediction_type` must be "
+            f"one of {', '.join(_PREDICTION_TYPES)}, got {config.prediction_type!r}, and `use_flow_sigmas` False."
+        )
+
+
+def _is_for(scheduler_class: type, objective: str) -> bool:
+    """Returns whether a scheduler's class denoises, without further inputs, what such a network predicts."""
+    present, absent = _OBJECTIVES[objective]
+    arguments = inspect.signature(scheduler_class.__init__).parameters.keys()
+    if not present <= arguments or absent & arguments or "Inverse" in scheduler_class.__name__:
+        return False
+    step = inspect.signature(scheduler_class.step).parameters.values()
+    return [p.name for p in step if p.default is p.empty] == ["self", "model_output", "timestep", "sample"]
+
+
+def _bound_noise(scheduler: SchedulerMixin, num_inference_steps: int) -> SchedulerMixin:
+    """
+    Returns a copy of a solver that knows the noise levels up to `_SIGMA_MAX` alone, so that it starts there. DDIM and
+    DDPM, and a solver without higher levels, are returned as they are.
+    """
+    sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5  # (T,)
+    total = max(1, int((sigmas <= _SIGMA_MAX).sum()))
+    # Stock solvers space `trailing` timesteps by arange, which by rounding can have one too many: then take fewer levels.
+    while len(np.arange(total, 0, -total / num_inference_steps)) > num_inference_steps:
+        total -= 1
+    if total == len(sigmas) or isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
+        return scheduler
+    bounded = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor) and value.shape == sigmas.shape:
+            setattr(bounded, name, value[:total])
+    bounded.register_to_config(num_train_timesteps=total)
+    return bounded
 
 
 def image_generators(seed: int, num_images: int, first: int = 0) -> list[torch.Generator]:

@@ -130,7 +130,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         scheduler = self._thresholding_scheduler(dynamic_thresholding)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
         latents = self._prepare_latents(batch_size, generator, latents)
-        self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         predict = self._guided_predict(labels, guidance_scale, guidance_interval)
         latents, intermediates = self._denoise(
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates

@@ -149,7 +149,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         if sum(given is not None for given in (seeds, latents, images)) != 1:
             raise ValueError("Give exactly one of `seeds`, `latents` and `images`, for the two ends.")
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:
@@ -178,7 +178,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             )
         predict = self._guided_predict(labels, guidance_scale, guidance_interval)
         frames, intermediates = self._denoise(
-            frames, predict, self.scheduler, eta, generator, on_step_end, return_intermediates
+            frames, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(frames, intermediates, output_type, return_dict)
 

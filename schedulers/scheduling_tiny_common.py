@@ -38,6 +38,8 @@ TRAINING_ARGUMENTS = ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
 
 # The half-log-SNR at which DPM-Solver's authors start on the cosine schedule. Its own first value, -9.9, is too low.
 COSINE_LAMBDA_MIN = -5.1
+# The highest noise level of EDM (https://huggingface.co/papers/2206.00364, table 1).
+SIGMA_MAX = 80.0
 
 
 def check_known(name: str, given: Any, allowed: Sequence[str]) -> None:
@@ -138,6 +140,9 @@ class TinySchedulerMixin:
 
         if config.beta_schedule == "squaredcos_cap_v2" and config.trained_betas is None:
             self.register_to_config(lambda_min_clipped=COSINE_LAMBDA_MIN)
+        # Stock solvers space `use_karras_sigmas` between these, or else from the last sigma: 20,291 on cosine.
+        sigmas = ((1 - self._alpha_bars) / self._alpha_bars).sqrt()
+        self.register_to_config(sigma_min=sigmas[0].item(), sigma_max=min(sigmas[-1].item(), SIGMA_MAX))
 
         # In the same process, `from_config` of another class drops the arguments listed here. A solver would then use
         # its own default for, say, beta_end, so only arguments that no stock class takes may be listed.
@@ -166,6 +171,8 @@ class TinySchedulerMixin:
                 stale.add("trained_betas")
             if kwargs.keys() & {"beta_schedule", "trained_betas"}:
                 stale.add("lambda_min_clipped")
+            if kwargs.keys() & {*SCHEDULE_ARGUMENTS, "trained_betas", "rescale_betas_zero_snr"}:
+                stale |= {"sigma_min", "sigma_max"}
             if "huber_schedule" in kwargs:
                 stale.add("huber_delta")
             config = {name: value for name, value in config.items() if name not in stale}

@@ -44,7 +44,11 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "sa": ("SASolverScheduler", {}),
     "sde_dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -645,6 +649,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
     import tiny_diffusers
 
     from . import hardware
+    from .pipelines.pipeline_tiny import check_scheduler
 
     num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     try:
@@ -664,6 +669,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
         name, options = SCHEDULERS[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
         with refusals():
+            check_scheduler(pipe.scheduler)  # whose config the other one takes
             pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):

@@ -29,11 +29,12 @@ class OneImageNetwork(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, sample_size=(4, 6), in_channels=1):
         super().__init__()
-        self.x_0 = torch.nn.Parameter(torch.tensor(0.5))
+        self.x_0, self.calls = torch.nn.Parameter(torch.tensor(0.5)), 0
         # Solvers also use values between the training timesteps, where they interpolate the log-SNR linearly.
         self.log_snr = torch.logit(TinyDDIMScheduler().alphas_cumprod.double())
 
     def forward(self, sample, timestep):
+        self.calls += 1
         low = timestep.long()
         high = (low + 1).clamp(max=len(self.log_snr) - 1)
         abar = torch.sigmoid(torch.lerp(self.log_snr[low], self.log_snr[high], timestep.double() - low)).float()
@@ -131,7 +132,7 @@ def test_every_stock_scheduler_finds_the_single_image(name, quiet):
     for _, _, x_0 in output.intermediates:
         torch.testing.assert_close(x_0, torch.full((2, 1, 4, 6), 0.75), atol=5e-3, rtol=0)
     assert (output.images - 0.75).abs().mean() < 0.05
-    assert pipe.num_timesteps == len(scheduler.timesteps)
+    assert pipe.num_timesteps == pipe.unet.calls
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
