@@ -102,8 +102,13 @@ class TestSample:
 
     @pytest.mark.parametrize("name", cli.SCHEDULERS)
     def test_every_scheduler_samples(self, checkpoint, tmp_path, name):
-        images = sample(checkpoint, tmp_path / name, "--num_images", 2, "--scheduler", name)
-        assert len(images) == 2
+        arguments = ("--num_images", 2, "--scheduler", name, "--num_inference_steps", 8)  # the fewest of pndm
+        assert len(sample(checkpoint, tmp_path / name, *arguments)) == 2
+
+    def test_a_number_of_steps_that_a_scheduler_cannot_take_is_one_line(self, checkpoint, tmp_path, capsys):
+        arguments = ("--scheduler", "pndm", "--num_inference_steps", 3, "--output", tmp_path / "a.png")
+        assert run("sample", checkpoint, *arguments) == 2
+        assert "at least 8 with PNDMScheduler" in capsys.readouterr().err.splitlines()[-1]
 
     def test_the_scheduler_is_the_one_asked_for(self, checkpoint, tmp_path):
         pipe = TinyPipeline.from_pretrained(checkpoint)
