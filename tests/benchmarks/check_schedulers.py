@@ -91,11 +91,15 @@ def mixture_statistics(samples: torch.Tensor) -> tuple[float, float]:
 
 
 def build(name: str, config: dict, **options):
-    """Builds a scheduler of diffusers from the config; arguments that it can't take from there are 1."""
+    """Builds a scheduler of diffusers from the config, or by default; arguments that it requires are 1."""
     cls = getattr(diffusers.schedulers, name)
     parameters = inspect.signature(cls.__init__).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return cls.from_config(config, **options, **dict.fromkeys(required[1:], 1))
+    arguments = dict.fromkeys(required[1:], 1)
+    try:
+        return cls.from_config(config, **options, **arguments)
+    except TypeError:  # RePaint takes betas as an array alone
+        return cls(**options, **arguments)
 
 
 def draw(pipe: TinyPipeline, scheduler, num_inference_steps: int, num_images: int) -> torch.Tensor:
