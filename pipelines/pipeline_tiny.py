@@ -697,6 +697,9 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
     """Returns the folder of a checkpoint, downloaded from the Hub if no such folder exists."""
     folder = os.path.expanduser(name_or_path)
     if not os.path.isdir(folder):
+        parent = os.path.dirname(folder)
+        if os.path.isdir(parent):  # runs/mnist is no Hub id where there is a folder runs
+            raise ValueError(f"There is no folder '{name_or_path}' in '{parent}'.")
         files = ["*.json", "*.safetensors"] + (["*.py"] if trust_remote_code else [])
         try:
             folder = snapshot_download(folder, allow_patterns=files, ignore_patterns=["checkpoint-*/*"], **hub_kwargs)

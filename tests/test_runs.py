@@ -1,6 +1,7 @@
 """A checkpoint is complete or it is skipped; a log, settings and a lock are one run's."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -172,3 +173,23 @@ def test_facts_of_another_type_are_named(tmp_path, facts):
     (tmp_path / "run.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=f"run.json is damaged .{next(iter(facts))} is "):
         RunFolder(tmp_path).read_facts()
+
+
+def test_what_killed_writers_leave_is_deleted_by_those_that_follow(tmp_path):
+    publish(tmp_path, 1)
+    left, live = tmp_path / f"{runs.STAGING}checkpoint-2-aaaa", tmp_path / f"{runs.STAGING}checkpoint-3-bbbb"
+    for folder in (left, live):
+        folder.mkdir()
+    os.utime(left, (0, 0))
+    publish(tmp_path, 4)  # another process may be writing the younger one
+    assert not left.exists() and live.exists()
+    with RunFolder(tmp_path).claim(resume=True, overwrite=False):
+        assert not live.exists()
+
+
+def test_a_checkpoint_that_is_being_deleted_is_none_any_more(tmp_path, monkeypatch):
+    publish(tmp_path, 1, 2, 3)
+    monkeypatch.setattr(runs.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed at its first file
+    run = RunFolder(tmp_path)
+    run.prune(run.checkpoint(3), limit=1)
+    assert [path.name for path in run.list_checkpoints()] == ["checkpoint-3"]

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # of a checkpoint
 MODEL_INDEX = "model_index.json"  # of a saved pipeline
 STAGING = ".staging-"
+_LEFT_AFTER = 3600  # seconds after which a folder that is being written was left by a killed writer
 
 # These stay on this machine when a folder is pushed: checkpoints to resume from, trackers' files, what tools leave.
 NOT_PUSHED = ["checkpoint-*/*", "logs/*", "*.lock", "*.tmp", "*__pycache__/*", ".*", "*/.*"]
@@ -108,6 +110,7 @@ class RunFolder:
                 files = [path for pattern in _DELETED for path in self.path.glob(pattern)]
                 for path in [*self._components(), *files, *self.list_checkpoints()]:
                     _remove(path)
+            self._remove_leftovers()
             free = shutil.disk_usage(self.path).free
             if free < needed_bytes:
                 raise UserError(
@@ -117,6 +120,11 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
+        for leftover in self.path.glob(STAGING + "*"):
+            _remove(leftover)
 
     def _components(self) -> list[Path]:
         """Lists the folders of the saved pipeline's components."""
@@ -247,8 +255,7 @@ class RunFolder:
             limit (`int`, *optional*): Number of checkpoints to keep; None for all.
             keep (`Path`, *optional*): The best checkpoint, which stays in any case.
         """
-        for leftover in self.path.glob(STAGING + "*"):
-            _remove(leftover)
+        self._remove_leftovers()
         existing = self.list_checkpoints()
         position = existing.index(newest)
         older = existing[: max(0, min(position, position + 1 - limit))] if limit is not None else []
@@ -271,9 +278,12 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: If the disk is full, or another process has published the same folder meanwhile.
     """
-    staging = directory.with_name(f"{STAGING}{directory.name}-{uuid.uuid4().hex[:8]}")  # each writer's own
-    old = staging.with_name(f"{staging.name}-old")
+    staging, old = _staging(directory), _staging(directory)
     staging.mkdir(parents=True)
+    for leftover in directory.parent.glob(STAGING + "*"):
+        with contextlib.suppress(OSError):  # its writer is done, after all
+            if time.time() - leftover.stat().st_mtime > _LEFT_AFTER:
+                _remove(leftover)
     try:
         write(staging)
         seal(staging)
@@ -286,6 +296,11 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
             os.replace(old, directory)
         for leftover in (staging, old):  # on a full disk, half a checkpoint is in everyone's way
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _staging(path: Path) -> Path:
+    """Returns a name beside `path` that is this writer's own, for what is not published yet or no longer."""
+    return path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def seal(folder: Path) -> None:
@@ -337,8 +352,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Deletes a file or a folder; of a folder, a kill leaves all or nothing under its name."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        gone = path if path.name.startswith(STAGING) else path.rename(_staging(path))
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -298,13 +298,18 @@ def test_pickled_weights_run_no_code(saved):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
-    for given in (tmp_path / "nowhere", "no such name", "../a/b/c"):
+def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
+    for given in ("no such name", "../nowhere/b/c"):
         with pytest.raises(ValueError, match="neither a folder nor a model that can be loaded from the Hub") as error:
             TinyPipeline.from_pretrained(given)
         assert str(given) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="neither a folder nor a model"):
         TinyPipeline.from_pretrained("me/nothing-of-that-name", local_files_only=True, cache_dir=tmp_path)
+    for given in (tmp_path / "mnist", "runs/mnist"):  # no owner "runs" is asked for on the Hub
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=f"no folder '{given}' in"):
+            TinyPipeline.from_pretrained(given)
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
