@@ -338,6 +338,16 @@ def test_damaged_metadata_is_said(load, folder):
     assert any(note.startswith("metadata.jsonl, left out: Expecting") for note in data.notes)
 
 
+def test_a_column_named_label_holds_labels_though_no_value_repeats(load, folder, tmp_path):
+    for number in range(3):
+        put(folder / f"{number}.png", number)
+    (folder / "metadata.csv").write_text("file_name,caption,label\n0.png,a,x\n1.png,b,y\n2.png,c,z\n")
+    data = load(folder, require_labels=True)
+    assert data.id2label == {0: "x", 1: "y", 2: "z"} and data.labels.tolist() == [0, 1, 2]
+    save_parquet(tmp_path / "few.parquet", 3, label=[5, 7, 9], serial=[1, 2, 3])
+    assert load(tmp_path / "few.parquet", require_labels=True).id2label == {0: "5", 1: "7", 2: "9"}
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_labels_of_stylegan_and_edm(load, folder, zipped):
     for number in range(6):

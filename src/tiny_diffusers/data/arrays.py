@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 
 from ..errors import UserError, first_line, unknown
-from .sources import MAX_CLASSES, SPLITS, Source, index_labels, select_splits
+from .sources import LABEL_NAMES, SPLITS, Source, index_labels, max_classes, select_splits
 
 
 def read_arrays(file: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
@@ -62,10 +62,10 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
             f"arrays are {shapes}."
         )
     if label_column is None:
-        named = [each for each in label_columns if {"label", "labels", "y"} & set(_words(each))]
-        most = min(MAX_CLASSES, len(images) // 2)  # serial numbers do not repeat
-        repeating = [each for each in label_columns if len(np.unique(arrays[each])) <= most]
-        label_columns = list(dict.fromkeys(named + repeating))
+        named = {each for each in label_columns if LABEL_NAMES & set(_words(each))}
+        distinct = {each: len(np.unique(arrays[each])) for each in label_columns}
+        label_columns = [each for each in label_columns if distinct[each] <= max_classes(len(images), each in named)]
+        label_columns.sort(key=lambda each: each not in named)
     notes = []
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:

@@ -15,7 +15,7 @@ from ..runs import publish
 from .images import ImageData, compute_fingerprint
 
 
-_CACHE_FORMAT = 2  # increase it when the same files are decoded to other pixels
+_CACHE_FORMAT = 3  # increase it when the same files give other pixels or labels
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, first_line, unknown
-from .sources import MAX_CLASSES, SPLITS, Source, decodes, index_labels, select_splits
+from .sources import LABEL_NAMES, SPLITS, Source, decodes, index_labels, max_classes, select_splits
 
 
 _TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")
@@ -139,9 +139,9 @@ def _choose_label_column(
     for column, values in columns.items():
         if not _is_discrete(values) or (has_classes and None in values):
             continue
-        if 0 < len(set(values) - {None}) <= min(MAX_CLASSES, len(values) // 2):  # captions do not repeat
+        if 0 < len(set(values) - {None}) <= max_classes(len(values), column in LABEL_NAMES):
             found.append(column)
-    found.sort(key=lambda column: column != "label")
+    found.sort(key=lambda column: column not in LABEL_NAMES)
     if any(classes) and (given == "label" or (given is None and not found)) and "label" not in columns:
         columns["label"] = classes
         found = ["label"]

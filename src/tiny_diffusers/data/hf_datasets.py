@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
 from .folders import abbreviate, is_image, list_files, relative_name
-from .sources import MAX_CLASSES, Source, index_labels
+from .sources import LABEL_NAMES, Source, index_labels, max_classes
 
 
 if TYPE_CHECKING:
@@ -217,9 +217,9 @@ def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, sp
     # If each split has its own folder, `datasets` takes these folders for classes.
     found = [column for column in classes if not set(features[column].names) <= set(splits)]
     if not classes:
-        most = min(MAX_CLASSES, len(dataset) // 2)  # captions and serial numbers do not repeat
-        found = [column for column in discrete if len(dataset.unique(column)) <= most]
-    return sorted(found, key=lambda column: column != "label")
+        rows = len(dataset)
+        found = [c for c in discrete if len(dataset.unique(c)) <= max_classes(rows, c in LABEL_NAMES)]
+    return sorted(found, key=lambda column: column not in LABEL_NAMES)
 
 
 def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, list[str]]:

@@ -48,7 +48,8 @@ def load_images(
         train_data_dir (`str` or `os.PathLike`, *optional*): A folder or file, instead of `dataset_name`.
         split (`str`, defaults to `"train"`): The split, or a slice in the syntax of `datasets`: `"train[:1000]"`.
         image_column, label_column (`str`, *optional*): By default columns are found by their features: an `Image` for
-            the images; a `ClassLabel`, or else an integer or string column whose values repeat, for the labels.
+            the images; a `ClassLabel`, or else an integer or string column whose values repeat or whose name is
+            label, labels or y, for the labels.
         resolution (`int`, *optional*): Side of the images in pixels. Not needed if all are squares of one size.
         center_crop (`bool`, defaults to `False`): Crop images that are not square at their centre. By default the
             position is pseudo-random and depends only on the bytes of the file.

@@ -17,7 +17,8 @@ from PIL import Image
 from ..errors import UserError, unknown
 
 
-MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+_MAX_CLASSES = 1000  # a column of integers or strings with more distinct values holds no labels
+LABEL_NAMES = {"label", "labels", "y"}  # of columns of labels, also where no value repeats
 # Names of splits, as folders and arrays and as what is asked for.
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _MAX_PIXELS = 2**26  # a larger image is treated as a decompression bomb
@@ -80,6 +81,14 @@ def decodes(file: Any) -> bool:
     except Exception:  # Pillow raises almost any exception for a damaged file
         return False
     return True
+
+
+def max_classes(num_rows: int, is_named: bool) -> int:
+    """
+    Returns the largest number of distinct values of a column of labels. In a column of another name than
+    [`LABEL_NAMES`] they must repeat: captions and serial numbers do not.
+    """
+    return _MAX_CLASSES if is_named else min(_MAX_CLASSES, num_rows // 2)
 
 
 def index_labels(values: Sequence) -> tuple[np.ndarray, list[str]]:
