@@ -179,6 +179,24 @@ class TestSample:
         assert rows == {"columns": 16, "row_labels": ["cat", "cat", "frog", "frog"]}
         assert cli._class_rows(["cat"] * 5 + ["dog"] * 4 + ["frog"] * 4) == {}
 
+    def test_without_classes_a_conditional_checkpoint_draws_a_row_for_each(
+        self, conditional_checkpoint, tmp_path, monkeypatch, capsys
+    ):
+        pipe = TinyPipeline.from_pretrained(conditional_checkpoint)
+        images = sample(conditional_checkpoint, tmp_path / "all")
+        expected = pipe(
+            class_labels=[0] * 16 + [1] * 16 + [2] * 16,
+            generator=[torch.Generator().manual_seed(i) for i in range(48)],
+            num_inference_steps=3,
+        ).images
+        np.testing.assert_allclose(images, [np.asarray(image) for image in expected], atol=1)
+        assert "drawing 48 images" in capsys.readouterr().err
+        assert len(sample(conditional_checkpoint, tmp_path / "two", "--num_images", 2)) == 2
+        assert len(sample(conditional_checkpoint, tmp_path / "none", "--guidance_scale", 0)) == 64  # of no class
+        monkeypatch.setattr(cli, "MAX_CLASSES", 2)
+        assert len(sample(conditional_checkpoint, tmp_path / "many")) == 32
+        assert "the first 2 of 3 classes; --class_labels names others" in capsys.readouterr().err
+
     def test_bad_input_is_one_line_before_any_work(self, checkpoint, conditional_checkpoint, tmp_path, capsys):
         def line(*arguments):
             return error_line(capsys, "sample", *arguments)
@@ -188,7 +206,6 @@ class TestSample:
         assert "model_index.json" in line(tmp_path)
         assert "--class_labels means nothing" in line(checkpoint, "--class_labels", "cat")
         assert "Did you mean 'cat'" in line(conditional_checkpoint, "--class_labels", "catt")
-        assert "needs `class_labels`" in line(conditional_checkpoint)
         few = line(conditional_checkpoint, "--class_labels", "cat,dog", "--num_images", 1)
         assert "--num_images 1 is less than the 2 --class_labels" in few
         assert "num_inference_steps" in line(checkpoint, "--num_inference_steps", 0)
@@ -263,6 +280,15 @@ class TestInterpolate:
             run("interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
         assert "can't be read as a picture" in capsys.readouterr().err
 
+    def test_a_scheduler_that_adds_noise_takes_a_seed(self, checkpoint, tmp_path):
+        def frames(name, *arguments):
+            output = ("--scheduler", "ddpm", "--num_frames", 3, "--output", f"{tmp_path / name}/")
+            assert run("interpolate", checkpoint, *self.ARGUMENTS, *output, *arguments) == 0
+            return [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
+
+        one, same, other = frames("one"), frames("same", "--seed", 0), frames("other", "--seed", 7)
+        assert one == same and all(a != b for a, b in zip(one, other, strict=True))
+
     def test_it_walks_between_classes(self, conditional_checkpoint, tmp_path):
         output = tmp_path / "walk.png"
         arguments = ("--seeds", "0,0", "--class_labels", "cat,frog", "--num_frames", 3, "--output", f"{output}")
@@ -296,6 +322,20 @@ class TestExportAndPush:
         assert run("export", checkpoint, tmp_path / "exported") == 0
         assert (tmp_path / "exported" / "unet" / "unet_tiny.py").is_file()
         assert (tmp_path / "exported" / "README.md").read_text() == "a card"
+
+    def test_an_exported_card_loads_what_lies_beside_it(self, tiny_unet, tmp_path):
+        pipe = TinyPipeline(tiny_unet(), TinyDDIMScheduler())
+        source = hub.export(pipe, tmp_path / "source", with_code=False)
+        for name in ("training.gif", "report.md"):
+            (source / name).write_bytes(name.encode())
+        hub.write_card(source, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
+        assert run("export", source, tmp_path / "code") == 0
+        assert run("export", tmp_path / "code", tmp_path / "bare", "--no_code") == 0
+        cards = [(tmp_path / name / "README.md").read_text() for name in ("source", "code", "bare")]
+        assert ["trust_remote_code=True" in card for card in cards] == [False, True, False]
+        assert cards[0] == cards[2] and "saved beside the weights" in cards[1]
+        assert all(card.count("## How to load it") == card.count("## How it was made") == 1 for card in cards)
+        assert (tmp_path / "code" / "training.gif").is_file() and (tmp_path / "code" / "report.md").is_file()
 
     def test_a_checkpoint_is_not_exported_onto_itself(self, checkpoint, capsys):
         assert "is the checkpoint itself" in error_line(capsys, "export", checkpoint, checkpoint)

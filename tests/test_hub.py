@@ -2,11 +2,13 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -137,7 +139,7 @@ def exported(tmp_path_factory, tiny_pipeline):
 def write_card(directory, **kwargs):
     arguments = {
         "model_name": "Digits",
-        "command": "accelerate launch train_scripts/train_unconditional.py --seed 0",
+        "command": "tiny-diffusers train unconditional --seed 0",
         "settings": {"learning_rate": 1e-3, "seed": 0},
         "data": {"name": "digits", "split": "train", "images": 1797, "notes": ["2 broken files skipped", "grey"]},
     }
@@ -282,7 +284,7 @@ class TestCard:
         parameters = sum(p.numel() for p in TinyPipeline.from_pretrained(directory).unet.parameters())
         assert f"`TinyUNet2DModel`, {parameters / 1e6:.2f} M parameters" in text
         assert "unconditional diffusion model of 8x8 grey images" in text and "`v_prediction`" in text
-        assert "accelerate launch train_scripts/train_unconditional.py --seed 0" in text
+        assert "tiny-diffusers train unconditional --seed 0" in text
         assert "| learning_rate | 0.001 |" in text
         assert "| notes | 2 broken files skipped; grey |" in text
         assert "| held for a digit | 81 % of 500 samples, 50 DDIM steps |" in text
@@ -314,6 +316,15 @@ class TestCard:
         assert "A class-conditional diffusion model" in text
         assert "pipe(class_labels=['cat', 'frog'], guidance_scale=3.0)" in text
         assert '--class_labels "cat,frog" --guidance_scale 3 --output' in text
+
+    @pytest.mark.parametrize("name", ["digits-8", "mnist-32"])
+    def test_the_commands_of_a_published_card_are_those_of_an_installed_package(self, name):
+        from tiny_diffusers.cli import COMMANDS
+
+        text = (Path(__file__).parents[1] / "model_cards" / name / "README.md").read_text()
+        commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        words = [line.split()[:2] for line in commands if not line.startswith("pip install")]
+        assert words and all(program == "tiny-diffusers" and command in COMMANDS for program, command in words)
 
     def test_no_token_gets_into_it(self, exported):
         for form in ("--hub_token hf_secret", "--hub_token=hf_secret"):

@@ -57,6 +57,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
 MAX_ROW = 16  # images of one class beside each other in a grid
+NUM_IMAGES, MAX_CLASSES = 64, 10  # that `sample` draws by default
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -83,13 +84,16 @@ def sample_parser() -> argparse.ArgumentParser:
     parser = _parser("sample")
     _add_checkpoint_argument(parser)
     _add_sampling_arguments(parser)
-    parser.add_argument("--num_images", type=_positive, default=64, help="default: 64")
+    parser.add_argument(
+        "--num_images", type=_positive, help=f"default: {NUM_IMAGES}, or a row for each class if no class is named"
+    )
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     parser.add_argument("--batch_size", type=_positive, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--class_labels",
         type=_comma_separated,
-        help="names or ids, such as cat,frog: each gets an equal share of the images, in this order",
+        help="names or ids, such as cat,frog: each gets an equal share of the images, in this order (default: all, or the "
+        f"first {MAX_CLASSES})",
     )
     _add_guidance_interval(parser)
     parser.add_argument(
@@ -113,6 +117,7 @@ def sample(args: argparse.Namespace) -> None:
     """Draws each image with a generator of its own, so that none depends on the batch size."""
     from .pipelines.pipeline_tiny import image_generators
     from .plots import image_grid, strip
+    from .progress import bar_options
 
     output = _prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
@@ -121,19 +126,23 @@ def sample(args: argparse.Namespace) -> None:
     pipe = _load_pipeline(args, "TinyPipeline")
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
     options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
-    labels = options.pop("class_labels", None)
+    num_images, labels = args.num_images, options.pop("class_labels", None)
+    if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
+        labels = _first_classes(pipe)[:num_images] or None
+        if labels is not None and num_images is None:
+            num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
+    num_images = num_images or NUM_IMAGES
     if labels is not None:
-        if len(labels) > args.num_images:
-            raise UserError(
-                f"--num_images {args.num_images} is less than the {len(labels)} --class_labels: give more."
-            )
-        labels = [labels[i * len(labels) // args.num_images] for i in range(args.num_images)]
+        if len(labels) > num_images:
+            raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
+        labels = [labels[i * len(labels) // num_images] for i in range(num_images)]
 
+    print(f"drawing {num_images} images, {output} ...", file=sys.stderr, flush=True)
     images, states = [], [[] for _ in range(args.return_intermediates or 0)]
     began = time.perf_counter()
-    for start in range(0, args.num_images, args.batch_size):
-        stop = min(start + args.batch_size, args.num_images)
-        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {args.num_images}")
+    for start in range(0, num_images, args.batch_size):
+        stop = min(start + args.batch_size, num_images)
+        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
         if labels is not None:
             options["class_labels"] = labels[start:stop]
         generator = image_generators(args.seed, stop - start, first=start)
@@ -151,6 +160,15 @@ def sample(args: argparse.Namespace) -> None:
     else:
         image_grid(images, **_class_rows(labels)).save(output)
     print(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+
+
+def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
+    """Returns the names of a pipeline's classes, or their ids; of many, the first ten, which is said."""
+    names = {int(class_id): name for class_id, name in (pipe.config.get("id2label") or {}).items()}
+    classes = [names.get(class_id, str(class_id)) for class_id in pipe._class_ids]
+    if len(classes) > MAX_CLASSES:
+        print(f"the first {MAX_CLASSES} of {len(classes)} classes; --class_labels names others", file=sys.stderr)
+    return classes[:MAX_CLASSES]
 
 
 def _class_rows(labels: list[str] | None) -> dict:
@@ -174,6 +192,12 @@ def interpolate_parser() -> argparse.ArgumentParser:
     _add_sampling_arguments(parser)
     parser.add_argument("--seeds", type=_two_seeds, help="seeds of the two ends (default: 0,1)")
     parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the noise that a scheduler such as ddpm adds, the same in each frame (default: 0)",
+    )
+    parser.add_argument(
         "--images",
         type=_picture,
         nargs=2,
@@ -193,6 +217,7 @@ def interpolate_parser() -> argparse.ArgumentParser:
 
 
 def interpolate(args: argparse.Namespace) -> None:
+    import torch
     from diffusers.utils import export_to_gif
     from PIL import Image
 
@@ -205,8 +230,9 @@ def interpolate(args: argparse.Namespace) -> None:
     options = _call_options(pipe, args, *names, "seeds", "images")
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
+    generator = [torch.Generator().manual_seed(args.seed) for _ in range(args.num_frames)]
     with refusals():
-        frames = pipe(num_frames=args.num_frames, **options).images
+        frames = pipe(num_frames=args.num_frames, generator=generator, **options).images
 
     if output.is_dir():
         _save_numbered(frames, output)
@@ -268,6 +294,7 @@ def export(args: argparse.Namespace) -> None:
     if source.is_dir():
         for file in (file for pattern in EXPORTED for file in source.glob(pattern)):
             shutil.copyfile(file, args.directory / file.name)
+        hub.update_loading(args.directory)
     print(f"exported to {args.directory}")
 
 

@@ -147,6 +147,7 @@ def write_card(
 
     output_dir = Path(output_dir)
     facts = _describe(output_dir)
+    model_id = hub_model_id or THIS_FOLDER
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -155,12 +156,12 @@ def write_card(
         license=license,
         base_model=base_model if _is_hub_id(base_model) else None,
     )
-    template = importlib.resources.files(f"{__package__}.model_cards").joinpath("template.md")
     card = ModelCard.from_template(
         metadata,
-        template_str=template.read_text(encoding="utf-8"),
+        template_str=_read_template("template.md"),
         model_name=model_name,
-        model_id=hub_model_id or THIS_FOLDER,
+        model_id=model_id,
+        loading=_loading_section(facts, model_id),
         command=re.sub(r"(--hub_token[ =])\S+", r"\1...", command),
         settings=_table({name: value for name, value in settings.items() if "token" not in name}),
         data=_table(data),
@@ -172,6 +173,23 @@ def write_card(
     path = RunFolder(output_dir).card
     path.write_text(str(card), encoding="utf-8")
     return path
+
+
+def update_loading(output_dir: str | Path) -> None:
+    """
+    Writes the section "How to load it" of a model card anew, by what lies in the folder: with the code beside the weights
+    or without it. A card without this section, and a folder without a card, stay as they are.
+
+    Args:
+        output_dir (`str` or `Path`): The folder of the card, `README.md`, and of a saved pipeline.
+    """
+    path = RunFolder(output_dir).card
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    section = re.search(r"^## How to load it\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    model_id = section and re.search(r'from_pretrained\("([^"]+)"', section[0])
+    if model_id:
+        loading = _loading_section(_describe(Path(output_dir)), model_id[1]) + "\n\n"
+        path.write_text(text[: section.start()] + loading + text[section.end() :], encoding="utf-8")
 
 
 def add_results(output_dir: str | Path, report: "Report") -> Path:
@@ -244,6 +262,17 @@ def _describe(folder: Path) -> dict[str, object]:
         "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
         "loads_in": loads_in,
     }
+
+
+def _loading_section(facts: dict[str, object], model_id: str) -> str:
+    """Returns the section "How to load it" of a card."""
+    import jinja2
+
+    return jinja2.Template(_read_template("loading.md")).render(model_id=model_id, **facts)
+
+
+def _read_template(name: str) -> str:
+    return importlib.resources.files(f"{__package__}.model_cards").joinpath(name).read_text(encoding="utf-8")
 
 
 def _is_hub_id(name: object) -> bool:

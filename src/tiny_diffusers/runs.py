@@ -42,7 +42,7 @@ _LEFT_AFTER = 3600  # seconds after which a folder that is being written was lef
 # These stay on this machine when a folder is pushed: checkpoints to resume from, trackers' files, what tools leave.
 NOT_PUSHED = ["checkpoint-*/*", "logs/*", "*.lock", "*.tmp", "*__pycache__/*", ".*", "*/.*"]
 # `export` copies these beside the exported pipeline.
-EXPORTED = ("README.md", "*.png", "*.jsonl", "config.yaml", "run.json", "report.json")
+EXPORTED = ("README.md", "*.png", "*.gif", "*.jsonl", "config.yaml", "run.json", "report.json", "report.md")
 # `--overwrite_output_dir` deletes these and the checkpoints.
 _DELETED = (
     *("config.yaml", "run.json", "train_log.jsonl", MODEL_INDEX, "README.md"),
