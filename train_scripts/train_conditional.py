@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         class_dropout_prob=settings.class_dropout_prob,
         guidance_scales=settings.guidance_scales,
         num_inference_steps=settings.num_inference_steps,
+        num_preview_steps=settings.num_preview_steps,
     )
 
     Trainer(settings, accelerator, data, family).run()

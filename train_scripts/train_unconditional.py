@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scheduler = build_scheduler(settings)
     unet = build_unet(settings, data)
-    family = Diffusion(unet, scheduler, settings.num_inference_steps)
+    family = Diffusion(unet, scheduler, settings.num_inference_steps, settings.num_preview_steps)
 
     Trainer(settings, accelerator, data, family).run()
 

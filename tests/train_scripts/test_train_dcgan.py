@@ -325,8 +325,11 @@ def test_each_mistake_is_one_line_before_training(check_mistake, argv, words):
 
 def test_a_checkpoint_of_other_images_or_classes_is_refused(train):
     folder = train()
-    for argv in (["--resolution", "16"], ["--class_conditional"]):
-        with pytest.raises(UserError, match="its images have"):
+    for argv, words in (
+        (["--resolution", "16"], "8x8 pixels.*16x16.*--resolution 8"),
+        (["--class_conditional"], "no classes.*ask for 10.*--class_conditional"),
+    ):
+        with pytest.raises(UserError, match=words):
             train("--pretrained_model_name_or_path", str(folder), *argv, name="other")
     folder = train("--class_conditional", "--classes", "1,2", name="classes")
     with pytest.raises(UserError, match=r"its classes are \['1', '2'\], but those of digits are \['3', '4'\]"):

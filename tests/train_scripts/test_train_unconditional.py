@@ -1,5 +1,6 @@
 """The way from images to a shared model, and every mistake on it."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -169,6 +170,28 @@ def test_a_time_embedding_made_for_other_timesteps_is_refused(train, check_mista
     first = train("--time_embedding", "learned", "--ddpm_num_steps", "50", name="first", steps=1)
     loaded = ["--pretrained_model_name_or_path", str(first)]
     check_mistake(loaded, ["--ddpm_num_steps 1000", "--ddpm_num_steps 50"], network=False)
+
+
+@pytest.mark.parametrize("family", ["unconditional", "vae", "pixelcnn", "dcgan"])
+def test_a_checkpoint_of_grey_images_on_colour_photos_says_what_to_do(family, tmp_path):
+    script = importlib.import_module(f"tiny_diffusers.train_scripts.train_{family}")
+    first = tmp_path / "first"
+    script.main(["--smoke", "--max_train_steps", "1", "--num_threads", "1", "--output_dir", str(first)])
+    colour = tmp_path / "photos"
+    colour.mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (250, 120, number)).save(colour / f"{number}.png")
+    argv = [
+        "--pretrained_model_name_or_path",
+        str(first),
+        "--dataset_name",
+        str(colour),
+        "--output_dir",
+        str(tmp_path / "second"),
+    ]
+    words = "first makes images of 1 channel, but those of photos have 3: train on grey images .*convert.*leave the flag out"
+    with pytest.raises(UserError, match=words):
+        script.main([*argv, "--num_threads", "1", "--mixed_precision", "no"])
 
 
 @pytest.mark.parametrize(

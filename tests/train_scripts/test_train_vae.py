@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_size_or_family_is_refused(train):
     from tiny_diffusers.train_scripts import train_dcgan
 
     folder = train()
-    with pytest.raises(UserError, match="8 pixels a side.*16"):
+    with pytest.raises(UserError, match="8x8 pixels.*16x16.*--resolution 8"):
         train("--pretrained_model_name_or_path", str(folder), "--resolution", "16", name="other")
     argv = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(folder.with_name("gan"))]
     with pytest.raises(UserError, match="TinyVAEPipeline, not a TinyDCGANPipeline"):

@@ -18,7 +18,7 @@ from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from ..training.arguments import LRScheduler, NetworkArguments, Optimizer, TrainingArguments
-from ..training.family import Batch, Family, class_grid, halving_widths, loaded_options
+from ..training.family import Batch, Family, check_images, class_grid, halving_widths, loaded_options
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def build_dcgan(
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     num_class_embeds = len(data.id2label) if settings.class_conditional else None
     if pretrained is not None:
-        _check_pretrained(pretrained, data, (channels, resolution, num_class_embeds))
+        check_images(settings, data, pretrained.generator.config.out_channels, pretrained.generator.config.sample_size)
+        _check_classes(pretrained, data, num_class_embeds)
         return pretrained.generator, pretrained.discriminator
 
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
@@ -225,14 +226,13 @@ def _naming(flag_name: str) -> Iterator[None]:
         raise UserError(str(error).replace("block_out_channels", flag_name)) from error
 
 
-def _check_pretrained(pipeline: TinyDCGANPipeline, data: ImageData, expected: tuple[int, int, int | None]) -> None:
-    """Refuses a checkpoint that does not fit the data."""
-    config = pipeline.generator.config
-    given = (config.out_channels, config.sample_size, config.num_class_embeds)
+def _check_classes(pipeline: TinyDCGANPipeline, data: ImageData, expected: int | None) -> None:
+    """Refuses a checkpoint of other classes than the data's; `expected` is their number, None without classes."""
+    given = pipeline.generator.config.num_class_embeds
     if given != expected:
         raise UserError(
-            f"--pretrained_model_name_or_path: its images have (channels, pixels a side, classes) {given}, but those of "
-            f"{data.name} have {expected}."
+            f"--pretrained_model_name_or_path: it has {given or 'no'} classes, but {data.name} and the arguments ask for "
+            f"{expected or 'none'}: give --class_conditional as it was given there, and the same --classes."
         )
     names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
     if names and names != data.id2label:

@@ -22,7 +22,8 @@ from .unets import ConditionalUNetArguments, UNetArguments
 
 logger = logging.getLogger(__name__)
 
-_NUM_INFERENCE_STEPS = 50  # if not given; fewer if there are fewer timesteps
+# If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
+_NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
     }
 
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.", within="[1, 100000]")
-    ddpm_num_inference_steps: int = flag(
-        _NUM_INFERENCE_STEPS, "Sampling steps of the sample grids, T at most.", within="[1, inf)", changes_run=False
+    ddpm_num_inference_steps: int | None = flag(
+        None,
+        f"Sampling steps of the sample grids, T at most; if not given {_NUM_INFERENCE_STEPS}, and {_NUM_PREVIEW_STEPS} "
+        "during training.",
+        within="[1, inf)",
+        changes_run=False,
     )
     ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] = flag("cosine", "Schedule of the betas.")
     beta_start: float = flag(1e-4, "First beta (not used by cosine).", within="(0, 1)")
@@ -72,13 +77,18 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
-        if given > most and given != _NUM_INFERENCE_STEPS:
+        if given is not None and given > most:
             raise UserError(f"--ddpm_num_inference_steps {given}: it must be at most --ddpm_num_steps, {most}.")
 
     @property
     def num_inference_steps(self) -> int:
-        """Sampling steps of the sample grids."""
-        return min(self.ddpm_num_inference_steps, self.ddpm_num_steps)
+        """Sampling steps of the last sample grid."""
+        return self.ddpm_num_inference_steps or min(_NUM_INFERENCE_STEPS, self.ddpm_num_steps)
+
+    @property
+    def num_preview_steps(self) -> int:
+        """Sampling steps of the sample grids during training."""
+        return self.ddpm_num_inference_steps or min(_NUM_PREVIEW_STEPS, self.ddpm_num_steps)
 
 
 @dataclass(frozen=True)
@@ -147,15 +157,22 @@ class Diffusion(Family):
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels=None).sample`.
         scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimized.
-        num_inference_steps (`int`): Sampling steps of the sample grids.
+        num_inference_steps (`int`): Sampling steps of the last sample grid.
+        num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
     """
 
     def __init__(
-        self, unet: nn.Module, scheduler: TinyDDIMScheduler | TinyDDPMScheduler, num_inference_steps: int = 50
+        self,
+        unet: nn.Module,
+        scheduler: TinyDDIMScheduler | TinyDDPMScheduler,
+        num_inference_steps: int = _NUM_INFERENCE_STEPS,
+        num_preview_steps: int | None = None,
     ):
         self.modules = {"unet": unet}
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
+        self.num_preview_steps = num_preview_steps or num_inference_steps
+        self.preview_share = self.num_preview_steps / num_inference_steps
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
         yield "unet", self._image_losses(modules["unet"], batch).mean()
@@ -175,8 +192,13 @@ class Diffusion(Family):
         return TinyPipeline(unet=modules["unet"], scheduler=self.scheduler)
 
     def sample(self, pipeline: TinyPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        return self._draw(pipeline, num_images, seed, self.num_inference_steps)
+
+    def preview(self, pipeline: TinyPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+        return self._draw(pipeline, num_images, seed, self.num_preview_steps)
+
+    def _draw(self, pipeline: TinyPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
         generator = image_generators(seed, num_images)
-        steps = self.num_inference_steps
         return pipeline(batch_size=num_images, generator=generator, num_inference_steps=steps).images, {}
 
 
@@ -191,7 +213,8 @@ class ConditionalDiffusion(Diffusion):
         id2label (`dict[int, str]`): The names of the classes 0 to K - 1.
         class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
         guidance_scales (`list[float]`): Guidance scales of the sample grids.
-        num_inference_steps (`int`): Sampling steps of the sample grids.
+        num_inference_steps (`int`): Sampling steps of the last sample grid.
+        num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
     """
 
     def __init__(
@@ -201,9 +224,10 @@ class ConditionalDiffusion(Diffusion):
         id2label: dict[int, str],
         class_dropout_prob: float = 0.1,
         guidance_scales: list[float] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = _NUM_INFERENCE_STEPS,
+        num_preview_steps: int | None = None,
     ):
-        super().__init__(unet, scheduler, num_inference_steps)
+        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps)
         self.id2label = id2label
         self.null_label, self.label_dropout = len(id2label), class_dropout_prob
         self.guidance_scales = guidance_scales or ([1.0, 3.0] if class_dropout_prob else [1.0])
@@ -221,7 +245,7 @@ class ConditionalDiffusion(Diffusion):
             class_dropout_prob=self.label_dropout,
         )
 
-    def sample(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int) -> tuple[list, dict]:
+    def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
         """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
         scales = self.guidance_scales
         labels, each, grid = class_grid(self.id2label, num_images // len(scales))
@@ -230,7 +254,7 @@ class ConditionalDiffusion(Diffusion):
                 class_labels=labels,
                 guidance_scale=scale,
                 generator=image_generators(seed, len(labels)),
-                num_inference_steps=self.num_inference_steps,
+                num_inference_steps=steps,
             ).images
             for scale in scales
         ]

@@ -16,7 +16,7 @@ from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.draws import DataOrder
-from ..training.family import Batch, Family, class_grid, loaded_options
+from ..training.family import Batch, Family, check_images, class_grid, loaded_options
 
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialized from
@@ -155,12 +155,13 @@ def build_pixelcnn(
         "num_class_embeds": len(data.id2label) if settings.class_conditional else None,
     }
     if pretrained is not None:
-        for name, value in fixed.items():
-            if pretrained.pixelcnn.config[name] != value:
-                raise UserError(
-                    f"--pretrained_model_name_or_path: its {name} is {pretrained.pixelcnn.config[name]}, but {data.name} "
-                    f"and the arguments ask for {value}."
-                )
+        config = pretrained.pixelcnn.config
+        check_images(settings, data, config.in_channels, config.sample_size)
+        if config.num_class_embeds != fixed["num_class_embeds"]:
+            raise UserError(
+                f"--pretrained_model_name_or_path: its num_class_embeds is {config.num_class_embeds}, but {data.name} and "
+                f"the arguments ask for {fixed['num_class_embeds']}."
+            )
         return pretrained.pixelcnn
     options = {name: value for name, value in network_options(settings).items() if value is not None}
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone

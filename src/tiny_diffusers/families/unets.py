@@ -19,7 +19,7 @@ from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
 from ..pipelines.pipeline_tiny import TinyPipeline
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import asked_options, check_network_flags, load_pretrained
+from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
 
 
 logger = logging.getLogger(__name__)
@@ -127,17 +127,13 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
     }
     with refusals():
         if settings.pretrained_model_name_or_path:
-            unet = _pretrained_unet(settings, resolution, data.id2label if num_class_embeds else None)
+            unet = _pretrained_unet(settings, data, data.id2label if num_class_embeds else None)
             unet = _apply_flags(unet, settings)
         elif settings.model_config_name_or_path:
             unet = _apply_flags(_configured_unet(settings, fixed), settings)
         else:
             torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
             unet = TinyUNet2DModel(**{**_unet_options(settings, data), **fixed})
-    if unet.config.in_channels != channels:
-        raise UserError(
-            f"the network takes images of {unet.config.in_channels} channels, but those of {data.name} have {channels}."
-        )
     if isinstance(unet, TinyUNet2DModel) and default_device().type == "cpu":
         _warn_of_costly_attention(unet)
     return unet
@@ -171,7 +167,7 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
     return unet
 
 
-def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dict[int, str] | None) -> nn.Module:
+def _pretrained_unet(settings: TrainingArguments, data: ImageData, id2label: dict[int, str] | None) -> nn.Module:
     name = settings.pretrained_model_name_or_path
     pipeline = load_pretrained(settings, TinyPipeline)
     unet = getattr(pipeline, "unet", None)
@@ -179,7 +175,8 @@ def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dic
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
-    _check_checkpoint(pipeline, settings, resolution)
+    check_images(settings, data, unet.config.in_channels, unet.config.get("sample_size") or data.images.shape[-1])
+    _check_checkpoint(pipeline, settings)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
@@ -189,16 +186,9 @@ def _pretrained_unet(settings: TrainingArguments, resolution: int, id2label: dic
     return unet.float()
 
 
-def _check_checkpoint(pipeline: Any, settings: TrainingArguments, resolution: int) -> None:
+def _check_checkpoint(pipeline: Any, settings: TrainingArguments) -> None:
     """Refuses what the checkpoint's network cannot do, and warns of what it would have to learn again."""
     name, config = settings.pretrained_model_name_or_path, pipeline.unet.config
-    size = config.get("sample_size") or resolution
-    height, width = (size, size) if isinstance(size, int) else size
-    if (height, width) != (resolution, resolution):
-        raise UserError(
-            f"--pretrained_model_name_or_path: {name} makes images of {height}x{width}, but those of the data are "
-            f"{resolution}x{resolution}: give --resolution {height}."
-        )
     if config.out_channels != config.in_channels * (2 if settings.variance_type == "learned_range" else 1):
         fitting = "learned_range" if config.out_channels > config.in_channels else "fixed_small"
         raise UserError(

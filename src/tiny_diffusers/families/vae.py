@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError, refusals
+from ..errors import refusals
 from ..flags import flag
 from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import Batch, Family, halving_widths, loaded_options
+from ..training.family import Batch, Family, check_images, halving_widths, loaded_options
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,8 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
     """
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     if pretrained is not None:
-        vae = pretrained.vae
-        if (vae.config.in_channels, vae.config.sample_size) != (channels, resolution):
-            raise UserError(
-                f"--pretrained_model_name_or_path: its images have {vae.config.in_channels} channels and "
-                f"{vae.config.sample_size} pixels a side, but those of {data.name} have {channels} and {resolution}."
-            )
-        return vae
+        check_images(settings, data, pretrained.vae.config.in_channels, pretrained.vae.config.sample_size)
+        return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
     with refusals():

@@ -11,6 +11,7 @@ shrinks any run to seconds. What is given on the command line wins.
 import dataclasses
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,8 +32,9 @@ _DATASET = ("resolution", "output_dir", _NETWORK)
 _LENGTH = {
     "changes_run": False,
     "replaces": ("max_train_steps", "max_train_minutes", "num_epochs"),
-    "decides": ("ema_start_step",),
+    "decides": ("ema_start_step", "eval_batch_size", "max_validation_samples"),
 }
+_GRIDS = {"changes_run": False, "replaces": ("save_images_epochs", "save_images_steps")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ class DataArguments(Flags):
     validation_split: float = flag(
         0.05, "Share of the images held out for the validation loss; 0 for none.", within="[0, 1)"
     )
-    max_validation_samples: int = flag(512, "Use at most this many held-out images.", within="[1, inf)")
+    max_validation_samples: int = flag(
+        512,
+        "Use at most this many held-out images; not given, fewer in a short --max_train_minutes.",
+        within="[1, inf)",
+    )
     cache_dir: str | None = flag(None, "Cache of datasets and models from the Hub.", changes_run=False)
     dataloader_num_workers: int = flag(
         0, "Accepted for compatibility: has no effect.", within="[0, inf)", changes_run=False
@@ -109,7 +115,11 @@ class TrainingArguments(DataArguments):
     )
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides --num_epochs.", within="[1, inf)", **_LENGTH)
     max_train_minutes: float | None = flag(
-        None, "Train for this long; the speed of the first steps tells how many fit.", within="(0, inf)", **_LENGTH
+        None,
+        "Minutes from the start of the command (Python's imports aside) to the saved model: the steps that fit are "
+        "measured.",
+        within="(0, inf)",
+        **_LENGTH,
     )
     pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.", decides=(_NETWORK,))
 
@@ -158,15 +168,20 @@ class TrainingArguments(DataArguments):
         None, "Stop after so many validations without a better loss; save the best weights.", within="[1, inf)"
     )
     save_images_epochs: int | None = flag(
-        None,
-        "Epochs between sample grids, 0 for none; ten grids at most by default.",
-        within="[0, inf)",
-        changes_run=False,
+        None, "Epochs between sample grids, 0 for none; if not given, about ten a run.", within="[0, inf)", **_GRIDS
+    )
+    save_images_steps: int | None = flag(
+        None, "Steps between sample grids, 0 for none; if not given, about ten a run.", within="[0, inf)", **_GRIDS
     )
     save_model_epochs: int | None = flag(
         None, "Save the pipeline every so many epochs.", within="[1, inf)", changes_run=False
     )
-    eval_batch_size: int = flag(64, "Images in the sample grids.", within="[1, inf)", changes_run=False)
+    eval_batch_size: int = flag(
+        64,
+        "Images in the sample grids; not given, fewer in a short --max_train_minutes.",
+        within="[1, inf)",
+        changes_run=False,
+    )
     logging_steps: int = flag(10, "Log the mean loss every so many steps.", within="[1, inf)", changes_run=False)
     report_to: str = flag(
         "none", "tensorboard, wandb, trackio, several with commas, or none.", "--logger", changes_run=False
@@ -179,15 +194,34 @@ class TrainingArguments(DataArguments):
     hub_token: str | None = flag(None, "Token to push with.", changes_run=False)
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes_run=False)
 
-    # No flags: the names of settings that nobody asked for, and of those that were given on the command line
+    # No flags: the names of settings that nobody asked for, of those that were given on the command line, and when the
+    # command was started
     resolved: list[str] = dataclasses.field(default_factory=list)
     given: list[str] = dataclasses.field(default_factory=list, compare=False)
+    started: float = dataclasses.field(default_factory=lambda: time.perf_counter(), compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.save_images_epochs is not None and self.save_images_steps is not None:
+            raise UserError(
+                f"--save_images_epochs {self.save_images_epochs} --save_images_steps {self.save_images_steps}: give one "
+                "of them."
+            )
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
-_UNSAVED = ("config", "cell", "smoke", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "given")
+_UNSAVED = (
+    "config",
+    "cell",
+    "smoke",
+    "hub_token",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "given",
+    "started",
+)
 
 
 def network_options(arguments: TrainingArguments) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class RunState:
             self.sums[key] = (totals[accelerator.process_index] if is_same else totals.mean(), count)
 
 
+def read_step(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the full tensor; one that FSDP has sharded is gathered, for which every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..data import ImageData
 from ..errors import UserError, refusals
 from ..pipelines.pipeline_tiny import TinyPipeline
 from .arguments import TrainingArguments, network_options
@@ -45,12 +46,14 @@ class Family:
         null_label (`int`, *optional*): The label that stands for no label.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
+        preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
     """
 
     modules: dict[str, nn.Module]
     null_label: int | None = None
     label_dropout: float = 0.0
     phases: dict[str, int] = {}
+    preview_share: float = 1.0
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
         """
@@ -68,8 +71,12 @@ class Family:
         raise NotImplementedError
 
     def sample(self, pipeline: Any, num_images: int, seed: int) -> tuple[list, dict]:
-        """Draws the images of a sample grid: (PIL images, keyword arguments of [`plots.image_grid`])."""
+        """Draws the images of the last sample grid: (PIL images, keyword arguments of [`plots.image_grid`])."""
         raise NotImplementedError
+
+    def preview(self, pipeline: Any, num_images: int, seed: int) -> tuple[list, dict]:
+        """Draws the images of a sample grid during training: those of [`sample`], coarser where that is faster."""
+        return self.sample(pipeline, num_images, seed)
 
 
 def class_grid(id2label: dict[int, str], num_images: int) -> tuple[list[int], int, dict[str, Any]]:
@@ -122,6 +129,35 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, not a {pipeline_class.__name__}."
         )
     return pipeline
+
+
+def check_images(arguments: TrainingArguments, data: ImageData, channels: int, size: int | tuple[int, int]) -> None:
+    """
+    Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
+
+    Args:
+        arguments ([`TrainingArguments`]): The settings.
+        data ([`ImageData`]): The images.
+        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images.
+
+    Raises:
+        UserError: If it is not; it says what to do.
+    """
+    _, given_channels, *given_size = data.images.shape
+    source = f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} makes images of"
+    if channels != given_channels:
+        other = "grey images (Pillow converts one by `image.convert('L')`)" if channels == 1 else "images of its kind"
+        raise UserError(
+            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: train on "
+            f"{other}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or leave the flag "
+            "out to train a new network."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    if [height, width] != given_size:
+        raise UserError(
+            f"{source} {height}x{width} pixels, but those of {data.name} have {given_size[0]}x{given_size[1]}: give "
+            f"--resolution {height}."
+        )
 
 
 def asked_options(arguments: TrainingArguments) -> dict[str, Any]:

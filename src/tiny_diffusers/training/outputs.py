@@ -3,16 +3,18 @@
 import copy
 import logging
 import platform
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import SchedulerMixin
+from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
 from ..hardware import default_dtype
+from ..progress import bar_options
 from .arguments import TrainingArguments, command_line, saved_settings
 
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+Draw = Callable[[Any, int, int], tuple[list, dict]]  # of a family: pipeline, number of images, seed -> a grid's images
 
 
 def write_run_files(trainer: "Trainer") -> None:
@@ -83,6 +87,8 @@ def print_summary(trainer: "Trainer") -> None:
         f"{'foreach' if settings.use_ema else 'no'} EMA, into {trainer.folder.path}",
         flush=True,
     )
+    if trainer.time_plan is not None:
+        print(trainer.time_plan.describe(trainer.elapsed), flush=True)
 
 
 def save_pipeline(trainer: "Trainer") -> None:
@@ -99,20 +105,38 @@ def save_pipeline_config(trainer: "Trainer", folder: Path) -> None:
     pipeline.save_config(folder)
 
 
-def save_grid(trainer: "Trainer", path: Path) -> None:
-    """Draws a sample grid with copies of the networks, cast to the dtype that the hardware multiplies fastest."""
-    settings, dtype = trainer.settings, default_dtype(trainer.device)
+def draw_grid(trainer: "Trainer", draw: Draw, num_images: int) -> Image.Image | None:
+    """
+    Draws a sample grid with copies of the networks, cast to the dtype that the hardware multiplies fastest.
+
+    Args:
+        trainer (`Trainer`): The run.
+        draw (`Callable`): The family's `sample` or `preview`.
+        num_images (`int`): Number of images.
+
+    Returns:
+        `PIL.Image.Image` or None: None, with a warning, if samples are not finite: no reason to lose the run.
+    """
+    dtype = default_dtype(trainer.device)
     # nn.Module's own `to`: that of diffusers warns at every cast
     copies = {name: nn.Module.to(copy.deepcopy(module).eval(), dtype) for name, module in trainer.networks().items()}
     pipeline = trainer.family.pipeline(copies)
-    pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not sys.stderr.isatty())
+    pipeline.set_progress_bar_config(desc="samples", leave=False, delay=2, **bar_options())
     try:
-        images, options = trainer.family.sample(pipeline, settings.eval_batch_size, settings.seed)
-    except ValueError as error:  # samples that are not finite are no reason to lose the run
+        images, options = draw(pipeline, num_images, trainer.settings.seed)
+    except ValueError as error:
         logger.warning(f"no samples at step {trainer.step}: {error}")
+        return None
+    return plots.image_grid(images, **options)
+
+
+def save_grid(trainer: "Trainer", path: Path, draw: Draw) -> None:
+    """Saves a sample grid."""
+    grid = draw_grid(trainer, draw, trainer.settings.eval_batch_size)
+    if grid is None:
         return
     path.parent.mkdir(exist_ok=True)
-    plots.image_grid(images, **options).save(path)
+    grid.save(path)
 
 
 def save_results(trainer: "Trainer") -> None:
@@ -120,7 +144,8 @@ def save_results(trainer: "Trainer") -> None:
     folder, settings = trainer.folder, trainer.settings
     with folder.writing(lambda: trainer.step):
         save_pipeline(trainer)
-        save_grid(trainer, folder.samples)
+        print(f"drawing the samples, {folder.samples} ...", flush=True)
+        save_grid(trainer, folder.samples, trainer.family.sample)
         grids = folder.list_grids()
         if grids:  # all from the same latents
             plots.animation([*grids, folder.samples], folder.animation)

@@ -22,6 +22,9 @@ from .arguments import Arguments, TrainingArguments, read_settings
 
 logger = logging.getLogger(__name__)
 
+# What `--max_train_minutes` resolves: see `timing.py`.
+MEASURED = ("max_train_steps", "eval_batch_size", "max_validation_samples")
+
 
 def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: ImageData, **options: Any) -> Arguments:
     """
@@ -50,26 +53,31 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     values = {name: earlier[name] for name in open_options}
     minutes = settings.max_train_minutes
     if settings.max_train_steps is None and minutes is not None and minutes == earlier.get("max_train_minutes"):
-        values["max_train_steps"] = earlier.get("max_train_steps")
+        measured = {"max_train_steps", *(earlier.get("resolved") or ())} - {*settings.given}
+        values |= {name: earlier.get(name) for name in MEASURED if name in measured}
     if settings.ema_start_step is None:
         values["ema_start_step"] = earlier.get("ema_start_step")
     return _resolve(settings, **values)
 
 
-def resolve_num_steps(settings: Arguments, steps_per_epoch: float, measured_steps: int | None = None) -> Arguments:
+def resolve_num_steps(
+    settings: Arguments, steps_per_epoch: float, measured: dict[str, int] | None = None
+) -> Arguments:
     """
     Resolves the number of steps, and what follows from it.
 
     Args:
         settings ([`TrainingArguments`]): The settings so far.
         steps_per_epoch (`float`): Optimizer steps in which every image is seen once.
-        measured_steps (`int`, *optional*): Steps that fit into `--max_train_minutes`.
+        measured (`dict[str, int]`, *optional*): What fits into `--max_train_minutes`: values of [`MEASURED`].
     """
-    steps = settings.max_train_steps or measured_steps or math.ceil(settings.num_epochs * steps_per_epoch)
+    measured = dict(measured or {})
+    num_measured = measured.pop("max_train_steps", None)
+    steps = settings.max_train_steps or num_measured or math.ceil(settings.num_epochs * steps_per_epoch)
     ema_start_step = settings.ema_start_step
     if ema_start_step is None:
         ema_start_step = min(2000, steps // 10)
-    return _resolve(settings, max_train_steps=steps, ema_start_step=ema_start_step)
+    return _resolve(settings, max_train_steps=steps, ema_start_step=ema_start_step, **measured)
 
 
 def _resolve(settings: Arguments, **values: Any) -> Arguments:

@@ -6,12 +6,14 @@ equals an uninterrupted one, and several processes compute what one would.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError
+from ..flags import default_of
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder, find_damage
@@ -35,12 +38,16 @@ from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
 from .family import Batch, Family
 from .settings import resolve_num_steps, warn_of_changes
+from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE, VALIDATION_SHARE, TimePlan
 
 
 logger = logging.getLogger(__name__)
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
 _AUGMENTATIONS = ("random_flip", "random_crop_padding", "color_jitter", "cutout")
+# Of sample grids that nobody asked for
+_MAX_GRIDS, _STEPS_PER_GRID = 10, 5  # fewer in a run of few steps
+_GRID_SHARE, _FREE_GRID_SECONDS = 0.1, 5.0  # of the time so far that they may take, and what they always may
 _MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
 
@@ -77,12 +84,19 @@ class Trainer:
 
         self.received_signal = 0  # by this process, at any moment
         self.stop_signal = 0  # by any process, agreed on once a step
+        self.is_late = False  # `--max_train_minutes` are over
+        self.grid_seconds: list[float] = []  # of each sample grid that this process has saved
         self._build()
 
     @property
     def step(self) -> int:
         """Number of optimizer steps taken."""
         return self.state.step
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start of the command."""
+        return time.perf_counter() - self.settings.started
 
     # -------------------------------------------------------------------------------------------------- set-up
 
@@ -173,15 +187,12 @@ class Trainer:
     def prepare(self) -> None:
         """Resolves steps, builds LR schedulers, loads the checkpoint."""
         checkpoint = self._find_checkpoint()
-        measured = None
+        self.time_plan, measured = None, None
         if self.settings.max_train_steps is None and self.settings.max_train_minutes is not None:
-            measured = self._measure_steps(60 * self.settings.max_train_minutes)
+            measured = self._measure(checkpoints.read_step(checkpoint) if checkpoint is not None else 0)
         self.settings = settings = resolve_num_steps(self.settings, self.steps_per_epoch, measured)
         self.max_steps = settings.max_train_steps
-        self.validation_steps = settings.validation_steps or max(1, self.max_steps // 20)
-        self.grid_epochs = settings.save_images_epochs
-        if self.grid_epochs is None:  # of few images an epoch is a step or two, and a grid costs more than that
-            self.grid_epochs = max(10, self.max_steps / self.steps_per_epoch / 10)
+        self.validation_steps = self._validation_steps(self.max_steps)
         for ema in self.emas.values():
             ema.start_step = settings.ema_start_step
         for name, steps in self.family.phases.items():
@@ -200,27 +211,47 @@ class Trainer:
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
 
-    def _measure_steps(self, seconds: float) -> int:
-        """Measures how many steps fit into `seconds` by some trial steps, which are undone."""
-        trial_seconds = min(30.0, 0.05 * seconds)
+    def _validation_steps(self, max_steps: int) -> int:
+        """Returns the steps between validations."""
+        return self.settings.validation_steps or max(1, max_steps // 20)
+
+    def _measure(self, first: int) -> dict[str, int]:
+        """
+        Measures what fits into `--max_train_minutes`, by trials that are undone: the last step of a run that begins at
+        step `first`, and the images of a validation and a sample grid where nobody asked for a number.
+        """
+        settings, total = self.settings, 60 * self.settings.max_train_minutes
+        self._print(f"measuring how many steps fit into {settings.max_train_minutes:g} minutes ...")
+        with self._undone():
+            step = self._time_steps(total)
+            num_images, validation = self._time_validation(total)
+            num_samples, grid = self._time_grid(total)
+        self.time_plan = TimePlan(total, step, validation, grid, grid / self.family.preview_share)
+
+        def extra(steps: int) -> float:
+            num_validations = steps / self._validation_steps(first + steps)
+            return num_validations * validation + self._grid_seconds(steps, grid, total)
+
+        steps = self.time_plan.num_steps(self.elapsed, extra)
+        measured = {"max_train_steps": first + steps}
+        if self._is_open("max_validation_samples"):
+            measured["max_validation_samples"] = num_images
+        if self._is_open("eval_batch_size"):
+            measured["eval_batch_size"] = num_samples
+        return {name: self._broadcast(value) for name, value in measured.items()}
+
+    def _is_open(self, name: str) -> bool:
+        """Checks that nobody has asked for a value of a setting."""
+        fields = {field.name: field for field in dataclasses.fields(self.settings)}
+        return name not in self.settings.given and getattr(self.settings, name) == default_of(fields[name])
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Undoes the steps that are taken within."""
         tensors = [t for m in [*self.modules.values(), *self.networks().values()] for t in m.state_dict().values()]
         before = [tensor.clone() for tensor in tensors]
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-
-        began, times = time.perf_counter(), []
-        # Each step waits for all processes, so all must take as many.
-        while len(times) < 8 or self._everywhere(time.perf_counter() - began < trial_seconds):
-            step_began = time.perf_counter()
-            self._optimize(len(times))
-            self._update_emas(len(times))
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize()
-            times.append(time.perf_counter() - step_began)
-        self._validate()
-        validation_began = time.perf_counter()
-        self._validate()
-        validation_seconds = time.perf_counter() - validation_began
-
+        yield
         for tensor, saved in zip(tensors, before, strict=True):
             tensor.copy_(saved)
         for optimizer in self.optimizers.values():
@@ -229,10 +260,60 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(scaler)
         self.state.sums.clear()
 
+    def _time_steps(self, total: float) -> float:
+        """Times some steps; all processes take as many, as each step waits for all."""
+        began, times = time.perf_counter(), []
+
+        def go_on() -> bool:
+            elapsed = time.perf_counter() - began
+            second = len(times) == 1 and elapsed < FIRST_STEP_SHARE * total
+            return second or elapsed < min(MAX_TRIAL_SECONDS, TRIAL_SHARE * total)
+
+        while not times or self._everywhere(go_on()):
+            step_began = time.perf_counter()
+            self._optimize(len(times))
+            self._update_emas(len(times))
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - step_began)
         # The first steps fill caches, and a single slow one says nothing about those to come: hence the median.
-        usual = statistics.median(times[len(times) // 2 :])
-        seconds_left = seconds - (time.perf_counter() - began) - 20 * validation_seconds
-        return self._broadcast(max(1, int(seconds_left / usual)))
+        return statistics.median(times[len(times) // 2 :])
+
+    def _time_validation(self, total: float) -> tuple[int, float]:
+        """Times one batch of a validation; returns the number of its images that is worth its time, and the time."""
+        most, num_images = self.settings.max_validation_samples, self._num_validation_images
+        limit = VALIDATION_SHARE * total
+        batch = min(num_images, self.settings.train_batch_size * self.accelerator.num_processes)
+        if batch == 0:
+            return most, 0.0
+        for _ in range(2):  # the first fills caches
+            began = time.perf_counter()
+            self._validate(batch)
+            seconds = (time.perf_counter() - began) / batch
+            is_short = self._everywhere(seconds * num_images < limit)
+            if not is_short:
+                break
+        if not is_short and self._is_open("max_validation_samples"):
+            most = max(1, int(limit / seconds))
+        return most, seconds * min(num_images, most)
+
+    def _time_grid(self, total: float) -> tuple[int, float]:
+        """Times a sample grid; returns the number of its images that is worth its time, and the time."""
+        most = self.settings.eval_batch_size
+        if not self.accelerator.is_main_process:
+            return most, 0.0
+        num_images = 1 if self._is_open("eval_batch_size") else most
+
+        def draw() -> float:
+            began = time.perf_counter()
+            outputs.draw_grid(self, self.family.preview, num_images)
+            return time.perf_counter() - began
+
+        seconds = min(draw(), draw()) if num_images < most else draw()  # the first fills caches
+        while num_images < most and 2 * seconds < GRID_SHARE * total:
+            num_images = min(2 * num_images, most)
+            seconds = draw()
+        return num_images, seconds
 
     # ------------------------------------------------------------------------------------------------- the run
 
@@ -249,6 +330,12 @@ class Trainer:
                 if self.stop_signal:
                     self._print(f"stopped at step {self.step}: --resume_from_checkpoint latest continues from here.")
                     self.accelerator.end_training()
+                elif self.is_late:
+                    self._print(
+                        f"the {self.settings.max_train_minutes:g} minutes are over at step {self.step:,} of "
+                        f"{self.max_steps:,}, as the steps took longer than measured: the learning rate has not reached "
+                        "its end. --resume_from_checkpoint latest takes the other steps."
+                    )
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -302,28 +389,71 @@ class Trainer:
             improved = False
             if self.validation_indices is not None and self._is_due(self.validation_steps):
                 improved = self._log_validation()
-            if self._epochs_passed(self.grid_epochs) and self.step < self.max_steps and is_main_process:
-                outputs.save_grid(self, self.folder.grid(self.step))
-            if self._epochs_passed(settings.save_model_epochs) and is_main_process:
+            if self._is_grid_due() and is_main_process:
+                self._save_grid()
+            if _passed(self.step, self._in_steps(settings.save_model_epochs)) and is_main_process:
                 outputs.save_pipeline(self)
 
             # 4. a checkpoint: one is due, this is the best or the last one, or the run is told to stop
             self._agree_on_signals()
+            self.is_late = self._is_late()
             keep_best = improved and settings.early_stopping_patience is not None
-            due = (self._is_due(settings.checkpointing_steps) or self._stopped_early()) and not self.state.bad_steps
-            if keep_best or due or self.stop_signal:
+            due = self._is_due(settings.checkpointing_steps) or self._stopped_early() or self.is_late
+            if keep_best or (due and not self.state.bad_steps) or self.stop_signal:
                 self._save_checkpoint()
-            if self.stop_signal:
+            if self.stop_signal or self.is_late:
                 break
         self.seconds = time.perf_counter() - began
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.max_steps
 
-    def _epochs_passed(self, every: float | None) -> bool:
-        """Checks whether the last step was the first after another `every` epochs."""
-        steps = (every or math.inf) * self.steps_per_epoch
-        return self.step // steps > (self.step - 1) // steps
+    def _in_steps(self, epochs: int | None) -> float:
+        """Returns the steps of so many epochs; infinite for none."""
+        return (epochs or math.inf) * self.steps_per_epoch
+
+    @property
+    def _grid_steps(self) -> float | None:
+        """Steps between sample grids as asked for, infinite for none; None if nobody asked."""
+        settings = self.settings
+        if settings.save_images_steps is not None:
+            return settings.save_images_steps or math.inf
+        return None if settings.save_images_epochs is None else self._in_steps(settings.save_images_epochs)
+
+    def _is_grid_due(self) -> bool:
+        """
+        Checks that a sample grid comes after this step, of N in the run by default: at the shares 1/N^2, 4/N^2, 9/N^2,
+        ..., as a network changes most at the start. The last one is drawn at the end.
+        """
+        if self.step == self.max_steps:
+            return False
+        if self._grid_steps is not None:
+            return _passed(self.step, self._grid_steps)
+        squares = [_num_grids(self.max_steps) ** 2 * step // self.max_steps for step in (self.step - 1, self.step)]
+        return math.isqrt(squares[0]) < math.isqrt(squares[1])
+
+    def _grid_seconds(self, steps: int, seconds: float, total: float) -> float:
+        """Returns the time of the sample grids in so many steps of a run of `total` seconds, if one takes `seconds`."""
+        if self._grid_steps is not None:
+            return seconds * steps / self._grid_steps
+        return seconds * min(_num_grids(steps), max(1, _GRID_SHARE * total / seconds)) if seconds else 0.0
+
+    def _save_grid(self) -> None:
+        """Saves a sample grid, unless nobody asked for it and grids take too large a share of the time."""
+        path, spent = self.folder.grid(self.step), self.grid_seconds
+        if not spent:
+            self._print(f"step {self.step:,}: drawing the first samples, {path} ...")
+        elif sum(spent) + spent[-1] > max(_FREE_GRID_SECONDS, _GRID_SHARE * self.elapsed) and self._grid_steps is None:
+            return
+        began = time.perf_counter()
+        outputs.save_grid(self, path, self.family.preview)
+        self.grid_seconds.append(time.perf_counter() - began)
+
+    def _is_late(self) -> bool:
+        """Checks that `--max_train_minutes` are over before the last step, on any process."""
+        if self.time_plan is None or self.step == self.max_steps:
+            return False
+        return not self._everywhere(self.elapsed < self.time_plan.deadline)
 
     def _stopped_early(self) -> bool:
         patience = self.settings.early_stopping_patience
@@ -427,13 +557,20 @@ class Trainer:
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
         return [f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss")]
 
+    @property
+    def _num_validation_images(self) -> int:
+        num_held_out = 0 if self.validation_indices is None else len(self.validation_indices)
+        return min(num_held_out, self.settings.max_validation_samples)
+
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Computes the mean loss of the EMA networks on the held-out images, always with the same noise and timesteps."""
+    def _validate(self, count: int | None = None) -> float:
+        """
+        Computes the mean loss of the EMA networks on the held-out images, the first `count` of them if given, always with
+        the same noise and timesteps.
+        """
+        count = self._num_validation_images if count is None else count
         networks, size = self.networks(), self.settings.train_batch_size
         total = torch.zeros((), dtype=torch.float64)
-        num_held_out = 0 if self.validation_indices is None else len(self.validation_indices)
-        count = min(num_held_out, self.settings.max_validation_samples)
         for start in range(self.accelerator.process_index * size, count, size * self.accelerator.num_processes):
             rows = range(start, min(start + size, count))
             draws = Draws(self.settings.seed, "validation", rows, self.device)
@@ -585,4 +722,15 @@ class Trainer:
 
     def _print(self, message: str) -> None:
         if self.accelerator.is_main_process:
-            print(message, flush=True)
+            with tqdm.external_write_mode():  # above the progress bar, if there is one
+                print(message, flush=True)
+
+
+def _num_grids(steps: int) -> int:
+    """Returns the number of sample grids in so many steps, with the last one, which is drawn at the end."""
+    return max(2, min(_MAX_GRIDS, steps // _STEPS_PER_GRID))
+
+
+def _passed(step: int, every: float) -> bool:
+    """Checks that `step` is the first after another `every` steps."""
+    return step // every > (step - 1) // every

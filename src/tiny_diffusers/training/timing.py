@@ -1,0 +1,63 @@
+"""
+What fits into `--max_train_minutes`. The minutes are those that a user waits: from the start of the command, without
+Python's imports, to the saved model.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+# Shares of the minutes
+TRIAL_SHARE, MAX_TRIAL_SECONDS = 0.05, 30.0  # of the trial steps, which are undone
+FIRST_STEP_SHARE = 0.2  # a first step, which fills caches, counts alone if it takes longer
+VALIDATION_SHARE = 0.01  # of one validation in about twenty, if the number of its images is open
+GRID_SHARE = 0.01  # of one sample grid in about ten, if the number of its images is open
+_SPARE_SHARE = 0.03  # of checkpoints, logs and what was not foreseen
+
+_FINISH_SECONDS = 3.0  # the saved pipeline, the loss curves, the card
+_GRACE_SHARE, _GRACE_SECONDS = 0.05, 10.0  # that a run may take longer before it is cut short
+
+
+@dataclass
+class TimePlan:
+    """
+    The times of a run, in seconds.
+
+    Attributes:
+        total (`float`): From the start of the command to the saved model.
+        step (`float`), validation (`float`), grid (`float`), last_grid (`float`): One of each.
+    """
+
+    total: float
+    step: float
+    validation: float
+    grid: float
+    last_grid: float
+
+    def num_steps(self, elapsed: float, extra: Callable[[int], float]) -> int:
+        """
+        Computes the number of steps that fit, at least 1.
+
+        Args:
+            elapsed (`float`): Seconds since the start of the command.
+            extra (`Callable`): Number of steps -> seconds of the validations and sample grids during so many.
+        """
+        left = self.total * (1 - _SPARE_SHARE) - elapsed - self.last_grid - _FINISH_SECONDS
+        steps = max(1, int(left / self.step))
+        while steps > 1 and steps * self.step + extra(steps) > left:
+            steps -= math.ceil(steps / 100)
+        return steps
+
+    @property
+    def deadline(self) -> float:
+        """Seconds from the start of the command after which no step begins: the machine has become slower."""
+        return self.total * (1 + _GRACE_SHARE) + _GRACE_SECONDS - self.last_grid
+
+    def describe(self, elapsed: float) -> str:
+        """Describes what the minutes hold, for the summary of the run."""
+        return (
+            f"{self.total / 60:g} minutes from the start of the command to the saved model: {elapsed:.3g} s until now, "
+            f"{self.step:.3g} s a step, {self.validation:.3g} s a validation, {self.grid:.3g} s a sample grid, "
+            f"{self.last_grid + _FINISH_SECONDS:.3g} s for the last one and saving"
+        )

@@ -1,0 +1,187 @@
+"""What fits into --max_train_minutes, by a clock of the tests' own; and the sample grids on the way."""
+
+import time
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import tiny
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.diffusion import Diffusion
+from tiny_diffusers.training import outputs
+from tiny_diffusers.training.timing import TimePlan
+from tiny_diffusers.training.trainer import Trainer
+
+
+QUICK = ("--checkpointing_steps", "1000", "--logging_steps", "1000", "--validation_split", "0")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for the seconds that a test gives to a step or to an image of a sample grid."""
+
+    class Clock:
+        now, step, image = 0.0, 0.0, 0.0
+        steps = grids = 0
+
+    clock, optimize, draw_grid = Clock(), Trainer._optimize, outputs.draw_grid
+
+    def slow_step(trainer, step):
+        clock.now += clock.step
+        clock.steps += 1
+        return optimize(trainer, step)
+
+    def slow_grid(trainer, draw, num_images):
+        share = 1 if draw == trainer.family.sample else trainer.family.preview_share
+        clock.now += clock.image * num_images * share
+        clock.grids += 1
+        return draw_grid(trainer, draw, num_images)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(Trainer, "_optimize", slow_step)
+    monkeypatch.setattr(outputs, "draw_grid", slow_grid)
+    return clock
+
+
+def grids(folder):
+    return [int(path.stem.removeprefix("step-")) for path in sorted((folder / "samples").glob("*.png"))]
+
+
+def config(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+class TestTimePlan:
+    def test_steps_validations_and_grids_fill_what_is_left(self):
+        plan = TimePlan(total=1000, step=1.0, validation=2.0, grid=3.0, last_grid=7.0)
+        steps = plan.num_steps(elapsed=100, extra=lambda steps: 20 * 2 + 10 * 3)
+        left = 1000 * 0.97 - 100 - 7 - 3  # a share to spare, the time until now, the last grid, saving
+        assert 0 <= left - (steps + 20 * 2 + 10 * 3) < 0.02 * left
+
+    def test_there_is_a_step_at_least(self):
+        assert TimePlan(60, 1000.0, 0, 0, 0).num_steps(0, lambda steps: 0) == 1
+
+
+class TestMinutes:
+    def test_a_slow_step_is_tried_once_and_the_minutes_are_kept(self, train, clock, capsys):
+        clock.step = 19.0
+        folder = train("--max_train_minutes", "1", steps=None)
+        assert clock.steps == 2 and clock.now <= 60  # one to measure, and one: two would leave no time to save
+        out = capsys.readouterr().out
+        assert out.index("measuring how many steps fit into 1 minutes ...") < out.index("1 steps of 8")
+        assert "1 minutes from the start of the command to the saved model: 19 s until now, 19 s a step" in out
+        assert config(folder)["max_train_steps"] == 1
+
+    def test_faster_steps_fill_the_minutes(self, train, clock):
+        clock.step = 1.5
+        train(*QUICK, "--max_train_minutes", "1", steps=None)
+        assert 0.9 * 60 <= clock.now <= 60
+
+    def test_what_the_data_took_counts(self, train, clock, monkeypatch):
+        from tiny_diffusers.train_scripts import train_unconditional
+
+        load = train_unconditional.load_data
+
+        def slow_load(*args):
+            clock.now += 40
+            return load(*args)
+
+        monkeypatch.setattr(train_unconditional, "load_data", slow_load)
+        clock.step = 1.0
+        train(*QUICK, "--max_train_minutes", "1", steps=None)
+        assert 50 <= clock.now <= 60
+
+    def test_grids_count_and_have_as_many_images_as_fit(self, clock, tmp_path):
+        clock.step, clock.image = 5.0, 2.0
+        flags = [flag for flag in tiny.TINY_RUN if flag not in ("--eval_batch_size", "4")]
+        flags += [*tiny.TINY_NETWORK, "--train_batch_size", "4", "--ddpm_num_inference_steps", "2"]
+        asked = tiny.train(
+            tmp_path / "asked", "--max_train_minutes", "1", "--eval_batch_size", "2", steps=None, flags=flags
+        )
+        assert clock.now <= 60 and config(asked)["eval_batch_size"] == 2
+        clock.now = 0.0
+        fitting = tiny.train(tmp_path / "fitting", "--max_train_minutes", "1", steps=None, flags=flags)
+        saved = config(fitting)
+        assert clock.now <= 60 and saved["eval_batch_size"] == 1 and "eval_batch_size" in saved["resolved"]
+        clock.now, clock.image = 0.0, 0.0
+        fast = tiny.train(tmp_path / "fast", "--max_train_minutes", "1", steps=None, flags=flags)
+        assert config(fast)["eval_batch_size"] == 64
+
+    def test_a_run_that_becomes_slower_ends_soon_after_its_minutes_and_can_be_resumed(self, train, clock, capsys):
+        clock.step = 5.0
+        train_step = Trainer.train_step
+
+        def slower(trainer):
+            clock.step = 15.0
+            train_step(trainer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "train_step", slower)
+            folder = train("--max_train_minutes", "1", steps=None)
+        planned = config(folder)["max_train_steps"]
+        assert 60 < clock.now <= 1.05 * 60 + 10 + 15
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "minutes are over" in line)
+        assert f"of {planned}" in line and "--resume_from_checkpoint latest" in line
+        assert (folder / WEIGHTS).is_file() and not (folder / f"checkpoint-{planned}").exists()
+
+        train("--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
+        whole = train(steps=planned, name="whole")
+        ours, theirs = load_file(folder / WEIGHTS), load_file(whole / WEIGHTS)
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+    def test_a_resume_with_other_minutes_adds_what_fits_into_them(self, train, clock):
+        clock.step = 5.0
+        folder = train(steps=4)
+        clock.now = 0.0
+        train("--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
+        assert clock.now <= 60 and config(folder)["max_train_steps"] > 8
+
+
+class TestGrids:
+    def test_a_run_has_about_ten_the_first_of_them_early(self, train, capsys):
+        folder = train(*QUICK, steps=50)
+        assert grids(folder) == [1, 2, 5, 8, 13, 18, 25, 32, 41]  # the squares' shares, and the last in samples.png
+        assert (folder / "training.gif").is_file()
+        out = capsys.readouterr().out
+        assert f"step 1: drawing the first samples, {folder / 'samples' / 'step-0000001.png'} ..." in out
+        assert f"drawing the samples, {folder / 'samples.png'} ..." in out
+        assert grids(train(*QUICK, steps=6, name="short")) == [2]
+
+    @pytest.mark.parametrize(("steps", "expected"), [("4", [4, 8]), ("0", []), ("20", [])])
+    def test_they_come_every_so_many_steps_if_asked_for(self, train, steps, expected):
+        assert grids(train("--save_images_steps", steps, steps=10)) == expected
+
+    def test_steps_and_epochs_are_refused_together_and_replace_each_other_in_a_recipe(self, train, tmp_path):
+        with pytest.raises(UserError, match="--save_images_epochs 1 --save_images_steps 2: give one"):
+            train("--save_images_epochs", "1", "--save_images_steps", "2")
+        (tmp_path / "recipe.yaml").write_text("save_images_epochs: 1\n")
+        recipe = ("--config", str(tmp_path / "recipe.yaml"))
+        assert grids(train(*recipe, "--save_images_steps", "5", steps=9)) == [5]
+
+    def test_costly_grids_that_nobody_asked_for_take_a_small_share(self, train, clock):
+        clock.step, clock.image = 2.0, 0.6  # 2.4 seconds a grid
+        assert grids(train(*QUICK, steps=50)) == [1, 2, 41]  # five seconds, then a tenth of the time so far
+        asked = train(*QUICK, "--save_images_steps", "5", steps=20, name="asked")
+        assert grids(asked) == [5, 10, 15]
+
+    def test_those_on_the_way_take_fewer_sampling_steps_unless_steps_are_given(self):
+        from tiny_diffusers.families.diffusion import DiffusionArguments
+        from tiny_diffusers.training.arguments import parse_arguments
+
+        def steps(*argv):
+            arguments = parse_arguments(DiffusionArguments, list(argv))
+            family = Diffusion(None, None, arguments.num_inference_steps, arguments.num_preview_steps)
+            seen = []
+
+            def pipeline(**options):
+                seen.append(options["num_inference_steps"])
+                return type("Output", (), {"images": []})
+
+            family.preview(pipeline, 1, 0), family.sample(pipeline, 1, 0)
+            return seen
+
+        assert steps() == [10, 50]
+        assert steps("--ddpm_num_inference_steps", "20") == [20, 20]
+        assert steps("--ddpm_num_steps", "5") == [5, 5]
