@@ -105,6 +105,8 @@ class TestMinutes:
         fitting = tiny.train(tmp_path / "fitting", "--max_train_minutes", "1", steps=None, flags=flags)
         saved = config(fitting)
         assert clock.now <= 60 and saved["eval_batch_size"] == 1 and "eval_batch_size" in saved["resolved"]
+        resume = ("--resume_from_checkpoint", "latest", "--max_train_minutes", "1")
+        assert config(tiny.train(fitting, *resume, steps=None, flags=flags))["eval_batch_size"] == 1
         clock.now, clock.image = 0.0, 0.0
         fast = tiny.train(tmp_path / "fast", "--max_train_minutes", "1", steps=None, flags=flags)
         assert config(fast)["eval_batch_size"] == 64
@@ -163,8 +165,8 @@ class TestGrids:
     def test_costly_grids_that_nobody_asked_for_take_a_small_share(self, train, clock):
         clock.step, clock.image = 2.0, 0.6  # 2.4 seconds a grid
         assert grids(train(*QUICK, steps=50)) == [1, 2, 41]  # five seconds, then a tenth of the time so far
-        asked = train(*QUICK, "--save_images_steps", "5", steps=20, name="asked")
-        assert grids(asked) == [5, 10, 15]
+        asked = train(*QUICK, "--save_images_steps", "2", steps=10, name="asked")
+        assert grids(asked) == [2, 4, 6, 8]
 
     def test_those_on_the_way_take_fewer_sampling_steps_unless_steps_are_given(self):
         from tiny_diffusers.families.diffusion import DiffusionArguments

@@ -284,6 +284,12 @@ def _without_decided(
     return {name: value for name, value in lower.items() if name not in dropped}
 
 
+def is_open(settings: TrainingArguments, name: str) -> bool:
+    """Checks that nobody has asked for a value of a setting: it has its default, and was not given."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    return name not in settings.given and getattr(settings, name) == default_of(field)
+
+
 def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """
     Reads a recipe: what all of its experiments share, and what each cell of its grid changes.

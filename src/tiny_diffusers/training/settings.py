@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..data import ImageData
 from ..runs import RunFolder
-from .arguments import Arguments, TrainingArguments, read_settings
+from .arguments import Arguments, TrainingArguments, is_open, read_settings
 
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     values = {name: earlier[name] for name in open_options}
     minutes = settings.max_train_minutes
     if settings.max_train_steps is None and minutes is not None and minutes == earlier.get("max_train_minutes"):
-        measured = {"max_train_steps", *(earlier.get("resolved") or ())} - {*settings.given}
-        values |= {name: earlier.get(name) for name in MEASURED if name in measured}
+        values |= {name: earlier[name] for name in MEASURED if name in earlier and is_open(settings, name)}
     if settings.ema_start_step is None:
         values["ema_start_step"] = earlier.get("ema_start_step")
     return _resolve(settings, **values)

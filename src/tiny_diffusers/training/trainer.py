@@ -6,7 +6,6 @@ equals an uninterrupted one, and several processes compute what one would.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -27,12 +26,11 @@ from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError
-from ..flags import default_of
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder, find_damage
 from . import checkpoints, outputs
-from .arguments import TrainingArguments, read_settings
+from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
@@ -234,16 +232,11 @@ class Trainer:
 
         steps = self.time_plan.num_steps(self.elapsed, extra)
         measured = {"max_train_steps": first + steps}
-        if self._is_open("max_validation_samples"):
+        if is_open(self.settings, "max_validation_samples"):
             measured["max_validation_samples"] = num_images
-        if self._is_open("eval_batch_size"):
+        if is_open(self.settings, "eval_batch_size"):
             measured["eval_batch_size"] = num_samples
         return {name: self._broadcast(value) for name, value in measured.items()}
-
-    def _is_open(self, name: str) -> bool:
-        """Checks that nobody has asked for a value of a setting."""
-        fields = {field.name: field for field in dataclasses.fields(self.settings)}
-        return name not in self.settings.given and getattr(self.settings, name) == default_of(fields[name])
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
@@ -293,7 +286,7 @@ class Trainer:
             is_short = self._everywhere(seconds * num_images < limit)
             if not is_short:
                 break
-        if not is_short and self._is_open("max_validation_samples"):
+        if not is_short and is_open(self.settings, "max_validation_samples"):
             most = max(1, int(limit / seconds))
         return most, seconds * min(num_images, most)
 
@@ -302,7 +295,7 @@ class Trainer:
         most = self.settings.eval_batch_size
         if not self.accelerator.is_main_process:
             return most, 0.0
-        num_images = 1 if self._is_open("eval_batch_size") else most
+        num_images = 1 if is_open(self.settings, "eval_batch_size") else most
 
         def draw() -> float:
             began = time.perf_counter()
