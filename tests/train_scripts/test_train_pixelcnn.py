@@ -55,7 +55,7 @@ def test_a_single_image_is_learnt_by_heart(train, read_log):
     losses = [line["val_loss"] for line in read_log(folder) if "val_loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert yaml.safe_load((folder / "config.yaml").read_text())["single_image"] == 5
-    assert not list((folder / "samples").glob("*"))  # an epoch is a thousand steps
+    assert len(list((folder / "samples").glob("*"))) == 9  # by share of the run: an epoch is a thousand steps
 
 
 def test_plusplus_begins_with_its_data_dependent_initialisation():
