@@ -122,7 +122,6 @@ def sample(args: argparse.Namespace) -> None:
     output = _prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
-    _check_numbered(output, args.num_images)
     pipe = _load_pipeline(args, "TinyPipeline")
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
     options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
@@ -132,6 +131,7 @@ def sample(args: argparse.Namespace) -> None:
         if labels is not None and num_images is None:
             num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
     num_images = num_images or NUM_IMAGES
+    _check_numbered(output, num_images)
     if labels is not None:
         if len(labels) > num_images:
             raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
