@@ -113,9 +113,11 @@ def sample(args: argparse.Namespace) -> None:
     output = _prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
-    pipe = _load_pipeline(args, "TinyPipeline")
+    pipe = _load_pipeline(args)
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
-    options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
+    options = _call_options(
+        pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
+    )
     labels = options.pop("class_labels", None)
     if labels is not None:
         if len(labels) > args.num_images:
@@ -194,13 +196,14 @@ def interpolate(args: argparse.Namespace) -> None:
     from .plots import image_grid
 
     output = _prepare_output(args.output)
-    pipe = _load_pipeline(args, "TinyInterpolationPipeline")
+    pipe = _load_pipeline(args)
+    walk = _interpolation_of(pipe, args.checkpoint)
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
-    options = _call_options(pipe, args, *names, "seeds", "images")
+    options = _call_options(walk, pipe, args, *names, "seeds", "images")
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
     with refusals():
-        frames = pipe(num_frames=args.num_frames, **options).images
+        frames = walk(num_frames=args.num_frames, **options).images
 
     if output.is_dir():
         _save_numbered(frames, output)
@@ -212,6 +215,20 @@ def interpolate(args: argparse.Namespace) -> None:
     else:
         image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
     print(f"{len(frames)} frames: {output}")
+
+
+def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
+    """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
+    from . import TinyInterpolationPipeline
+
+    if hasattr(pipe, "interpolate"):  # on the latents of a VAE or GAN
+        return pipe.interpolate
+    if "unet" not in pipe.components:
+        raise UserError(
+            f"'{checkpoint}' is a {type(pipe).__name__}, which has no latents to interpolate between: give a checkpoint "
+            "of diffusion, a VAE or a DCGAN."
+        )
+    return TinyInterpolationPipeline.from_pipe(pipe)
 
 
 # -------------------------------------------------------------------------------------------------- export and push
@@ -242,7 +259,7 @@ def export(args: argparse.Namespace) -> None:
     if source.exists() and args.directory.exists() and source.samefile(args.directory):
         raise UserError(f"'{args.directory}' is the checkpoint itself: give another folder to export it to.")
     _prepare_output(f"{args.directory}/")
-    pipe = _from_pretrained("TinyPipeline", args)
+    pipe = _from_pretrained(args)
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))
     hub.export(pipe, args.directory, with_code=not args.no_code)
@@ -339,9 +356,11 @@ def evaluate(args: argparse.Namespace) -> None:
         source, name = read_folder(args.images), args.images
         channels, _, width = source.images.shape[1:]
     else:
-        source, name = _load_pipeline(args, "TinyPipeline"), args.checkpoint
+        source, name = _load_pipeline(args), args.checkpoint
         channels, _, width = source._image_shape
-        sampling = _call_options(source, args, "num_inference_steps", "eta", "guidance_scale", "temperature")
+        sampling = _call_options(
+            source.__call__, source, args, "num_inference_steps", "eta", "guidance_scale", "temperature"
+        )
         protocol = dataclasses.replace(protocol, sampling=sampling)
     load = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "classes")}
     options = {**load, "resolution": width, "channels": channels}
@@ -616,7 +635,7 @@ def _picture(text: str) -> "Image.Image":
         raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({first_line(error)})") from None
 
 
-def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipeline":
+def _load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
     if args.scheduler is not None and args.scheduler not in SCHEDULERS:
         raise unknown("--scheduler", args.scheduler, SCHEDULERS)
@@ -637,7 +656,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
     if args.dtype == "auto" and dtype != torch.float32:
         print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)
 
-    pipe = _from_pretrained(class_name, args).to(device, dtype)
+    pipe = _from_pretrained(args).to(device, dtype)
     if args.scheduler is not None:
         if "scheduler" not in pipe.components:
             raise UserError(
@@ -653,18 +672,16 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
     return pipe
 
 
-def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPipeline":
+def _from_pretrained(args: argparse.Namespace) -> "DiffusionPipeline":
     from diffusers.utils import logging
 
-    import tiny_diffusers
+    from . import TinyPipeline
 
     logging.disable_progress_bar()  # of the loading, which is short
     logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     try:
         with refusals():
-            return getattr(tiny_diffusers, class_name).from_pretrained(
-                args.checkpoint, trust_remote_code=args.trust_remote_code
-            )
+            return TinyPipeline.from_pretrained(args.checkpoint, trust_remote_code=args.trust_remote_code)
     except OSError as error:
         raise UserError(
             f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
@@ -672,10 +689,10 @@ def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPip
         ) from error
 
 
-def _call_options(pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
-    """Returns the named arguments that were given; the pipeline's call must know them all."""
+def _call_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
+    """Returns the named arguments that were given; `call`, the pipeline's own or its interpolation, must know them all."""
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    known = inspect.signature(pipe.__call__).parameters
+    known = inspect.signature(call).parameters
     for name in options:
         if name not in known:
             raise UserError(f"--{name} means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out.")
