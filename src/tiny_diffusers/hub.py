@@ -173,32 +173,45 @@ def write_card(
     return path
 
 
-def add_results(output_dir: str | Path, report: "Report") -> Path:
+# The part of a card's section "Results" that a report replaces
+_REPORT = ("<!-- report -->", "<!-- end of the report -->")
+
+
+def add_results(output_dir: str | Path, report: "Report", name: str) -> Path:
     """
-    Adds a report's metrics to a model card: to its metadata as a `model-index`, which the Hub shows, and to its text as the
-    section "Results", which replaces an earlier one.
+    Adds a report's metrics to a model card: to its metadata as a `model-index`, which the Hub shows, and to its text in
+    the section "Results". They replace those of an earlier report; what else a card holds there stays.
 
     Args:
         output_dir (`str` or `Path`): The folder of the card, `README.md`.
         report ([`~tiny_diffusers.evaluation.Report`]): The metrics with their protocol.
+        name (`str`): The name of the report's folder in `reports/`.
 
     Returns:
         `Path`: The card.
     """
     from huggingface_hub import EvalResult, ModelCard
 
+    from .evaluation.report import FIGURES
+
     path = RunFolder(output_dir).card
     card = ModelCard.load(path)
     heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.model_name = heading[1].strip() if heading else Path(output_dir).name
-    card.data.eval_results = [EvalResult(**result) for result in report.card_results()]
+    others = [result for result in card.data.eval_results or [] if result.metric_type not in FIGURES]
+    card.data.eval_results = [*others, *(EvalResult(**result) for result in report.card_results())]
 
-    again = "`tiny-diffusers evaluate --from_report report.json` reproduces it."
-    section = f"## Results\n\n{report.markdown()}\n{again}\n\n"
-    text = re.sub(r"^## Results\n.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
-    place = re.search(r"^## What it is not good for", text, re.MULTILINE)
-    cut = place.start() if place else len(text)
-    card.text = text[:cut].rstrip("\n") + "\n\n" + section + text[cut:]
+    start, end = _REPORT
+    again = f"`tiny-diffusers evaluate --from_report reports/{name}/report.json` reproduces it."
+    block = f"{start}\n\n{report.markdown()}\n{again}\n\n{end}"
+    text = re.sub(rf"\n*{start}.*?{end}", "", card.text, flags=re.DOTALL)
+    section = re.search(r"^## Results\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if section is None:
+        place = re.search(r"^## What it is not good for", text, re.MULTILINE)
+        cut, block = (place.start() if place else len(text)), f"## Results\n\n{block}"
+    else:
+        cut = section.end()
+    card.text = text[:cut].rstrip("\n") + f"\n\n{block}\n\n" + text[cut:]
     path.write_text(str(card), encoding="utf-8")
     return path
 

@@ -181,7 +181,7 @@ class TestReport:
 class TestImages:
     def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, tmp_path, pipeline):
         evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES, seed=5), output_dir=tmp_path)
-        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
         drawn = np.load(path)
         for i in (0, 7, 23):
             generator = torch.Generator().manual_seed(5 + i)
@@ -295,7 +295,7 @@ class TestMeasures:
         report = evaluate(pipe, reference, protocol)
         order = images.order_of(reference.images.numpy())[:8]
         sample = reference.images[order.copy()].float() / 127.5 - 1
-        generator = torch.Generator().manual_seed(0)
+        generator = [torch.Generator().manual_seed(i) for i in range(8)]
         expected = pipe.scheduler.variational_bound(pipe.unet, sample, generator=generator).total.mean().item()
         assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
         assert "bound" in report.source["likelihood"] and "256 levels" in report.markdown()
@@ -327,7 +327,7 @@ class TestMeasures:
         pipe, reference = vae(), image_data()
         protocol = Protocol(**{**NO_BASELINES, "sampling": {}, "kind": "reconstructions"})
         report = evaluate(pipe, reference, protocol, output_dir=tmp_path)
-        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
         first = reference.images[images.order_of(reference.images.numpy())[:24].copy()]
         expected = pipe.reconstruct(first / 255, output_type="np").images[..., 0]
         np.testing.assert_allclose(np.load(path)[:, 0], 255 * expected, atol=1)

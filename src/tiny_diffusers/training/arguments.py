@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from ..errors import UserError, unknown
-from ..flags import FlagParser, Flags, default_of, flag
+from ..flags import FlagParser, Flags, as_flags, default_of, flag
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -222,7 +222,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     # A recipe goes through the same parser, so its values are checked alike.
     recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
     smoke = arguments_class.SMOKE if given.get("smoke") else {}
-    lower = parser.given(_as_flags(recipe)) | parser.given(_as_flags(smoke))
+    lower = parser.given(as_flags(recipe)) | parser.given(as_flags(smoke))
     kept = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class)
     values = kept | given
     values["resolved"] = [name for name in resolved if name in kept and name not in {*given, *smoke}]
@@ -308,15 +308,6 @@ def _read_recipe(
         if name not in names:
             raise unknown(f"key in {path}", name, names)
     return recipe, list(resolved)
-
-
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    """Spells values as they would be typed on the command line."""
-    flags = []
-    for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return flags
 
 
 def saved_settings(settings: TrainingArguments) -> dict[str, Any]:
