@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -331,7 +332,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from .evaluation import Protocol
     from .evaluation.references import choose, describe, find_mismatches, flags_of_run, load_real_images
     from .evaluation.report import Report, default_name, find_report
-    from .flags import as_flags
     from .runs import RunFolder
 
     given, earlier = evaluate_parser().given(args.argv), None
@@ -345,6 +345,12 @@ def evaluate(args: argparse.Namespace) -> None:
     run = RunFolder(args.checkpoint) if args.checkpoint is not None and Path(args.checkpoint).is_dir() else None
     if args.publish and (run is None or args.output is not None):
         raise UserError("--publish is for a report in the folder of a checkpoint: give one, and leave out --output.")
+    if args.output is not None and args.name is not None:
+        raise UserError("Give either --name or --output: each says where the report goes.")
+    if args.name is not None and not re.fullmatch(r"(?!published$)\w[\w.+-]*", args.name):
+        raise UserError(
+            f"--name '{args.name}': it must be the plain name of a folder, of letters, digits and _.+-, not 'published'."
+        )
     flags = {} if run is None or earlier is not None else flags_of_run(run)
     images = choose(given, flags)
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
@@ -387,8 +393,8 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)
     _prepare_output(f"{folder}/")
     if state.is_main_process:
-        origin = f" (the data of the run, by {run.config})" if flags.get("dataset_name") == images.dataset_name else ""
-        print(f"against: {shlex.join(as_flags(load))}{origin}")
+        origin = f", as {run.config} has it" if flags.get("dataset_name") == images.dataset_name else ""
+        print(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
 
     # 3. The report
     with refusals():
@@ -420,10 +426,6 @@ def _report_folder(args: argparse.Namespace, reports: Path, default: str, is_fre
     if args.output is None and args.name is None:
         names = (f"{default}-{i}" if i > 1 else default for i in itertools.count(1))
         return next(reports / name for name in names if is_free(reports / name))
-    if args.output is not None and args.name is not None:
-        raise UserError("Give either --name or --output: each says where the report goes.")
-    if args.name is not None and (Path(args.name).name != args.name or args.name == "published"):
-        raise UserError(f"--name {args.name}: it must be the plain name of a folder, other than 'published'.")
     folder = Path(args.output) if args.name is None else reports / args.name
     if not is_free(folder):
         raise UserError(f"{folder} holds a report of another protocol: give another name, or delete that one.")
@@ -455,6 +457,8 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
     measured_with = {"dtype": source.get("dtype"), "scheduler": next(matching, None)}
     values = {**report.protocol, **report.protocol.get("sampling", {}), **load, **measured_with}
     values = {name: value for name, value in values.items() if name in names}
+    if values.get("baselines") == []:
+        values["baselines"] = "none"
 
     folder = load.get("train_data_dir")
     if folder is None and values.get("dataset_name") != "digits" and local_path(values.get("dataset_name") or ""):

@@ -44,6 +44,7 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
     """
     directory = Path(directory)
     pipe.save_pretrained(directory)
+    _drop_local_paths(directory)
     index_path = directory / MODEL_INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
     if not with_code or _is_stock(index):
@@ -56,6 +57,15 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
             index[name] = _copy_code(type(component), directory / name)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return directory
+
+
+def _drop_local_paths(directory: Path) -> None:
+    """Deletes from the configs of a saved pipeline where on this machine its networks were loaded from."""
+    for path in [directory / MODEL_INDEX, *directory.glob("*/*config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "_name_or_path" in config and not _is_hub_id(config["_name_or_path"]):
+            del config["_name_or_path"]
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_stock(index: dict) -> bool:

@@ -21,10 +21,15 @@ def local_path(name: str | os.PathLike) -> Path | None:
     return path.resolve() if path.is_dir() or (path.exists() and path.suffix) else None
 
 
+def is_below_here(name: str | os.PathLike) -> bool:
+    """Checks that a path is relative to the working directory and stays below it."""
+    return not Path(name).is_absolute() and not str(name).startswith("~") and ".." not in Path(name).parts
+
+
 def public_name(name: str | os.PathLike) -> str:
     """Returns the last name of a local path, and any other name unchanged."""
     path = local_path(name)
-    if path is None and (Path(name).is_absolute() or str(name).startswith(("~", ".."))):
+    if path is None and not is_below_here(name):
         path = Path(name)
     return str(name) if path is None else path.name
 

@@ -251,7 +251,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     }
     if scheduler is not None:
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-        source["scheduler"] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
+        config = json.loads(json.dumps(config, default=str), parse_constant=str)  # JSON has no infinity
+        source["scheduler"] = {"class": type(scheduler).__name__, **config}
     return source
 
 

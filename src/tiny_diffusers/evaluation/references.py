@@ -155,10 +155,10 @@ def find_mismatches(run: RunFolder, reference: "ImageData", training: "ImageData
     ours = list(reference.id2label.values()) if reference.id2label else None
     if isinstance(classes, list) and ours is not None and sorted(map(str, classes)) != sorted(ours):
         mismatches.append(
-            f"The model was trained on the classes {_few(classes)}, and the reference's are {_few(ours)}: a model is "
-            "measured against what it has learned with --classes."
+            f"The model was trained on the classes {_few(classes)}, and is measured against {_few(ours)}: --classes "
+            "chooses those of the reference."
         )
-    if training is not None and fingerprint != training.fingerprint:
+    elif training is not None and fingerprint != training.fingerprint:
         mismatches.append(
             f"The training images here ({training.name}, {training.split}, {len(training):,}) are not those that the "
             f"model was trained on ({name}, {trained_on.get('split')}, {trained_on.get('images')})."

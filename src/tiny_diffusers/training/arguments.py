@@ -19,6 +19,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
+from ..paths import is_below_here, local_path, public_name, restore_paths
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -301,6 +302,7 @@ def _read_recipe(
         raise unknown(f"cell of {path}", cell, cells)
     recipe |= cells.get(cell, {})
 
+    recipe = restore_paths(path.parent, recipe)  # of a run's config.yaml
     resolved = recipe.pop("resolved", None) or []
     flags = [f.name for f in dataclasses.fields(arguments_class) if "help" in f.metadata]
     names = [name for name in flags if name not in ("config", "cell", "smoke")]
@@ -310,14 +312,39 @@ def _read_recipe(
     return recipe, list(resolved)
 
 
+def split_paths(settings: Arguments) -> tuple[Arguments, dict[str, str]]:
+    """
+    Returns the settings with local paths shortened to last names, as they may be shared, and the paths themselves.
+
+    A local dataset becomes a `train_data_dir`, so that its name is never taken for a Hub id. Where the run's outputs go
+    is shortened only if it is not below the working directory.
+    """
+    if settings.train_data_dir is None and settings.dataset_name != "digits" and local_path(settings.dataset_name):
+        default = type(settings).__dataclass_fields__["dataset_name"].default
+        settings = dataclasses.replace(settings, dataset_name=default, train_data_dir=settings.dataset_name)
+    paths = {}
+    for name in ("train_data_dir", "pretrained_model_name_or_path", "cache_dir", "output_dir", "logging_dir"):
+        value = getattr(settings, name)
+        if value is None or (name in ("output_dir", "logging_dir") and is_below_here(value)):
+            continue
+        if public_name(value) != value or local_path(value) is not None:
+            paths[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(settings, **{name: Path(path).name for name, path in paths.items()}), paths
+
+
 def saved_settings(settings: TrainingArguments) -> dict[str, Any]:
-    """Returns the settings that a run's `config.yaml` and card hold: no secrets, nothing that is of one command only."""
+    """
+    Returns the settings that a run's `config.yaml` and card hold: no secrets, no local paths, nothing that is of one
+    command only.
+    """
+    settings, _ = split_paths(settings)
     names = [f.name for f in dataclasses.fields(settings) if f.name not in (*_UNSAVED, "resolved")]
     return {name: getattr(settings, name) for name in (*names, "resolved")}
 
 
 def command_line(settings: TrainingArguments) -> str:
-    """Returns the command that makes this run again, with the settings that are not at their default."""
+    """Returns the command that makes this run again, with the settings that are not at their default, without paths."""
+    settings, _ = split_paths(settings)
     words = ["tiny-diffusers", "train", settings.SCRIPT]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import __version__, hub, plots
 from ..hardware import default_dtype
-from .arguments import TrainingArguments, command_line, saved_settings
+from ..paths import keep_paths
+from .arguments import TrainingArguments, command_line, saved_settings, split_paths
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 def write_run_files(trainer: "Trainer") -> None:
     """Writes `config.yaml`, the settings as a recipe that makes the run again, and `run.json`, facts of this machine."""
     trainer.folder.write_config(saved_settings(trainer.settings))
+    keep_paths(trainer.folder.path, split_paths(trainer.settings)[1])
     trainer.folder.write_facts(
         {
             "command": command_line(trainer.settings),
