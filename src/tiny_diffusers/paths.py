@@ -17,6 +17,8 @@ PATHS_FILE = ".paths.json"  # hidden files are not pushed
 
 def local_path(name: str | os.PathLike) -> Path | None:
     """Returns the absolute path of a data set or checkpoint that is a folder or file here; None for a Hub id."""
+    if not os.fspath(name):  # which Path takes for the working directory
+        return None
     path = Path(name).expanduser()
     return path.resolve() if path.is_dir() or (path.exists() and path.suffix) else None
 

@@ -109,7 +109,7 @@ def test_fine_tuning_starts_from_the_other_models_weights(train):
 
 
 def test_a_run_shares_no_path_and_finds_its_data_again(train, tmp_path, capsys):
-    pets, rng = tmp_path / "private" / "pets", np.random.default_rng(0)
+    pets, rng = tmp_path / "somewhere" / "pets", np.random.default_rng(0)
     pets.mkdir(parents=True)
     for i in range(24):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(pets / f"{i}.png")
@@ -117,7 +117,7 @@ def test_a_run_shares_no_path_and_finds_its_data_again(train, tmp_path, capsys):
     second = train("--dataset_name", str(pets), "--pretrained_model_name_or_path", str(first), steps=2, name="second")
     shared = [p for p in second.rglob("*") if p.suffix in (".json", ".yaml", ".md", ".jsonl") and p.name[0] != "."]
     texts = {p: p.read_text() for p in shared if not p.relative_to(second).parts[0].startswith("checkpoint-")}
-    assert len(texts) > 5 and not [p for p, text in texts.items() if str(tmp_path) in text or "private" in text]
+    assert len(texts) > 5 and not [p for p, text in texts.items() if str(tmp_path) in text or "somewhere" in text]
     settings = yaml.safe_load((second / "config.yaml").read_text())
     assert (settings["train_data_dir"], settings["pretrained_model_name_or_path"]) == ("pets", "first")
     assert "--train_data_dir pets" in (second / "README.md").read_text()

@@ -19,7 +19,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
-from ..paths import is_below_here, local_path, public_name, restore_paths
+from ..paths import is_below_here, local_path, restore_paths
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -323,11 +323,12 @@ def split_paths(settings: Arguments) -> tuple[Arguments, dict[str, str]]:
         default = type(settings).__dataclass_fields__["dataset_name"].default
         settings = dataclasses.replace(settings, dataset_name=default, train_data_dir=settings.dataset_name)
     paths = {}
-    for name in ("train_data_dir", "pretrained_model_name_or_path", "cache_dir", "output_dir", "logging_dir"):
-        value = getattr(settings, name)
-        if value is None or (name in ("output_dir", "logging_dir") and is_below_here(value)):
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if not name.endswith(("_dir", "_path")) or not isinstance(value, str):
             continue
-        if public_name(value) != value or local_path(value) is not None:
+        is_output = name in ("output_dir", "logging_dir")
+        if not is_below_here(value) or (local_path(value) is not None and not is_output):
             paths[name] = str(Path(value).expanduser().resolve())
     return dataclasses.replace(settings, **{name: Path(path).name for name, path in paths.items()}), paths
 
