@@ -1,10 +1,14 @@
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +43,7 @@ from tiny_diffusers.evaluation import (
     images,
     metrics,
 )
+from tiny_diffusers.evaluation.evaluator import processes
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import FlagParser
 from tiny_diffusers.paths import keep_paths
@@ -206,11 +211,104 @@ class TestImages:
 
         pipe.__class__ = Stopping
         Stopping.__name__ = "TinyPipeline"
+        shutil.rmtree(tmp_path / "cache")
         with pytest.raises(KeyboardInterrupt):
             evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
         report = evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
         assert calls == [8, 8, 8, 8]  # a complete batch, the stopped one, and the remaining two
         assert values(report) == values(whole)
+
+    def test_a_stopped_run_resumes_with_another_batch_size(self, tmp_path, pipeline, monkeypatch):
+        def drawn():
+            (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
+            return np.load(path)
+
+        whole = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        expected = drawn()
+        shutil.rmtree(tmp_path / "cache")
+        draw, calls = TinyPipeline.__call__, []
+
+        def stopping(self, **kwargs):
+            calls.append(kwargs["batch_size"])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return draw(self, **kwargs)
+
+        monkeypatch.setattr(TinyPipeline, "__call__", functools.wraps(draw)(stopping))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        report = evaluate(pipeline(), image_data(), Protocol(**{**NO_BASELINES, "batch_size": 5}))
+        assert calls == [8, 8, 5, 5, 5, 4]  # images 5 to 24, as those from 8 on are missing
+        np.testing.assert_allclose(drawn(), expected, atol=1)
+        assert values(report) == pytest.approx(values(whole), rel=0.01)
+
+    def test_bits_per_dim_do_not_depend_on_the_batch_size(self, tmp_path, pipeline):
+        options = {**NO_BASELINES, "metrics": ["bits_per_dim"], "likelihood_images": 8}
+        found = []
+        for batch_size in (8, 3):
+            protocol = Protocol(**{**options, "batch_size": batch_size})
+            found.append(values(evaluate(pipeline(steps=3), image_data(), protocol))["bits_per_dim"])
+            shutil.rmtree(tmp_path / "cache")
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+    def test_two_evaluations_at_once_share_the_work(self, tmp_path):
+        started, computed = threading.Barrier(2), []
+
+        def compute(start, stop):
+            computed.append(start)
+            return np.arange(start, stop)
+
+        def fill():
+            started.wait()
+            arguments = {"batch_size": 2, "state": processes(), "desc": "numbers"}
+            return images.fill(tmp_path / "cache" / "entry", (6,), np.int64, compute, **arguments)
+
+        with ThreadPoolExecutor(2) as pool:
+            one, two = (pool.submit(fill) for _ in range(2))
+            assert one.result().tolist() == two.result().tolist() == list(range(6))
+        assert computed == [0, 2, 4]
+
+    def test_what_the_cache_holds_is_checked(self, tmp_path, pipeline):
+        report = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        for path in (tmp_path / "cache").rglob("array.npy"):
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+        assert values(evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))) == values(report)
+
+    def test_nothing_is_read_from_the_folder_of_the_checkpoint(self, tmp_path, pipeline):
+        pipe, folder = pipeline(), tmp_path / "model"
+        pipe.save_pretrained(folder)
+        expected = values(evaluate(TinyPipeline.from_pretrained(folder), image_data(), Protocol(**NO_BASELINES)))
+        for cached in ("samples", "features"):
+            shutil.copytree(tmp_path / "cache" / cached, folder / ".evaluation" / cached)
+        for path in (folder / ".evaluation").rglob("array.npy"):
+            array = np.load(path)
+            np.save(path, np.zeros_like(array))
+        shutil.rmtree(tmp_path / "cache")
+        pipe = TinyPipeline.from_pretrained(folder)
+        assert values(evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=folder)) == expected
+
+    def test_images_are_kept_by_what_decides_them(self, tmp_path, pipeline, monkeypatch):
+        def kept():
+            return len(list((tmp_path / "cache" / "samples").iterdir()))
+
+        def measure(pipe, **options):
+            return evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["diversity"], **options}))
+
+        pipeline().save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        for name in ("model", "./model/", tmp_path / "model"):
+            report = measure(TinyPipeline.from_pretrained(name))
+            assert report.source["name"] == "model"
+        measure(TinyPipeline.from_pretrained("model"), batch_size=5)
+        entries = kept()
+        pipe = TinyPipeline.from_pretrained("model")
+        for i, change in enumerate(({"seed": 1}, {"num_images": 9}, {"sampling": {"num_inference_steps": 3}})):
+            measure(pipe, **change)
+            assert kept() == (i + 2) * entries
+        pipe.unet.register_to_config(norm_eps=0.1)
+        measure(pipe)
+        assert kept() == 5 * entries
 
     def test_the_order_of_images_never_matters(self):
         judged, real = image_data(seed=1), image_data()
