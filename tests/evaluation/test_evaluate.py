@@ -591,6 +591,35 @@ class TestBadInput:
             with pytest.raises(UserError, match=line):
                 Report.load(path)
 
+    def test_a_report_is_checked_before_it_is_used(self, tmp_path):
+        report = evaluate(image_data(seed=1), image_data(), Protocol(**{**FAST, "baselines": ["noise"]}))
+        path = report.save(tmp_path)
+        content = json.loads(path.read_text())
+        Report.load(path)
+        changes = [(key,) for key in content if key != "format"]
+        changes += [("protocol", "features"), ("protocol", "seed"), ("protocol", "kind"), ("protocol", "sampling")]
+        changes += [("measured_by", key) for key in ("num_images", "features", "reference")]
+        changes += [("measured_by", "reference", key) for key in ("name", "split", "images", "fingerprint", "load")]
+        changes += [("measured_by", "features", key) for key in ("dtype", "resize")]
+        changes += [("source", "kind"), ("source", "name"), ("source", "scheduler"), ("source", "sampling")]
+        changes += [("figures", "recall", "value"), ("figures", "recall"), ("figures", "fid"), ("per_class", "left")]
+        changes += [("baselines", "noise"), ("baselines", "noise", "figures"), ("baselines", "mine")]
+        for place in changes:
+            for value in (None, 7.5, [1], {"a": [1]}, "x", float("nan"), -(10**400), True):
+                *parents, last = place
+                broken = json.loads(path.read_text())
+                functools.reduce(dict.__getitem__, parents, broken)[last] = value
+                (tmp_path / "broken.json").write_text(json.dumps(broken))
+                try:  # refused, or of the right type after all: then it is shown
+                    loaded = Report.load(tmp_path / "broken.json")
+                    loaded.markdown(), loaded.card_results(), compare({"a": loaded, "b": loaded})
+                except UserError as refusal:
+                    assert "\n" not in str(refusal) and "is not a report" in str(refusal)
+        for text in ("[" * 100_000, '{"format": ' + "9" * 5000 + "}"):
+            (tmp_path / "broken.json").write_text(text)
+            with pytest.raises(UserError):
+                Report.load(tmp_path / "broken.json")
+
 
 class TestCommandLine:
     OPTIONS = (
@@ -729,6 +758,45 @@ class TestCommandLine:
         assert self.run("evaluate", *again) == 0
         assert values(Report.load(tmp_path / "again")) == pytest.approx(values(report), rel=1e-6)
 
+    def test_a_report_never_says_what_to_trust_or_where_to_write(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert self.run("evaluate", checkpoint, *self.OPTIONS, "--baselines", "none", "--output", tmp_path / "a") == 0
+        theirs = json.loads((tmp_path / "a" / "report.json").read_text())
+        theirs["protocol"] |= {
+            **{"trust_remote_code": True, "checkpoint": "evil/model", "output": str(tmp_path / "theirs")},
+            **{"device": "meta", "feature_weights": None, "publish": True, "from_report": "x", "images": "x"},
+        }
+        theirs["protocol"]["sampling"] |= {"trust_remote_code": True, "output": str(tmp_path / "theirs")}
+        theirs["measured_by"]["reference"]["load"] |= {"train_split": "none", "trust_remote_code": True}
+        (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+        asked, parse = [], cli._from_pretrained
+        monkeypatch.setattr(cli, "_from_pretrained", lambda args: asked.append(args) or parse(args))
+        again = ("evaluate", checkpoint, "--from_report", tmp_path / "theirs.json", "--output", tmp_path / "again")
+        assert self.run(*again) == 0
+        (args,) = asked
+        assert (args.checkpoint, args.trust_remote_code, args.output) == (str(checkpoint), False, str(again[-1]))
+        assert (args.device, args.publish) == (None, False) and not (tmp_path / "theirs").exists()
+
+        for place, value, words in (
+            (("protocol", "metrics"), ["recall", "--trust_remote_code"], "theirs.json' is damaged"),
+            (("protocol", "num_images"), "many", "theirs.json' is damaged"),
+            (("protocol", "feature_weights"), "/etc/weights.pt", "say where they are with --feature_weights"),
+            (
+                ("measured_by", "reference", "load"),
+                {"train_data_dir": "mine"},
+                "say where they are with --dataset_name",
+            ),
+            (("measured_by", "reference", "load"), {"dataset_name": str(checkpoint)}, "with --dataset_name"),
+            (("source", "name"), "/etc/model", "'/etc/model', which is not known here"),
+        ):
+            broken = json.loads(json.dumps(theirs))
+            functools.reduce(dict.__getitem__, place[:-1], broken)[place[-1]] = value
+            (tmp_path / "theirs.json").write_text(json.dumps(broken))
+            arguments = again[2:] if place[0] == "source" else again[1:]
+            assert self.run("evaluate", *arguments) == 2
+            assert words in capsys.readouterr().err.splitlines()[-1]
+        assert len(asked) == 1
+
     def test_two_processes_give_the_metrics_of_one(self, checkpoint, tmp_path):
         arguments = ("evaluate", str(checkpoint), *self.OPTIONS, "--output")
         assert self.run(*arguments, tmp_path / "one") == 0
@@ -864,8 +932,8 @@ def test_the_benchmark_of_the_families_reuses_no_results_of_other_settings(tmp_p
     folder.mkdir()
     (folder / "model_index.json").touch()
     (folder / "config.yaml").write_text(json.dumps(run | {"max_train_minutes": 1.0}))
-    report = Report(asdict(benchmark.protocol_of("VAE", args)), measured_by={}, source={}, figures={})
-    (folder / "report.json").write_text(json.dumps(asdict(report)))
+    report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
+    dataclasses.replace(report, protocol=asdict(benchmark.protocol_of("VAE", args))).save(folder)
     benchmark.check("VAE", args)
     other = {"minutes": 2.0, "seed": 1, "dataset_name": "mnist", "resolution": 16}
     for name, value in {**other, "num_images": 25, "likelihood_images": 5}.items():

@@ -186,7 +186,7 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
         version = content.get("format") if isinstance(content, dict) else None
         if version != REPORT_FORMAT:
@@ -197,6 +197,9 @@ class Report:
             raise UserError(
                 f"'{path}' is not a report: it lacks {sorted(missing)} and has the unknown keys {sorted(unexpected)}."
             )
+        mistake = _find_mistake(content)
+        if mistake is not None:
+            raise UserError(f"'{path}' is not a report: {mistake}.")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:
@@ -301,6 +304,69 @@ class Report:
             }
             for figure, entry in self.figures.items()
         ]
+
+
+# The parts of a report that are read, with their types; those after "?" may be missing.
+_FORM = {
+    "protocol": {"features": str, "seed": int, "?kind": str, "?sampling": dict, "?feature_weights": (str, type(None))},
+    "measured_by": {
+        "num_images": int,
+        "features": {"dtype": str, "resize": str},
+        "reference": {"name": str, "split": str, "images": int, "fingerprint": str, "?load": dict},
+    },
+    "source": {"kind": str, "name": str, "?sampling": dict, "?scheduler": {"class": str}},
+    "figures": dict,
+    "?per_class": dict,
+    "?baselines": dict,
+    "?warnings": list,
+    "?versions": dict,
+    "?command": str,
+}
+
+
+def _find_mistake(content: dict[str, Any]) -> str | None:
+    """Returns what is wrong with the content of a report, which may be a stranger's, or None."""
+    mistake = _check_form(content, _FORM)
+    if mistake is not None:
+        return mistake
+    sets = {"figures": content["figures"], **content.get("per_class", {})}
+    for name, entry in content.get("baselines", {}).items():
+        if name not in BASELINES or not isinstance(entry, dict):
+            return f"its baseline {name!r} is unknown or damaged"
+        sets[name] = entry.get("figures")
+    for where, figures in sets.items():
+        if not isinstance(figures, dict):
+            return f"its {where} are no metrics"
+        for name, figure in figures.items():
+            if name not in FIGURES or not _is_estimate(figure):
+                return f"its metric {name!r} is unknown or damaged"
+    return None
+
+
+def _check_form(content: Any, form: dict[str, Any], where: str = "") -> str | None:
+    for name, expected in form.items():
+        key = name.removeprefix("?")
+        if key not in content and key != name:
+            continue
+        value, place = content.get(key), f"{where}{key}"
+        kind = dict if isinstance(expected, dict) else expected
+        if not isinstance(value, kind):
+            return f"its {place} is {type(value).__name__}"
+        mistake = _check_form(value, expected, f"{place}.") if isinstance(expected, dict) else None
+        if mistake is not None:
+            return mistake
+    return None
+
+
+def _is_estimate(figure: Any) -> bool:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # so neither infinite nor NaN
+
+    if not isinstance(figure, dict) or figure.keys() != {"value", "error", "error_kind"}:
+        return False
+    error, kind = figure["error"], figure["error_kind"]
+    has_error = error is None or (is_number(error) and error >= 0)
+    return is_number(figure["value"]) and has_error and isinstance(kind, (str, type(None)))
 
 
 def find_report(place: str | Path) -> Path:
