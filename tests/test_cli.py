@@ -308,7 +308,11 @@ class TestPlot:
 class TestExportAndPush:
     def test_export_lays_the_code_and_takes_the_card_along(self, checkpoint, tmp_path):
         (checkpoint / "README.md").write_text("a card")
+        (checkpoint / "reports" / "ddim-50").mkdir(parents=True)
+        for name in ("report.json", ".paths.json"):
+            (checkpoint / "reports" / "ddim-50" / name).touch()
         assert run("export", checkpoint, tmp_path / "exported") == 0
+        assert [path.name for path in (tmp_path / "exported" / "reports" / "ddim-50").iterdir()] == ["report.json"]
         assert (tmp_path / "exported" / "unet" / "unet_tiny.py").is_file()
         assert (tmp_path / "exported" / "README.md").read_text() == "a card"
 

@@ -367,6 +367,8 @@ class TestPush:
             "data.lock",
             ".cache/x",
             "unet/.hidden",
+            ".paths.json",
+            "reports/ddim-50/.paths.json",
             "unet/__pycache__/unet_tiny.cpython-311.pyc",
         ):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
