@@ -329,8 +329,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates by the flags; what they leave open an earlier report says, or else the model's own run."""
-    from .evaluation import Protocol
-    from .evaluation.references import choose, describe, find_mismatches, flags_of_run, load_real_images
+    from .evaluation import Protocol, references
     from .evaluation.report import Report, default_name, find_report
     from .runs import RunFolder
 
@@ -343,16 +342,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.images is None):
         raise UserError("Give either a CHECKPOINT or --images DIR to evaluate.")
     run = RunFolder(args.checkpoint) if args.checkpoint is not None and Path(args.checkpoint).is_dir() else None
-    if args.publish and (run is None or args.output is not None):
-        raise UserError("--publish is for a report in the folder of a checkpoint: give one, and leave out --output.")
-    if args.output is not None and args.name is not None:
-        raise UserError("Give either --name or --output: each says where the report goes.")
-    if args.name is not None and not re.fullmatch(r"(?!published$)\w[\w.+-]*", args.name):
-        raise UserError(
-            f"--name '{args.name}': it must be the plain name of a folder, of letters, digits and _.+-, not 'published'."
-        )
-    flags = {} if run is None or earlier is not None else flags_of_run(run)
-    images = choose(given, flags)
+    if args.publish and run is None:
+        raise UserError("--publish is for a report of a checkpoint in a folder: leave it out.")
+    _check_name(args)
+    flags = {} if run is None or earlier is not None else references.flags_of_run(run, given)
+    images = references.choose(given, flags)
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
     protocol = Protocol(**{name: getattr(args, name) for name in fields})
 
@@ -374,12 +368,12 @@ def evaluate(args: argparse.Namespace) -> None:
             protocol, sampling=_call_options(images_or_pipe.__call__, images_or_pipe, args, *SAMPLING)
         )
         path, source = args.checkpoint, describe_pipeline(images_or_pipe, protocol, args.checkpoint)
-    reference, training, images = load_real_images(images, channels, side, state)
+    reference, training, images = references.load_real_images(images, channels, side, state)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
         )
-    load, paths = describe(images)
+    load, paths = references.describe(images)
 
     # 2. The folder of the report, where no other is overwritten
     def is_free(folder: Path) -> bool:
@@ -393,7 +387,8 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)
     _prepare_output(f"{folder}/")
     if state.is_main_process:
-        origin = f", as {run.config} has it" if flags.get("dataset_name") == images.dataset_name else ""
+        is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])
+        origin = f", as {run.config} has it" if is_own else ""
         print(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
 
     # 3. The report
@@ -406,7 +401,7 @@ def evaluate(args: argparse.Namespace) -> None:
             output_dir=folder,
             name=path,
             load=load,
-            notes=[] if run is None else find_mismatches(run, reference, training),
+            notes=[] if run is None else references.find_mismatches(run, reference, training),
             command=public_command(["tiny-diffusers", "evaluate", *args.argv]),
         )
     if state.is_main_process:
@@ -419,6 +414,16 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"report: {folder / 'report.json'}")
     state.wait_for_everyone()
     state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
+
+
+def _check_name(args: argparse.Namespace) -> None:
+    """Refuses contradictions in where the report goes."""
+    if args.output is not None and (args.publish or args.name is not None):
+        raise UserError("--output puts the report elsewhere: leave it out, or leave out --name and --publish.")
+    if args.name is not None and not re.fullmatch(r"(?!published$)\w[\w.+-]*", args.name):
+        raise UserError(
+            f"--name '{args.name}': it must be the plain name of a folder, of letters, digits and _.+-, not 'published'."
+        )
 
 
 def _report_folder(args: argparse.Namespace, reports: Path, default: str, is_free: Callable[[Path], bool]) -> Path:
@@ -460,9 +465,9 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
     if values.get("baselines") == []:
         values["baselines"] = "none"
 
-    folder = load.get("train_data_dir")
-    if folder is None and values.get("dataset_name") != "digits" and local_path(values.get("dataset_name") or ""):
-        folder = values["dataset_name"]
+    folder, name = load.get("train_data_dir"), str(values.get("dataset_name", ""))
+    if folder is None and name != "digits" and local_path(name) is not None:
+        folder = name
     if folder is not None:
         values["dataset_name"] = kept_paths(file.parent).get("dataset_name")
     needed = {

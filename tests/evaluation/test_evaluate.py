@@ -698,10 +698,10 @@ class TestCommandLine:
         assert "There is no folder 'nowhere'" in line("--images", "nowhere", "--dataset_name", "digits")
         fid = line(checkpoint, "--dataset_name", "digits", "--metrics", "FID")
         assert "Did you mean 'frechet_distance with --features inception'" in fid
-        assert "--publish is for" in line(checkpoint, *self.OPTIONS, "--publish", "--output", tmp_path / "x")
-        assert "either --name or --output" in line(
-            checkpoint, *self.OPTIONS, "--name", "a", "--output", tmp_path / "x"
-        )
+        for elsewhere in (["--publish"], ["--name", "a"]):
+            given = (*self.OPTIONS, *elsewhere, "--output", tmp_path / "x")
+            assert "--output puts the report elsewhere" in line(checkpoint, *given)
+        assert "--publish is for" in line("--images", checkpoint, *self.OPTIONS, "--publish")
         for name in ("a/b", "..", "published"):
             assert "plain name" in line(checkpoint, *self.OPTIONS, "--name", name)
         assert "8x8 grey and the reference's are 9x9" in line(checkpoint, *self.OPTIONS, "--resolution", "9")
@@ -907,11 +907,32 @@ class TestRun:
         for path in (report.parent, run):
             (path / ".paths.json").unlink()
         capsys.readouterr()
+        assert self.run(run) == 2
+        assert "config.yaml names the local folder 'pets', which is not here" in capsys.readouterr().err
+        assert self.run(run, "--dataset_name", folder) == 0
+        # a folder of that name is the run's, with the rest of its settings
+        assert f"resolution 8, split test, train_split train, as {run}" in capsys.readouterr().out
+        (report.parent / ".paths.json").unlink()
         assert self.run("--from_report", report, "--output", tmp_path / "third") == 2
         assert "measured with files named 'pets': say where they are with --dataset_name" in capsys.readouterr().err
         again = ("--from_report", report, "--output", tmp_path / "third", "--dataset_name", folder)
         assert self.run(*again) == 0
         assert values(Report.load(tmp_path / "third")) == values(Report.load(report))
+
+    def test_a_set_of_other_channels_is_warned_of(self, trained, tmp_path):
+        rng = np.random.default_rng(0)
+        for split in ("train", "validation"):
+            (tmp_path / "colour" / split).mkdir(parents=True)
+            for i in range(12):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "colour" / split / f"{i}.png")
+        assert self.run(trained(dataset_name="digits"), "--dataset_name", tmp_path / "colour") == 0
+        report = Report.load(tmp_path / "run")
+        assert report.measured_by["reference"]["split"] == "validation"  # there is no test split
+        assert any("12 of 12 images were in colour, converted to grey" in line for line in report.warnings)
+        assert any(
+            "are not those that the model was trained on (digits, train, 1797)" in line for line in report.warnings
+        )
 
     def test_a_config_of_other_types_is_refused_in_a_line(self, trained, capsys):
         run = trained(dataset_name="digits", resolution=8)

@@ -1,8 +1,9 @@
 """
 The real images of an evaluation: those that flags name, and what they leave open as the model's own run has it.
 
-    run = flags_of_run(RunFolder("runs/digits"))                  # {"dataset_name": "digits", "resolution": 8, ...}
-    images = choose({"split": "test"}, run)
+    given = {"split": "test"}
+    run = flags_of_run(RunFolder("runs/digits"), given)  # {"dataset_name": "digits", "resolution": 8, ...}
+    images = choose(given, run)
     reference, training, images = load_real_images(images, channels=1, side=8, state=processes())
 """
 
@@ -48,16 +49,25 @@ class RealImages(Flags):
     )
 
 
-def flags_of_run(run: RunFolder) -> dict[str, Any]:
+def flags_of_run(run: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
     """
     Returns the flags of [`RealImages`] that a run was trained with, from its `config.yaml`; empty if there is none.
 
     Only these names are read, and their types are checked: the folder may be a stranger's.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If they are of other types, or if the run's local folder is not here and
+            none is given.
     """
     settings = restore_paths(run.path, run.read_config())
     shared = ("dataset_config_name", "image_column", "label_column", "classes", "resolution", "center_crop")
     found = {name: settings.get(name) for name in (*shared, "max_train_samples")}
-    found["dataset_name"] = settings.get("train_data_dir") or settings.get("dataset_name")
+    folder = settings.get("train_data_dir")
+    if folder is not None and local_path(str(folder)) is None and "dataset_name" not in given:
+        raise UserError(
+            f"{run.config} names the local folder '{folder}', which is not here: say where it is with --dataset_name."
+        )
+    found["dataset_name"] = folder or settings.get("dataset_name")
     found["train_split"] = settings.get("split")
     if found["dataset_name"] is None:
         return {}
@@ -75,7 +85,7 @@ def choose(given: dict[str, Any], run: dict[str, Any]) -> RealImages:
         [`~tiny_diffusers.errors.UserError`]: If neither names a dataset.
     """
     given = {name: value for name, value in given.items() if name in {entry.name for entry in fields(RealImages)}}
-    if "dataset_name" in given and not _is_same(given["dataset_name"], run.get("dataset_name")):
+    if "dataset_name" in given and not is_same_dataset(given["dataset_name"], run.get("dataset_name")):
         run = {}
     images = RealImages(**run | given)
     if images.dataset_name is None:
@@ -83,8 +93,12 @@ def choose(given: dict[str, Any], run: dict[str, Any]) -> RealImages:
     return images
 
 
-def _is_same(one: str, other: str | None) -> bool:
-    return one == other or (other is not None and local_path(one) is not None and local_path(one) == local_path(other))
+def is_same_dataset(given: str, runs: str | None) -> bool:
+    """Checks that a given dataset is the run's: the same Hub id, folder, or last name of a folder that has moved."""
+    path = local_path(given)
+    return given == runs or (
+        path is not None and runs is not None and path in (local_path(runs), path.with_name(runs))
+    )
 
 
 def load_real_images(
