@@ -202,13 +202,11 @@ def add_results(output_dir: str | Path, report: "Report", name: str) -> Path:
     """
     from huggingface_hub import EvalResult, ModelCard
 
-    from .evaluation.report import FIGURES
-
     path = RunFolder(output_dir).card
     card = ModelCard.load(path)
     heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.model_name = heading[1].strip() if heading else Path(output_dir).name
-    others = [result for result in card.data.eval_results or [] if result.metric_type not in FIGURES]
+    others = [result for result in card.data.eval_results or [] if not report.knows(result.metric_type)]
     card.data.eval_results = [*others, *(EvalResult(**result) for result in report.card_results())]
 
     start, end = _REPORT

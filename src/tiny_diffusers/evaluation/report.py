@@ -211,6 +211,11 @@ class Report:
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         return path
 
+    @staticmethod
+    def knows(figure: str) -> bool:
+        """Checks that a name is that of a metric in reports."""
+        return figure in FIGURES
+
     def label(self, figure: str) -> str:
         """Returns the name of a metric: FID, KID and Inception Score are reserved for the features of `inception`."""
         general, with_inception, _ = FIGURES[figure]
