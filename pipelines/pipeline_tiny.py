@@ -299,14 +299,24 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` must have the shape (batch_size, ...) = {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, self._sample_dtype)
 
+    def _prepare_ends(self, seeds: tuple[int, int] | None, latents: torch.Tensor | None) -> torch.Tensor:
+        """Draws the latents of two seeds, or checks the given ones, and returns them (2, ...) as `_prepare_latents`."""
+        if seeds is None:
+            return self._prepare_latents(2, None, latents)
+        if len(seeds) != 2:
+            raise ValueError(f"`seeds` must be two seeds, got {seeds}.")
+        return self._prepare_latents(2, [torch.Generator().manual_seed(int(seed)) for seed in seeds], None)
+
     @property
     def _image_shape(self) -> tuple[int, int, int]:
         """Returns the shape (C, H, W) of one image."""
-        size = self._network.config.sample_size
+        config = self._network.config
+        size = config.sample_size
         if size is None:
             raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
         height, width = (size, size) if isinstance(size, int) else size
-        return self._network.config.in_channels, height, width
+        channels = config.in_channels if "in_channels" in config else config.out_channels  # of a GAN's generator
+        return channels, height, width
 
     def _preprocess(self, images: Images, batch_size: int | None, resize_arrays: bool = True) -> torch.Tensor:
         """Converts images to (B, C, H, W) in [-1, 1]. PIL images are resized, others if `resize_arrays`."""
@@ -649,6 +659,25 @@ def image_generators(seed: int, num_images: int, first: int = 0) -> list[torch.G
         first (`int`, *optional*, defaults to 0): Index i of the first image.
     """
     return [torch.Generator().manual_seed(seed + i) for i in range(first, first + num_images)]
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """
+    Computes the spherical linear interpolation (sin((1 - s) θ) x + sin(s θ) y) / sin θ, where θ is the angle between x
+    and y ([DDIM](https://huggingface.co/papers/2010.02502), eq. 67; Shoemake, 1985).
+
+    Args:
+        start (`torch.Tensor` of shape `(1, ...)`): x.
+        end (`torch.Tensor` of shape `(1, ...)`): y.
+        share (`torch.Tensor` of shape `(N, 1, ...)`): s, from 0 at x to 1 at y.
+
+    Returns:
+        `torch.Tensor` of shape `(N, ...)`: The interpolated points, in order.
+    """
+    theta = torch.acos(torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1))
+    if torch.sin(theta) < 1e-4:  # x and y are collinear: no arc between them is unique
+        return torch.lerp(start, end, share)
+    return (torch.sin((1 - share) * theta) * start + torch.sin(share * theta) * end) / torch.sin(theta)
 
 
 def predict_original_sample(

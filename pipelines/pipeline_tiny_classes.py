@@ -170,6 +170,14 @@ class ClassConditioningMixin:
             )
         return torch.tensor(rows)[labels.long().argmax(dim=1)]
 
+    def _interpolate_labels(self, labels: torch.Tensor | None, share: torch.Tensor) -> torch.Tensor | None:
+        """Returns the weights of the class embedding's rows on the line between two labels, for shares (N, 1): (N, rows)."""
+        if labels is None:
+            return None
+        if not labels.is_floating_point():
+            labels = torch.nn.functional.one_hot(labels, self._num_rows)
+        return torch.lerp(*labels.to(share.dtype), share)
+
     def _class_id(self, label: str) -> int:
         label2id = {name: class_id for class_id, name in (self.config.id2label or {}).items()}
         if label in label2id:

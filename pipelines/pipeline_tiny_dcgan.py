@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from .pipeline_tiny import Generators, TinyPipeline, TinyPipelineOutput
+from .pipeline_tiny import Generators, TinyPipeline, TinyPipelineOutput, slerp
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 
 
@@ -85,6 +85,46 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
         latents = self._prepare_latents(batch_size, generator, latents)
         sample = self.generator(latents, labels).sample
+        return self._postprocess(sample, None, output_type, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        seeds: tuple[int, int],
+        class_labels: ClassLabels | None = None,
+        num_frames: int = 16,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> TinyPipelineOutput | tuple:
+        r"""
+        Interpolates between two samples, on the sphere near which their latents lie. The ends are the samples.
+
+        Args:
+            seeds (`tuple[int, int]`):
+                The two seeds, each used as `generator=[torch.Generator().manual_seed(seed)]`.
+            class_labels (`int`, `str`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
+                One class, or two classes to interpolate between: ids, names or weights of the rows of the network's
+                class embedding. Required for a generator with classes.
+            num_frames (`int`, *optional*, defaults to 16):
+                The number of frames, both ends included: at least 2.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                As for sampling.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                As for sampling.
+
+        Returns:
+            [`TinyPipelineOutput`] or `tuple`: The frames in order, ready for `diffusers.utils.export_to_gif`.
+
+        Raises:
+            `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
+        """
+        self._check_output(2, output_type)
+        self._check_num_frames(num_frames)
+        labels, _ = self._encode_class_labels(class_labels, 2)
+        latents = self._prepare_ends(seeds, None)
+        share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)[:, None]
+        latents = slerp(latents[:1], latents[1:], share)
+        sample = self.generator(latents, self._interpolate_labels(labels, share)).sample
         return self._postprocess(sample, None, output_type, return_dict)
 
 

@@ -8,7 +8,15 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.utils import logging
 
-from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput, predict_original_sample
+from .pipeline_tiny import (
+    Generators,
+    Images,
+    StepCallback,
+    TinyPipeline,
+    TinyPipelineOutput,
+    predict_original_sample,
+    slerp,
+)
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 
 
@@ -155,20 +163,13 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         if images is not None:
             predict = self._guided_predict(labels, guidance_scale, guidance_interval)
             latents = self._invert(self._preprocess(images, 2), predict)
-        elif seeds is not None:
-            if len(seeds) != 2:
-                raise ValueError(f"`seeds` must be two seeds, got {seeds}.")
-            latents = self._prepare_latents(2, [torch.Generator().manual_seed(int(seed)) for seed in seeds], None)
         else:
-            latents = self._prepare_latents(2, None, latents)
+            latents = self._prepare_ends(seeds, latents)
 
         # 2. interpolate between them
         share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)
         frames = (slerp if interpolation == "slerp" else torch.lerp)(latents[:1], latents[1:], share.view(-1, 1, 1, 1))
-        if labels is not None:
-            if not labels.is_floating_point():
-                labels = torch.nn.functional.one_hot(labels, self._num_rows)
-            labels = torch.lerp(*labels.to(share.dtype), share[:, None])  # (2, rows) -> (num_frames, rows)
+        labels = self._interpolate_labels(labels, share[:, None])
 
         # 3. denoise the frames
         if _adds_noise(self.scheduler, eta):
@@ -251,25 +252,6 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 sample = ratio * prev_sample + direction * epsilon + lost
             alpha_prod_prev = alpha_prod
         return sample
-
-
-def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the spherical linear interpolation (sin((1 - s) θ) x + sin(s θ) y) / sin θ, where θ is the angle between x
-    and y ([DDIM](https://huggingface.co/papers/2010.02502), eq. 67; Shoemake, 1985).
-
-    Args:
-        start (`torch.Tensor` of shape `(1, C, H, W)`): x.
-        end (`torch.Tensor` of shape `(1, C, H, W)`): y.
-        share (`torch.Tensor` of shape `(N, 1, 1, 1)`): s, from 0 at x to 1 at y.
-
-    Returns:
-        `torch.Tensor` of shape `(N, C, H, W)`: The interpolated points, in order.
-    """
-    theta = torch.acos(torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1))
-    if torch.sin(theta) < 1e-4:  # x and y are collinear: no arc between them is unique
-        return torch.lerp(start, end, share)
-    return (torch.sin((1 - share) * theta) * start + torch.sin(share * theta) * end) / torch.sin(theta)
 
 
 def _adds_noise(scheduler: SchedulerMixin, eta: float) -> bool:

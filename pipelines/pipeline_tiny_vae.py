@@ -135,21 +135,28 @@ class TinyVAEPipeline(TinyPipeline):
 
     @torch.no_grad()
     def interpolate(
-        self, images: Images, num_frames: int = 16, output_type: str = "pil", return_dict: bool = True
+        self,
+        images: Images | None = None,
+        num_frames: int = 16,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        seeds: tuple[int, int] | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
-        Interpolates between two images, on the line between their latents. The ends are the two reconstructions.
+        Interpolates on the line between two latents. The ends are the reconstructions of two images, or two samples.
 
         Args:
-            images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`, *optional*):
                 The two images. PIL images are resized to the network's size. Arrays `(2, H, W, C)` and tensors
-                `(2, C, H, W)` must have its size and lie in [0, 1].
+                `(2, C, H, W)` must have its size and lie in [0, 1]. Exactly one of `images` and `seeds` must be given.
             num_frames (`int`, *optional*, defaults to 16):
                 The number of frames, both ends included: at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 As for sampling.
             return_dict (`bool`, *optional*, defaults to `True`):
                 As for sampling.
+            seeds (`tuple[int, int]`, *optional*):
+                The seeds of two samples, each used as `generator=[torch.Generator().manual_seed(seed)]`.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The frames in order, ready for `diffusers.utils.export_to_gif`.
@@ -159,7 +166,12 @@ class TinyVAEPipeline(TinyPipeline):
         """
         self._check_output(2, output_type)
         self._check_num_frames(num_frames)
-        start, end = self._network.encode(self._preprocess(images, 2, resize_arrays=False)).mean
+        if (images is None) == (seeds is None):
+            raise ValueError("Give exactly one of `images` and `seeds`, for the two ends.")
+        if seeds is not None:
+            start, end = self._prepare_ends(seeds, None)
+        else:
+            start, end = self._network.encode(self._preprocess(images, 2, resize_arrays=False)).mean
         share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
         return self._decode(torch.lerp(start, end, share[:, None]), output_type, return_dict)
 

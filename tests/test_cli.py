@@ -10,10 +10,14 @@ from PIL import Image
 
 from tiny_diffusers import (
     TinyConditionalPipeline,
+    TinyDCGANGenerator,
+    TinyDCGANPipeline,
     TinyDDIMScheduler,
     TinyPipeline,
     TinyPixelCNNModel,
     TinyPixelCNNPipeline,
+    TinyVAEModel,
+    TinyVAEPipeline,
     cli,
     hub,
 )
@@ -294,6 +298,34 @@ class TestInterpolate:
         arguments = ("--seeds", "0,0", "--class_labels", "cat,frog", "--num_frames", 3, "--output", f"{output}")
         assert run("interpolate", conditional_checkpoint, *self.ARGUMENTS, *arguments) == 0
 
+    def test_a_vae_and_a_gan_walk_their_latents(self, checkpoint, tmp_path, capsys):
+        torch.manual_seed(0)
+        vae = TinyVAEPipeline(TinyVAEModel(8, 1, 4, (8,)).eval())
+        gan = TinyDCGANPipeline(TinyDCGANGenerator(8, 1, 4, (8,)).eval())
+        device = ("--dtype", "float32", "--device", "cpu")
+        for name, pipe in (("vae", vae), ("gan", gan)):
+            pipe.save_pretrained(tmp_path / name)
+            output = ("--seeds", "3,8", "--num_frames", 4, "--output", f"{tmp_path}/{name}-frames/")
+            assert run("interpolate", tmp_path / name, *device, *output) == 0
+            frames = [np.asarray(Image.open(file)) for file in sorted((tmp_path / f"{name}-frames").iterdir())]
+            expected = pipe.interpolate(seeds=(3, 8), num_frames=4, output_type="np").images[..., 0]
+            np.testing.assert_allclose(frames, 255 * expected, atol=1)
+
+        ends = [tmp_path / "gan-frames" / f"{i:05}.png" for i in (0, 3)]
+        output = ("--num_frames", 3, "--output", f"{tmp_path}/between/")
+        assert run("interpolate", tmp_path / "vae", *device, "--images", *ends, *output) == 0
+        expected = vae.interpolate([Image.open(end) for end in ends], num_frames=3).images
+        frames = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "between").iterdir())]
+        np.testing.assert_allclose(frames, [np.asarray(frame) for frame in expected], atol=1)
+        line = error_line(capsys, "interpolate", tmp_path / "gan", *device, "--images", *ends, *output)
+        assert "--images means nothing" in line
+
+    def test_a_pixelcnn_has_no_latents(self, tmp_path, capsys):
+        network = TinyPixelCNNModel(4, 1, 16, hidden_channels=8, num_layers=2).eval()
+        TinyPixelCNNPipeline(network).save_pretrained(tmp_path / "pixelcnn")
+        line = error_line(capsys, "interpolate", tmp_path / "pixelcnn", "--output", tmp_path / "a.gif")
+        assert "a TinyPixelCNNPipeline, which has no latents to interpolate between" in line
+
     def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
         output = ("--output", tmp_path / "a.gif")
         assert "num_frames" in error_line(capsys, "interpolate", checkpoint, "--num_frames", 1, *output)
@@ -319,7 +351,11 @@ class TestPlot:
 class TestExportAndPush:
     def test_export_lays_the_code_and_takes_the_card_along(self, checkpoint, tmp_path):
         (checkpoint / "README.md").write_text("a card")
+        (checkpoint / "reports" / "ddim-50").mkdir(parents=True)
+        for name in ("report.json", ".paths.json"):
+            (checkpoint / "reports" / "ddim-50" / name).touch()
         assert run("export", checkpoint, tmp_path / "exported") == 0
+        assert [path.name for path in (tmp_path / "exported" / "reports" / "ddim-50").iterdir()] == ["report.json"]
         assert (tmp_path / "exported" / "unet" / "unet_tiny.py").is_file()
         assert (tmp_path / "exported" / "README.md").read_text() == "a card"
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,10 +16,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, hub
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import Protocol, Report
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -291,6 +293,33 @@ class TestCard:
         assert "](samples.png)" in text and "](loss_curves.png)" in text
         assert "What it is not good for" in text
 
+    def test_a_report_replaces_the_last_one_and_keeps_what_else_the_card_holds(self, exported):
+        def report(value):
+            protocol = asdict(Protocol(features="pixels"))
+            features = {"dtype": "float32", "resize": "none"}
+            reference = {"name": "pets", "split": "test", "images": 9, "load": {"train_data_dir": "pets"}}
+            measured_by = {"num_images": 9, "features": features, "reference": reference}
+            figures = {"recall": {"value": value, "error": None, "error_kind": None}}
+            return Report(protocol, measured_by, {"kind": "pipeline", "name": "tiny"}, figures)
+
+        directory, _ = exported
+        write_card(directory, results={"training time": "16 minutes"})
+        card = ModelCard.load(directory / "README.md")
+        own = {"task_type": "image", "dataset_type": "mine", "dataset_name": "mine", "metric_type": "my_check"}
+        card.data.model_name, card.data.eval_results = "Digits", [EvalResult(**own, metric_value=3)]
+        (directory / "README.md").write_text(str(card))
+        for value in (0.25, 0.5):
+            hub.add_results(directory, report(value), "ddim-50")
+        card = ModelCard.load(directory / "README.md")
+        assert card.text.count("## Results") == 1 and "| training time | 16 minutes |" in card.text
+        assert card.text.count("Recall") == 1 and "| tiny | 0.5 |" in card.text and "0.25" not in card.text
+        assert "--from_report reports/ddim-50/report.json" in card.text
+        assert (
+            card.text.index("16 minutes") < card.text.index("Recall") < card.text.index("## What it is not good for")
+        )
+        results = {result.metric_type: (result.metric_value, result.dataset_name) for result in card.data.eval_results}
+        assert results == {"my_check": (3, "mine"), "recall": (0.5, "pets")}
+
     def test_how_it_loads_is_what_the_folder_allows(self, exported, tmp_path, tiny_pipeline):
         def card_of(pipe, name, with_code):
             return write_card(hub.export(pipe, tmp_path / name, with_code=with_code), hub_model_id="me/tiny").text
@@ -357,6 +386,8 @@ class TestPush:
             "data.lock",
             ".cache/x",
             "unet/.hidden",
+            ".paths.json",
+            "reports/ddim-50/.paths.json",
             "unet/__pycache__/unet_tiny.cpython-311.pyc",
         ):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)

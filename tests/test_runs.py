@@ -124,6 +124,24 @@ def test_constructing_a_folder_touches_nothing_and_claiming_it_is_exclusive(tmp_
         assert folder.read_config() == {}
 
 
+def test_the_report_of_a_folder_is_the_published_one_or_the_only_one(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.find_report() == tmp_path / "report.json"  # which is missing
+    reports = [run.reports / name / "report.json" for name in ("a", "b")]
+    for report in reports:
+        report.parent.mkdir(parents=True)
+    reports[0].touch()
+    assert run.find_report() == reports[0]
+    reports[1].touch()
+    with pytest.raises(UserError, match=r"2 reports \(a, b\) and none is published"):
+        run.find_report()
+    run.publish_report("b")
+    assert run.find_report() == reports[1]
+    run.published.unlink()
+    run.report.touch()  # of an earlier version, which wrote the card's report there
+    assert run.find_report() == run.report
+
+
 def test_too_full_a_disk_is_refused_before_training(tmp_path):
     with (
         pytest.raises(UserError, match="MB free"),

@@ -9,8 +9,9 @@ import argparse
 import dataclasses
 import importlib
 import inspect
-import logging
+import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,17 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import __version__
 from .errors import UserError, first_line, refusals, unknown
+from .paths import keep_paths, kept_paths, local_path, public_command
 
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from .data import ImageData
     from .evaluation import Report
-
-logger = logging.getLogger(__name__)
 
 # --scheduler -> the name of its class, in this package or in diffusers, and its options
 SCHEDULERS = {
@@ -96,12 +94,7 @@ def sample_parser() -> argparse.ArgumentParser:
         f"first {MAX_CLASSES})",
     )
     _add_guidance_interval(parser)
-    parser.add_argument(
-        "--dynamic_thresholding",
-        type=float,
-        metavar="P",
-        help="percentile, such as 0.995, that keeps high guidance from saturating (default: the scheduler's setting)",
-    )
+    _add_dynamic_thresholding(parser)
     _add_temperature(parser)
     parser.add_argument(
         "--return_intermediates",
@@ -122,9 +115,11 @@ def sample(args: argparse.Namespace) -> None:
     output = _prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
-    pipe = _load_pipeline(args, "TinyPipeline")
+    pipe = _load_pipeline(args)
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
-    options = _call_options(pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates")
+    options = _call_options(
+        pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
+    )
     num_images, labels = args.num_images, options.pop("class_labels", None)
     if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
         labels = _first_classes(pipe)[:num_images] or None
@@ -225,14 +220,16 @@ def interpolate(args: argparse.Namespace) -> None:
 
     output = _prepare_output(args.output)
     _check_numbered(output, args.num_frames)
-    pipe = _load_pipeline(args, "TinyInterpolationPipeline")
+    pipe = _load_pipeline(args)
+    walk = _interpolation_of(pipe, args.checkpoint)
     names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
-    options = _call_options(pipe, args, *names, "seeds", "images")
+    options = _call_options(walk, pipe, args, *names, "seeds", "images")
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
-    generator = [torch.Generator().manual_seed(args.seed) for _ in range(args.num_frames)]
+    if "generator" in inspect.signature(walk).parameters:  # of a scheduler that draws noise in its steps
+        options["generator"] = [torch.Generator().manual_seed(args.seed) for _ in range(args.num_frames)]
     with refusals():
-        frames = pipe(num_frames=args.num_frames, generator=generator, **options).images
+        frames = walk(num_frames=args.num_frames, **options).images
 
     if output.is_dir():
         _save_numbered(frames, output)
@@ -244,6 +241,20 @@ def interpolate(args: argparse.Namespace) -> None:
     else:
         image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
     print(f"{len(frames)} frames: {output}")
+
+
+def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
+    """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
+    from . import TinyInterpolationPipeline
+
+    if hasattr(pipe, "interpolate"):  # on the latents of a VAE or GAN
+        return pipe.interpolate
+    if "unet" not in pipe.components:
+        raise UserError(
+            f"'{checkpoint}' is a {type(pipe).__name__}, which has no latents to interpolate between: give a checkpoint "
+            "of diffusion, a VAE or a DCGAN."
+        )
+    return TinyInterpolationPipeline.from_pipe(pipe)
 
 
 # -------------------------------------------------------------------------------------------------- export and push
@@ -282,7 +293,7 @@ def export(args: argparse.Namespace) -> None:
     if args.format == "onnx" and (args.dtype != "float32" or args.no_code):
         raise UserError("--format onnx is float32 and has no code beside it: leave out --dtype and --no_code.")
     _prepare_output(f"{args.directory}/")
-    pipe = _from_pretrained("TinyPipeline", args)
+    pipe = _from_pretrained(args)
     if args.format == "onnx":
         from .onnx_export import export_onnx
 
@@ -293,7 +304,9 @@ def export(args: argparse.Namespace) -> None:
     hub.export(pipe, args.directory, with_code=not args.no_code)
     if source.is_dir():
         for file in (file for pattern in EXPORTED for file in source.glob(pattern)):
-            shutil.copyfile(file, args.directory / file.name)
+            target = args.directory / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         hub.update_loading(args.directory)
     print(f"exported to {args.directory}")
 
@@ -316,16 +329,22 @@ def push(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------- evaluate and compare
 
 
+# Arguments of a pipeline's call that a report records
+SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "dynamic_thresholding", "temperature")
+
+
 def evaluate_parser() -> argparse.ArgumentParser:
+    from .evaluation.references import RealImages
     from .evaluation.report import Protocol
     from .flags import FlagParser
 
     parser = FlagParser(
         Protocol,
+        RealImages,
         prog="tiny-diffusers evaluate",
-        description="Writes report.json, report.md and report.png, and the metrics into the checkpoint's card. `torchrun "
-        "--nproc_per_node N -m tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among "
-        "processes; a stopped evaluation resumes where it was.",
+        description="Writes report.json, report.md and report.png to CHECKPOINT/reports/NAME. `torchrun --nproc_per_node N -m "
+        "tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among processes; a stopped "
+        "evaluation resumes where it was.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder, or owner/name on the Hub")
     parser.add_argument(
@@ -337,132 +356,207 @@ def evaluate_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="use the protocol of this report.json, and its model if none is given; other flags win over it",
     )
+    parser.add_argument("--name", help="name of the report (default: made from the protocol, such as ddim-50)")
     parser.add_argument(
-        "--output", metavar="DIR", help="default: the checkpoint's folder, or evaluation/ if there is none"
+        "--publish",
+        action="store_true",
+        help="show this report in the checkpoint's card, and let it stand for the folder",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the report (default: CHECKPOINT/reports/NAME, or evaluation/reports/NAME if there is no folder)",
     )
     _add_sampling_arguments(parser)
+    _add_guidance_interval(parser)
+    _add_dynamic_thresholding(parser)
     _add_temperature(parser)
-    data = parser.add_argument_group("the reference")
-    data.add_argument("--dataset_name", help="real images: a Hub id, a folder, or digits")
-    data.add_argument("--dataset_config_name", help="configuration of a dataset that has several")
-    data.add_argument("--split", default="test", help="split of the real images to measure against")
-    data.add_argument(
-        "--train_split", help="split the model was trained on, or none (default: train, if there is one)"
-    )
-    data.add_argument("--classes", help="names or ids, such as cat,frog, if the model has only these")
     return parser
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluates by the flags; with `--from_report` by those of an earlier report, where no flag is given."""
-    from .evaluation import Protocol, Report
-
-    earlier = Report.load(args.from_report) if args.from_report else None
-    if earlier is not None:
-        given = evaluate_parser().given(args.argv)
-        has_source = given.keys() & {"checkpoint", "images"}
-        args = argparse.Namespace(**{**vars(args), **_flags_of(earlier, args.from_report, not has_source), **given})
-    if (args.checkpoint is None) == (args.images is None):
-        raise UserError("Give either a CHECKPOINT or --images DIR to evaluate.")
-    if args.dataset_name is None:
-        raise UserError("Give the real images to measure against: --dataset_name, a Hub id, a folder, or digits.")
-    fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
-    protocol = Protocol(**{name: getattr(args, name) for name in fields})
-    is_folder = args.checkpoint is not None and Path(args.checkpoint).is_dir()
-    folder = Path(args.output or (args.checkpoint if is_folder else "evaluation"))
-    if args.output is None and args.kind != "samples":  # the checkpoint's own report, and its card, are of samples
-        folder = folder / args.kind
-    _prepare_output(f"{folder}/")
-
-    from .evaluation import evaluate as measure
-    from .evaluation.evaluator import processes
-    from .evaluation.images import read_folder
-    from .hub import add_results
+    """Evaluates by the flags; what they leave open an earlier report says, or else the model's own run."""
+    from .evaluation import Protocol, references
+    from .evaluation.report import Report, default_name, find_report
     from .runs import RunFolder
 
+    given, earlier = evaluate_parser().given(args.argv), None
+    if args.from_report:
+        file = find_report(args.from_report)
+        earlier = Report.load(file)
+        given = _flags_of(earlier, file, given) | given
+        args = argparse.Namespace(**vars(args) | given)
+    if (args.checkpoint is None) == (args.images is None):
+        raise UserError("Give either a CHECKPOINT or --images DIR to evaluate.")
+    run = RunFolder(args.checkpoint) if args.checkpoint is not None and Path(args.checkpoint).is_dir() else None
+    if args.publish and run is None:
+        raise UserError("--publish is for a report of a checkpoint in a folder: leave it out.")
+    _check_name(args)
+    flags = {} if run is None or earlier is not None else references.flags_of_run(run, given)
+    images = references.choose(given, flags)
+    fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
+    protocol = Protocol(**{name: getattr(args, name) for name in fields})
+
+    from .evaluation import evaluate as measure
+    from .evaluation.evaluator import describe_images, describe_pipeline, processes
+    from .evaluation.images import read_folder
+    from .hub import add_results
+
+    # 1. The images to measure, and the real ones
     state = processes()  # before anything is put on a device: each process has its own
     if args.images is not None:
-        source, name = read_folder(args.images), args.images
-        channels, _, width = source.images.shape[1:]
+        images_or_pipe = read_folder(args.images)
+        channels, _, side = images_or_pipe.images.shape[1:]
+        path, source = args.images, describe_images(args.images)
     else:
-        source, name = _load_pipeline(args, "TinyPipeline"), args.checkpoint
-        channels, _, width = source._image_shape
-        sampling = _call_options(source, args, "num_inference_steps", "eta", "guidance_scale", "temperature")
-        protocol = dataclasses.replace(protocol, sampling=sampling)
-    load = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "classes")}
-    options = {**load, "resolution": width, "channels": channels}
-    reference, training = _load_real_images(args, options, state)
+        images_or_pipe = _load_pipeline(args)
+        channels, _, side = images_or_pipe._image_shape
+        protocol = dataclasses.replace(
+            protocol, sampling=_call_options(images_or_pipe.__call__, images_or_pipe, args, *SAMPLING)
+        )
+        path, source = args.checkpoint, describe_pipeline(images_or_pipe, protocol, args.checkpoint)
+    reference, training, images = references.load_real_images(images, channels, side, state)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
         )
+    load, paths = references.describe(images)
 
+    # 2. The folder of the report, where no other is overwritten
+    def is_free(folder: Path) -> bool:
+        file = folder / "report.json"
+        try:
+            return not file.exists() or Report.load(file).asks_the_same(protocol.describe(), source, load)
+        except UserError:  # of another version, or damaged
+            return False
+
+    reports = RunFolder("evaluation").reports if run is None else run.reports
+    folder = _report_folder(args, reports, default_name(protocol, source), is_free)
+    _prepare_output(f"{folder}/")
+    if state.is_main_process:
+        is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])
+        origin = f", as {run.config} has it" if is_own else ""
+        print(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
+
+    # 3. The report
     with refusals():
         report = measure(
-            source,
+            images_or_pipe,
             reference,
             protocol,
             training=training,
             output_dir=folder,
-            name=name,
-            load=load | {"split": args.split, "train_split": args.train_split},
-            command=args.command_line,
+            name=path,
+            load=load,
+            notes=[] if run is None else references.find_mismatches(run, reference, training),
+            command=public_command(["tiny-diffusers", "evaluate", *args.argv]),
         )
     if state.is_main_process:
-        run = RunFolder(folder)
-        if run.card.is_file() and run.model_index.is_file():
-            add_results(folder, report)
+        keep_paths(folder, {**paths, source["kind"]: str(Path(path).resolve())} if Path(path).exists() else paths)
+        if args.publish:
+            run.publish_report(folder.name)
+            if run.card.is_file():
+                add_results(run.path, report, folder.name)
         print(report.markdown())
-        print(f"report: {run.report}")
+        print(f"report: {folder / 'report.json'}")
     state.wait_for_everyone()
     state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
 
 
-def _flags_of(report: "Report", path: str, with_source: bool) -> dict:
-    """Returns the flags that an earlier report was made with."""
-    load = report.measured_by["reference"].get("load") or {}
+def _check_name(args: argparse.Namespace) -> None:
+    """Refuses contradictions in where the report goes."""
+    if args.output is not None and (args.publish or args.name is not None):
+        raise UserError("--output puts the report elsewhere: leave it out, or leave out --name and --publish.")
+    if args.name is not None and not re.fullmatch(r"(?!published$)\w[\w.+-]*", args.name):
+        raise UserError(
+            f"--name '{args.name}': it must be the plain name of a folder, of letters, digits and _.+-, not 'published'."
+        )
+
+
+def _report_folder(args: argparse.Namespace, reports: Path, default: str, is_free: Callable[[Path], bool]) -> Path:
+    """Returns the folder of a report; by default the first of NAME, NAME-2, ... that holds no report of another protocol."""
+    if args.output is None and args.name is None:
+        names = (f"{default}-{i}" if i > 1 else default for i in itertools.count(1))
+        return next(reports / name for name in names if is_free(reports / name))
+    folder = Path(args.output) if args.name is None else reports / args.name
+    if not is_free(folder):
+        raise UserError(f"{folder} holds a report of another protocol: give another name, or delete that one.")
+    return folder
+
+
+def _flags_of(report: "Report", file: Path, given: dict) -> dict:
+    """
+    Returns the flags that an earlier report was made with: what measures, checked as on the command line.
+
+    A report is data, and may be a stranger's: it never says what to trust, which device to use, which files to load or
+    where to write. The paths are those that this machine has kept, or the ones that are given.
+    """
+    from .evaluation.references import RealImages
+    from .evaluation.report import Protocol
+    from .flags import as_flags
+
+    load, source = report.measured_by["reference"].get("load") or {}, report.source
     if not load:
-        raise UserError(f"'{path}' was not made by this command, and doesn't say how its reference is loaded.")
-    source = report.source
+        raise UserError(f"'{file}' was not made by this command, and doesn't say how its reference is loaded.")
+    names = {field.name for field in (*dataclasses.fields(Protocol), *dataclasses.fields(RealImages))}
+    names = {*names, *SAMPLING, "dtype", "scheduler"} - {"sampling", "feature_weights"}
     scheduler = source.get("scheduler", {})
     matching = (
         name
         for name, (class_name, options) in SCHEDULERS.items()
         if {"class": class_name, **options}.items() <= scheduler.items()
     )
-    protocol = {name: value for name, value in report.protocol.items() if name != "sampling"}
-    flags = {**protocol, **load, **report.protocol["sampling"], "scheduler": next(matching, None)}
-    if "dtype" in source:
-        flags["dtype"] = source["dtype"]
-    if with_source:
-        flags["checkpoint" if source["kind"] == "pipeline" else "images"] = source["name"]
-    return flags
+    measured_with = {"dtype": source.get("dtype"), "scheduler": next(matching, None)}
+    values = {**report.protocol, **report.protocol.get("sampling", {}), **load, **measured_with}
+    values = {name: value for name, value in values.items() if name in names}
+    if values.get("baselines") == []:
+        values["baselines"] = "none"
+
+    folder, name = load.get("train_data_dir"), str(values.get("dataset_name", ""))
+    if folder is None and name != "digits" and local_path(name) is not None:
+        folder = name
+    if folder is not None:
+        values["dataset_name"] = kept_paths(file.parent).get("dataset_name")
+    needed = {
+        "dataset_name": folder if values.get("dataset_name") is None else None,
+        "feature_weights": report.protocol.get("feature_weights"),
+    }
+    for name, value in needed.items():
+        if value is not None and name not in given:
+            raise UserError(f"'{file}' was measured with files named '{value}': say where they are with --{name}.")
+    try:
+        parsed = evaluate_parser().given(as_flags(values))
+    except UserError as error:
+        raise UserError(f"'{file}' is damaged: {error}") from error
+    flags = {name: value for name, value in parsed.items() if name in values}  # and none that a value spells
+    return flags if given.keys() & {"checkpoint", "images"} else flags | _source_of(report, file)
 
 
-def _load_real_images(
-    args: argparse.Namespace, options: dict, state: "PartialState"
-) -> "tuple[ImageData, ImageData | None]":
-    """Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache."""
-    from .data import load_images
+def _source_of(report: "Report", file: Path) -> dict:
+    """Returns the flag of what an earlier report measured: where it lies on this machine, or its name on the Hub."""
+    from .runs import RunFolder
 
-    with state.main_process_first():
-        if args.dataset_name == "digits":  # which have one split alone
-            return load_images(split="train", **options), None
-        reference = load_images(split=args.split, **options)
-        if args.train_split == "none":
-            return reference, None
-        try:
-            return reference, load_images(split=args.train_split or "train", **options)
-        except UserError as error:
-            if args.train_split is not None:
-                raise
-            logger.warning(f"there is no training set: {error}")
-            return reference, None
+    kind, name = report.source.get("kind"), str(report.source.get("name"))
+    paths = kept_paths(file.parent)
+    if kind != "pipeline":
+        folders = [paths.get("images")]
+    else:  # the report lies in CHECKPOINT/reports/NAME, or in the checkpoint itself
+        parents = file.resolve().parents
+        holders = [parents[0], *(parents[2:3] if parents[1].name == "reports" else [])]
+        folders = [folder for folder in holders if RunFolder(folder).model_index.is_file()]
+        on_hub = name if name.count("/") == 1 and not Path(name).is_absolute() else None
+        folders += [paths.get("pipeline"), on_hub]
+    found = next((str(folder) for folder in folders if folder is not None), None)
+    if found is None:
+        raise UserError(f"'{file}' is of '{name}', which is not known here: give its CHECKPOINT or --images.")
+    return {"checkpoint" if kind == "pipeline" else "images": found}
 
 
 def compare_parser() -> argparse.ArgumentParser:
     parser = _parser("compare", "Refuses metrics of different protocols.")
-    parser.add_argument("reports", metavar="CHECKPOINT", nargs="+", help="evaluated folders, or report.json files")
+    parser.add_argument(
+        "reports", metavar="CHECKPOINT", nargs="+", help="folders of checkpoints or reports, or report.json files"
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this .md file")
     return parser
 
@@ -627,6 +721,15 @@ def _add_guidance_interval(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_dynamic_thresholding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dynamic_thresholding",
+        type=float,
+        metavar="P",
+        help="percentile, such as 0.995, that keeps high guidance from saturating (default: the scheduler's setting)",
+    )
+
+
 def _add_temperature(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, help="temperature of a PixelCNN; below 1 likely values are drawn more often"
@@ -665,7 +768,7 @@ def _picture(text: str) -> "Image.Image":
         raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({first_line(error)})") from None
 
 
-def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipeline":
+def _load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
     if args.scheduler is not None and args.scheduler not in SCHEDULERS:
         raise unknown("--scheduler", args.scheduler, SCHEDULERS)
@@ -687,7 +790,7 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
     if args.dtype == "auto" and dtype != torch.float32:
         print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)
 
-    pipe = _from_pretrained(class_name, args).to(device, dtype)
+    pipe = _from_pretrained(args).to(device, dtype)
     if args.scheduler is not None:
         if "scheduler" not in pipe.components:
             raise UserError(
@@ -704,18 +807,16 @@ def _load_pipeline(args: argparse.Namespace, class_name: str) -> "DiffusionPipel
     return pipe
 
 
-def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPipeline":
+def _from_pretrained(args: argparse.Namespace) -> "DiffusionPipeline":
     from diffusers.utils import logging
 
-    import tiny_diffusers
+    from . import TinyPipeline
 
     logging.disable_progress_bar()  # of the loading, which is short
     logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     try:
         with refusals():
-            return getattr(tiny_diffusers, class_name).from_pretrained(
-                args.checkpoint, trust_remote_code=args.trust_remote_code
-            )
+            return TinyPipeline.from_pretrained(args.checkpoint, trust_remote_code=args.trust_remote_code)
     except OSError as error:
         raise UserError(
             f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
@@ -723,10 +824,10 @@ def _from_pretrained(class_name: str, args: argparse.Namespace) -> "DiffusionPip
         ) from error
 
 
-def _call_options(pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
-    """Returns the named arguments that were given; the pipeline's call must know them all."""
+def _call_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
+    """Returns the named arguments that were given; `call`, the pipeline's own or its interpolation, must know them all."""
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    known = inspect.signature(pipe.__call__).parameters
+    known = inspect.signature(call).parameters
     for name in options:
         if name not in known:
             raise UserError(f"--{name} means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out.")

@@ -5,25 +5,28 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class UserError(ValueError):
     """A mistake in what was asked for. Scripts and the command line print it as one line and exit with status 2."""
 
 
-def unknown(kind: str, given: object, allowed: Iterable[object]) -> UserError:
+def unknown(kind: str, given: object, allowed: Iterable[object], meant: Mapping[str, str] | None = None) -> UserError:
     """
-    Returns the error for an unknown name, to be raised by the caller. It suggests the nearest known name.
+    Returns the error for an unknown name, to be raised by the caller. It suggests what is meant, or the nearest known
+    name.
 
     Args:
         kind (`str`): What the name stands for, such as `"class"` or `"--loss_type"`.
         given (`object`): The name that was given.
         allowed (`Iterable[object]`): The known names.
+        meant (`dict[str, str]`, *optional*): What to give for names, in lower case, that other programs know.
     """
     allowed = [str(name) for name in allowed]
     near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    suggested = (meant or {}).get(str(given).lower()) or next(iter(near), None)
+    hint = f" Did you mean '{suggested}'?" if suggested else ""
     return UserError(f"Unknown {kind} '{given}': it must be one of {', '.join(allowed)}.{hint}")
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -34,6 +35,7 @@ def flag(
     changes_run: bool = True,
     replaces: tuple[str, ...] = (),
     decides: tuple[str, ...] = (),
+    meant: Mapping[str, str] | None = None,
 ) -> Any:
     """
     Declares a dataclass field as a flag.
@@ -48,6 +50,7 @@ def flag(
             line: `--num_epochs` replaces a recipe's `max_train_steps`.
         decides (`tuple[str, ...]`): The same for values that nobody asked for, as an earlier run resolved them:
             `--resolution` decides the network's options.
+        meant (`dict[str, str]`, *optional*): What to suggest for values that other programs know by another name.
     """
     metadata = {
         "help": help,
@@ -56,6 +59,7 @@ def flag(
         "changes_run": changes_run,
         "replaces": replaces,
         "decides": decides,
+        "meant": meant,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -110,6 +114,15 @@ def expand_user(namespace: argparse.Namespace) -> argparse.Namespace:
     return namespace
 
 
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Spells values as they would be typed on the command line; those that are None are left out."""
+    flags = []
+    for name, value in values.items():
+        if value is not None:
+            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -127,11 +140,13 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, *dataclass_types: type, **kwargs):
         self.choices: dict[str, tuple] = {}  # of the flags that take a list of strings; empty if any will do
+        self.meant: dict[str, Mapping[str, str] | None] = {}  # what to suggest for other values of these
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         if "help" not in field.metadata:
             return
+        self.meant[field.name] = field.metadata["meant"]
         field = copy.copy(field)
         field.metadata = {name: field.metadata[name] for name in ("help", "aliases")}
         list_type = next((t for t in (field.type, *get_args(field.type)) if get_origin(t) is list), None)
@@ -153,7 +168,7 @@ class FlagParser(HfArgumentParser):
                 parts = [part.strip() for word in words for part in word.split(",")]
                 for part in parts:
                     if choices and part not in choices:
-                        raise unknown(f"--{name}", part, choices)
+                        raise unknown(f"--{name}", part, choices, self.meant[name])
                 setattr(namespace, name, parts)
         return namespace, rest
 

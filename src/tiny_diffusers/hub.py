@@ -44,6 +44,7 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
     """
     directory = Path(directory)
     pipe.save_pretrained(directory)
+    _drop_local_paths(directory)
     index_path = directory / MODEL_INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
     if not with_code or _is_stock(index):
@@ -57,6 +58,15 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
             index[name] = _copy_code(type(component), directory / name)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return directory
+
+
+def _drop_local_paths(directory: Path) -> None:
+    """Deletes from the configs of a saved pipeline where on this machine its networks were loaded from."""
+    for path in [directory / MODEL_INDEX, *directory.glob("*/*config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "_name_or_path" in config and not _is_hub_id(config["_name_or_path"]):
+            del config["_name_or_path"]
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_stock(index: dict) -> bool:
@@ -192,14 +202,19 @@ def update_loading(output_dir: str | Path) -> None:
         path.write_text(text[: section.start()] + loading + text[section.end() :], encoding="utf-8")
 
 
-def add_results(output_dir: str | Path, report: "Report") -> Path:
+# The part of a card's section "Results" that a report replaces
+_REPORT = ("<!-- report -->", "<!-- end of the report -->")
+
+
+def add_results(output_dir: str | Path, report: "Report", name: str) -> Path:
     """
-    Adds a report's metrics to a model card: to its metadata as a `model-index`, which the Hub shows, and to its text as the
-    section "Results", which replaces an earlier one.
+    Adds a report's metrics to a model card: to its metadata as a `model-index`, which the Hub shows, and to its text in
+    the section "Results". They replace those of an earlier report; what else a card holds there stays.
 
     Args:
         output_dir (`str` or `Path`): The folder of the card, `README.md`.
         report ([`~tiny_diffusers.evaluation.Report`]): The metrics with their protocol.
+        name (`str`): The name of the report's folder in `reports/`.
 
     Returns:
         `Path`: The card.
@@ -210,14 +225,20 @@ def add_results(output_dir: str | Path, report: "Report") -> Path:
     card = ModelCard.load(path)
     heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.model_name = heading[1].strip() if heading else Path(output_dir).name
-    card.data.eval_results = [EvalResult(**result) for result in report.card_results()]
+    others = [result for result in card.data.eval_results or [] if not report.knows(result.metric_type)]
+    card.data.eval_results = [*others, *(EvalResult(**result) for result in report.card_results())]
 
-    again = "`tiny-diffusers evaluate --from_report report.json` reproduces it."
-    section = f"## Results\n\n{report.markdown()}\n{again}\n\n"
-    text = re.sub(r"^## Results\n.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
-    place = re.search(r"^## What it is not good for", text, re.MULTILINE)
-    cut = place.start() if place else len(text)
-    card.text = text[:cut].rstrip("\n") + "\n\n" + section + text[cut:]
+    start, end = _REPORT
+    again = f"`tiny-diffusers evaluate --from_report reports/{name}/report.json` reproduces it."
+    block = f"{start}\n\n{report.markdown()}\n{again}\n\n{end}"
+    text = re.sub(rf"\n*{start}.*?{end}", "", card.text, flags=re.DOTALL)
+    section = re.search(r"^## Results\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if section is None:
+        place = re.search(r"^## What it is not good for", text, re.MULTILINE)
+        cut, block = (place.start() if place else len(text)), f"## Results\n\n{block}"
+    else:
+        cut = section.end()
+    card.text = text[:cut].rstrip("\n") + f"\n\n{block}\n\n" + text[cut:]
     path.write_text(str(card), encoding="utf-8")
     return path
 

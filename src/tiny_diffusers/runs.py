@@ -30,6 +30,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .errors import UserError
+from .paths import PATHS_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,15 @@ _LEFT_AFTER = 3600  # seconds after which a folder that is being written was lef
 # These stay on this machine when a folder is pushed: checkpoints to resume from, trackers' files, what tools leave.
 NOT_PUSHED = ["checkpoint-*/*", "logs/*", "*.lock", "*.tmp", "*__pycache__/*", ".*", "*/.*"]
 # `export` copies these beside the exported pipeline.
-EXPORTED = ("README.md", "*.png", "*.gif", "*.jsonl", "config.yaml", "run.json", "report.json", "report.md")
+EXPORTED = (
+    *("README.md", "*.png", "*.gif", "*.jsonl", "config.yaml", "run.json", "report.json", "report.md"),
+    *("reports/published", "reports/*/report.*"),
+)
 # `--overwrite_output_dir` deletes these and the checkpoints.
 _DELETED = (
     *("config.yaml", "run.json", "train_log.jsonl", MODEL_INDEX, "README.md"),
     *("*.png", "samples/step-*.png", "*.gif", "*.py", "report.json", "report.md"),
+    *("reports/published", "reports/*/report.*", f"reports/*/{PATHS_FILE}", PATHS_FILE),
 )
 
 
@@ -72,7 +77,9 @@ class RunFolder:
         self.samples = self.path / "samples.png"
         self.animation = self.path / "training.gif"
         self.loss_curves = self.path / "loss_curves.png"
-        self.report = self.path / "report.json"
+        self.report = self.path / "report.json"  # of an earlier version, or of a report's own folder
+        self.reports = self.path / "reports"  # a folder each
+        self.published = self.reports / "published"  # the name of the one that the card shows
         self.model_index = self.path / MODEL_INDEX
 
     # -------------------------------------------------------------------------------------------- claiming it
@@ -189,6 +196,35 @@ class RunFolder:
     def list_grids(self) -> list[Path]:
         """Lists the sample grids drawn during training, oldest first."""
         return sorted((self.path / "samples").glob("step-*.png"))
+
+    # -------------------------------------------------------------------------------------------------- reports
+
+    def find_report(self) -> Path:
+        """
+        Finds the report of the folder: the published one, its own `report.json`, or the only one in `reports/`.
+
+        Raises:
+            UserError: If it has several, and none is published.
+        """
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = self.published.read_text(encoding="utf-8").strip()
+            report = self.reports / Path(name).name / "report.json"
+            if report.is_file():
+                return report
+        found = sorted(self.reports.glob("*/report.json"))
+        if self.report.is_file() or not found:
+            return self.report
+        if len(found) > 1:
+            names = ", ".join(path.parent.name for path in found)
+            raise UserError(
+                f"{self.path} has {len(found)} reports ({names}) and none is published: name one, such as "
+                f"{found[0]}, or evaluate with --publish."
+            )
+        return found[0]
+
+    def publish_report(self, name: str) -> None:
+        """Chooses the report that the card shows and that stands for the folder."""
+        replace_file(self.published, name + "\n")
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 

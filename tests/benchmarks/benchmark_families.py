@@ -25,6 +25,7 @@ from tiny_diffusers import TinyPipeline, plots, train_scripts
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.evaluation import Protocol, Report, compare, evaluate
 from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+from tiny_diffusers.paths import public_name
 from tiny_diffusers.runs import read_log
 
 
@@ -51,8 +52,9 @@ def check(name: str, args: argparse.Namespace) -> None:
     if not (folder / "model_index.json").is_file():
         return
     made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    made["dataset_name"] = made.get("train_data_dir") or made["dataset_name"]
     asked = {"max_train_minutes": args.minutes, "seed": args.seed}
-    asked |= {"dataset_name": args.dataset_name, "resolution": args.resolution}
+    asked |= {"dataset_name": public_name(args.dataset_name), "resolution": args.resolution}
     if (folder / "report.json").is_file():
         made = Report.load(folder).protocol | made
         asked = dataclasses.asdict(protocol_of(name, args)) | asked

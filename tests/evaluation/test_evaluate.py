@@ -1,10 +1,14 @@
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +43,12 @@ from tiny_diffusers.evaluation import (
     images,
     metrics,
 )
+from tiny_diffusers.evaluation.evaluator import processes
+from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import FlagParser
+from tiny_diffusers.paths import keep_paths
+from tiny_diffusers.runs import RunFolder
+from tiny_diffusers.training.arguments import saved_settings, split_paths
 
 
 FAST = {
@@ -181,7 +190,7 @@ class TestReport:
 class TestImages:
     def test_image_i_is_the_pipelines_own_with_seed_plus_i(self, tmp_path, pipeline):
         evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES, seed=5), output_dir=tmp_path)
-        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
         drawn = np.load(path)
         for i in (0, 7, 23):
             generator = torch.Generator().manual_seed(5 + i)
@@ -202,11 +211,104 @@ class TestImages:
 
         pipe.__class__ = Stopping
         Stopping.__name__ = "TinyPipeline"
+        shutil.rmtree(tmp_path / "cache")
         with pytest.raises(KeyboardInterrupt):
             evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
         report = evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=tmp_path / "stopped")
         assert calls == [8, 8, 8, 8]  # a complete batch, the stopped one, and the remaining two
         assert values(report) == values(whole)
+
+    def test_a_stopped_run_resumes_with_another_batch_size(self, tmp_path, pipeline, monkeypatch):
+        def drawn():
+            (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
+            return np.load(path)
+
+        whole = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        expected = drawn()
+        shutil.rmtree(tmp_path / "cache")
+        draw, calls = TinyPipeline.__call__, []
+
+        def stopping(self, **kwargs):
+            calls.append(kwargs["batch_size"])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return draw(self, **kwargs)
+
+        monkeypatch.setattr(TinyPipeline, "__call__", functools.wraps(draw)(stopping))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        report = evaluate(pipeline(), image_data(), Protocol(**{**NO_BASELINES, "batch_size": 5}))
+        assert calls == [8, 8, 5, 5, 5, 4]  # images 5 to 24, as those from 8 on are missing
+        np.testing.assert_allclose(drawn(), expected, atol=1)
+        assert values(report) == pytest.approx(values(whole), rel=0.01)
+
+    def test_bits_per_dim_do_not_depend_on_the_batch_size(self, tmp_path, pipeline):
+        options = {**NO_BASELINES, "metrics": ["bits_per_dim"], "likelihood_images": 8}
+        found = []
+        for batch_size in (8, 3):
+            protocol = Protocol(**{**options, "batch_size": batch_size})
+            found.append(values(evaluate(pipeline(steps=3), image_data(), protocol))["bits_per_dim"])
+            shutil.rmtree(tmp_path / "cache")
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+    def test_two_evaluations_at_once_share_the_work(self, tmp_path):
+        started, computed = threading.Barrier(2), []
+
+        def compute(start, stop):
+            computed.append(start)
+            return np.arange(start, stop)
+
+        def fill():
+            started.wait()
+            arguments = {"batch_size": 2, "state": processes(), "desc": "numbers"}
+            return images.fill(tmp_path / "cache" / "entry", (6,), np.int64, compute, **arguments)
+
+        with ThreadPoolExecutor(2) as pool:
+            one, two = (pool.submit(fill) for _ in range(2))
+            assert one.result().tolist() == two.result().tolist() == list(range(6))
+        assert computed == [0, 2, 4]
+
+    def test_what_the_cache_holds_is_checked(self, tmp_path, pipeline):
+        report = evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))
+        for path in (tmp_path / "cache").rglob("array.npy"):
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+        assert values(evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES))) == values(report)
+
+    def test_nothing_is_read_from_the_folder_of_the_checkpoint(self, tmp_path, pipeline):
+        pipe, folder = pipeline(), tmp_path / "model"
+        pipe.save_pretrained(folder)
+        expected = values(evaluate(TinyPipeline.from_pretrained(folder), image_data(), Protocol(**NO_BASELINES)))
+        for cached in ("samples", "features"):
+            shutil.copytree(tmp_path / "cache" / cached, folder / ".evaluation" / cached)
+        for path in (folder / ".evaluation").rglob("array.npy"):
+            array = np.load(path)
+            np.save(path, np.zeros_like(array))
+        shutil.rmtree(tmp_path / "cache")
+        pipe = TinyPipeline.from_pretrained(folder)
+        assert values(evaluate(pipe, image_data(), Protocol(**NO_BASELINES), output_dir=folder)) == expected
+
+    def test_images_are_kept_by_what_decides_them(self, tmp_path, pipeline, monkeypatch):
+        def kept():
+            return len(list((tmp_path / "cache" / "samples").iterdir()))
+
+        def measure(pipe, **options):
+            return evaluate(pipe, image_data(), Protocol(**{**NO_BASELINES, "metrics": ["diversity"], **options}))
+
+        pipeline().save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        for name in ("model", "./model/", tmp_path / "model"):
+            report = measure(TinyPipeline.from_pretrained(name))
+            assert report.source["name"] == "model"
+        measure(TinyPipeline.from_pretrained("model"), batch_size=5)
+        entries = kept()
+        pipe = TinyPipeline.from_pretrained("model")
+        for i, change in enumerate(({"seed": 1}, {"num_images": 9}, {"sampling": {"num_inference_steps": 3}})):
+            measure(pipe, **change)
+            assert kept() == (i + 2) * entries
+        pipe.unet.register_to_config(norm_eps=0.1)
+        measure(pipe)
+        assert kept() == 5 * entries
 
     def test_the_order_of_images_never_matters(self):
         judged, real = image_data(seed=1), image_data()
@@ -295,7 +397,7 @@ class TestMeasures:
         report = evaluate(pipe, reference, protocol)
         order = images.order_of(reference.images.numpy())[:8]
         sample = reference.images[order.copy()].float() / 127.5 - 1
-        generator = torch.Generator().manual_seed(0)
+        generator = [torch.Generator().manual_seed(i) for i in range(8)]
         expected = pipe.scheduler.variational_bound(pipe.unet, sample, generator=generator).total.mean().item()
         assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
         assert "bound" in report.source["likelihood"] and "256 levels" in report.markdown()
@@ -327,7 +429,7 @@ class TestMeasures:
         pipe, reference = vae(), image_data()
         protocol = Protocol(**{**NO_BASELINES, "sampling": {}, "kind": "reconstructions"})
         report = evaluate(pipe, reference, protocol, output_dir=tmp_path)
-        (path,) = (tmp_path / ".evaluation").glob("samples-*.npy")
+        (path,) = (tmp_path / "cache" / "samples").glob("*/array.npy")
         first = reference.images[images.order_of(reference.images.numpy())[:24].copy()]
         expected = pipe.reconstruct(first / 255, output_type="np").images[..., 0]
         np.testing.assert_allclose(np.load(path)[:, 0], 255 * expected, atol=1)
@@ -408,6 +510,23 @@ class TestBadInput:
             evaluate(given, image_data(), Protocol(**NO_BASELINES))
         assert "\n" not in str(refusal.value)
 
+    def test_pil_images_and_bfloat16_tensors_are_images(self):
+        reference = image_data()
+        given = image_data(seed=1).images
+        expected = values(evaluate(given, reference, Protocol(**NO_BASELINES)))
+        pictures = [Image.fromarray(image) for image in given[:, 0].numpy()]
+        assert values(evaluate(pictures, reference, Protocol(**NO_BASELINES))) == expected
+        assert values(evaluate(pictures, image_data().images.bfloat16() / 255, Protocol(**NO_BASELINES)))
+        halves = evaluate((given / 255).bfloat16(), reference, Protocol(**NO_BASELINES))
+        assert values(halves)["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=0.1)
+        for images_of, line in (
+            ([], "sizes"),
+            (pictures + [pictures[0].resize((4, 4))], "one size"),
+            ([1], "type int"),
+        ):
+            with pytest.raises(UserError, match=line):
+                evaluate(images_of, reference, Protocol(**NO_BASELINES))
+
     def test_names_that_are_not_known(self):
         with pytest.raises(UserError, match="Did you mean 'frechet_distance'"):
             Protocol(metrics=["frechet_distanse"])
@@ -472,6 +591,35 @@ class TestBadInput:
             with pytest.raises(UserError, match=line):
                 Report.load(path)
 
+    def test_a_report_is_checked_before_it_is_used(self, tmp_path):
+        report = evaluate(image_data(seed=1), image_data(), Protocol(**{**FAST, "baselines": ["noise"]}))
+        path = report.save(tmp_path)
+        content = json.loads(path.read_text())
+        Report.load(path)
+        changes = [(key,) for key in content if key != "format"]
+        changes += [("protocol", "features"), ("protocol", "seed"), ("protocol", "kind"), ("protocol", "sampling")]
+        changes += [("measured_by", key) for key in ("num_images", "features", "reference")]
+        changes += [("measured_by", "reference", key) for key in ("name", "split", "images", "fingerprint", "load")]
+        changes += [("measured_by", "features", key) for key in ("dtype", "resize")]
+        changes += [("source", "kind"), ("source", "name"), ("source", "scheduler"), ("source", "sampling")]
+        changes += [("figures", "recall", "value"), ("figures", "recall"), ("figures", "fid"), ("per_class", "left")]
+        changes += [("baselines", "noise"), ("baselines", "noise", "figures"), ("baselines", "mine")]
+        for place in changes:
+            for value in (None, 7.5, [1], {"a": [1]}, "x", float("nan"), -(10**400), True):
+                *parents, last = place
+                broken = json.loads(path.read_text())
+                functools.reduce(dict.__getitem__, parents, broken)[last] = value
+                (tmp_path / "broken.json").write_text(json.dumps(broken))
+                try:  # refused, or of the right type after all: then it is shown
+                    loaded = Report.load(tmp_path / "broken.json")
+                    loaded.markdown(), loaded.card_results(), compare({"a": loaded, "b": loaded})
+                except UserError as refusal:
+                    assert "\n" not in str(refusal) and "is not a report" in str(refusal)
+        for text in ("[" * 100_000, '{"format": ' + "9" * 5000 + "}"):
+            (tmp_path / "broken.json").write_text(text)
+            with pytest.raises(UserError):
+                Report.load(tmp_path / "broken.json")
+
 
 class TestCommandLine:
     OPTIONS = (
@@ -492,10 +640,10 @@ class TestCommandLine:
     def test_a_checkpoint_gets_a_report_and_its_card_the_metrics(self, checkpoint, capsys):
         from huggingface_hub import ModelCard
 
-        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0
+        assert self.run("evaluate", checkpoint, *self.OPTIONS, "--publish") == 0
         assert "Frechet distance" in capsys.readouterr().out
         report = Report.load(checkpoint)
-        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 0  # the card's section is replaced
+        assert self.run("evaluate", checkpoint, *self.OPTIONS, "--publish") == 0  # the card's section is replaced
         card = ModelCard.load(checkpoint / "README.md")
         assert card.text.count("## Results") == 1
         assert card.text.index("## Results") < card.text.index("## What it is not good for")
@@ -505,11 +653,9 @@ class TestCommandLine:
         )
         assert card.data.model_name == "tiny" and results["recall"].dataset_split == "train"
 
-        again = json.loads((checkpoint / "report.json").read_text())
-        assert self.run("evaluate", "--from_report", checkpoint / "report.json", "--output", checkpoint / "again") == 0
-        assert values(Report.load(checkpoint / "again")) == pytest.approx(
-            {name: entry["value"] for name, entry in again["figures"].items()}, rel=1e-6
-        )
+        path = checkpoint / "reports" / "ddim-2" / "report.json"
+        assert self.run("evaluate", "--from_report", path, "--output", checkpoint / "again") == 0
+        assert values(Report.load(checkpoint / "again")) == pytest.approx(values(report), rel=1e-6)
         assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
 
     def test_a_folder_of_images_is_measured_too(self, tmp_path):
@@ -536,8 +682,8 @@ class TestCommandLine:
         options = self.OPTIONS[:steps] + self.OPTIONS[steps + 2 :]
         assert self.run("evaluate", folder, *options, "--kind", "reconstructions") == 0
         assert "40 reconstructions" in capsys.readouterr().out
-        assert not (folder / "report.json").exists() and "## Results" not in (folder / "README.md").read_text()
-        report = folder / "reconstructions" / "report.json"
+        assert "## Results" not in (folder / "README.md").read_text()
+        report = folder / "reports" / "reconstructions" / "report.json"
         assert self.run("evaluate", "--from_report", report, "--output", tmp_path / "again") == 0
         assert Report.load(tmp_path / "again").kind == "reconstructions"
 
@@ -550,8 +696,106 @@ class TestCommandLine:
         assert "either" in line("--dataset_name", "digits")
         assert "no report" in line("--from_report", tmp_path / "nothing.json")
         assert "There is no folder 'nowhere'" in line("--images", "nowhere", "--dataset_name", "digits")
-        assert "metric" in line(checkpoint, "--dataset_name", "digits", "--metrics", "fid")
+        fid = line(checkpoint, "--dataset_name", "digits", "--metrics", "FID")
+        assert "Did you mean 'frechet_distance with --features inception'" in fid
+        for elsewhere in (["--publish"], ["--name", "a"]):
+            given = (*self.OPTIONS, *elsewhere, "--output", tmp_path / "x")
+            assert "--output puts the report elsewhere" in line(checkpoint, *given)
+        assert "--publish is for" in line("--images", checkpoint, *self.OPTIONS, "--publish")
+        for name in ("a/b", "..", "published"):
+            assert "plain name" in line(checkpoint, *self.OPTIONS, "--name", name)
+        assert "8x8 grey and the reference's are 9x9" in line(checkpoint, *self.OPTIONS, "--resolution", "9")
         assert "features" in line(checkpoint, *self.OPTIONS, "--features", "vgg")
+
+    def test_a_trial_replaces_neither_the_published_report_nor_another(self, checkpoint, capsys):
+        options = (*self.OPTIONS, "--baselines", "none")
+        assert self.run("evaluate", checkpoint, *options, "--publish") == 0
+        published, card = Report.load(checkpoint), (checkpoint / "README.md").read_text()
+        assert self.run("evaluate", checkpoint, *options, "--scheduler", "sde_dpm") == 0
+        assert self.run("evaluate", checkpoint, *options, "--seed", "9") == 0
+        assert (
+            self.run("evaluate", checkpoint, *options, "--seed", "9", "--batch_size", "7") == 0
+        )  # the same one again
+        assert self.run("evaluate", checkpoint, *options, "--seed", "3", "--name", "mine") == 0
+        names = {path.parent.name for path in (checkpoint / "reports").glob("*/report.json")}
+        assert names == {"ddim-2", "ddim-2-2", "sde-dpmsolver-2", "mine"}
+        assert Report.load(checkpoint) == published and (checkpoint / "README.md").read_text() == card
+        capsys.readouterr()
+        assert self.run("evaluate", checkpoint, *options, "--name", "mine") == 2
+        assert "mine holds a report of another protocol" in capsys.readouterr().err
+
+        assert self.run("compare", checkpoint, checkpoint / "reports" / "sde-dpmsolver-2") == 0
+        table = capsys.readouterr().out
+        assert "TinyDDIMScheduler, " in table and "algorithm_type sde-dpmsolver++" in table
+        (checkpoint / "reports" / "published").unlink()
+        with pytest.raises(UserError, match=r"has 4 reports \(ddim-2, .*none is published"):
+            Report.load(checkpoint)
+
+    def test_a_gan_is_measured_with_classes_and_without(self, tmp_path):
+        steps = self.OPTIONS.index("--num_inference_steps")
+        options = self.OPTIONS[:steps] + self.OPTIONS[steps + 2 :]
+        for name, classes in (("plain", None), ("conditional", 10)):
+            torch.manual_seed(0)
+            generator = TinyDCGANGenerator(8, 1, 4, (8,), num_class_embeds=classes).eval()
+            names = {i: str(i) for i in range(10)} if classes else None
+            TinyDCGANPipeline(generator, id2label=names).save_pretrained(tmp_path / name)
+            assert self.run("evaluate", tmp_path / name, *options) == 0
+            report = Report.load(tmp_path / name)
+            assert "precision" in report.figures and ("class_agreement" in report.figures) == bool(classes)
+            assert (tmp_path / name / "reports" / "samples").is_dir()
+
+    def test_how_a_guided_model_is_sampled_is_in_its_report(self, tmp_path, tiny_unet):
+        unet, names = tiny_unet("none", num_class_embeds=10), {i: str(i) for i in range(10)}
+        pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(num_train_timesteps=10), id2label=names)
+        pipe.save_pretrained(tmp_path / "guided")
+        flags = ("--guidance_scale", 3, "--guidance_interval", 0.1, 0.9, "--dynamic_thresholding", 0.9)
+        assert self.run("evaluate", tmp_path / "guided", *self.OPTIONS, "--baselines", "none", *flags) == 0
+        report = Report.load(tmp_path / "guided")
+        name = "ddim-2-guidance_scale-3-guidance_interval-0.1-0.9-dynamic_thresholding-0.9"
+        assert (tmp_path / "guided" / "reports" / name).is_dir()
+        assert "guidance_scale 3.0, guidance_interval [0.1, 0.9], dynamic_thresholding 0.9" in report.summary()
+        again = ("--from_report", tmp_path / "guided" / "reports" / name, "--output", tmp_path / "again")
+        assert self.run("evaluate", *again) == 0
+        assert values(Report.load(tmp_path / "again")) == pytest.approx(values(report), rel=1e-6)
+
+    def test_a_report_never_says_what_to_trust_or_where_to_write(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert self.run("evaluate", checkpoint, *self.OPTIONS, "--baselines", "none", "--output", tmp_path / "a") == 0
+        theirs = json.loads((tmp_path / "a" / "report.json").read_text())
+        theirs["protocol"] |= {
+            **{"trust_remote_code": True, "checkpoint": "evil/model", "output": str(tmp_path / "theirs")},
+            **{"device": "meta", "feature_weights": None, "publish": True, "from_report": "x", "images": "x"},
+        }
+        theirs["protocol"]["sampling"] |= {"trust_remote_code": True, "output": str(tmp_path / "theirs")}
+        theirs["measured_by"]["reference"]["load"] |= {"train_split": "none", "trust_remote_code": True}
+        (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+        asked, parse = [], cli._from_pretrained
+        monkeypatch.setattr(cli, "_from_pretrained", lambda args: asked.append(args) or parse(args))
+        again = ("evaluate", checkpoint, "--from_report", tmp_path / "theirs.json", "--output", tmp_path / "again")
+        assert self.run(*again) == 0
+        (args,) = asked
+        assert (args.checkpoint, args.trust_remote_code, args.output) == (str(checkpoint), False, str(again[-1]))
+        assert (args.device, args.publish) == (None, False) and not (tmp_path / "theirs").exists()
+
+        for place, value, words in (
+            (("protocol", "metrics"), ["recall", "--trust_remote_code"], "theirs.json' is damaged"),
+            (("protocol", "num_images"), "many", "theirs.json' is damaged"),
+            (("protocol", "feature_weights"), "/etc/weights.pt", "say where they are with --feature_weights"),
+            (
+                ("measured_by", "reference", "load"),
+                {"train_data_dir": "mine"},
+                "say where they are with --dataset_name",
+            ),
+            (("measured_by", "reference", "load"), {"dataset_name": str(checkpoint)}, "with --dataset_name"),
+            (("source", "name"), "/etc/model", "'/etc/model', which is not known here"),
+        ):
+            broken = json.loads(json.dumps(theirs))
+            functools.reduce(dict.__getitem__, place[:-1], broken)[place[-1]] = value
+            (tmp_path / "theirs.json").write_text(json.dumps(broken))
+            arguments = again[2:] if place[0] == "source" else again[1:]
+            assert self.run("evaluate", *arguments) == 2
+            assert words in capsys.readouterr().err.splitlines()[-1]
+        assert len(asked) == 1
 
     def test_two_processes_give_the_metrics_of_one(self, checkpoint, tmp_path):
         arguments = ("evaluate", str(checkpoint), *self.OPTIONS, "--output")
@@ -563,6 +807,138 @@ class TestCommandLine:
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("report: ") == 1  # only the main process prints
         assert values(Report.load(tmp_path / "two")) == pytest.approx(values(Report.load(tmp_path / "one")), rel=1e-6)
+
+
+class TestRun:
+    """The data of an evaluation are those of the run that trained the model."""
+
+    OPTIONS = (
+        *("--features", "pixels", "--num_images", "20", "--num_inference_steps", "2", "--num_bootstrap", "0"),
+        *("--metrics", "frechet_distance", "--baselines", "real", "--dtype", "float32", "--device", "cpu"),
+    )
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A local dataset: two splits of 24 images in each of two classes."""
+        rng = np.random.default_rng(0)
+        for split in ("train", "test"):
+            for label, name in enumerate(("cat", "dog")):
+                path = tmp_path / "data" / "pets" / split / name
+                path.mkdir(parents=True)
+                for i in range(24):
+                    pixels = rng.integers(0, 128, (8, 10), dtype=np.uint8) + 127 * np.uint8(label)
+                    Image.fromarray(pixels).save(path / f"{i}.png")
+        return tmp_path / "data" / "pets"
+
+    @pytest.fixture
+    def trained(self, tmp_path, pipeline):
+        """Writes what a run leaves: a checkpoint, its settings and facts."""
+
+        def build(name="run", **settings):
+            run = RunFolder(tmp_path / name)
+            pipeline().save_pretrained(run.path)
+            arguments = DiffusionArguments(**settings)
+            run.write_config(saved_settings(arguments))
+            keep_paths(run.path, split_paths(arguments)[1])
+            names = ("dataset_name", "train_data_dir", "split", "classes", "resolution", "center_crop")
+            data = load_images(**{name: getattr(arguments, name) for name in names})
+            labels = list(data.id2label.values())
+            facts = {"name": data.name, "split": data.split, "images": len(data), "classes": labels}
+            run.write_facts({"data": {**facts, "fingerprint": data.fingerprint}})
+            return run.path
+
+        return build
+
+    def run(self, *arguments):
+        return cli.main([str(argument) for argument in ("evaluate", *arguments, *self.OPTIONS)])
+
+    def test_its_config_says_what_to_measure_against(self, trained, folder, capsys):
+        run = trained(dataset_name=str(folder), classes="cat", resolution=8, center_crop=True)
+        assert self.run(run) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith("data: train_data_dir pets, classes cat, resolution 8, center_crop True, split test")
+        assert line.endswith(f"as {run / 'config.yaml'} has it")
+        report = Report.load(run)
+        expected = load_images(str(folder), split="test", classes="cat", resolution=8, center_crop=True)
+        assert report.measured_by["reference"]["fingerprint"] == expected.fingerprint
+        assert report.measured_by["training"]["images"] == 24
+        assert not [line for line in report.warnings if "trained on" in line or "training images" in line]
+
+    def test_flags_win_and_other_classes_are_warned_of(self, trained, folder):
+        run = trained(dataset_name=str(folder), classes="cat", resolution=8)
+        assert self.run(run, "--classes", "cat,dog", "--center_crop") == 0
+        report = Report.load(run)
+        assert report.measured_by["reference"]["images"] == 48
+        assert report.measured_by["reference"]["load"]["center_crop"] is True
+        assert report.warnings[0].startswith(
+            "The model was trained on the classes cat, and is measured against cat, dog"
+        )
+
+    def test_another_dataset_takes_nothing_of_the_runs(self, trained, folder):
+        run = trained(dataset_name=str(folder), classes="cat", resolution=8)
+        assert self.run(run, "--dataset_name", "digits") == 0
+        report = Report.load(run)
+        assert report.measured_by["reference"]["load"] == {
+            "dataset_name": "digits",
+            "split": "train",
+            "train_split": "train",
+        }
+        assert "trained on the classes cat" in report.warnings[0]
+
+    def test_the_training_split_is_said(self, trained):
+        run = trained(dataset_name="digits", resolution=8)
+        assert self.run(run) == 0
+        report = Report.load(run)
+        assert any(line.startswith("The reference is the training split: all 1,797") for line in report.warnings)
+        assert "The reference is the training split" in (run / "reports" / "ddim-2" / "report.md").read_text()
+        assert report.baselines["real"]["images"] == 898  # halves: the training set is no other set
+
+    def test_no_path_is_shared_and_the_report_is_repeated_with_those_kept(self, trained, folder, tmp_path, capsys):
+        run = trained(dataset_name=str(folder), resolution=8)
+        hub.write_card(run, model_name="tiny", command="train", settings={}, data={"name": "pets"})
+        assert self.run(run, "--publish") == 0
+        files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        texts = {path.name: path.read_text() for path in files if path.suffix in (".json", ".yaml", ".md")}
+        assert not [name for name, text in texts.items() if str(tmp_path) in text]
+        report = run / "reports" / "ddim-2" / "report.json"
+        assert json.loads(report.read_text())["command"].startswith("tiny-diffusers evaluate run --publish")
+        assert self.run("--from_report", report, "--output", tmp_path / "again") == 0
+
+        for path in (report.parent, run):
+            (path / ".paths.json").unlink()
+        capsys.readouterr()
+        assert self.run(run) == 2
+        assert "config.yaml names the local folder 'pets', which is not here" in capsys.readouterr().err
+        assert self.run(run, "--dataset_name", folder) == 0
+        # a folder of that name is the run's, with the rest of its settings
+        assert f"resolution 8, split test, train_split train, as {run}" in capsys.readouterr().out
+        (report.parent / ".paths.json").unlink()
+        assert self.run("--from_report", report, "--output", tmp_path / "third") == 2
+        assert "measured with files named 'pets': say where they are with --dataset_name" in capsys.readouterr().err
+        again = ("--from_report", report, "--output", tmp_path / "third", "--dataset_name", folder)
+        assert self.run(*again) == 0
+        assert values(Report.load(tmp_path / "third")) == values(Report.load(report))
+
+    def test_a_set_of_other_channels_is_warned_of(self, trained, tmp_path):
+        rng = np.random.default_rng(0)
+        for split in ("train", "validation"):
+            (tmp_path / "colour" / split).mkdir(parents=True)
+            for i in range(12):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "colour" / split / f"{i}.png")
+        assert self.run(trained(dataset_name="digits"), "--dataset_name", tmp_path / "colour") == 0
+        report = Report.load(tmp_path / "run")
+        assert report.measured_by["reference"]["split"] == "validation"  # there is no test split
+        assert any("12 of 12 images were in colour, converted to grey" in line for line in report.warnings)
+        assert any(
+            "are not those that the model was trained on (digits, train, 1797)" in line for line in report.warnings
+        )
+
+    def test_a_config_of_other_types_is_refused_in_a_line(self, trained, capsys):
+        run = trained(dataset_name="digits", resolution=8)
+        (run / "config.yaml").write_text("dataset_name: digits\nresolution: [a, b]\n")
+        assert self.run(run) == 2
+        assert "config.yaml does not say what the model was trained on" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_the_families_reuses_no_results_of_other_settings(tmp_path):
@@ -577,8 +953,8 @@ def test_the_benchmark_of_the_families_reuses_no_results_of_other_settings(tmp_p
     folder.mkdir()
     (folder / "model_index.json").touch()
     (folder / "config.yaml").write_text(json.dumps(run | {"max_train_minutes": 1.0}))
-    report = Report(asdict(benchmark.protocol_of("VAE", args)), measured_by={}, source={}, figures={})
-    (folder / "report.json").write_text(json.dumps(asdict(report)))
+    report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
+    dataclasses.replace(report, protocol=asdict(benchmark.protocol_of("VAE", args))).save(folder)
     benchmark.check("VAE", args)
     other = {"minutes": 2.0, "seed": 1, "dataset_name": "mnist", "resolution": 16}
     for name, value in {**other, "num_images": 25, "likelihood_images": 5}.items():

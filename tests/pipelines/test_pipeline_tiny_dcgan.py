@@ -60,6 +60,18 @@ def test_classes_are_ids_names_tensors_or_weights():
 
 
 @pytest.mark.parametrize("classes", [None, 3])
+def test_an_interpolation_ends_at_the_samples_of_its_seeds_and_classes(classes):
+    pipe, labels = make(classes), ["cat", "frog"] if classes else None
+    frames = pipe.interpolate((3, 8), labels, num_frames=5, output_type="np").images
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
+    ends = pipe(labels, batch_size=2, generator=generators, output_type="np").images
+    np.testing.assert_allclose(frames[[0, -1]], ends, atol=1e-5)
+    assert frames.shape == (5, 8, 8, 1) and (np.abs(np.diff(frames, axis=0)).max((1, 2, 3)) > 0).all()
+    with pytest.raises(ValueError, match="must be two seeds, got"):
+        pipe.interpolate((1, 2, 3), labels)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("with_discriminator", [True, False])
 def test_a_pipeline_survives_saving_and_loading(tmp_path, classes, with_discriminator):
     pipe = make(classes, **({} if with_discriminator else {"discriminator": None}))

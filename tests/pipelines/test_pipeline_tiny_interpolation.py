@@ -9,8 +9,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscr
 from diffusers.utils import export_to_gif
 
 from tiny_diffusers.pipelines import TinyConditionalPipeline, TinyInterpolationPipeline, TinyPipeline
-from tiny_diffusers.pipelines.pipeline_tiny import image_generators
-from tiny_diffusers.pipelines.pipeline_tiny_interpolation import slerp
+from tiny_diffusers.pipelines.pipeline_tiny import image_generators, slerp
 from tiny_diffusers.schedulers import TinyDDIMScheduler, TinyDDPMScheduler
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -109,6 +110,29 @@ def test_fine_tuning_starts_from_the_other_models_weights(train):
     second = train("--pretrained_model_name_or_path", str(first), "--learning_rate", "0", name="second")
     a, b = load_file(first / "unet" / WEIGHTS), load_file(second / "unet" / WEIGHTS)
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_a_run_shares_no_path_and_finds_its_data_again(train, tmp_path, capsys):
+    pets, rng = tmp_path / "somewhere" / "pets", np.random.default_rng(0)
+    pets.mkdir(parents=True)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(pets / f"{i}.png")
+    first = train("--dataset_name", str(pets), steps=2, name="first")
+    second = train("--dataset_name", str(pets), "--pretrained_model_name_or_path", str(first), steps=2, name="second")
+    shared = [p for p in second.rglob("*") if p.suffix in (".json", ".yaml", ".md", ".jsonl") and p.name[0] != "."]
+    texts = {p: p.read_text() for p in shared if not p.relative_to(second).parts[0].startswith("checkpoint-")}
+    assert len(texts) > 5 and not [p for p, text in texts.items() if str(tmp_path) in text or "somewhere" in text]
+    settings = yaml.safe_load((second / "config.yaml").read_text())
+    assert (settings["train_data_dir"], settings["pretrained_model_name_or_path"]) == ("pets", "first")
+    assert "--train_data_dir pets" in (second / "README.md").read_text()
+
+    capsys.readouterr()
+    config = ("--config", str(second / "config.yaml"))
+    longer = train(*config, "--resume_from_checkpoint", "latest", steps=4, name="second")
+    assert "warning" not in capsys.readouterr().err
+    again = train(*config, steps=4, name="again")
+    assert (longer / "unet" / WEIGHTS).read_bytes() != (first / "unet" / WEIGHTS).read_bytes()
+    assert json.loads((again / "run.json").read_text())["data"]["images"] == 24
 
 
 def test_the_network_by_resolution_stands_in_the_runs_files_and_resumes_silently(train, train_in_two, capsys):

@@ -9,8 +9,15 @@ import pytest
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import flag
+from tiny_diffusers.paths import keep_paths
 from tiny_diffusers.runs import RunFolder
-from tiny_diffusers.training.arguments import parse_arguments, read_settings, saved_settings
+from tiny_diffusers.training.arguments import (
+    command_line,
+    parse_arguments,
+    read_settings,
+    saved_settings,
+    split_paths,
+)
 from tiny_diffusers.training.settings import warn_of_changes
 
 
@@ -47,6 +54,31 @@ def test_saved_arguments_read_back(tmp_path):
     RunFolder(tmp_path).write_config(saved_settings(arguments))
     again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml")])
     assert dataclasses.replace(again, config=None) == arguments
+
+
+def test_settings_are_shared_without_paths_and_the_paths_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/pets", "runs/first", "cache"):
+        (tmp_path / folder).mkdir(parents=True)
+    argv = ["--dataset_name", "data/pets", "--pretrained_model_name_or_path", "runs/first", "--cache_dir", "/x/cache"]
+    argv += ["--model_config_name_or_path", "me/config", "--output_dir", "runs/second"]
+    arguments = parse_arguments(DiffusionArguments, argv)
+    settings, paths = split_paths(arguments)
+    assert paths == {
+        "train_data_dir": str(tmp_path / "data" / "pets"),
+        "pretrained_model_name_or_path": str(tmp_path / "runs" / "first"),
+        "cache_dir": "/x/cache",
+    }
+    assert (settings.train_data_dir, settings.pretrained_model_name_or_path) == ("pets", "first")
+    assert (settings.model_config_name_or_path, settings.output_dir) == ("me/config", "runs/second")
+    shared = "--train_data_dir pets --cache_dir cache --output_dir runs/second --pretrained_model_name_or_path first"
+    assert sorted(shared.split()) == sorted(set(command_line(arguments).split()) & set(shared.split()))
+
+    RunFolder(tmp_path).write_config(saved_settings(arguments))
+    keep_paths(tmp_path, paths)
+    again = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "config.yaml")])
+    assert (again.train_data_dir, again.cache_dir) == (str(tmp_path / "data" / "pets"), "/x/cache")
+    assert split_paths(again) == (dataclasses.replace(settings, config=again.config), paths)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from .augmentation import AUGMENT_DRAWS, augment
 from .cache import cache_root
 from .images import ImageData, denormalize, held_out, normalize
 from .loading import load_images
+from .sources import UnknownSplitError
 
 
 __all__ = [
     "AUGMENT_DRAWS",
     "ImageData",
+    "UnknownSplitError",
     "augment",
     "cache_root",
     "denormalize",

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 
 from ..errors import UserError, first_line, unknown
-from .sources import LABEL_NAMES, SPLITS, Source, index_labels, max_classes, select_splits
+from .sources import LABEL_NAMES, SPLITS, Source, index_labels, max_classes, select_splits, unknown_split
 
 
 def read_arrays(file: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
@@ -37,7 +37,7 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
     wanted = re.match(r"\w*", split).group()  # without a slice
     wanted = SPLITS.get(wanted, wanted)
     if wanted not in by_split:
-        raise unknown(f"split of '{name}'", split, by_split)
+        raise unknown_split(name, split, by_split)
     arrays = by_split[wanted]
     shapes = ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
     for kind, given in (("image_column", image_column), ("label_column", label_column)):

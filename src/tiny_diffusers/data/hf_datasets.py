@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
 from .folders import abbreviate, is_image, list_files, relative_name
-from .sources import LABEL_NAMES, Source, index_labels, max_classes
+from .sources import LABEL_NAMES, Source, index_labels, max_classes, unknown_split
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def open_dataset(
         dataset = builder.as_dataset(split=split)
     except ValueError as error:
         if split not in splits:
-            raise unknown(f"split of '{name}'", split, splits) from error
+            raise unknown_split(name, split, splits) from error
         dataset = ()
     if len(dataset) == 0:
         raise UserError(f"The split '{split}' of '{name}' is empty: its splits are {', '.join(splits)}.")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..paths import local_path
 from .arrays import read_arrays
 from .cache import cache_key, cache_root, read_cache, write_cache
 from .decoding import decode_source
@@ -87,8 +88,7 @@ def load_images(
     name = dataset_name if train_data_dir is None else os.fspath(train_data_dir)
     if not name:
         raise UserError("The dataset's name is empty: give a Hub id such as ylecun/mnist, a folder, or digits.")
-    path = Path(name).expanduser()
-    path = path.resolve() if path.is_dir() or (path.exists() and path.suffix) else None
+    path = local_path(name)
     if path is None and train_data_dir is not None:
         raise UserError(f"There is no folder '{name}'.")
 

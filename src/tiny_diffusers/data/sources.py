@@ -5,7 +5,7 @@ Each reader returns a [`Source`]: `read_digits` here, `read_folder` in folders.p
 `read_dataset` in hf_datasets.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,15 @@ class Source:
     class_names: list[str] | None
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+
+
+class UnknownSplitError(UserError):
+    """A dataset has no split of the name that was asked for."""
+
+
+def unknown_split(name: str, split: str, splits: Iterable[str]) -> UnknownSplitError:
+    """Returns the error for a split that a dataset does not have, to be raised by the caller."""
+    return UnknownSplitError(str(unknown(f"split of '{name}'", split, splits)))
 
 
 def open_image(stream: BinaryIO) -> Image.Image:
@@ -121,7 +130,7 @@ def select_splits(rows: dict[str, np.ndarray], split: str, name: str) -> np.ndar
             spec = "+".join(rows) if split == "all" else split
             parts = ReadInstruction.from_spec(spec).to_absolute({each: len(found) for each, found in known.items()})
         except (ValueError, AssertionError) as error:
-            raise unknown(f"split of '{name}'", split, rows) from error
+            raise unknown_split(name, split, rows) from error
         chosen = np.concatenate([known[part.splitname][part.from_ : part.to] for part in parts])
     if len(chosen) == 0:
         raise UserError(f"The split '{split}' of '{name}' is empty: its splits are {', '.join(rows)}.")
@@ -133,7 +142,7 @@ def read_digits(split: str) -> Source:
     from sklearn.datasets import load_digits
 
     if split != "train":
-        raise unknown("split of 'digits'", split, ["train"])
+        raise unknown_split("digits", split, ["train"])
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
     return Source(

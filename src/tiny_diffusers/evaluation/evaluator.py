@@ -5,12 +5,11 @@ Images are drawn once and features are extracted once; all metrics are computed 
 by the hashes of its images: "the first thousand" or "a random half" depends on the images only, not on their order.
 """
 
-import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from PIL import Image
 from .. import __version__, hardware
 from ..data import ImageData, cache_root
 from ..errors import UserError
+from ..paths import public_name
 from ..plots import image_grid
 from . import features as extractors
 from . import images as image_sets
@@ -37,22 +37,24 @@ from .metrics import Estimate
 from .report import Protocol, Report
 
 
+Images = ImageData | np.ndarray | torch.Tensor | list[Image.Image]
+
 FEATURE_BATCH = 64
-_CACHE_FORMAT = 1  # raised when the same images would get other features
+_CACHE_FORMAT = 2  # raised when the same key would get other values
 _ENOUGH_IMAGES = 10_000  # the bias of a Frechet distance is small from here on, with any features
-_WORK_FOLDER = ".evaluation"  # in the output folder; hidden files are not pushed
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
 
 
 def evaluate(
-    pipe_or_images: DiffusionPipeline | ImageData | np.ndarray | torch.Tensor,
-    reference: ImageData | np.ndarray | torch.Tensor,
+    pipe_or_images: DiffusionPipeline | Images,
+    reference: Images,
     protocol: Protocol | None = None,
     *,
     training: ImageData | None = None,
     output_dir: str | Path | None = None,
     name: str | None = None,
     load: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
     command: str = "",
 ) -> Report:
     """
@@ -62,17 +64,18 @@ def evaluate(
     return the report.
 
     Args:
-        pipe_or_images (`DiffusionPipeline`, [`~tiny_diffusers.data.ImageData`], `np.ndarray` or `torch.Tensor`):
-            A pipeline to draw images from, or images (N, C, H, W): uint8, or floats in [0, 1].
-        reference ([`~tiny_diffusers.data.ImageData`], `np.ndarray` or `torch.Tensor`):
+        pipe_or_images (`DiffusionPipeline`, [`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
+            A pipeline to draw images from, or images: (N, C, H, W), uint8 or floats in [0, 1], or a list of PIL images.
+        reference ([`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
             Real images of the same size and channels, with labels if classes are to be measured.
         protocol ([`Protocol`], *optional*): Settings of the evaluation.
         training ([`~tiny_diffusers.data.ImageData`], *optional*): The training set of the model, for the distance to
             it and for the baselines. Without it, the baselines are made of the reference's images.
         output_dir (`str` or `Path`, *optional*): Folder for `report.json`, `report.md` and `report.png`. Drawn images
-            are kept in a hidden folder below it, or else in the package's cache, and a stopped run resumes from them.
-        name (`str`, *optional*): Name of the model in the report.
+            are kept in the package's cache, and a stopped run resumes from them.
+        name (`str`, *optional*): Name of the model in the report; of a local path the last name.
         load (`dict`, *optional*): Arguments of [`~tiny_diffusers.data.load_images`] for the reference, for the report.
+        notes (iterable of `str`, *optional*): Further caveats for the report.
         command (`str`, *optional*): The command line, for the report.
 
     Returns:
@@ -90,18 +93,18 @@ def evaluate(
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")
     no_likelihood = why_unavailable(pipe_or_images, reference, protocol)
-    work = Path(output_dir, _WORK_FOLDER) if output_dir is not None else cache_root() / "samples"
+    samples = cache_root() / "samples"
 
     # 1. Images
     if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
         data, source = _given_images(pipe_or_images, reference, protocol, name)
     else:
-        data, source = _draw_images(pipe_or_images, reference, protocol, work, state, name)
+        data, source = _draw_images(pipe_or_images, reference, protocol, samples, state, name)
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
     files = _FeatureFiles(extractor, shape, state)
-    generated = files.of_images(data, "the images", work, protocol.num_images)
+    generated = files.of_images(data, "the images", limit=protocol.num_images)
     real = files.of_images(reference, "the reference")
     seen = None
     if training is not None and ("nearest_neighbour" in protocol.metrics or protocol.baselines):
@@ -110,12 +113,13 @@ def evaluate(
         seen = files.of_images(training, "the training set", limit=limit)
     base = real if seen is None else seen
     baselines = {kind: files.of_baseline(kind, base, len(generated)) for kind in protocol.baselines if kind != "real"}
-    sets = FeatureSets(generated, real, seen, baselines)
+    shared = 0 if training is None else image_sets.count_shared(reference.images.numpy(), training.images.numpy())
+    sets = FeatureSets(generated, real, seen, baselines, shared)
 
     # 3. Bits/dim
     likelihood = None
     if "bits_per_dim" in protocol.metrics and no_likelihood is None:
-        likelihood = measure_likelihood(pipe_or_images, real, protocol, work, source["key"], state)
+        likelihood = measure_likelihood(pipe_or_images, real, protocol, samples, source["key"], state)
         source["likelihood"] = likelihood.describe()
 
     # 4. Metrics and report
@@ -125,7 +129,7 @@ def evaluate(
         measured = Measurement(protocol, extractor, sets, bits_per_dim)
         names = reference.id2label or {}
         report = Report(
-            protocol=asdict(protocol),
+            protocol=protocol.describe(),
             measured_by=_measured_by(measured, training, likelihood, load),
             source=source,
             figures=_as_json(measured.figures),
@@ -134,7 +138,7 @@ def evaluate(
                 kind: {"images": len(sets.compared(kind)[0]), "figures": _as_json(figures)}
                 for kind, figures in measured.baselines.items()
             },
-            warnings=_warnings(measured, training, likelihood, no_likelihood),
+            warnings=[*notes, *_warnings(measured, training, likelihood, no_likelihood)],
             versions=_versions(),
             command=command,
         )
@@ -151,7 +155,7 @@ def processes() -> PartialState:
     return PartialState(cpu=hardware.default_device().type == "cpu", timeout=timedelta(hours=12))
 
 
-def _as_data(images: ImageData | np.ndarray | torch.Tensor, name: str) -> ImageData:
+def _as_data(images: Images, name: str) -> ImageData:
     if isinstance(images, ImageData):
         return images
     pixels = torch.from_numpy(np.array(image_sets.to_uint8(images)))
@@ -162,13 +166,13 @@ def _as_data(images: ImageData | np.ndarray | torch.Tensor, name: str) -> ImageD
 
 
 def _given_images(
-    images: ImageData | np.ndarray | torch.Tensor, reference: ImageData, protocol: Protocol, name: str | None
+    images: Images, reference: ImageData, protocol: Protocol, name: str | None
 ) -> tuple[ImageData, dict[str, Any]]:
     """Returns images that need not be drawn, and their entry in the report."""
     if protocol.kind == "reconstructions":
         raise UserError("Reconstructions need a pipeline with a `reconstruct` method, a VAE: images were given.")
     data = _with_labels_of(reference, _as_data(images, name or "images"))
-    return data, {"kind": "images", "name": name or data.name, "fingerprint": data.fingerprint}
+    return data, {**describe_images(name or data.name), "fingerprint": data.fingerprint}
 
 
 def _with_labels_of(reference: ImageData, data: ImageData) -> ImageData:
@@ -183,7 +187,7 @@ def _with_labels_of(reference: ImageData, data: ImageData) -> ImageData:
 
 
 def _draw_images(
-    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, work: Path, state: PartialState, name: str | None
+    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, cache: Path, state: PartialState, name: str | None
 ) -> tuple[ImageData, dict[str, Any]]:
     """Draws images from a pipeline, or reconstructs real ones; returns them with their entry in the report."""
     reconstructs = protocol.kind == "reconstructions"
@@ -191,20 +195,25 @@ def _draw_images(
         raise UserError(
             f"Reconstructions need a pipeline with a `reconstruct` method, a VAE: a {type(pipe).__name__} has none."
         )
+    shape = tuple(real.images.shape[1:])
+    if hasattr(pipe, "_image_shape"):
+        image_sets.check_shape(tuple(pipe._image_shape), shape, "The model's images")
     labels, id2label = _labels_to_draw(pipe, real, protocol)
-    source = _describe_pipeline(pipe, protocol, name)
-    described = [source, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
+    source = describe_pipeline(pipe, protocol, name)
+    # The name decides no image; configs, libraries and the hardware do.
+    described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), _libraries()]
+    described += [state.device.type, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
     originals = None
     if reconstructs:
         described += [protocol.kind, real.fingerprint]
         originals = real.images.numpy()
         originals = originals[image_sets.order_of(originals)[: protocol.num_images]]
-    source["key"] = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    source["key"] = image_sets.digest(_CACHE_FORMAT, described)
 
     images = image_sets.sample(
         pipe,
-        tuple(real.images.shape[1:]),
-        work / f"samples-{source['key']}.npy",
+        shape,
+        cache / source["key"],
         num_images=protocol.num_images if originals is None else len(originals),
         seed=protocol.seed,
         batch_size=protocol.batch_size,
@@ -218,14 +227,19 @@ def _draw_images(
     return ImageData(images, labels, id2label, source["name"], "generated", ""), source
 
 
-def _describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | None) -> dict[str, Any]:
-    """Returns a pipeline's entry in the report: everything that decides its images, but seeds and labels."""
+def describe_images(name: str) -> dict[str, Any]:
+    """Returns the entry in the report of images that need not be drawn."""
+    return {"kind": "images", "name": public_name(name)}
+
+
+def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | None) -> dict[str, Any]:
+    """Returns a pipeline's entry in the report: its weights, and how it is sampled."""
     scheduler = getattr(pipe, "scheduler", None)
     parameters = inspect.signature(pipe.__call__).parameters
     defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
     source = {
         "kind": "pipeline",
-        "name": name or pipe.config.get("_name_or_path") or type(pipe).__name__,
+        "name": public_name(name or pipe.config.get("_name_or_path") or type(pipe).__name__),
         "class": type(pipe).__name__,
         "weights_sha256": {
             part: extractors.digest(module)
@@ -237,8 +251,19 @@ def _describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | 
     }
     if scheduler is not None:
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-        source["scheduler"] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
+        config = json.loads(json.dumps(config, default=str), parse_constant=str)  # JSON has no infinity
+        source["scheduler"] = {"class": type(scheduler).__name__, **config}
     return source
+
+
+def _configs(pipe: DiffusionPipeline) -> dict[str, dict]:
+    """Returns the configs of a pipeline and its components, without the paths that they were loaded from."""
+    parts = {"pipeline": pipe, **pipe.components}
+    configs = {name: dict(getattr(part, "config", {})) for name, part in parts.items()}
+    return {
+        part: {name: value for name, value in config.items() if not name.startswith("_")}
+        for part, config in configs.items()
+    }
 
 
 def _labels_to_draw(
@@ -266,8 +291,7 @@ class _FeatureFiles:
     """
     Features on disk, extracted once by all processes together.
 
-    A file's name is a hash of everything that its features depend on. Features of real images and of baselines are in
-    the package's cache.
+    They are in the package's cache, and a file's name is a hash of everything that its features depend on.
     """
 
     def __init__(self, extractor: Extractor, shape: tuple[int, int, int], state: PartialState):
@@ -275,14 +299,14 @@ class _FeatureFiles:
         self.dim = extractor(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
         self.cache = cache_root() / "features"
 
-    def of_images(self, data: ImageData, desc: str, folder: Path | None = None, limit: int | None = None) -> ImageSet:
+    def of_images(self, data: ImageData, desc: str, limit: int | None = None) -> ImageSet:
         """Returns the features of images in the order of their hashes; of the first `limit` if given."""
         images = data.images.numpy()
         order = image_sets.order_of(images)[:limit]
         labels = None if data.labels is None else data.labels.numpy()[order]
         fingerprint = image_sets.fingerprint(images)
-        path = self._path(folder or self.cache, fingerprint, len(order))
-        features = self._extract(path, len(order), lambda start, stop: images[order[start:stop]], desc)
+        entry = self._entry(fingerprint, len(order))
+        features = self._extract(entry, len(order), lambda start, stop: images[order[start:stop]], desc)
         return ImageSet(features, labels, data, order, fingerprint)
 
     def of_baseline(self, kind: str, base: ImageSet, count: int) -> FeatureSet:
@@ -291,22 +315,24 @@ class _FeatureFiles:
         if kind == "blurred":  # real images, of which there may be fewer
             count = min(count, len(base))
             labels = None if base.labels is None else base.labels[:count]
-        path = self._path(self.cache, base.fingerprint, kind, image_sets.BLUR_SIGMA, count)
+        entry = self._entry(base.fingerprint, kind, image_sets.BLUR_SIGMA, count)
         draw = image_sets.BASELINES[kind](base.data.images.numpy(), base.order)
-        return FeatureSet(self._extract(path, count, draw, kind), labels)
+        return FeatureSet(self._extract(entry, count, draw, kind), labels)
 
-    def _path(self, folder: Path, *key: object) -> Path:
-        described = [_CACHE_FORMAT, self.extractor.name, self.extractor.preprocessing, FEATURE_BATCH, *key]
-        return folder / f"{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]}.npy"
+    def _entry(self, *key: object) -> Path:
+        described = [self.extractor.name, self.extractor.preprocessing, self.state.device.type, _libraries()]
+        return self.cache / image_sets.digest(_CACHE_FORMAT, described, FEATURE_BATCH, *key)
 
-    def _extract(self, path: Path, rows: int, read: Callable[[int, int], np.ndarray], desc: str) -> np.ndarray:
+    def _extract(self, entry: Path, rows: int, read: Callable[[int, int], np.ndarray], desc: str) -> np.ndarray:
         """Extracts the features (rows, D) of the images that `read(start, stop)` returns."""
 
         def compute(start: int, stop: int) -> np.ndarray:
             return self.extractor(torch.from_numpy(read(start, stop))).numpy()
 
         shape, desc = (rows, self.dim), f"Features: {desc}"
-        return image_sets.fill(path, shape, np.float32, compute, batch_size=FEATURE_BATCH, state=self.state, desc=desc)
+        return image_sets.fill(
+            entry, shape, np.float32, compute, batch_size=FEATURE_BATCH, state=self.state, desc=desc
+        )
 
 
 # Report
@@ -382,6 +408,15 @@ def _warnings(
     if likelihood is not None:
         warnings.append(f"Bits/dim are {likelihood.describe()}.")
     reference = sets.real.data
+    if sets.shared == len(reference):
+        warnings.append(
+            f"The reference is the training split: all {len(reference):,} of its images ({reference.split}) are among "
+            "the training images, so the metrics say nothing about images that the model has not seen."
+        )
+    elif sets.shared:
+        warnings.append(f"{sets.shared:,} of the {len(reference):,} reference images are among the training images.")
+    elif training is None and reference.split.startswith("train"):
+        warnings.append(f"The reference is the split {reference.split}, on which the model may have been trained.")
     return warnings + [f"{reference.name}: {note}." for note in reference.notes]
 
 
@@ -390,8 +425,13 @@ def _as_json(figures: dict[str, Estimate]) -> dict[str, dict]:
 
 
 def _versions() -> dict[str, str]:
-    libraries = {module.__name__: module.__version__ for module in (torch, diffusers, accelerate, np)}
-    return {"python": platform.python_version(), "tiny-diffusers": __version__, **libraries}
+    libraries = {module.__name__: module.__version__ for module in (accelerate, np)}
+    return {"python": platform.python_version(), **_libraries(), **libraries}
+
+
+def _libraries() -> dict[str, str]:
+    """Returns the versions of what draws images and computes features."""
+    return {"tiny-diffusers": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .. import hardware
 from ..errors import UserError, first_line, unknown
+from ..paths import public_name
 from .report import FeatureDtype
 
 
@@ -277,7 +278,7 @@ def _load_dinov2(weights: str | Path | None, dtype: str, device: torch.device) -
         ) from error
     inputs = _Inputs(224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # ImageNet's
     preprocessing = {
-        **inputs.describe(network, source, dtype),
+        **inputs.describe(network, public_name(source), dtype),
         "features": f"normalised class token of the last layer, {network.config.hidden_size}",
     }
     return _network_extractor("dinov2", network, inputs, preprocessing, device, lambda x: network(x).pooler_output)

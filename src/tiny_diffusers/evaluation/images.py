@@ -1,35 +1,41 @@
 """
 Images to measure, always uint8: samples of a pipeline, a folder, or a baseline.
 
-Long computations run in batches whose boundaries depend only on the number of images. The processes share the batches
-and write to one file, so results are independent of the number of processes, and a stopped run resumes.
+Long computations run in batches, which the processes share; they write to one file and mark each row that is done. So
+results are independent of the number of processes, and a stopped run resumes, with any batch size.
 """
 
+import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
+from filelock import FileLock
 from numpy.lib.format import open_memmap
+from PIL import Image
 
 from .. import plots
 from ..data import ImageData, load_images
 from ..errors import UserError
 from ..pipelines.pipeline_tiny import image_generators
 from ..progress import progress_bar
+from ..runs import find_damage, publish
 
 
-IMAGE_TYPES = (ImageData, np.ndarray, torch.Tensor)  # are measured as they are, in place of a pipeline
+IMAGE_TYPES = (ImageData, np.ndarray, torch.Tensor, list, tuple)  # are measured as they are, in place of a pipeline
 BLUR_SIGMA = 1.0  # pixels, of the blurred baseline
 _ROWS = 4096  # images read at a time
 
 
 def fill(
-    path: Path,
+    entry: Path,
     shape: tuple[int, ...],
     dtype: type,
     compute: Callable[[int, int], np.ndarray],
@@ -39,10 +45,11 @@ def fill(
     desc: str,
 ) -> np.ndarray:
     """
-    Computes an array on disk, batch by batch, in all processes together. Batches of an earlier run are kept.
+    Computes an array on disk, batch by batch, in all processes together. Rows of an earlier run are kept.
 
     Args:
-        path (`Path`): The `.npy` file, on a disk that all processes see. It appears once it is complete.
+        entry (`Path`): Folder of the array in the cache, on a disk that all processes see. It appears once the array is
+            complete, sealed with its checksum. A damaged one is computed again.
         shape (`tuple[int, ...]`): Shape of the array, rows first.
         dtype (`type`): Dtype of the array.
         compute (`Callable`): `compute(start, stop)` returns these rows, and depends on nothing else.
@@ -53,28 +60,42 @@ def fill(
     Returns:
         `np.ndarray`: The array, memory-mapped and read-only.
     """
-    starts = range(0, shape[0], batch_size)
-    part, marks = path.with_suffix(".part"), path.with_suffix(".done")
-    if not path.is_file():
-        if state.is_main_process and not (part.is_file() and marks.is_file()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open_memmap(part, "w+", dtype, shape).flush()
-            open_memmap(marks, "w+", np.bool_, (len(starts),)).flush()  # last: if it exists, both do
-        state.wait_for_everyone()
-        rows, done = open_memmap(part, "r+"), open_memmap(marks, "r+")
-        mine = [i for i in range(state.process_index, len(starts), state.num_processes) if not done[i]]
-        for i in progress_bar(mine, desc=desc, unit=" batches", delay=2, disable=not state.is_main_process):
-            stop = min(starts[i] + batch_size, shape[0])
-            rows[starts[i] : stop] = compute(starts[i], stop)
-            rows.flush()
-            done[i] = True
-        done.flush()
-        state.wait_for_everyone()
+    file, part, marks = entry / "array.npy", entry.with_suffix(".part"), entry.with_suffix(".done")
+    with contextlib.ExitStack() as stack:
+        missing = False
         if state.is_main_process:
-            os.replace(part, path)
-            marks.unlink()
-    state.wait_for_everyone()
-    return np.load(path, mmap_mode="r")
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(entry.with_suffix(".lock")))  # another evaluation may compute the same
+            missing = find_damage(entry) is not None or not _fits(file, shape, dtype)
+            if missing and not (_fits(part, shape, dtype) and _fits(marks, shape[:1], np.bool_)):
+                marks.unlink(missing_ok=True)
+                open_memmap(part, "w+", dtype, shape).flush()
+                open_memmap(marks, "w+", np.bool_, shape[:1]).flush()  # last: if it exists, both do
+        (missing,) = broadcast_object_list([missing])
+        if missing:
+            rows, done = open_memmap(part, "r+"), open_memmap(marks, "r+")
+            slices = [slice(start, min(start + batch_size, shape[0])) for start in range(0, shape[0], batch_size)]
+            mine = [s for s in slices[state.process_index :: state.num_processes] if not done[s].all()]
+            for s in progress_bar(mine, desc=desc, unit=" batches", delay=2, disable=not state.is_main_process):
+                rows[s] = compute(s.start, s.stop)
+                rows.flush()
+                done[s] = True
+            done.flush()
+            state.wait_for_everyone()
+            if state.is_main_process:
+                publish(entry, lambda staging: os.replace(part, staging / file.name))
+                marks.unlink()
+            state.wait_for_everyone()
+    return np.load(file, mmap_mode="r")
+
+
+def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
+    """Checks that a file holds an array of this shape and dtype."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return array.shape == tuple(shape) and array.dtype == dtype
 
 
 # Samples and folders
@@ -83,7 +104,7 @@ def fill(
 def sample(
     pipe: DiffusionPipeline,
     shape: tuple[int, int, int],
-    path: Path,
+    entry: Path,
     *,
     num_images: int,
     seed: int,
@@ -100,7 +121,7 @@ def sample(
     Args:
         pipe (`DiffusionPipeline`): Called with `output_type="pt"`.
         shape (`tuple[int, int, int]`): (C, H, W) of the reference, which the images must have.
-        path (`Path`): The file that keeps the images.
+        entry (`Path`): Folder in the cache that keeps the images.
         num_images (`int`): N.
         seed (`int`): Seed of the first image.
         batch_size (`int`): Number of images drawn at a time.
@@ -123,10 +144,10 @@ def sample(
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)
         images = to_uint8(output.images.float().cpu())
-        check_shape(images, shape, "The model's images")
+        check_shape(images.shape[1:], shape, "The model's images")
         return images
 
-    return fill(path, (num_images, *shape), np.uint8, draw, batch_size=batch_size, state=state, desc="Sampling")
+    return fill(entry, (num_images, *shape), np.uint8, draw, batch_size=batch_size, state=state, desc="Sampling")
 
 
 def read_folder(folder: str | Path) -> ImageData:
@@ -148,38 +169,54 @@ def read_folder(folder: str | Path) -> ImageData:
     return data
 
 
-def to_uint8(images: np.ndarray | torch.Tensor) -> np.ndarray:
+def to_uint8(images: np.ndarray | torch.Tensor | Sequence[Image.Image]) -> np.ndarray:
     """
-    Converts images (N, C, H, W) to uint8; uint8 images stay as they are, floats must be in [0, 1].
+    Converts images (N, C, H, W) to uint8; uint8 images stay as they are, floats must be in [0, 1]. PIL images become
+    grey if all of them are, else RGB.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If the shape is wrong, or values are NaN or out of range.
+        [`~tiny_diffusers.errors.UserError`]: If the shape is wrong, sizes differ, or values are NaN or out of range.
     """
-    images = images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if isinstance(images, (list, tuple)):
+        images = _stack(images)
+    elif isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        images = (images.float() if images.is_floating_point() else images).numpy()  # NumPy has no bfloat16
+    images = np.asarray(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UserError(f"Images must have the shape (N, C, H, W) with C = 1 or 3: these have {images.shape}.")
     return plots.to_uint8(images)
 
 
+def _stack(images: Sequence[Image.Image]) -> np.ndarray:
+    """Stacks PIL images of one size: uint8 (N, C, H, W)."""
+    kinds = sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)})
+    sizes = sorted({image.size for image in images if isinstance(image, Image.Image)})
+    if kinds or len(sizes) != 1:
+        given = f"items of type {', '.join(kinds)}" if kinds else f"images of sizes {sizes}"
+        raise UserError(f"A list of images must hold PIL images of one size: this one has {given}.")
+    mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
+    pixels = np.stack([np.asarray(image.convert(mode)) for image in images])  # (N, H, W) or (N, H, W, 3)
+    return pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
+
+
 def check(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
     """Checks that metrics are defined for images: of the reference's shape, at least two, and not all identical."""
-    check_shape(images, shape, what)
+    check_shape(images.shape[1:], shape, what)
     if len(images) < 2:
         raise UserError(f"{what} are {len(images)}: metrics need at least two.")
     if all((images[i : i + _ROWS] == images[0]).all() for i in range(0, len(images), _ROWS)):
         raise UserError(f"{what} are all identical: {len(images):,} copies of one image have no distribution.")
 
 
-def check_shape(images: np.ndarray, shape: tuple[int, int, int], what: str) -> None:
-    """Checks that images have the reference's (C, H, W)."""
+def check_shape(given: tuple[int, int, int], shape: tuple[int, int, int], what: str) -> None:
+    """Checks that images of the shape `given` have the reference's (C, H, W)."""
 
     def describe(channels: int, height: int, width: int) -> str:
         return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
 
-    if images.shape[1:] != shape:
-        raise UserError(
-            f"{what} are {describe(*images.shape[1:])} and the reference's are {describe(*shape)}: they must agree."
-        )
+    if given != shape:
+        raise UserError(f"{what} are {describe(*given)} and the reference's are {describe(*shape)}: they must agree.")
 
 
 def order_of(images: np.ndarray) -> np.ndarray:
@@ -187,8 +224,23 @@ def order_of(images: np.ndarray) -> np.ndarray:
     Returns the positions that sort the images by their hashes. This order is random with respect to their content, and
     independent of the order that they come in.
     """
+    return np.argsort(_hashes(images), kind="stable")
+
+
+def count_shared(images: np.ndarray, others: np.ndarray) -> int:
+    """Returns how many of the images, pixel by pixel, are among others too."""
+    return int(np.isin(_hashes(images), _hashes(others)).sum())
+
+
+def _hashes(images: np.ndarray) -> np.ndarray:
+    """Returns a hash of each image: (N,)."""
     digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
-    return np.argsort(np.frombuffer(digests, dtype=">u8"), kind="stable")
+    return np.frombuffer(digests, dtype=">u8")
+
+
+def digest(*key: object) -> str:
+    """Returns the name of a cache entry: a hash of everything that its values depend on."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def fingerprint(images: np.ndarray) -> str:

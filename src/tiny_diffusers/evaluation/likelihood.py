@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 
 from ..data import ImageData, normalize
 from ..errors import UserError
-from .images import IMAGE_TYPES, fill
+from ..pipelines.pipeline_tiny import image_generators
+from .images import IMAGE_TYPES, digest, fill
 from .measurement import ImageSet
 from .metrics import Estimate
 from .report import METRICS, Protocol
@@ -55,7 +56,7 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
     if hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
         labels = None if reference.labels is None else reference.labels[:1]
         try:
-            _bits(given, reference.images[:1], labels, seed=0)
+            _bits(given, reference.images[:1], labels, image_generators(0, 1))
         except ValueError as error:
             reason = str(error).removesuffix(".")
     elif scheduler is None:
@@ -68,7 +69,7 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
 
 
 def measure_likelihood(
-    pipe: DiffusionPipeline, real: ImageSet, protocol: Protocol, folder: Path, key: str, state: PartialState
+    pipe: DiffusionPipeline, real: ImageSet, protocol: Protocol, cache: Path, key: str, state: PartialState
 ) -> Likelihood:
     """
     Computes bits/dim of the first `protocol.likelihood_images` real images, in the order of their hashes.
@@ -76,32 +77,36 @@ def measure_likelihood(
     Args:
         pipe (`DiffusionPipeline`): The model.
         real ([`ImageSet`]): The real images.
-        protocol ([`Protocol`]): Gives the number of images, the batch size, and the seed of the first batch.
-        folder (`Path`): Folder for the file that keeps the values.
-        key (`str`): Key of the model in the file's name.
+        protocol ([`Protocol`]): Gives the number of images, the batch size, and the seed of the first image.
+        cache (`Path`): Folder that keeps the values.
+        key (`str`): Key of the model and its seed.
         state (`PartialState`): The processes, which share the batches.
     """
     num_images, batch_size = min(protocol.likelihood_images, len(real)), protocol.batch_size
-    path = folder / f"bits-{key}-{real.fingerprint[:16]}-{num_images}.npy"
+    labels = None if real.labels is None else real.labels[:num_images].tolist()
+    entry = cache / digest("bits", key, real.fingerprint, num_images, labels)
     images = real.data.images.numpy()
 
     def compute(start: int, stop: int) -> np.ndarray:
         labels = None if real.labels is None else torch.from_numpy(real.labels[start:stop])
         batch = torch.from_numpy(images[real.order[start:stop]])
-        return _bits(pipe, batch, labels, protocol.seed + start).float().cpu().numpy()
+        generator = image_generators(protocol.seed, stop - start, first=start)
+        return _bits(pipe, batch, labels, generator).float().cpu().numpy()
 
-    bits = fill(path, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
+    bits = fill(entry, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
     return Likelihood(bits, _KINDS.get(type(pipe).__name__, _BOUND), levels)
 
 
-def _bits(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor | None, seed: int) -> torch.Tensor:
+def _bits(
+    pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor | None, generator: list[torch.Generator]
+) -> torch.Tensor:
     """Computes bits/dim of uint8 images (B, C, H, W): (B,)."""
     conditional = bool(getattr(pipe, "_class_ids", []))
     options = {
         "class_labels": labels.to(pipe.device) if conditional and labels is not None else None,
-        "generator": torch.Generator().manual_seed(seed),
+        "generator": generator,
     }
     if hasattr(pipe, "bits_per_dim"):
         return pipe.bits_per_dim(images, **options)

@@ -55,11 +55,12 @@ class FeatureSets:
     real: ImageSet  # the reference
     training: ImageSet | None  # the training set, if a metric or a baseline needs it
     baselines: dict[str, FeatureSet]  # without "real", whose features are those of the other sets
+    shared: int = 0  # images of the reference that are among the training images
 
     @property
     def has_other_real_images(self) -> bool:
-        """True if there are real images beside the reference: a training set of other images."""
-        return self.training is not None and self.training.data.fingerprint != self.real.data.fingerprint
+        """True if there are real images beside the reference: a training set that shares less than half of its images."""
+        return self.training is not None and 2 * self.shared < len(self.real)
 
     @cached_property
     def real_against_real(self) -> tuple[FeatureSet, FeatureSet]:

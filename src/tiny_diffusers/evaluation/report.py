@@ -3,12 +3,15 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import UserError, unknown
 from ..flags import Flags, flag
+from ..paths import public_name
+from ..runs import RunFolder
 
 
 REPORT_FORMAT = 1  # raised when a metric of the same name is computed differently
@@ -31,6 +34,25 @@ Baseline = Literal["real", "blurred", "pixel_gaussian", "noise"]
 METRICS: tuple[str, ...] = get_args(Metric)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 _SLOW_METRICS = ("nearest_neighbour", "bits_per_dim")  # not measured by default
+# names that these metrics have elsewhere -> what gives them here
+_MEANT = {
+    "fid": "frechet_distance with --features inception",
+    "kid": "kernel_distance with --features inception",
+    "is": "inception_score with --features inception",
+    "nll": "bits_per_dim",
+    "bpd": "bits_per_dim",
+    "likelihood": "bits_per_dim",
+    **dict.fromkeys(("precision", "recall"), "precision_recall"),
+    **dict.fromkeys(("density", "coverage"), "density_coverage"),
+    **dict.fromkeys(("memorization", "near_copies"), "nearest_neighbour"),
+}
+# Options of a scheduler's config that are named with it; the others say how the model was trained. A switch is named
+# where it is on.
+_SAMPLER_OPTIONS = ("algorithm_type", "solver_order", "solver_type", "timestep_spacing", "final_sigmas_type")
+_SAMPLER_SWITCHES = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "skip_prk_steps"),
+    *("rescale_betas_zero_snr", "clip_sample", "thresholding"),
+)
 
 # key in a report -> name, name with the features of `inception`, and whether lower is better (None: neither)
 FIGURES = {
@@ -71,14 +93,16 @@ class Protocol(Flags):
     kind: Kind = flag("samples", "Images to measure: samples, or a VAE's reconstructions of the reference images.")
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call
     seed: int = flag(0, "Image i is drawn with the seed SEED + i.", within="[0, 9223372036854775807]")
-    batch_size: int = flag(64, "Number of images drawn at a time.", within="[1, inf)")
+    batch_size: int = flag(64, "Number of images drawn at a time.", within="[1, inf)", changes_run=False)
     features: str = flag("efficientnet-lite0", "Features: inception, dinov2, efficientnet-lite0 or pixels.")
     feature_weights: str | None = flag(None, "Weights of inception (a file) or dinov2 (a folder or a Hub id).")
     feature_dtype: FeatureDtype = flag(
         "float32", "Dtype of the feature network; bfloat16 is faster and shifts distances by 1 or 2 percent."
     )
     metrics: list[Literal[Metric, "all"]] = flag(
-        [name for name in METRICS if name not in _SLOW_METRICS], f"Metrics: {', '.join(METRICS)}, or all."
+        [name for name in METRICS if name not in _SLOW_METRICS],
+        f"Metrics: {', '.join(METRICS)}, or all.",
+        meant=_MEANT,
     )
     num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, inf)")
     num_bootstrap: int = flag(
@@ -108,9 +132,14 @@ class Protocol(Flags):
         ):
             for name in given:
                 if name not in allowed:
-                    raise unknown(what, name, allowed)
+                    raise unknown(what, name, allowed, _MEANT if what == "metric" else None)
         if self.num_bootstrap == 1:
             raise UserError("num_bootstrap 1: it must be 0, or 2 or more.")
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields as a report holds them, with the feature weights by their last name."""
+        weights = None if self.feature_weights is None else public_name(self.feature_weights)
+        return asdict(self) | {"feature_weights": weights}
 
 
 @dataclass
@@ -146,17 +175,18 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """
-        Loads a report from its file or from the folder of a checkpoint.
+        Loads a report from a file or folder, as [`find_report`] finds it.
 
         Raises:
-            [`~tiny_diffusers.errors.UserError`]: If there is no report, or this version cannot read it.
+            [`~tiny_diffusers.errors.UserError`]: If there is no report, none of several is published, or this version
+                cannot read it.
         """
-        path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+        path = find_report(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
         version = content.get("format") if isinstance(content, dict) else None
         if version != REPORT_FORMAT:
@@ -167,6 +197,9 @@ class Report:
             raise UserError(
                 f"'{path}' is not a report: it lacks {sorted(missing)} and has the unknown keys {sorted(unexpected)}."
             )
+        mistake = _find_mistake(content)
+        if mistake is not None:
+            raise UserError(f"'{path}' is not a report: {mistake}.")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:
@@ -177,6 +210,11 @@ class Report:
         path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         return path
+
+    @staticmethod
+    def knows(figure: str) -> bool:
+        """Checks that a name is that of a metric in reports."""
+        return figure in FIGURES
 
     def label(self, figure: str) -> str:
         """Returns the name of a metric: FID, KID and Inception Score are reserved for the features of `inception`."""
@@ -195,8 +233,36 @@ class Report:
 
     @property
     def sampling(self) -> str:
-        """The arguments of the pipeline's call: "num_inference_steps 50, eta 0.0"."""
-        return ", ".join(f"{name} {value}" for name, value in self.source.get("sampling", {}).items())
+        """The scheduler with its options, and the arguments of the pipeline's call."""
+        scheduler = self.source.get("scheduler", {})
+        words = [scheduler["class"]] if "class" in scheduler else []
+        words += [f"{name} {scheduler[name]}" for name in _SAMPLER_OPTIONS if scheduler.get(name) is not None]
+        words += [name for name in _SAMPLER_SWITCHES if scheduler.get(name) is True]
+        words += [f"{name} {value}" for name, value in self.source.get("sampling", {}).items()]
+        return ", ".join(words)
+
+    def asks_the_same(self, protocol: dict[str, Any], source: dict[str, Any], load: dict[str, Any]) -> bool:
+        """
+        Checks that a report is of the same protocol: that measuring again would replace it by one of the same name.
+
+        Args:
+            protocol (`dict`): The fields of the [`Protocol`].
+            source (`dict`): The images, as in [`Report`]. The weights may differ: those of a longer training do.
+            load (`dict`): How the real images are loaded.
+        """
+        names = [entry.name for entry in fields(Protocol) if entry.metadata.get("changes_run", True)]
+        of_images = ("kind", "name", "class", "dtype", "sampling", "scheduler")
+
+        def described(protocol: dict, source: dict, load: dict) -> list:
+            chosen = [
+                {name: protocol.get(name) for name in names},
+                {name: source.get(name) for name in of_images},
+                load,
+            ]
+            return json.loads(json.dumps(chosen))  # tuples as lists
+
+        earlier = described(self.protocol, self.source, self.measured_by["reference"].get("load", {}))
+        return earlier == described(protocol, source, load)
 
     @property
     def against(self) -> str:
@@ -229,7 +295,7 @@ class Report:
     def card_results(self) -> list[dict[str, Any]]:
         """Returns the metrics as arguments of `huggingface_hub.EvalResult`, for the `model-index` of a model card."""
         reference = self.measured_by["reference"]
-        name = reference.get("load", {}).get("dataset_name") or reference["name"]
+        name = public_name(reference.get("load", {}).get("dataset_name") or reference["name"])
         return [
             {
                 "task_type": "unconditional-image-generation",
@@ -243,6 +309,96 @@ class Report:
             }
             for figure, entry in self.figures.items()
         ]
+
+
+# The parts of a report that are read, with their types; those after "?" may be missing.
+_FORM = {
+    "protocol": {"features": str, "seed": int, "?kind": str, "?sampling": dict, "?feature_weights": (str, type(None))},
+    "measured_by": {
+        "num_images": int,
+        "features": {"dtype": str, "resize": str},
+        "reference": {"name": str, "split": str, "images": int, "fingerprint": str, "?load": dict},
+    },
+    "source": {"kind": str, "name": str, "?sampling": dict, "?scheduler": {"class": str}},
+    "figures": dict,
+    "?per_class": dict,
+    "?baselines": dict,
+    "?warnings": list,
+    "?versions": dict,
+    "?command": str,
+}
+
+
+def _find_mistake(content: dict[str, Any]) -> str | None:
+    """Returns what is wrong with the content of a report, which may be a stranger's, or None."""
+    mistake = _check_form(content, _FORM)
+    if mistake is not None:
+        return mistake
+    sets = {"figures": content["figures"], **content.get("per_class", {})}
+    for name, entry in content.get("baselines", {}).items():
+        if name not in BASELINES or not isinstance(entry, dict):
+            return f"its baseline {name!r} is unknown or damaged"
+        sets[name] = entry.get("figures")
+    for where, figures in sets.items():
+        if not isinstance(figures, dict):
+            return f"its {where} are no metrics"
+        for name, figure in figures.items():
+            if name not in FIGURES or not _is_estimate(figure):
+                return f"its metric {name!r} is unknown or damaged"
+    return None
+
+
+def _check_form(content: Any, form: dict[str, Any], where: str = "") -> str | None:
+    for name, expected in form.items():
+        key = name.removeprefix("?")
+        if key not in content and key != name:
+            continue
+        value, place = content.get(key), f"{where}{key}"
+        kind = dict if isinstance(expected, dict) else expected
+        if not isinstance(value, kind):
+            return f"its {place} is {type(value).__name__}"
+        mistake = _check_form(value, expected, f"{place}.") if isinstance(expected, dict) else None
+        if mistake is not None:
+            return mistake
+    return None
+
+
+def _is_estimate(figure: Any) -> bool:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # so neither infinite nor NaN
+
+    if not isinstance(figure, dict) or figure.keys() != {"value", "error", "error_kind"}:
+        return False
+    error, kind = figure["error"], figure["error_kind"]
+    has_error = error is None or (is_number(error) and error >= 0)
+    return is_number(figure["value"]) and has_error and isinstance(kind, (str, type(None)))
+
+
+def find_report(place: str | Path) -> Path:
+    """Finds the file of a report: in its own folder, or in a checkpoint's, where it is published or the only one."""
+    return RunFolder(place).find_report() if Path(place).is_dir() else Path(place)
+
+
+def default_name(protocol: Protocol, source: dict[str, Any]) -> str:
+    """
+    Returns the name of a report from its protocol: "ddim-50", "sde-dpmsolver-10-guidance_scale-3", "reconstructions".
+
+    Args:
+        protocol ([`Protocol`]): The protocol.
+        source (`dict`): The images, as in [`Report`].
+    """
+    scheduler, sampling = source.get("scheduler", {}), dict(source.get("sampling", {}))
+    words = [protocol.kind] if protocol.kind != "samples" or not scheduler else []
+    if scheduler:
+        solver = scheduler["class"].removeprefix("Tiny").removesuffix("Scheduler")
+        words.append(scheduler.get("algorithm_type") or solver)
+    if "num_inference_steps" in sampling:
+        words.append(sampling.pop("num_inference_steps"))
+    for name, value in sampling.items():
+        if name in protocol.sampling:  # it was asked for
+            words += [name, *(value if isinstance(value, (list, tuple)) else [value])]
+    words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
+    return re.sub(r"[^\w.-]+", "", "-".join(words)).lower()
 
 
 def compare(reports: dict[str, Report]) -> str:

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from ..errors import UserError, unknown
-from ..flags import FlagParser, Flags, default_of, flag
+from ..flags import FlagParser, Flags, as_flags, default_of, flag
+from ..paths import is_below_here, local_path, restore_paths
 from ..runs import RunFolder, load_yaml
 
 
@@ -257,7 +258,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     # A recipe goes through the same parser, so its values are checked alike.
     recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
     smoke = arguments_class.SMOKE if given.get("smoke") else {}
-    lower = parser.given(_as_flags(recipe)) | parser.given(_as_flags(smoke))
+    lower = parser.given(as_flags(recipe)) | parser.given(as_flags(smoke))
     kept = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class)
     values = kept | given
     values["resolved"] = [name for name in resolved if name in kept and name not in {*given, *smoke}]
@@ -342,6 +343,7 @@ def _read_recipe(
         raise unknown(f"cell of {path}", cell, cells)
     recipe |= cells.get(cell, {})
 
+    recipe = restore_paths(path.parent, recipe)  # of a run's config.yaml
     resolved = recipe.pop("resolved", None) or []
     names = _recipe_names(arguments_class)
     for name, value in recipe.items():
@@ -380,29 +382,46 @@ def read_settings(path: Path, arguments_class: type[TrainingArguments]) -> dict[
     for name, value in settings.items():
         _check_value(name, value, path)
     try:
-        given = FlagParser(arguments_class).given(_as_flags(settings))
+        given = FlagParser(arguments_class).given(as_flags(settings))
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return {name: given.get(name) for name in settings}
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    """Spells values as they would be typed on the command line."""
-    flags = []
-    for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return flags
+def split_paths(settings: Arguments) -> tuple[Arguments, dict[str, str]]:
+    """
+    Returns the settings with local paths shortened to last names, as they may be shared, and the paths themselves.
+
+    A local dataset becomes a `train_data_dir`, so that its name is never taken for a Hub id. Where the run's outputs go
+    is shortened only if it is not below the working directory.
+    """
+    if settings.train_data_dir is None and settings.dataset_name != "digits" and local_path(settings.dataset_name):
+        default = type(settings).__dataclass_fields__["dataset_name"].default
+        settings = dataclasses.replace(settings, dataset_name=default, train_data_dir=settings.dataset_name)
+    paths = {}
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if not name.endswith(("_dir", "_path")) or not isinstance(value, str):
+            continue
+        is_output = name in ("output_dir", "logging_dir")
+        if not is_below_here(value) or (local_path(value) is not None and not is_output):
+            paths[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(settings, **{name: Path(path).name for name, path in paths.items()}), paths
 
 
 def saved_settings(settings: TrainingArguments) -> dict[str, Any]:
-    """Returns the settings that a run's `config.yaml` and card hold: no secrets, nothing that is of one command only."""
+    """
+    Returns the settings that a run's `config.yaml` and card hold: no secrets, no local paths, nothing that is of one
+    command only.
+    """
+    settings, _ = split_paths(settings)
     names = [f.name for f in dataclasses.fields(settings) if f.name not in (*_UNSAVED, "resolved")]
     return {name: getattr(settings, name) for name in (*names, "resolved")}
 
 
 def command_line(settings: TrainingArguments) -> str:
-    """Returns the command that makes this run again, with the settings that are not at their default."""
+    """Returns the command that makes this run again, with the settings that are not at their default, without paths."""
+    settings, _ = split_paths(settings)
     words = ["tiny-diffusers", "train", settings.SCRIPT]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -14,8 +14,9 @@ from torch import nn
 
 from .. import __version__, hub, plots
 from ..hardware import default_dtype
+from ..paths import keep_paths
 from ..progress import bar_options
-from .arguments import TrainingArguments, command_line, saved_settings
+from .arguments import TrainingArguments, command_line, saved_settings, split_paths
 
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ Draw = Callable[[Any, int, int], tuple[list, dict]]  # of a family: pipeline, nu
 def write_run_files(trainer: "Trainer") -> None:
     """Writes `config.yaml`, the settings as a recipe that makes the run again, and `run.json`, facts of this machine."""
     trainer.folder.write_config(saved_settings(trainer.settings))
+    keep_paths(trainer.folder.path, split_paths(trainer.settings)[1])
     trainer.folder.write_facts(
         {
             "command": command_line(trainer.settings),

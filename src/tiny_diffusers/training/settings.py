@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..data import ImageData
 from ..runs import RunFolder
-from .arguments import Arguments, TrainingArguments, is_open, read_settings
+from .arguments import Arguments, TrainingArguments, is_open, read_settings, saved_settings
 
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,9 @@ def _resolve(settings: Arguments, **values: Any) -> Arguments:
 
 def warn_of_changes(settings: TrainingArguments, earlier: dict[str, Any]) -> None:
     """Warns of each setting that makes the resumed run another run than the earlier one."""
+    saved = saved_settings(settings)
     for field in dataclasses.fields(settings):
-        value, before = getattr(settings, field.name), earlier.get(field.name)
+        value, before = saved.get(field.name), earlier.get(field.name)
         newly_resolved = before is None and field.name in settings.resolved
         if field.metadata.get("changes_run") and field.name in earlier and before != value and not newly_resolved:
             logger.warning(f"--{field.name} is {value}, but was {before} in the run that is resumed.")

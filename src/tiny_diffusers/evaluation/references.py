@@ -1,0 +1,184 @@
+"""
+The real images of an evaluation: those that flags name, and what they leave open as the model's own run has it.
+
+    given = {"split": "test"}
+    run = flags_of_run(RunFolder("runs/digits"), given)  # {"dataset_name": "digits", "resolution": 8, ...}
+    images = choose(given, run)
+    reference, training, images = load_real_images(images, channels=1, side=8, state=processes())
+"""
+
+import logging
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..flags import FlagParser, Flags, as_flags, flag
+from ..paths import local_path, restore_paths
+from ..runs import RunFolder
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..data import ImageData
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RealImages(Flags):
+    """The real images to measure against, and those that the model was trained on. A run's own are the defaults."""
+
+    dataset_name: str | None = flag(None, "Real images: a Hub id, a folder, or digits; of a run, its own.")
+    dataset_config_name: str | None = flag(None, "Configuration of a dataset that has several.")
+    image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
+    label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
+    classes: str | None = flag(None, "Names or ids, such as cat,frog, if the model has only these.")
+    resolution: int | None = flag(
+        None, "Side that images are resized to; the model's if not given.", within="[1, 1024]"
+    )
+    center_crop: bool = flag(False, "Crop the center of images that are not square.")
+    split: str | None = flag(
+        None, "Split to measure against; of test, validation and the training's, the first that there is."
+    )
+    train_split: str | None = flag(
+        None, "Split that the model was trained on, or none; train, if there is one, where no run says it."
+    )
+    max_train_samples: int | None = flag(
+        None, "Number of its images that the model was trained on, if not all.", within="[1, inf)"
+    )
+
+
+def flags_of_run(run: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
+    """
+    Returns the flags of [`RealImages`] that a run was trained with, from its `config.yaml`; empty if there is none.
+
+    Only these names are read, and their types are checked: the folder may be a stranger's.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If they are of other types, or if the run's local folder is not here and
+            none is given.
+    """
+    settings = restore_paths(run.path, run.read_config())
+    shared = ("dataset_config_name", "image_column", "label_column", "classes", "resolution", "center_crop")
+    found = {name: settings.get(name) for name in (*shared, "max_train_samples")}
+    folder = settings.get("train_data_dir")
+    if folder is not None and local_path(str(folder)) is None and "dataset_name" not in given:
+        raise UserError(
+            f"{run.config} names the local folder '{folder}', which is not here: say where it is with --dataset_name."
+        )
+    found["dataset_name"] = folder or settings.get("dataset_name")
+    found["train_split"] = settings.get("split")
+    if found["dataset_name"] is None:
+        return {}
+    try:
+        return FlagParser(RealImages).given(as_flags(found))
+    except UserError as error:
+        raise UserError(f"{run.config} does not say what the model was trained on: {error}") from error
+
+
+def choose(given: dict[str, Any], run: dict[str, Any]) -> RealImages:
+    """
+    Chooses the real images: given flags win over those of the run, which count for the run's own dataset only.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If neither names a dataset.
+    """
+    given = {name: value for name, value in given.items() if name in {entry.name for entry in fields(RealImages)}}
+    if "dataset_name" in given and not is_same_dataset(given["dataset_name"], run.get("dataset_name")):
+        run = {}
+    images = RealImages(**run | given)
+    if images.dataset_name is None:
+        raise UserError("Give the real images to measure against: --dataset_name, a Hub id, a folder, or digits.")
+    return images
+
+
+def is_same_dataset(given: str, runs: str | None) -> bool:
+    """Checks that a given dataset is the run's: the same Hub id, folder, or last name of a folder that has moved."""
+    path = local_path(given)
+    return given == runs or (
+        path is not None and runs is not None and path in (local_path(runs), path.with_name(runs))
+    )
+
+
+def load_real_images(
+    images: RealImages, channels: int, side: int, state: "PartialState"
+) -> "tuple[ImageData, ImageData | None, RealImages]":
+    """
+    Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache.
+
+    Args:
+        images ([`RealImages`]): The images.
+        channels (`int`): Channels of the model's images.
+        side (`int`): Side of the model's images in pixels.
+        state (`PartialState`): The processes.
+
+    Returns:
+        `tuple[ImageData, ImageData | None, RealImages]`: The reference, the training set, and `images` with the splits
+        that were found.
+    """
+    from ..data import UnknownSplitError, load_images
+
+    names = ("dataset_name", "dataset_config_name", "image_column", "label_column", "classes", "center_crop")
+    options = {name: getattr(images, name) for name in names}
+    if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
+        options["train_data_dir"] = options.pop("dataset_name")
+    options |= {"resolution": images.resolution or side, "channels": channels}
+    train_split = images.train_split if images.train_split not in (None, "none") else "train"
+    splits = [images.split] if images.split is not None else list(dict.fromkeys(["test", "validation", train_split]))
+    with state.main_process_first():
+        for split in splits:
+            try:
+                reference = load_images(split=split, **options)
+                break
+            except UnknownSplitError:
+                if split == splits[-1]:
+                    raise
+        training = None
+        if images.train_split != "none":
+            try:
+                training = load_images(split=train_split, max_samples=images.max_train_samples, **options)
+            except UnknownSplitError as error:
+                if images.train_split is not None:
+                    raise
+                logger.warning(f"there is no training set: {error}")
+    found = "none" if training is None else train_split
+    return reference, training, replace(images, split=split, train_split=found)
+
+
+def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    Returns what a report keeps of the images: the flags that are set, a local folder by its last name as
+    `train_data_dir`; and the folder's path, which stays on this machine.
+    """
+    kept = {name: value for name, value in asdict(images).items() if value not in (None, False)}
+    path = local_path(images.dataset_name)
+    if path is None or images.dataset_name == "digits":
+        return kept, {}
+    del kept["dataset_name"]
+    return {"train_data_dir": path.name, **kept}, {"dataset_name": str(path)}
+
+
+def find_mismatches(run: RunFolder, reference: "ImageData", training: "ImageData | None") -> list[str]:
+    """Returns in words how the real images differ from those that the run was trained on, by its `run.json`."""
+    trained_on = run.read_facts().get("data")
+    if not isinstance(trained_on, dict):
+        return []
+    mismatches = []
+    name, classes, fingerprint = (trained_on.get(key) for key in ("name", "classes", "fingerprint"))
+    ours = list(reference.id2label.values()) if reference.id2label else None
+    if isinstance(classes, list) and ours is not None and sorted(map(str, classes)) != sorted(ours):
+        mismatches.append(
+            f"The model was trained on the classes {_few(classes)}, and is measured against {_few(ours)}: --classes "
+            "chooses those of the reference."
+        )
+    elif training is not None and fingerprint != training.fingerprint:
+        mismatches.append(
+            f"The training images here ({training.name}, {training.split}, {len(training):,}) are not those that the "
+            f"model was trained on ({name}, {trained_on.get('split')}, {trained_on.get('images')})."
+        )
+    return mismatches
+
+
+def _few(names: list) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
