@@ -378,7 +378,7 @@ class TestPush:
         directory = hub.export(tiny_pipeline(), tmp_path)
         write_card(directory)
         card = (directory / "README.md").read_text(encoding="utf-8")
-        kept = {path.relative_to(directory).as_posix() for path in directory.rglob("*.*") if path.is_file()}
+        kept = {path.relative_to(directory).as_posix() for path in directory.rglob("[!.]*.*") if path.is_file()}
         for name in (
             "checkpoint-100/state.safetensors",
             "checkpoint-best/unet/config.json",
@@ -407,6 +407,31 @@ class TestPush:
         assert 'TinyPipeline.from_pretrained("me/tiny")' in fake_hub.files["README.md"].decode()
         assert (directory / "README.md").read_text(encoding="utf-8") == card
         assert 'TinyPipeline.from_pretrained("path/to/this/folder")' in card
+
+    def test_strays_and_links_are_pushed_by_name_alone(self, fake_hub, tmp_path, tiny_pipeline, capsys):
+        directory = hub.export(tiny_pipeline(), tmp_path / "model")
+        for name in (
+            "id_rsa",
+            "token",
+            "credentials.json",
+            "slurm-1.out",
+            "optimizer.pt",
+            "wandb/a.json",
+            "unet/notes.txt",
+        ):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text("x")
+        (tmp_path / "secret.png").write_text("x")
+        (directory / "samples.png").symlink_to(tmp_path / "secret.png")
+
+        assert hub.push(directory, "me/tiny", token="hf_good", dry_run=True) is None
+        assert not fake_hub.requests and "id_rsa" not in capsys.readouterr().out
+        hub.push(directory, "me/tiny", token="hf_good", include=["unet/notes.txt"])
+        assert fake_hub.files.keys() == own | {"unet/notes.txt"}
+        assert f"{len(fake_hub.files)} files" in capsys.readouterr().out
+        for name, words in (("samples.png", "is a link"), ("../secret.png", "no file in"), ("nowhere", "no file in")):
+            with pytest.raises(UserError, match=words):
+                hub.push(directory, "me/tiny", token="hf_good", include=[name])
 
     @pytest.mark.parametrize("fault", ["token", "network", "name"])
     def test_a_failed_push_keeps_the_folder_and_says_how_to_push_later(self, exported, fake_hub, monkeypatch, fault):

@@ -1,5 +1,6 @@
 """A checkpoint is complete or it is skipped; a log, settings and a lock are one run's."""
 
+import contextlib
 import json
 import os
 
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tiny_diffusers import runs
+from tiny_diffusers import files
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.runs import RunFolder
 
@@ -35,7 +36,7 @@ def test_none_yet(tmp_path):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(["unet/weights", "state.json", runs.MANIFEST]),
+    name=st.sampled_from(["unet/weights", "state.json", files.MANIFEST]),
     kind=st.sampled_from(["delete", "truncate", "flip", "empty"]),
     position=st.integers(0, 10),
 )
@@ -71,7 +72,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert [path.name for path in RunFolder(tmp_path).list_checkpoints()] == ["checkpoint-1"]
     publish(tmp_path, 3)
     RunFolder(tmp_path).prune(tmp_path / "checkpoint-3", None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".files.json", "checkpoint-1", "checkpoint-3"]
 
 
 def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):
@@ -79,7 +80,7 @@ def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):
     old = tmp_path / ".staging-old-checkpoint-1"
     write(old.mkdir() or old)
     publish(tmp_path, 1)  # over the one that is there
-    assert runs.find_damage(tmp_path / "checkpoint-1") is None
+    assert files.find_damage(tmp_path / "checkpoint-1") is None
 
 
 def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
@@ -96,9 +97,9 @@ def test_a_named_one_that_is_damaged_or_missing_is_refused(tmp_path):
 def test_a_manifest_cannot_point_outside(tmp_path):
     publish(tmp_path, 1)
     (tmp_path / "secret").write_text("x")
-    manifest = tmp_path / "checkpoint-1" / runs.MANIFEST
+    manifest = tmp_path / "checkpoint-1" / files.MANIFEST
     manifest.write_text(json.dumps({"../secret": {"size": 1, "sha256": "0"}}))
-    assert "outside" in runs.find_damage(tmp_path / "checkpoint-1")
+    assert "outside" in files.find_damage(tmp_path / "checkpoint-1")
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -115,6 +116,7 @@ def test_constructing_a_folder_touches_nothing_and_claiming_it_is_exclusive(tmp_
             pass
     with folder.claim(resume=False, overwrite=False):  # the lock is free again
         folder.write_config({"seed": 1})
+        folder.confirm()
     assert folder.read_config() == {"seed": 1}
     with pytest.raises(UserError, match="holds another run"), folder.claim(resume=False, overwrite=False):
         pass
@@ -122,6 +124,158 @@ def test_constructing_a_folder_touches_nothing_and_claiming_it_is_exclusive(tmp_
         assert folder.read_config() == {"seed": 1}
     with folder.claim(resume=False, overwrite=True):
         assert folder.read_config() == {}
+
+
+def files_of(folder):
+    """Returns the content of each file, but of locks and lists."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".files.json"))
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+
+def start_run(folder, seed=0, confirm=True, **options):
+    """Writes what a run writes: settings, a grid, a model and a checkpoint."""
+    with folder.claim(**{"resume": False, "overwrite": False} | options):
+        folder.write_config({"seed": seed})
+        folder.record(folder.grid(1))
+        folder.grid(1).parent.mkdir(exist_ok=True)
+        folder.grid(1).write_text(f"grid {seed}")
+        folder.place(lambda staging: (staging / "model_index.json").write_text(f"{seed}"))
+        if not confirm:
+            raise KeyboardInterrupt
+        folder.confirm()
+        folder.publish_checkpoint(seed + 1, lambda staging: (staging / "state.json").write_text("{}"))
+
+
+OWN_FILES = {
+    "mine.py": "print()",
+    "photo.png": "p",
+    "samples/step-mine.txt": "t",
+    "unet/notes.txt": "n",
+    "data/a.png": "a",
+}
+
+
+def put_files(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_overwriting_replaces_what_the_run_wrote_and_nothing_else(tmp_path):
+    start_run(RunFolder(tmp_path))
+    put_files(tmp_path, OWN_FILES)
+    start_run(RunFolder(tmp_path), seed=5, overwrite=True)
+    found = files_of(tmp_path)
+    assert found.items() >= OWN_FILES.items()
+    assert (found["config.yaml"], found["samples/step-0000001.png"]) == ("seed: 5\n", "grid 5")
+    assert [path.name for path in RunFolder(tmp_path).list_checkpoints()] == ["checkpoint-6"]
+    assert not list(tmp_path.glob(".replaced")) and not list(tmp_path.glob(files.STAGING + "*"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_takes_no_step_replaces_none(tmp_path, killed, monkeypatch):
+    start_run(RunFolder(tmp_path))
+    put_files(tmp_path, OWN_FILES)
+    before = files_of(tmp_path)
+    if killed:  # nothing is undone then
+        monkeypatch.setattr(RunFolder, "_undo", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        start_run(RunFolder(tmp_path), seed=5, overwrite=True, confirm=False)
+    if killed:
+        assert files_of(tmp_path) != before
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="holds another run"):
+            start_run(RunFolder(tmp_path), seed=6)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_kill_at_any_moment_of_putting_aside_and_back_loses_nothing(tmp_path, step, monkeypatch):
+    start_run(RunFolder(tmp_path))
+    before = files_of(tmp_path)
+
+    def killed_after(count):
+        left = iter(range(count))
+
+        def replace(source, target, replace=os.replace):
+            if next(left, None) is None:
+                raise SystemExit
+            replace(source, target)
+
+        return replace
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_undo", lambda self: None)
+        patch.setattr("tiny_diffusers.runs.os.replace", killed_after(step))
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            start_run(RunFolder(tmp_path), seed=5, overwrite=True, confirm=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("tiny_diffusers.runs.os.replace", killed_after(step % 4))
+        with pytest.raises((SystemExit, UserError)):
+            start_run(RunFolder(tmp_path), seed=6)
+    with pytest.raises(UserError, match="holds another run"):
+        start_run(RunFolder(tmp_path), seed=7)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "run.json", "samples.png", "checkpoint-5000/weights", "unet/config.json", "pipeline_tiny.py"]
+)
+def test_files_of_another_origin_are_not_replaced(tmp_path, name):
+    put_files(tmp_path, {name: "x"})
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"that no run has written .{name.partition('/')[0]}"):
+            start_run(RunFolder(tmp_path), overwrite=overwrite)
+    assert files_of(tmp_path) == {name: "x"}
+
+
+def test_a_cloned_repository_can_be_trained_into_and_keeps_its_card(tmp_path):
+    put_files(tmp_path, {"README.md": "about tiny-diffusers", ".gitattributes": ""})
+    folder = RunFolder(tmp_path)
+    start_run(folder)
+    folder.keep_foreign_card()
+    folder.record(folder.card)
+    folder.card.write_text("the card")
+    folder.keep_foreign_card()
+    assert (tmp_path / "README.original.md").read_text() == "about tiny-diffusers"
+    start_run(folder, seed=1, overwrite=True)
+    assert not folder.card.exists() and (tmp_path / "README.original.md").exists()
+
+
+def test_a_run_of_an_earlier_version_owns_what_such_a_run_wrote(tmp_path):
+    start_run(RunFolder(tmp_path))
+    put_files(tmp_path, OWN_FILES | {"README.md": "my own", "reports/ddim-50/report.json": "{}"})
+    (tmp_path / ".files.json").unlink()
+    start_run(RunFolder(tmp_path), resume=True, seed=3)
+    assert (tmp_path / ".files.json").is_file()
+    (tmp_path / ".files.json").unlink()
+    with pytest.raises(UserError, match="that no run has written .README.md"):
+        start_run(RunFolder(tmp_path), seed=5, overwrite=True)
+    (tmp_path / "README.md").unlink()
+    start_run(RunFolder(tmp_path), seed=5, overwrite=True)
+    assert files_of(tmp_path).items() >= OWN_FILES.items()
+    assert [path.name for path in RunFolder(tmp_path).list_checkpoints()] == ["checkpoint-6"]
+    assert not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "samples"])
+def test_no_link_leads_a_run_out_of_its_folder(tmp_path, name):
+    outside = tmp_path / "outside"
+    put_files(outside, {"config.yaml": "a", "samples/step-0000001.png": "b"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(outside / name)
+    before = files_of(outside)
+    with pytest.raises(UserError, match="is a link, or lies behind one"):
+        start_run(RunFolder(tmp_path / "run"), overwrite=True)
+    assert files_of(outside) == before
+
+
+@pytest.mark.parametrize("names", ['["../outside", "/etc/passwd", "a/../../outside", 3, ""]', "{}", "[[", "3"])
+def test_a_hostile_list_deletes_nothing_elsewhere(tmp_path, names):
+    put_files(tmp_path, {"outside": "x", "run/config.yaml": "seed: 1", "run/.files.json": names})
+    with contextlib.suppress(UserError):
+        start_run(RunFolder(tmp_path / "run"), overwrite=True)
+    assert (tmp_path / "outside").read_text() == "x"
 
 
 def test_the_report_of_a_folder_is_the_published_one_or_the_only_one(tmp_path):
@@ -167,10 +321,10 @@ def test_yaml_that_expands_without_bounds_is_refused():
     )
     for text in (f"a: &a [x]\n{levels}", f"a: &a {{x: 1}}\n{merges}", "a: &a [*a]", "[" * 5000):
         with pytest.raises(yaml.YAMLError, match="expands to more|nested too deeply"):
-            runs.load_yaml(text)
+            files.load_yaml(text)
     shared = {"generator_channels": [8, 16]}
     shared["discriminator_channels"] = shared["generator_channels"]  # which PyYAML writes as an alias
-    assert runs.load_yaml(yaml.safe_dump(shared)) == shared
+    assert files.load_yaml(yaml.safe_dump(shared)) == shared
 
 
 def test_no_is_a_word_in_yaml():
@@ -183,7 +337,7 @@ def test_no_is_a_word_in_yaml():
         "steps": 3,
         "empty": None,
     }
-    assert runs.load_yaml(text) == expected
+    assert files.load_yaml(text) == expected
 
 
 @pytest.mark.parametrize("facts", [{"seconds": "x"}, {"data": [1]}, {"global_batch": None}, {"global_batch": 1.5}])
@@ -195,7 +349,7 @@ def test_facts_of_another_type_are_named(tmp_path, facts):
 
 def test_what_killed_writers_leave_is_deleted_by_those_that_follow(tmp_path):
     publish(tmp_path, 1)
-    left, live = tmp_path / f"{runs.STAGING}checkpoint-2-aaaa", tmp_path / f"{runs.STAGING}checkpoint-3-bbbb"
+    left, live = tmp_path / f"{files.STAGING}checkpoint-2-aaaa", tmp_path / f"{files.STAGING}checkpoint-3-bbbb"
     for folder in (left, live):
         folder.mkdir()
     os.utime(left, (0, 0))
@@ -207,7 +361,7 @@ def test_what_killed_writers_leave_is_deleted_by_those_that_follow(tmp_path):
 
 def test_a_checkpoint_that_is_being_deleted_is_none_any_more(tmp_path, monkeypatch):
     publish(tmp_path, 1, 2, 3)
-    monkeypatch.setattr(runs.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed at its first file
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed at its first file
     run = RunFolder(tmp_path)
     run.prune(run.checkpoint(3), limit=1)
     assert [path.name for path in run.list_checkpoints()] == ["checkpoint-3"]

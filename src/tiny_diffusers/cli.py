@@ -285,11 +285,11 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from . import hub
-    from .runs import EXPORTED
+    from .runs import RunFolder
 
-    source = Path(args.checkpoint)
-    if source.exists() and args.directory.exists() and source.samefile(args.directory):
-        raise UserError(f"'{args.directory}' is the checkpoint itself: give another folder to export it to.")
+    source, target = RunFolder(args.checkpoint), RunFolder(args.directory)
+    if target.model_index.exists() or target.config.exists():
+        raise UserError(f"'{args.directory}' holds a model or a run already: give another folder to export to.")
     if args.format == "onnx" and (args.dtype != "float32" or args.no_code):
         raise UserError("--format onnx is float32 and has no code beside it: leave out --dtype and --no_code.")
     _prepare_output(f"{args.directory}/")
@@ -302,12 +302,12 @@ def export(args: argparse.Namespace) -> None:
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))
     hub.export(pipe, args.directory, with_code=not args.no_code)
-    if source.is_dir():
-        for file in (file for pattern in EXPORTED for file in source.glob(pattern)):
-            target = args.directory / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-        hub.update_loading(args.directory)
+    for name in source.list_shared() if source.path.is_dir() else []:
+        if not (target.path / name).exists() and not name.endswith(".py"):
+            target.record(target.path / name)
+            (target.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, target.path / name)
+    hub.update_loading(args.directory)
     print(f"exported to {args.directory}")
 
 
@@ -316,6 +316,8 @@ def push_parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", metavar="DIR", help="folder of a run, or that a pipeline was saved in")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository to push to; created if it doesn't exist")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
+    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="further files of the folder to push")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed, and push nothing")
     return parser
 
 
@@ -323,7 +325,9 @@ def push(args: argparse.Namespace) -> None:
     """Pushes with the token of `hf auth login` or `HF_TOKEN`: a flag for it would stay in the shell's history."""
     from . import hub
 
-    print(hub.push(args.directory, args.repo_id, private=args.private))
+    url = hub.push(args.directory, args.repo_id, private=args.private, include=args.include, dry_run=args.dry_run)
+    if url is not None:
+        print(url)
 
 
 # --------------------------------------------------------------------------------------------- evaluate and compare
@@ -432,6 +436,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     reports = RunFolder("evaluation").reports if run is None else run.reports
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)
+    if run is not None and args.output is None:
+        run.check_inside(folder / "report.json")
     _prepare_output(f"{folder}/")
     if state.is_main_process:
         is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])

@@ -6,13 +6,14 @@ import inspect
 import json
 import math
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
-from .runs import MODEL_INDEX, NOT_PUSHED, RunFolder
+from .runs import MODEL_INDEX, RunFolder
 
 
 if TYPE_CHECKING:
@@ -42,13 +43,17 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
     Returns:
         `Path`: `directory`.
     """
-    directory = Path(directory)
+    RunFolder(directory).place(lambda folder: _save(pipe, folder, with_code))
+    return Path(directory)
+
+
+def _save(pipe: "DiffusionPipeline", directory: Path, with_code: bool) -> None:
     pipe.save_pretrained(directory)
     _drop_local_paths(directory)
     index_path = directory / MODEL_INDEX
     index = json.loads(index_path.read_text(encoding="utf-8"))
     if not with_code or _is_stock(index):
-        return directory
+        return
 
     index.pop("_tiny_class_name", None)
     index["_class_name"] = _copy_code(type(pipe), directory)
@@ -57,7 +62,6 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
         if _travels(type(component)):
             index[name] = _copy_code(type(component), directory / name)
     index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return directory
 
 
 def _drop_local_paths(directory: Path) -> None:
@@ -180,9 +184,11 @@ def write_card(
         has_loss_curves=RunFolder(output_dir).loss_curves.is_file(),
         **facts,
     )
-    path = RunFolder(output_dir).card
-    path.write_text(str(card), encoding="utf-8")
-    return path
+    folder = RunFolder(output_dir)
+    folder.keep_foreign_card()
+    folder.record(folder.card)
+    folder.card.write_text(str(card), encoding="utf-8")
+    return folder.card
 
 
 def update_loading(output_dir: str | Path) -> None:
@@ -319,12 +325,20 @@ def _table(rows: Mapping[str, object]) -> list[tuple[str, str]]:
     return [(cell(name), cell(value)) for name, value in rows.items()]
 
 
-def push(directory: str | Path, repo_id: str, token: str | None = None, private: bool = False) -> str:
+def push(
+    directory: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool = False,
+    include: Iterable[str] = (),
+    dry_run: bool = False,
+) -> str | None:
     """
-    Pushes a checkpoint's folder to the Hub in one commit, and creates the repository if it doesn't exist.
+    Pushes a model to the Hub in one commit, and creates the repository if it doesn't exist.
 
-    Checkpoints to resume from (`checkpoint-*`), logs, lock files and hidden files are not pushed. In the pushed card
-    `repo_id` replaces `path/to/this/folder`.
+    These files are pushed, and printed first: the pipeline with its code, card, pictures, log, settings and reports. What
+    else lies in the folder is pushed by name only, and no link is followed. In the pushed card `repo_id` replaces
+    `path/to/this/folder`.
 
     Args:
         directory (`str` or `Path`): A folder with a saved pipeline. Nothing in it is changed.
@@ -332,34 +346,44 @@ def push(directory: str | Path, repo_id: str, token: str | None = None, private:
         token (`str`, *optional*):
             A Hub token with write access. Defaults to the one that `hf auth login` stored, or `HF_TOKEN`.
         private (`bool`, defaults to `False`): Whether a repository that is created here is private.
+        include (`Iterable[str]`, *optional*): Further files, relative to `directory`.
+        dry_run (`bool`, defaults to `False`): Whether to print the list alone.
 
     Returns:
-        `str`: The commit's URL.
+        `str`: The commit's URL; None with `dry_run`.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: if there is nothing to push, or if the push failed for any cause; it names
             the cause and the command that pushes later.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
-    directory = Path(directory)
-    if not RunFolder(directory).model_index.is_file():
+    directory, folder = Path(directory), RunFolder(directory)
+    if not folder.model_index.is_file():
         raise UserError(f"'{directory}' has no {MODEL_INDEX}: give the folder that a pipeline was saved in.")
-    paths = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
+    for name in include:
+        if not (directory / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"'{name}' is no file in '{directory}': name each file relative to it.")
+        folder.check_inside(folder.path / name)
+    names = sorted({*folder.list_shared(), *include})
+    size = sum((directory / name).stat().st_size for name in names)
+    print(f"{len(names)} files, {size / 1e6:.1f} MB, to {repo_id}: {', '.join(names)}", flush=True)
+    if dry_run:
+        return None
     try:
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner
         operations = []
-        for path in filter_repo_objects(paths, ignore_patterns=NOT_PUSHED):
-            content = directory / path
-            if path == "README.md":
+        for name in names:
+            content = directory / name
+            if name == "README.md":
                 content = content.read_text(encoding="utf-8").replace(THIS_FOLDER, repo_id).encode("utf-8")
-            operations.append(CommitOperationAdd(path, content))
+            operations.append(CommitOperationAdd(name, content))
         return api.create_commit(repo_id, operations, commit_message="Upload with tiny-diffusers").commit_url
     except Exception as error:  # network, token, name or Hub: the model is on disk in any case
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        later = shlex.join(["tiny-diffusers", "push", str(directory), repo_id])
         raise UserError(
-            f"The push to '{repo_id}' failed ({reason}). Everything is still in '{directory}': "
-            f"push it later by `tiny-diffusers push {directory} {repo_id}`, after `hf auth login` if a token is missing."
+            f"The push to '{repo_id}' failed ({reason}). Everything is still in '{directory}': push it later by `{later}`, "
+            "after `hf auth login` if a token is missing."
         ) from error

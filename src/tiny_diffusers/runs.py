@@ -4,24 +4,22 @@ The folder of a run: the one module that knows its file names, and that writes, 
     folder = RunFolder("runs/digits")
     with folder.claim(resume=False, overwrite=False):   # creates it, locks it, refuses another run's
         folder.append_log({"step": 1, "loss": 0.5})
+        folder.confirm()                                # from here on it is this run's; before, an error undoes all
         folder.publish_checkpoint(1, write)             # appears complete or not at all
 
-Files appear by one rename, after they are flushed to the disk. A checkpoint is sealed with a manifest of sizes and
-checksums, so that a damaged one is recognized, named and skipped. Nothing that is read back can run code.
+A run keeps a list of the files that it has written. It deletes nothing else, and replaces nothing else.
 """
 
 import contextlib
-import hashlib
+import fnmatch
 import json
 import logging
 import math
 import os
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import filelock
@@ -30,34 +28,31 @@ import yaml
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .paths import PATHS_FILE
+from .files import STAGING, find_damage, flush, load_yaml, publish, read_mapping, remove, replace_file, staging_path
+from .paths import PATHS_FILE, keep_paths
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"  # of a checkpoint
 MODEL_INDEX = "model_index.json"  # of a saved pipeline
-STAGING = ".staging-"
-_LEFT_AFTER = 3600  # seconds after which a folder that is being written was left by a killed writer
+FILE_LIST = ".files.json"  # what the run has written
+_REPLACED = ".replaced"  # holds the run that is overwritten until the new one has taken a step
+_COMPONENTS = ("unet", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
+_COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
-# These stay on this machine when a folder is pushed: checkpoints to resume from, trackers' files, what tools leave.
-NOT_PUSHED = ["checkpoint-*/*", "logs/*", "*.lock", "*.tmp", "*__pycache__/*", ".*", "*/.*"]
-# `export` copies these beside the exported pipeline.
-EXPORTED = (
-    *("README.md", "*.png", "*.gif", "*.jsonl", "config.yaml", "run.json", "report.json", "report.md"),
-    *("reports/published", "reports/*/report.*"),
+# The files of a saved model and its run
+_MODEL_FILES = (
+    *("README.md", MODEL_INDEX, "config.yaml", "run.json", "train_log.jsonl", "pipeline_tiny*.py"),
+    *("samples.png", "loss_curves.png", "training.gif", "samples/step-*.png"),
+    *(f"{component}/{file}" for component in _COMPONENTS for file in _COMPONENT_FILES),
 )
-# `--overwrite_output_dir` deletes these and the checkpoints.
-_DELETED = (
-    *("config.yaml", "run.json", "train_log.jsonl", MODEL_INDEX, "README.md"),
-    *("*.png", "samples/step-*.png", "*.gif", "*.py", "report.json", "report.md"),
-    *("reports/published", "reports/*/report.*", f"reports/*/{PATHS_FILE}", PATHS_FILE),
-)
-
+# Those of evaluations, which write by other processes
+_REPORT_FILES = ("report.json", "report.md", "report.png", "reports/published", "reports/*/report.*")
+# Those that stay on this machine
+_LOCAL_FILES = (PATHS_FILE, f"reports/*/{PATHS_FILE}")
 
 # What is read back from `run.json`
 _FACTS = {"data": dict, "global_batch": int, "seconds": (int, float)}
-_MAX_YAML_VALUES = 100_000
 
 
 class RunFolder:
@@ -81,6 +76,7 @@ class RunFolder:
         self.reports = self.path / "reports"  # a folder each
         self.published = self.reports / "published"  # the name of the one that the card shows
         self.model_index = self.path / MODEL_INDEX
+        self._confirmed = False
 
     # -------------------------------------------------------------------------------------------- claiming it
 
@@ -88,15 +84,16 @@ class RunFolder:
     def claim(self, *, resume: bool, overwrite: bool, needed_bytes: int = 0) -> Iterator[None]:
         """
         Creates the folder and holds its lock. The operating system drops the lock with the process, so a killed run
-        leaves none.
+        leaves none. Until [`RunFolder.confirm`] the new run may fail, and an older one is put back.
 
         Args:
             resume (`bool`): Continue the run that the folder holds.
-            overwrite (`bool`): Delete the run that the folder holds; without both, another run is refused.
+            overwrite (`bool`): Replace the run that the folder holds; without both, another run is refused.
             needed_bytes (`int`): Disk space that the checkpoints need.
 
         Raises:
-            UserError: If the folder is locked, cannot be written to, holds another run, or its disk is too full.
+            UserError: If the folder is locked, cannot be written to, holds another run or files that this run would
+                replace, or if its disk is too full.
         """
         lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -107,39 +104,195 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output_dir: cannot write to {self.path} ({error.strerror}).") from error
         try:
-            holds_run = (self.config.exists() or self.model_index.exists()) and not resume
-            if holds_run and not overwrite:
-                raise UserError(
-                    f"--output_dir: {self.path} holds another run; continue it with --resume_from_checkpoint latest, "
-                    "replace it with --overwrite_output_dir, or name another folder."
-                )
-            if holds_run:
-                files = [path for pattern in _DELETED for path in self.path.glob(pattern)]
-                for path in [*self._components(), *files, *self.list_checkpoints()]:
-                    _remove(path)
-            self._remove_leftovers()
-            free = shutil.disk_usage(self.path).free
-            if free < needed_bytes:
-                raise UserError(
-                    f"--output_dir: {self.path} has {free / 1e6:,.0f} MB free and the checkpoints need up to "
-                    f"{needed_bytes / 1e6:,.0f} MB; free some, or lower --checkpoints_total_limit."
-                )
-            yield
+            self._restore()
+            for leftover in self.path.glob(STAGING + "*"):  # of writing and deleting; the lock is held
+                remove(leftover)
+            self._claim(resume, overwrite, needed_bytes)
+            try:
+                yield
+            finally:
+                if not self._confirmed:
+                    self._undo()
         finally:
             lock.release()
 
-    def _remove_leftovers(self) -> None:
-        """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
-        for leftover in self.path.glob(STAGING + "*"):
-            _remove(leftover)
+    def _claim(self, resume: bool, overwrite: bool, needed_bytes: int) -> None:
+        holds_run = self.config.exists() or self.model_index.exists()
+        if holds_run and not resume and not overwrite:
+            raise UserError(
+                f"--output_dir: {self.path} holds another run; continue it with --resume_from_checkpoint latest, "
+                "replace it with --overwrite_output_dir, or name another folder."
+            )
+        foreign = self._foreign_files()
+        if foreign and not (resume and holds_run):
+            raise UserError(
+                f"--output_dir: {self.path} holds files that the run would replace and that no run has written "
+                f"({', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}): move them, or name another folder."
+            )
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise UserError(
+                f"--output_dir: {self.path} has {free / 1e6:,.0f} MB free and the checkpoints need up to "
+                f"{needed_bytes / 1e6:,.0f} MB; free some, or lower --checkpoints_total_limit."
+            )
+        self._confirmed = resume and holds_run
+        if self._confirmed:
+            self._write_list(self.list_files())  # of a run of an earlier version, which has none
+        elif holds_run:
+            self._set_aside()
 
-    def _components(self) -> list[Path]:
-        """Lists the folders of the saved pipeline's components."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            index = json.loads(self.model_index.read_text(encoding="utf-8"))
-            names = [name for name, entry in index.items() if isinstance(entry, list) and name.isidentifier()]
-            return [self.path / name for name in names if name != "_class_name" and (self.path / name).is_dir()]
-        return []
+    def confirm(self) -> None:
+        """Makes the folder this run's, which has taken its first step: the run that it overwrites is deleted."""
+        if not self._confirmed:
+            self._confirmed = True
+            remove(self.path / _REPLACED)
+
+    def _set_aside(self) -> None:
+        """Moves the files of the older run into a folder of their own, the list first."""
+        names = self.list_files()
+        self._write_list(names)
+        for name in [FILE_LIST, *names]:
+            target = self.path / _REPLACED / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path / name, target)
+            self._remove_empty_parents(name)
+
+    def _undo(self) -> None:
+        """Deletes what a run has written that took no step, and puts back the one that it was to replace."""
+        self._remove_listed()
+        self._restore()
+
+    def _restore(self) -> None:
+        """
+        Puts back the run that was to be replaced by one that took no step; there is none in most cases. The list of files
+        is the first to go aside and the last to come back: where it is tells how far a killed process was.
+        """
+        aside = RunFolder(self.path / _REPLACED)
+        if aside._read_list() is None:
+            remove(aside.path)
+            return
+        self._remove_listed()  # of the later run, which was killed
+        for name in [*aside.list_files(), FILE_LIST]:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(aside.path / name, self.path / name)
+        remove(aside.path)
+
+    def _remove_listed(self) -> None:
+        """Deletes the files on the list, and then the list."""
+        for name in [*(self._read_list() or []), FILE_LIST]:
+            remove(self.path / name)
+            self._remove_empty_parents(name)
+
+    def _remove_empty_parents(self, name: str) -> None:
+        for parent in list(PurePosixPath(name).parents)[:-1]:
+            with contextlib.suppress(OSError):  # it holds something else
+                (self.path / parent).rmdir()
+
+    # ---------------------------------------------------------------------------------------- what the run has written
+
+    def record(self, *paths: Path) -> None:
+        """
+        Adds files and checkpoints that are about to be written to the list of those that are the run's.
+
+        Raises:
+            UserError: If a link leads out of the folder.
+        """
+        listed = self._read_list() or []
+        new = [name for name in (path.relative_to(self.path).as_posix() for path in paths) if name not in listed]
+        for name in new:
+            self.check_inside(self.path / name)
+        if new:
+            self._write_list([*listed, *new])
+
+    def check_inside(self, path: Path) -> None:
+        """Checks that no link leads from the folder to where `path` lies."""
+        real = self.path.resolve() / path.relative_to(self.path)
+        if path.parent.resolve() != real.parent or path.is_symlink():
+            raise UserError(f"'{path}' is a link, or lies behind one, that leads out of the folder: remove it.")
+
+    def list_files(self) -> list[str]:
+        """
+        Lists the files and checkpoints that are the run's, relative to the folder: those on its list, and those of
+        evaluations. Of a run of an earlier version, which has no list, what such a run wrote.
+        """
+        listed = self._read_list()
+        if listed is None:
+            listed = [*self._match(*_MODEL_FILES, *_LOCAL_FILES), *(path.name for path in self.list_checkpoints())]
+            if not self._is_own_card():
+                listed = [name for name in listed if name != "README.md"]
+        return list(dict.fromkeys([*listed, *self._match(*_REPORT_FILES, *_LOCAL_FILES)]))
+
+    def list_shared(self) -> list[str]:
+        """Lists the files of the model that are pushed, relative to the folder; links are none of them."""
+        listed = self._read_list()
+        names = self._match(*_MODEL_FILES) if listed is None else listed
+        patterns = (*_MODEL_FILES, *_REPORT_FILES)
+        shared = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+        return sorted(shared | set(self._match("README.md", *_REPORT_FILES)))
+
+    def _foreign_files(self) -> list[str]:
+        """Lists the files that a run would replace and that no run has written."""
+        is_run = self._read_list() is not None or self.config.exists() or self.model_index.exists()
+        own = self.list_files() if is_run else []
+        found = [*self._match(*_MODEL_FILES), *(path.name for path in self.list_checkpoints())]
+        is_repository = any((self.path / name).exists() for name in (".git", ".gitattributes"))  # of the Hub
+        return [name for name in found if name not in own and not (name == "README.md" and is_repository)]
+
+    def _match(self, *patterns: str) -> list[str]:
+        """Lists the regular files of the folder that match, relative to it; nothing behind a link."""
+        found = {path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()}
+        real = self.path.resolve()
+        return sorted(
+            path.relative_to(self.path).as_posix()
+            for path in found
+            if path.resolve() == real / path.relative_to(self.path)
+        )
+
+    def _read_list(self) -> list[str] | None:
+        """Reads the list of the run's files, as anyone may have written it; None if there is none."""
+        try:
+            listed = json.loads((self.path / FILE_LIST).read_text(encoding="utf-8"))
+            names = [
+                name for name in listed if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts
+            ]
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        real = self.path.resolve()
+        return [name for name in names if (self.path / name).parent.resolve() == (real / name).parent]
+
+    def _write_list(self, names: list[str]) -> None:
+        replace_file(self.path / FILE_LIST, json.dumps(names, indent=0))
+
+    def _is_own_card(self) -> bool:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return "tiny-diffusers" in self.card.read_text(encoding="utf-8")
+        return False
+
+    def keep_paths(self, paths: dict[str, str]) -> None:
+        """Keeps the local paths of the settings, which `config.yaml` has last names of."""
+        self.record(self.path / PATHS_FILE)
+        keep_paths(self.path, paths)
+
+    def keep_foreign_card(self) -> None:
+        """Renames a README.md that the run has not written, of a repository that it is trained into."""
+        if self.card.exists() and "README.md" not in self.list_files():
+            self.card.rename(self.path / "README.original.md")
+
+    def place(self, write: Callable[[Path], None]) -> None:
+        """Writes files beside the folder's own and moves each to its place: a full disk leaves those that were there."""
+        staging = staging_path(self.path / "files")
+        staging.mkdir(parents=True)
+        try:
+            write(staging)
+            names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+            self.record(*(self.path / name for name in names))
+            for name in names:
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / name, self.path / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     @contextlib.contextmanager
     def writing(self, step: Callable[[], int]) -> Iterator[None]:
@@ -156,20 +309,22 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Reads `config.yaml`, the settings of the run, as anyone may have written them; empty if there is none."""
-        return _read(self.config, load_yaml)
+        return read_mapping(self.config, load_yaml)
 
     def write_config(self, settings: dict[str, Any]) -> None:
+        self.record(self.config)
         replace_file(self.config, yaml.safe_dump(settings, sort_keys=False))
 
     def read_facts(self) -> dict[str, Any]:
         """Reads `run.json`, the data, machine and versions of the run; empty if there is none."""
-        facts = _read(self.facts, json.loads)
+        facts = read_mapping(self.facts, json.loads)
         for name, value in facts.items():
             if not isinstance(value, _FACTS.get(name, object)):
                 raise UserError(f"{self.facts} is damaged ({name} is {value!r:.40}): delete it, and try again.")
         return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
+        self.record(self.facts)
         replace_file(self.facts, json.dumps(facts, indent=2))
 
     def append_log(self, line: dict[str, Any]) -> None:
@@ -179,6 +334,7 @@ class RunFolder:
 
     def trim_log(self, step: int) -> None:
         """Drops the lines after `step`, which a killed run wrote after its checkpoint: no step is logged twice."""
+        self.record(self.log)
         kept = []
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []:
             try:
@@ -237,6 +393,12 @@ class RunFolder:
         found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.path.glob("checkpoint-*")]
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
 
+    def list_checkpoints_after(self, checkpoint: Path | None) -> list[Path]:
+        """Lists the checkpoints of later steps than one of this folder; none if it is no such one."""
+        names = [path.name for path in self.list_checkpoints()]
+        is_own = checkpoint is not None and checkpoint.parent.resolve() == self.path.resolve()
+        return self.list_checkpoints()[names.index(checkpoint.name) + 1 :] if is_own else []
+
     def last_checkpoint_name(self) -> str:
         return next((path.name for path in reversed(self.list_checkpoints())), "none")
 
@@ -277,7 +439,8 @@ class RunFolder:
     def publish_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """Publishes the checkpoint of `step`, after the log lines before it are flushed; `write` fills its folder."""
         if self.log.exists():
-            _fsync(self.log)
+            flush(self.log)
+        self.record(self.checkpoint(step))
         publish(self.checkpoint(step), write)
         return self.checkpoint(step)
 
@@ -291,132 +454,15 @@ class RunFolder:
             limit (`int`, *optional*): Number of checkpoints to keep; None for all.
             keep (`Path`, *optional*): The best checkpoint, which stays in any case.
         """
-        self._remove_leftovers()
-        existing = self.list_checkpoints()
+        for leftover in self.path.glob(STAGING + "*"):
+            remove(leftover)
+        own = self.list_files()
+        existing = [path for path in self.list_checkpoints() if path.name in own]
         position = existing.index(newest)
         older = existing[: max(0, min(position, position + 1 - limit))] if limit is not None else []
         for path in older + existing[position + 1 :]:
             if path != keep:
-                _remove(path)
-
-
-# Atomic writing
-
-
-def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """
-    Makes the folder `directory` appear complete or not at all.
-
-    Args:
-        directory (`Path`): The folder to publish; an older one of that name is replaced.
-        write (`Callable[[Path], None]`): Writes the content into the staging folder that it is given.
-
-    Raises:
-        OSError: If the disk is full, or another process has published the same folder meanwhile.
-    """
-    staging, old = _staging(directory), _staging(directory)
-    staging.mkdir(parents=True)
-    for leftover in directory.parent.glob(STAGING + "*"):
-        with contextlib.suppress(OSError):  # its writer is done, after all
-            if time.time() - leftover.stat().st_mtime > _LEFT_AFTER:
-                _remove(leftover)
-    try:
-        write(staging)
-        seal(staging)
-        if directory.exists():  # a damaged checkpoint of the same step, or the same one again
-            os.replace(directory, old)
-        os.replace(staging, directory)
-        _fsync(directory.parent)
-    finally:
-        with contextlib.suppress(OSError):  # another process has published, or there is nothing to put back
-            os.replace(old, directory)
-        for leftover in (staging, old):  # on a full disk, half a checkpoint is in everyone's way
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _staging(path: Path) -> Path:
-    """Returns a name beside `path` that is this writer's own, for what is not published yet or no longer."""
-    return path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex[:8]}")
-
-
-def seal(folder: Path) -> None:
-    """Writes the manifest of a folder and flushes everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in [*files, folder / MANIFEST]:
-        _fsync(path)
-    for parent in sorted({path.parent for path in files} | {folder}, reverse=True):
-        _fsync(parent)
-
-
-def find_damage(directory: Path) -> str | None:
-    """Checks a sealed folder against its manifest; returns what is wrong with it, or None."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    if not expected:
-        return f"its {MANIFEST} is empty"
-    for name, (size, sha256) in expected.items():
-        path = directory / name
-        try:
-            if not path.resolve().is_relative_to(directory.resolve()):
-                return f"its {MANIFEST} names a file outside the folder"
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _sha256(path) != sha256:
-                return f"{name} does not match its checksum"
-        except (OSError, ValueError) as error:  # a bad sector, or no valid file name
-            return f"{name!r} cannot be read ({error})"
-    return None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Makes the text file `path` appear complete or not at all."""
-    staging = path.with_name(STAGING + path.name)
-    staging.write_text(text, encoding="utf-8")
-    _fsync(staging)
-    os.replace(staging, path)
-
-
-def _remove(path: Path) -> None:
-    """Deletes a file or a folder; of a folder, a kill leaves all or nothing under its name."""
-    if path.is_dir():
-        gone = path if path.name.startswith(STAGING) else path.rename(_staging(path))
-        shutil.rmtree(gone, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    elif hasattr(os, "O_DIRECTORY"):  # Windows opens no folders; its renames are durable without
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-# Reading
+                remove(path)
 
 
 def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -449,54 +495,3 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
         for name, values in series.items()
     }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans, true and false: `mixed_precision: no` is a word."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-
-
-def load_yaml(text: str) -> Any:
-    """
-    Parses YAML.
-
-    Raises:
-        yaml.YAMLError: If it is not valid, or if its aliases expand to more values than any settings have.
-    """
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, {}) > _MAX_YAML_VALUES:
-            raise yaml.YAMLError(f"it expands to more than {_MAX_YAML_VALUES:,} values")
-        return loader.construct_document(node)
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
-    finally:
-        loader.dispose()
-
-
-def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Counts the values of a document with each alias expanded; `counts` keeps those of the nodes that are done."""
-    if node not in counts:
-        counts[node] = _MAX_YAML_VALUES  # while its parts are counted: an alias of a node within itself has no end
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
-        counts[node] = 1 + sum(_count_values(part, counts) for pair in pairs for part in pair)
-    return counts[node]
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Reads names and values that a run has left; empty if there is no such file."""
-    try:
-        return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and try again.") from error

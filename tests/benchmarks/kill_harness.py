@@ -22,8 +22,9 @@ from pathlib import Path
 
 import tiny_diffusers.models.unet_tiny  # noqa: F401  imported before the forks
 from tiny_diffusers import hub, plots  # noqa: F401
+from tiny_diffusers.files import STAGING
 from tiny_diffusers.pipelines import pipeline_tiny  # noqa: F401
-from tiny_diffusers.runs import STAGING, RunFolder
+from tiny_diffusers.runs import RunFolder
 from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.process import launch
 

@@ -24,7 +24,8 @@ from tiny import TINY_DIFFUSION, TINY_NETWORK, read_log, train
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments
-from tiny_diffusers.runs import MANIFEST, RunFolder, find_damage, seal
+from tiny_diffusers.files import MANIFEST, find_damage, seal
+from tiny_diffusers.runs import RunFolder
 from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.process import launch, setup_process
 from tiny_diffusers.training.trainer import Trainer
@@ -259,6 +260,12 @@ def test_what_makes_a_resumed_run_another_run_is_said(run, capsys):
     said = capsys.readouterr().err
     for words in ("--seed is 1, but was 0", "a step is 4 images, but was 8", "the images of digits are not those"):
         assert words in said
+
+
+def test_going_back_to_an_earlier_checkpoint_says_which_ones_it_replaces(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    _train(tmp_path / "run", "--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", "9")
+    assert "goes on from checkpoint-4: its next checkpoint replaces checkpoint-6." in capsys.readouterr().err
 
 
 def test_the_seconds_of_a_run_are_added_up_unless_a_kill_has_lost_some(whole, run):

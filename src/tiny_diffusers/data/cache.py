@@ -11,7 +11,7 @@ import PIL
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from ..runs import publish
+from ..files import publish
 from .images import ImageData, compute_fingerprint
 
 

@@ -24,9 +24,9 @@ from PIL import Image
 from .. import plots
 from ..data import ImageData, load_images
 from ..errors import UserError
+from ..files import find_damage, publish
 from ..pipelines.pipeline_tiny import image_generators
 from ..progress import progress_bar
-from ..runs import find_damage, publish
 
 
 IMAGE_TYPES = (ImageData, np.ndarray, torch.Tensor, list, tuple)  # are measured as they are, in place of a pipeline

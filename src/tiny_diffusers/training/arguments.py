@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from ..errors import UserError, unknown
+from ..files import load_yaml
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
 from ..paths import is_below_here, local_path, restore_paths
-from ..runs import RunFolder, load_yaml
+from ..runs import RunFolder
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]

@@ -2,7 +2,7 @@
 What a checkpoint holds beside the EMA networks: the networks that are trained, their optimizers, and where the run stands.
 
 Tensors are saved in safetensors, all else in JSON: nothing that is read back can run code. How a checkpoint's folder is
-published and found is in `runs.py`.
+published and found is in `files.py` and `runs.py`.
 """
 
 import dataclasses

@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import __version__, hub, plots
 from ..hardware import default_dtype
-from ..paths import keep_paths
 from ..progress import bar_options
 from .arguments import TrainingArguments, command_line, saved_settings, split_paths
 
@@ -30,7 +29,7 @@ Draw = Callable[[Any, int, int], tuple[list, dict]]  # of a family: pipeline, nu
 def write_run_files(trainer: "Trainer") -> None:
     """Writes `config.yaml`, the settings as a recipe that makes the run again, and `run.json`, facts of this machine."""
     trainer.folder.write_config(saved_settings(trainer.settings))
-    keep_paths(trainer.folder.path, split_paths(trainer.settings)[1])
+    trainer.folder.keep_paths(split_paths(trainer.settings)[1])
     trainer.folder.write_facts(
         {
             "command": command_line(trainer.settings),
@@ -137,6 +136,7 @@ def save_grid(trainer: "Trainer", path: Path, draw: Draw) -> None:
     grid = draw_grid(trainer, draw, trainer.settings.eval_batch_size)
     if grid is None:
         return
+    trainer.folder.record(path)
     path.parent.mkdir(exist_ok=True)
     grid.save(path)
 
@@ -148,6 +148,7 @@ def save_results(trainer: "Trainer") -> None:
         save_pipeline(trainer)
         print(f"drawing the samples, {folder.samples} ...", flush=True)
         save_grid(trainer, folder.samples, trainer.family.sample)
+        folder.record(folder.animation, folder.loss_curves)
         grids = folder.list_grids()
         if grids:  # all from the same latents
             plots.animation([*grids, folder.samples], folder.animation)

@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError
+from ..files import find_damage
 from ..hardware import compile_failure
 from ..progress import progress_bar
-from ..runs import RunFolder, find_damage
+from ..runs import RunFolder
 from . import checkpoints, outputs
 from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
@@ -369,6 +370,7 @@ class Trainer:
         while self.step < self.max_steps and not self._stopped_early():
             # 1. the step
             self.train_step()
+            self.folder.confirm()
             bar.update()
 
             # 2. the log
@@ -611,6 +613,9 @@ class Trainer:
             logger.warning(f"the images of {self.data.name} are not those of the run that is resumed.")
         if checkpoint is None:
             logger.warning(f"there is no checkpoint in {folder.path} yet: the run starts at step 0.")
+        later = [path.name for path in folder.list_checkpoints_after(checkpoint)]
+        if later:
+            logger.warning(f"the run goes on from {checkpoint.name}: its next checkpoint replaces {', '.join(later)}.")
         return checkpoint
 
     def _save_checkpoint(self) -> None:
