@@ -293,6 +293,26 @@ class TestCard:
         assert "](samples.png)" in text and "](loss_curves.png)" in text
         assert "What it is not good for" in text
 
+    def test_no_name_runs_in_a_shell_or_writes_into_the_page(self, tmp_path, tiny_unet):
+        names = ["$(touch PWNED)", "`x`", 'a";b', "plain cat"]
+        pipe = TinyConditionalPipeline(
+            tiny_unet(num_class_embeds=4), TinyDDIMScheduler(), id2label=dict(enumerate(names))
+        )
+        hub.export(pipe, tmp_path)
+        hostile = "x\n# Heading\n<script>alert(1)</script> ![a](http://b/c.png) a|b \x1b[2J"
+        command = "tiny-diffusers train conditional --dataset_name '```\n# Heading'"
+        card = write_card(tmp_path, model_name=hostile, command=command, data={hostile: hostile, "classes": names})
+        shell = [line for line in card.text.splitlines() if line.startswith("tiny-diffusers sample")]
+        assert len(shell) == 1 and '--class_labels "0,1,2,plain cat"' in shell[0]
+        assert "class_labels=[0, 1, 2, 'plain cat']" in card.text
+        headings = [line for line in card.text.splitlines() if line.startswith("# ")]
+        assert len(headings) == 2 and headings[0].startswith(
+            "# x # Heading &lt;script>"
+        )  # the other is in a code block
+        assert f"````bash\n{command}\n````" in card.text
+        assert "<script" not in card.text and "](http" not in card.text and "\x1b" not in card.text
+        assert "a\\|b" in card.text
+
     def test_a_report_replaces_the_last_one_and_keeps_what_else_the_card_holds(self, exported):
         def report(value):
             protocol = asdict(Protocol(features="pixels"))
@@ -410,6 +430,7 @@ class TestPush:
 
     def test_strays_and_links_are_pushed_by_name_alone(self, fake_hub, tmp_path, tiny_pipeline, capsys):
         directory = hub.export(tiny_pipeline(), tmp_path / "model")
+        own = {path.relative_to(directory).as_posix() for path in directory.rglob("[!.]*.*") if path.is_file()}
         for name in (
             "id_rsa",
             "token",

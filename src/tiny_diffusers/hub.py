@@ -173,10 +173,10 @@ def write_card(
     card = ModelCard.from_template(
         metadata,
         template_str=_read_template("template.md"),
-        model_name=model_name,
+        model_name=markdown(model_name),
         model_id=model_id,
         loading=_loading_section(facts, model_id),
-        command=re.sub(r"(--hub_token[ =])\S+", r"\1...", command),
+        command=code_block(re.sub(r"(--hub_token[ =])\S+", r"\1...", command), "bash"),
         settings=_table({name: value for name, value in settings.items() if "token" not in name}),
         data=_table(data),
         results=_table(results or {}),
@@ -278,13 +278,15 @@ def _describe(folder: Path) -> dict[str, object]:
     height, width = (size, size) if isinstance(size, int) else size
     classes = []
     if network.get("num_class_embeds") is not None and "id2label" in index:
-        classes = list((index["id2label"] or {0: "0"}).values())[:4]
+        names = list((index["id2label"] or {0: "0"}).items())[:4]
+        # A name may hold anything: in lines that are copied to a shell or Python, only plain ones stand.
+        classes = [name if re.fullmatch(r"[\w][\w .+-]*", name) else int(class_id) for class_id, name in names]
     return {
-        "network": network["_class_name"],
+        "network": markdown(network["_class_name"]),
         "parameters": f"{parameters / 1e6:.2f} M",
         "image_size": f"{width}x{height}",
         "colour": "grey" if network.get("in_channels", network.get("out_channels")) == 1 else "colour",
-        "scheduler": configs.get("scheduler"),
+        "scheduler": {name: markdown(str(value)) for name, value in configs.get("scheduler", {}).items()},
         "classes": classes,  # some of them, for the examples
         "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
         "loads_in": loads_in,
@@ -316,13 +318,24 @@ def _is_hub_id(name: object) -> bool:
 
 
 def _table(rows: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Returns the rows of a Markdown table, with bars escaped and line breaks removed."""
+    """Returns the rows of a Markdown table."""
 
     def cell(value: object) -> str:
-        text = "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        return " ".join(text.replace("|", "\\|").split())
+        return markdown("; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
     return [(cell(name), cell(value)) for name, value in rows.items()]
+
+
+def markdown(text: str) -> str:
+    """Escapes text for one line or table cell of Markdown: no line break, HTML, link or terminal escape is left of it."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+
+
+def code_block(text: str, language: str) -> str:
+    """Returns a block of code in Markdown, whose fence is longer than any that the text holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def push(
