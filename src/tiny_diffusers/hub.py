@@ -338,6 +338,28 @@ def code_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def check_can_push(repo_id: str, token: str | None = None) -> None:
+    """
+    Checks, before the work, that a push can succeed: that the repository's name is valid, that the Hub can be reached, and
+    that it knows the token.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If not, with the reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        HfApi(token=token).whoami()
+    except Exception as error:  # name, network, token or Hub
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"--push_to_hub: nothing can be pushed to '{repo_id}' ({reason}). Give another --hub_model_id, log in by "
+            "`hf auth login`, or leave it out and push later by `tiny-diffusers push`."
+        ) from error
+
+
 def push(
     directory: str | Path,
     repo_id: str,

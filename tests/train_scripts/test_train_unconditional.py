@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_the_averaged_weights_are_what_is_saved(train):
     for name in (".", "checkpoint-6"):  # a checkpoint is a pipeline of its moment
         unet = TinyPipeline.from_pretrained(folder / name).unet
         assert all(torch.equal(saved[key], value) for key, value in unet.state_dict().items()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a/b/c", "HFValidationError"), ("me/tiny", "OfflineModeIsEnabled|ConnectionError|ConnectError")],
+)
+def test_a_push_that_must_fail_is_refused_before_training(train, tmp_path, monkeypatch, name, reason):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"--push_to_hub: nothing can be pushed to '{name}' .({reason})"):
+        train("--push_to_hub", "--hub_model_id", name, "--hub_token", "hf_x", name="run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_same_seed_same_weights_and_samples_to_the_bit(train):

@@ -79,7 +79,7 @@ def test_a_run_killed_three_times_ends_as_one_left_alone():
     assert kills and int(kills[1]) >= 3 and int(kills[2]) >= 1, result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys, number):
     step = Trainer.train_step
 
@@ -97,6 +97,22 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, mon
 
     monkeypatch.undo()
     _assert_equal(whole, _train(tmp_path / "run", *RESUME))
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    """As under nohup, when the terminal is closed."""
+    step = Trainer.train_step
+
+    def hang_up(self):
+        signal.raise_signal(signal.SIGHUP)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", hang_up)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch(lambda: _train(tmp_path / "run")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_a_signal_while_a_checkpoint_is_written_counts_at_the_next_step(whole, tmp_path, monkeypatch):

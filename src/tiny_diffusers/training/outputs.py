@@ -165,8 +165,17 @@ def save_results(trainer: "Trainer") -> None:
         )
     print(f"saved to {folder.path}: look at {folder.samples}", flush=True)
     if settings.push_to_hub:
-        repo_id = settings.hub_model_id or folder.path.name
-        hub.push(folder.path, repo_id, token=settings.hub_token, private=settings.hub_private_repo)
+        hub.push(folder.path, _repo_id(settings), token=settings.hub_token, private=settings.hub_private_repo)
+
+
+def check_can_push(settings: TrainingArguments) -> None:
+    """Checks that the push to come can succeed."""
+    if settings.push_to_hub:
+        hub.check_can_push(_repo_id(settings), settings.hub_token)
+
+
+def _repo_id(settings: TrainingArguments) -> str:
+    return settings.hub_model_id or Path(settings.output_dir).name
 
 
 def scalar_settings(settings: TrainingArguments) -> dict[str, Any]:

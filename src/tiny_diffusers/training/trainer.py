@@ -313,10 +313,12 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end, or until a signal, an early stop, or losses that are not finite; then saves."""
+        if self.accelerator.is_main_process:
+            outputs.check_can_push(self.settings)
         with self._claimed_folder():
             self.prepare()
             self._start_outputs()
-            handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            handlers = self._handle_signals()
             try:
                 with self.folder.writing(lambda: self.step), self._progress_bar() as bar:
                     self._loop(bar)
@@ -370,7 +372,8 @@ class Trainer:
         while self.step < self.max_steps and not self._stopped_early():
             # 1. the step
             self.train_step()
-            self.folder.confirm()
+            if is_main_process:
+                self.folder.confirm()
             bar.update()
 
             # 2. the log
@@ -666,6 +669,13 @@ class Trainer:
                 f"--resume_from_checkpoint: {folder} does not fit these settings ({reason}); the run's own are in "
                 f"{self.folder.config}, for --config."
             ) from error
+
+    def _handle_signals(self) -> dict[int, Any]:
+        """Makes signals that end a process end the run after the step; returns the handlers before, by signal."""
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last is what clusters send before the time is over
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # as nohup does
+        return {number: signal.signal(number, self._on_signal) for number in numbers if number not in ignored}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.received_signal = number
