@@ -21,6 +21,7 @@ from tiny_diffusers import (
     cli,
     hub,
 )
+from tiny_diffusers.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +364,9 @@ class TestExportAndPush:
         pipe = TinyPipeline(tiny_unet(), TinyDDIMScheduler())
         source = hub.export(pipe, tmp_path / "source", with_code=False)
         for name in ("training.gif", "report.md"):
+            RunFolder(source).record(source / name)
             (source / name).write_bytes(name.encode())
+        (source / "loss_curves.png").write_bytes(b"of another run")
         hub.write_card(source, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
         assert run("export", source, tmp_path / "code") == 0
         assert run("export", tmp_path / "code", tmp_path / "bare", "--no_code") == 0
@@ -372,14 +375,19 @@ class TestExportAndPush:
         assert cards[0] == cards[2] and "saved beside the weights" in cards[1]
         assert all(card.count("## How to load it") == card.count("## How it was made") == 1 for card in cards)
         assert (tmp_path / "code" / "training.gif").is_file() and (tmp_path / "code" / "report.md").is_file()
+        assert not (tmp_path / "code" / "loss_curves.png").exists()
 
-    def test_a_checkpoint_is_not_exported_onto_itself(self, checkpoint, capsys):
-        assert "is the checkpoint itself" in error_line(capsys, "export", checkpoint, checkpoint)
+    def test_no_model_is_exported_onto_another(self, checkpoint, conditional_checkpoint, capsys):
+        for target in (checkpoint, conditional_checkpoint):
+            assert "holds a model or a run already" in error_line(capsys, "export", checkpoint, target)
 
     def test_push_hands_over_to_the_hub(self, monkeypatch, capsys):
         monkeypatch.setattr(hub, "push", lambda *args, **kwargs: f"{args} {kwargs}")
         assert run("push", "runs/digits", "me/digits", "--private") == 0
-        assert capsys.readouterr().out == "('runs/digits', 'me/digits') {'private': True}\n"
+        assert (
+            capsys.readouterr().out
+            == "('runs/digits', 'me/digits') {'private': True, 'include': [], 'dry_run': False}\n"
+        )
 
     def test_a_failed_push_is_one_line(self, tmp_path, capsys):
         assert "no model_index.json" in error_line(capsys, "push", tmp_path, "me/digits")

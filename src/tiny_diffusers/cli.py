@@ -13,7 +13,6 @@ import itertools
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -287,7 +286,7 @@ def export(args: argparse.Namespace) -> None:
     from . import hub
     from .runs import RunFolder
 
-    source, target = RunFolder(args.checkpoint), RunFolder(args.directory)
+    target = RunFolder(args.directory)
     if target.model_index.exists() or target.config.exists():
         raise UserError(f"'{args.directory}' holds a model or a run already: give another folder to export to.")
     if args.format == "onnx" and (args.dtype != "float32" or args.no_code):
@@ -301,13 +300,8 @@ def export(args: argparse.Namespace) -> None:
         return
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))
-    hub.export(pipe, args.directory, with_code=not args.no_code)
-    for name in source.list_shared() if source.path.is_dir() else []:
-        if not (target.path / name).exists() and not name.endswith(".py"):
-            target.record(target.path / name)
-            (target.path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / name, target.path / name)
-    hub.update_loading(args.directory)
+    source = args.checkpoint if Path(args.checkpoint).is_dir() else None
+    hub.export(pipe, args.directory, with_code=not args.no_code, source=source)
     print(f"exported to {args.directory}")
 
 

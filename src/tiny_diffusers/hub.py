@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 THIS_FOLDER = "path/to/this/folder"
 
 
-def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = True) -> Path:
+def export(
+    pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = True, source: str | Path | None = None
+) -> Path:
     """
     Saves a pipeline, and copies the source files of its classes beside the weights: then
     `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)` loads it without this package.
@@ -39,11 +41,22 @@ def export(pipe: "DiffusionPipeline", directory: str | Path, with_code: bool = T
         pipe (`DiffusionPipeline`): The pipeline to save.
         directory (`str` or `Path`): The folder to save it in; created if it doesn't exist.
         with_code (`bool`, defaults to `True`): Whether to copy the code. `False` is `pipe.save_pretrained(directory)`.
+        source (`str` or `Path`, *optional*):
+            The folder of a run, whose card, pictures, log, settings and reports are copied as well.
 
     Returns:
         `Path`: `directory`.
     """
-    RunFolder(directory).place(lambda folder: _save(pipe, folder, with_code))
+
+    def write(folder: Path) -> None:
+        _save(pipe, folder, with_code)
+        for name in RunFolder(source).list_shared() if source is not None else []:
+            if not (folder / name).exists() and not name.endswith(".py"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(source) / name, folder / name)
+        update_loading(folder)
+
+    RunFolder(directory).place(write)
     return Path(directory)
 
 

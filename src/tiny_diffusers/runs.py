@@ -281,12 +281,16 @@ class RunFolder:
             self.card.rename(self.path / "README.original.md")
 
     def place(self, write: Callable[[Path], None]) -> None:
-        """Writes files beside the folder's own and moves each to its place: a full disk leaves those that were there."""
+        """
+        Writes files beside the folder's own and moves each to its place: a full disk leaves those that were there. The
+        index of a pipeline is the last, so that where it is, all is.
+        """
         staging = staging_path(self.path / "files")
         staging.mkdir(parents=True)
         try:
             write(staging)
-            names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+            names = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+            names.sort(key=lambda name: name.name == MODEL_INDEX)
             self.record(*(self.path / name for name in names))
             for name in names:
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
