@@ -7,6 +7,7 @@ import glob
 import importlib
 import inspect
 import json
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -750,7 +751,7 @@ def _wrap_config_errors(folder: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, NotImplementedError):  # RuntimeErrors that have nothing to do with the config
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder} can't be loaded: one of its configs is damaged ({reason}).") from error
 
@@ -783,21 +784,41 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
             raise ValueError(f"{folder} has a file {name}/{library}.py, which poses as the library {library}.")
         if absent:
             continue
-        _check_sizes(os.path.join(folder, name, known.config_name))
+        _check_values(folder, name, known)
         for path in glob.glob(os.path.join(glob.escape(folder), name, "*.safetensors.index.json")):
             for shard in _read_json(path).get("weight_map", {}).values():
                 if os.path.basename(str(shard)) != shard:
                     raise ValueError(f"{path} names {shard!r}, which is not a file in the same folder.")
 
 
-def _check_sizes(path: str):
-    """Checks that no size in a component's config is so large that building it would take all memory or time."""
+def _check_values(folder: str, component: str, component_class: type):
+    """
+    Checks the values in a component's config: that none is of another type than the constructor's default, which many
+    would find in use alone, and that no size is so large that building it would take all memory or time.
+    """
+    path = os.path.join(folder, component, component_class.config_name)
     config = _read_json(path) if os.path.isfile(path) else {}
+    parameters = inspect.signature(component_class.__init__).parameters
     for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        default = parameters[name].default if name in parameters else None
+        if not all(_is_like(default, v) for v in ([value] if isinstance(default, float) else values)):
+            raise ValueError(
+                f"{folder} is damaged: {name} of its {component} is {value!r:.80}, but {default!r} by default."
+            )
         limit = next(limit for part, limit in _SIZE_LIMITS.items() if part in name)
-        sizes = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+        sizes = [v for v in values if isinstance(v, int)]
         if len(sizes) > _MAX_SIZES or any(abs(size) > limit for size in sizes):
             raise ValueError(f"{path}: {name} is too large, at most {_MAX_SIZES} integers up to {limit} are allowed.")
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Checks that a value is of the kind of a default: a finite number, a name, or None instead of an int or a name."""
+    if isinstance(default, float):
+        return isinstance(value, numbers.Real) and (abs(value) < math.inf or not abs(default) < math.inf)
+    if isinstance(default, int) and not isinstance(default, bool):
+        return value is None or (isinstance(value, numbers.Real) and abs(value) < math.inf)
+    return value is None or isinstance(value, str) or not isinstance(default, str)
 
 
 def _check_weights(pipeline: DiffusionPipeline, folder: str):

@@ -222,9 +222,7 @@ class TestSample:
 
     @pytest.mark.parametrize("option", [("--num_images", "0"), ("--batch_size", "x"), ("--dtype", "int8")])
     def test_an_impossible_value_is_refused_by_its_flag(self, checkpoint, capsys, option):
-        with pytest.raises(SystemExit) as leaving:
-            run("sample", checkpoint, *option)
-        assert leaving.value.code == 2 and option[0] in capsys.readouterr().err
+        assert option[0] in error_line(capsys, "sample", checkpoint, *option)
 
     def test_what_is_not_the_users_mistake_keeps_its_traceback(self, checkpoint, tmp_path, monkeypatch):
         def fail(self, *args, **kwargs):
@@ -281,9 +279,8 @@ class TestInterpolate:
         )
         assert "one of `seeds`" in both
         (tmp_path / "no.png").touch()
-        with pytest.raises(SystemExit):
-            run("interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
-        assert "can't be read as a picture" in capsys.readouterr().err
+        unread = error_line(capsys, "interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
+        assert "can't be read as a picture" in unread
 
     def test_a_scheduler_that_adds_noise_takes_a_seed(self, checkpoint, tmp_path):
         def frames(name, *arguments):
@@ -330,9 +327,7 @@ class TestInterpolate:
     def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
         output = ("--output", tmp_path / "a.gif")
         assert "num_frames" in error_line(capsys, "interpolate", checkpoint, "--num_frames", 1, *output)
-        with pytest.raises(SystemExit):
-            run("interpolate", checkpoint, "--seeds", "1")
-        assert "'1' is not two whole numbers" in capsys.readouterr().err
+        assert "'1' is not two whole numbers" in error_line(capsys, "interpolate", checkpoint, "--seeds", "1")
 
 
 class TestPlot:
@@ -391,6 +386,39 @@ class TestExportAndPush:
 
     def test_a_failed_push_is_one_line(self, tmp_path, capsys):
         assert "no model_index.json" in error_line(capsys, "push", tmp_path, "me/digits")
+
+
+@pytest.mark.parametrize("command", ["sample", "interpolate", "evaluate"])
+def test_ctrl_c_is_one_line_and_status_130(checkpoint, tmp_path, capsys, monkeypatch, command):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load_pipeline", stop)
+    options = ["--dataset_name", "digits"] if command == "evaluate" else []
+    assert run(command, checkpoint, "--output", tmp_path / "new", *options) == 130
+    assert capsys.readouterr().err == "stopped.\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "x"])
+def test_names_that_no_system_takes_are_refused_in_one_line(checkpoint, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert "too long" in error_line(capsys, "sample", checkpoint, "--output", f"{name}.png")
+    assert "too long" in error_line(capsys, "interpolate", checkpoint, "--output", name)
+    assert "too long" in error_line(capsys, "plot", name)
+    error_line(capsys, "sample", name)
+
+
+def test_no_name_commands_the_terminal(tmp_path, tiny_unet, capsys):
+    names = {0: "\x1b[31mcat", 1: "dog"}
+    TinyConditionalPipeline(tiny_unet(num_class_embeds=2), TinyDDIMScheduler(), id2label=names).save_pretrained(
+        tmp_path
+    )
+    assert r"'\x1b[31m'" in error_line(capsys, "sample", tmp_path, "--class_labels", "\x1b[31m")
+    error_line(capsys, "sample", tmp_path, "--\x1b[31m")
+    error_line(capsys, "\x1b[31m")
+    assert run("sample", tmp_path, "--num_inference_steps", 2, "--output", tmp_path / "\x1b[31m.png") == 0
+    printed = capsys.readouterr()
+    assert "\x1b[31m" not in printed.out + printed.err
 
 
 def test_help_needs_neither_torch_nor_diffusers():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import __version__
-from .errors import UserError, first_line, refusals, unknown
+from .errors import UserError, exit_status, first_line, refusals, say, unknown
 from .paths import keep_paths, kept_paths, local_path, public_command
 
 
@@ -131,8 +131,8 @@ def sample(args: argparse.Namespace) -> None:
             raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
         labels = [labels[i * len(labels) // num_images] for i in range(num_images)]
 
-    print(f"drawing {num_images} images, {output} ...", file=sys.stderr, flush=True)
-    images, states = [], [[] for _ in range(args.return_intermediates or 0)]
+    say(f"drawing {num_images} images, {output} ...", sys.stderr)
+    images, states = [], []
     began = time.perf_counter()
     for start in range(0, num_images, args.batch_size):
         stop = min(start + args.batch_size, num_images)
@@ -143,6 +143,7 @@ def sample(args: argparse.Namespace) -> None:
         with refusals():
             drawn = pipe(batch_size=stop - start, generator=generator, **options)
         images += drawn.images
+        states = states or [[] for _ in drawn.intermediates or []]
         for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
             state += intermediate.sample
     seconds = time.perf_counter() - began
@@ -153,7 +154,7 @@ def sample(args: argparse.Namespace) -> None:
         strip([*states, images], row_labels=labels).save(output)
     else:
         image_grid(images, **_class_rows(labels)).save(output)
-    print(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+    say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
 
 
 def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
@@ -161,7 +162,7 @@ def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
     names = {int(class_id): name for class_id, name in (pipe.config.get("id2label") or {}).items()}
     classes = [names.get(class_id, str(class_id)) for class_id in pipe._class_ids]
     if len(classes) > MAX_CLASSES:
-        print(f"the first {MAX_CLASSES} of {len(classes)} classes; --class_labels names others", file=sys.stderr)
+        say(f"the first {MAX_CLASSES} of {len(classes)} classes; --class_labels names others", sys.stderr)
     return classes[:MAX_CLASSES]
 
 
@@ -239,7 +240,7 @@ def interpolate(args: argparse.Namespace) -> None:
         export_to_gif(frames, str(output))
     else:
         image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
-    print(f"{len(frames)} frames: {output}")
+    say(f"{len(frames)} frames: {output}")
 
 
 def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
@@ -296,13 +297,13 @@ def export(args: argparse.Namespace) -> None:
     if args.format == "onnx":
         from .onnx_export import export_onnx
 
-        print(f"exported to {export_onnx(pipe, args.directory)}")
+        say(f"exported to {export_onnx(pipe, args.directory)}")
         return
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))
     source = args.checkpoint if Path(args.checkpoint).is_dir() else None
     hub.export(pipe, args.directory, with_code=not args.no_code, source=source)
-    print(f"exported to {args.directory}")
+    say(f"exported to {args.directory}")
 
 
 def push_parser() -> argparse.ArgumentParser:
@@ -321,7 +322,7 @@ def push(args: argparse.Namespace) -> None:
 
     url = hub.push(args.directory, args.repo_id, private=args.private, include=args.include, dry_run=args.dry_run)
     if url is not None:
-        print(url)
+        say(url)
 
 
 # --------------------------------------------------------------------------------------------- evaluate and compare
@@ -436,7 +437,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if state.is_main_process:
         is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])
         origin = f", as {run.config} has it" if is_own else ""
-        print(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
+        say(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
 
     # 3. The report
     with refusals():
@@ -457,8 +458,8 @@ def evaluate(args: argparse.Namespace) -> None:
             run.publish_report(folder.name)
             if run.card.is_file():
                 add_results(run.path, report, folder.name)
-        print(report.markdown())
-        print(f"report: {folder / 'report.json'}")
+        say(report.markdown())
+        say(f"report: {folder / 'report.json'}")
     state.wait_for_everyone()
     state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
 
@@ -566,7 +567,7 @@ def compare(args: argparse.Namespace) -> None:
     from .evaluation.report import compare as tabulate
 
     table = tabulate({name: Report.load(name) for name in args.reports})
-    print(table)
+    say(table)
     if args.output is not None:
         _make_parent(args.output)
         args.output.write_text(table, encoding="utf-8")
@@ -596,7 +597,7 @@ def plot(args: argparse.Namespace) -> None:
         plots.loss_curves(*logs.values(), args.output, title=args.runs[0].name)
     else:
         plots.compare_losses(logs, args.output)
-    print(f"wrote {args.output}")
+    say(f"wrote {args.output}")
 
 
 def benchmark_parser() -> argparse.ArgumentParser:
@@ -654,7 +655,11 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit status: 0, or 2 for a user's mistake, which is printed as one line. Anything else raises.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    return exit_status(lambda: _run(argv), "tiny-diffusers: error")
+
+
+def _run(argv: list[str]) -> int | None:
+    parser = _Parser(
         prog="tiny-diffusers",
         description="Train, sample, measure and share generative models of small images.",
         allow_abbrev=False,
@@ -667,22 +672,21 @@ def main(argv: list[str] | None = None) -> int:
 
     from .flags import expand_user
 
-    try:
-        args = expand_user(command.parser().parse_args(argv[1:]))
-        args.argv, args.command_line = argv[1:], shlex.join(["tiny-diffusers", *argv])
-        return command.run(args) or 0
-    except UserError as error:
-        print("tiny-diffusers: error:", *str(error).split(), file=sys.stderr)
-        return 2
+    args = expand_user(command.parser().parse_args(argv[1:]))
+    args.argv, args.command_line = argv[1:], shlex.join(["tiny-diffusers", *argv])
+    return command.run(args)
 
 
 # ----------------------------------------------------------------------------------------------- shared arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}. --help lists the arguments.")
+
+
 def _parser(name: str, description: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"tiny-diffusers {name}", description=description or COMMANDS[name].help, allow_abbrev=False
-    )
+    return _Parser(prog=f"tiny-diffusers {name}", description=description or COMMANDS[name].help, allow_abbrev=False)
 
 
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -788,7 +792,7 @@ def _load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         raise UserError(f"--device: {error}") from error
     dtype = hardware.resolve_dtype(args.dtype, device)
     if args.dtype == "auto" and dtype != torch.float32:
-        print(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", file=sys.stderr)
+        say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
 
     pipe = _from_pretrained(args).to(device, dtype)
     if args.scheduler is not None:

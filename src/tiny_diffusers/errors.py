@@ -1,11 +1,17 @@
-"""Errors and warnings for users: one line that says what was given, what is allowed and what to do."""
+"""
+Errors, warnings and messages for users: one line that says what was given, what is allowed and what to do, and no
+character that a terminal obeys.
+"""
 
 import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -35,6 +41,38 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """Spells the control characters of a text, line breaks aside: in a stranger's name they would command the terminal."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
+
+
+def say(message: object, file: TextIO | None = None) -> None:
+    """Prints a message at once, on stdout by default; names in it may be a stranger's."""
+    print(printable(str(message)), file=file, flush=True)
+
+
+def exit_status(command: Callable[[], int | None], name: str) -> int:
+    """
+    Runs a command and returns its exit status: its own; 2 for a mistake, or for a file or folder that the system
+    refuses; 130 for Ctrl-C. Each is printed as one line.
+
+    Args:
+        command (`Callable`): The command; `None` is success.
+        name (`str`): What the line begins with.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        reason = " ".join(str(error).split())
+    except OSError as error:
+        reason = f"{error.strerror}: '{error.filename}'" if error.filename is not None else first_line(error)
+    except KeyboardInterrupt:
+        say("stopped.", sys.stderr)
+        return 128 + signal.SIGINT
+    say(f"{name}: {reason}", sys.stderr)
+    return 2
+
+
 @contextlib.contextmanager
 def refusals(prefix: str = "") -> Iterator[None]:
     """
@@ -59,7 +97,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+            say(f"{record.levelname.lower()}: {record.getMessage()}", sys.stderr)
 
 
 # The one channel for warnings: each module's `logging.getLogger(__name__)` ends here.

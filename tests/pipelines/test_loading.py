@@ -335,6 +335,12 @@ def test_a_damaged_index_is_named(saved, content):
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 1e13}),
         ("scheduler/scheduler_config.json", {"trained_betas": {"a": 1}}),
+        ("scheduler/scheduler_config.json", {"clip_sample_range": "1"}),
+        ("scheduler/scheduler_config.json", {"beta_start": None}),
+        ("scheduler/scheduler_config.json", {"beta_end": float("nan")}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": 7}),
+        ("unet/config.json", {"dropout": [0.1]}),
+        ("unet/config.json", {"in_channels": float("-inf")}),
     ],
 )
 def test_config_values_of_a_wrong_type_are_refused_in_one_line(saved, path, changes):

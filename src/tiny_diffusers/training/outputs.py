@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
+from ..errors import say
 from ..hardware import default_dtype
 from ..progress import bar_options
 from .arguments import TrainingArguments, command_line, saved_settings, split_paths
@@ -74,22 +75,21 @@ def print_summary(trainer: "Trainer") -> None:
     """Prints what is trained, on what, and how."""
     data, settings = trainer.data, trainer.settings
     for note in data.notes:
-        print(f"data: {note}")
+        say(f"data: {note}")
     modules = trainer.family.modules.items()
     parameters = ", ".join(f"{name} {count_parameters(module) / 1e6:.2f} M" for name, module in modules)
-    print(
+    say(
         f"{settings.FAMILY}: {len(trainer.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
         f"{trainer.max_steps:,} steps of {trainer.global_batch}; {parameters} parameters"
     )
-    print(
+    say(
         f"on {trainer.device} x {trainer.accelerator.num_processes}, {torch.get_num_threads()} threads, "
         f"mixed precision {settings.mixed_precision}, {str(trainer.memory_format).removeprefix('torch.')}, "
         f"{'fused ' if trainer.fuses else ''}{settings.optimizer}, "
-        f"{'foreach' if settings.use_ema else 'no'} EMA, into {trainer.folder.path}",
-        flush=True,
+        f"{'foreach' if settings.use_ema else 'no'} EMA, into {trainer.folder.path}"
     )
     if trainer.time_plan is not None:
-        print(trainer.time_plan.describe(trainer.elapsed), flush=True)
+        say(trainer.time_plan.describe(trainer.elapsed))
 
 
 def save_pipeline(trainer: "Trainer") -> None:
@@ -146,7 +146,7 @@ def save_results(trainer: "Trainer") -> None:
     folder, settings = trainer.folder, trainer.settings
     with folder.writing(lambda: trainer.step):
         save_pipeline(trainer)
-        print(f"drawing the samples, {folder.samples} ...", flush=True)
+        say(f"drawing the samples, {folder.samples} ...")
         save_grid(trainer, folder.samples, trainer.family.sample)
         folder.record(folder.animation, folder.loss_curves)
         grids = folder.list_grids()
@@ -163,7 +163,7 @@ def save_results(trainer: "Trainer") -> None:
             license=settings.license,
             base_model=settings.pretrained_model_name_or_path,
         )
-    print(f"saved to {folder.path}: look at {folder.samples}", flush=True)
+    say(f"saved to {folder.path}: look at {folder.samples}")
     if settings.push_to_hub:
         hub.push(folder.path, _repo_id(settings), token=settings.hub_token, private=settings.hub_private_repo)
 

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataPara
 
 from .. import hardware
 from ..data import ImageData, load_images
-from ..errors import UserError, unknown
+from ..errors import UserError, exit_status, unknown
 from .arguments import TrainingArguments
 
 
@@ -26,18 +24,13 @@ _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def launch(main: Callable[[], None]) -> int:
-    """Runs a script's `main` and returns its exit status: 2 for a user's mistake, which is printed as one line."""
+    """Runs a script's `main` and returns its exit status, as [`~tiny_diffusers.errors.exit_status`] does."""
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step or after the last: in between, the trainer handles it
-        print("stopped.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return exit_status(
+            main, "error"
+        )  # Ctrl-C before the first step or after the last: in between, the trainer has it
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    return 0
 
 
 def setup_process(arguments: TrainingArguments) -> Accelerator:

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
-from ..errors import UserError
+from ..errors import UserError, say
 from ..files import find_damage
 from ..hardware import compile_failure
 from ..progress import progress_bar
@@ -731,7 +731,7 @@ class Trainer:
     def _print(self, message: str) -> None:
         if self.accelerator.is_main_process:
             with tqdm.external_write_mode():  # above the progress bar, if there is one
-                print(message, flush=True)
+                say(message)
 
 
 def _num_grids(steps: int) -> int:
