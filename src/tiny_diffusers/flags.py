@@ -26,6 +26,8 @@ from .errors import UserError, unknown
 
 T = TypeVar("T")
 
+_MAX_INT = 2**63 - 1  # that a tensor holds
+
 
 def flag(
     default: Any,
@@ -86,6 +88,8 @@ def _bounds(within: str) -> tuple[float, float]:
 
 def _contains(within: str, value: float) -> bool:
     low, high = _bounds(within)
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        return False
     above = value >= low if within[0] == "[" else value > low
     return above and (value <= high if within[-1] == "]" else value < high)
 
@@ -93,6 +97,8 @@ def _contains(within: str, value: float) -> bool:
 def _describe(within: str, value: float) -> str:
     """Describes an interval in words: `"(0, inf)"` is "a finite number above 0"."""
     low, high = _bounds(within)
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        return f"at most {_MAX_INT}"
     if math.isfinite(high):
         return f"in {within}"
     number = "a whole number" if isinstance(value, int) else "a number" if within[-1] == "]" else "a finite number"

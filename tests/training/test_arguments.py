@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,28 @@ cells:
   - {name: small, block_out_channels: [8, 16]}
   - {name: fast, learning_rate: 1e-2}
 """
+
+
+@pytest.mark.parametrize(
+    ("flag_name", "value", "suggested"),
+    [
+        ("variance_type", "fixed_smal", "fixed_small"),
+        ("lr_scheduler", "piecewise_constant", "constant"),
+        ("train_batch_size", "1" + "0" * 400, "at most"),
+    ],
+)
+def test_no_error_offers_what_is_refused(flag_name, value, suggested):
+    with pytest.raises(UserError, match=suggested) as error:
+        parse_arguments(DiffusionArguments, [f"--{flag_name}", value])
+    offered = str(error.value).partition("it must be")[2]
+    assert value not in re.findall(r"\w+", offered)
+
+
+def test_a_recipe_that_is_no_utf_8_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes("license: \u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="recipe.yaml is not valid YAML"):
+        parse_arguments(DiffusionArguments, ["--config", str(recipe)])
 
 
 def test_a_cell_changes_what_the_recipe_shares(tmp_path):

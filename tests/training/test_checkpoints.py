@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tiny_diffusers.errors import UserError
 from tiny_diffusers.training import checkpoints
-from tiny_diffusers.training.checkpoints import RunState
+from tiny_diffusers.training.checkpoints import RunState, read_step
 
 
 def test_every_field_of_the_state_is_saved_and_loaded():
@@ -97,3 +98,10 @@ def test_a_state_of_other_types_is_refused(values):
     accelerator, state = Accelerator(cpu=True), RunState()
     with pytest.raises((ValueError, TypeError, LookupError)):
         state.load_state_dict(state.state_dict(accelerator) | values, accelerator)
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"step": null}', '{"step": [1]}', "[" * 100_000])
+def test_a_checkpoint_that_does_not_say_its_step_is_refused(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(UserError, match="does not say its step"):
+        read_step(tmp_path)

@@ -259,10 +259,10 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
         path = next((p for p in (path / "config.json", path / "unet" / "config.json") if p.is_file()), path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        class_name = str(config.get("_class_name"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--model_config_name_or_path: {path} is not a network's config.json ({error}).") from error
     classes = {"TinyUNet2DModel": TinyUNet2DModel, "UNet2DModel": UNet2DModel}
-    class_name = config.get("_class_name")
     if class_name not in classes:
         raise unknown(f"_class_name in {path}", class_name, classes)
     config |= fixed

@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from ..errors import UserError
+
 
 # diffusers' name, so that `from_pretrained` reads a checkpoint's networks
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -83,8 +85,18 @@ class RunState:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+    """
+    Returns the step of a checkpoint.
+
+    Raises:
+        UserError: If its state is damaged.
+    """
+    try:
+        return int(json.loads((checkpoint / "state.json").read_text())["step"])
+    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} does not say its step ({error}); take another."
+        ) from error
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
