@@ -87,7 +87,7 @@ def find_damage(directory: Path) -> str | None:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     if not expected:
         return f"its {MANIFEST} is empty"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, say
 from .runs import MODEL_INDEX, RunFolder
 
 
@@ -415,7 +415,7 @@ def push(
         folder.check_inside(folder.path / name)
     names = sorted({*folder.list_shared(), *include})
     size = sum((directory / name).stat().st_size for name in names)
-    print(f"{len(names)} files, {size / 1e6:.1f} MB, to {repo_id}: {', '.join(names)}", flush=True)
+    say(f"{len(names)} files, {size / 1e6:.1f} MB, to {repo_id}: {', '.join(names)}")
     if dry_run:
         return None
     try:

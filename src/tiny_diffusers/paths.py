@@ -69,5 +69,5 @@ def kept_paths(folder: Path) -> dict[str, str]:
     try:
         paths = json.loads((folder / PATHS_FILE).read_text(encoding="utf-8"))
         return {str(name): path for name, path in paths.items() if isinstance(path, str)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}

@@ -581,7 +581,8 @@ def _save_pipeline(folder, stock):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"a\\u0000b": {"size": 1, "sha256": ""}}', '{"/etc/passwd": {"size": 1, "sha256": ""}}']
+    "content",
+    ['{"a\\u0000b": {"size": 1, "sha256": ""}}', '{"/etc/passwd": {"size": 1, "sha256": ""}}', "[" * 100_000],
 )
 def test_a_hostile_manifest_is_damage(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)

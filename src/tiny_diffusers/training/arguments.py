@@ -110,7 +110,7 @@ class TrainingArguments(DataArguments):
     )
     overwrite_output_dir: bool = flag(False, "Delete another run in --output_dir.", changes_run=False)
     seed: int = flag(0, "Seed of everything random.", within="[0, 9223372036854775807]")
-    train_batch_size: int = flag(32, "Images a process and micro-batch.", within="[1, inf)")
+    train_batch_size: int = flag(32, "Images a process and micro-batch.", within="[1, 65536]")
     gradient_accumulation_steps: int = flag(1, "Micro-batches a step.", within="[1, inf)")
     num_epochs: int = flag(
         30, "Epochs, unless steps or minutes are given.", "--num_train_epochs", within="[1, inf)", **_LENGTH
@@ -181,7 +181,7 @@ class TrainingArguments(DataArguments):
     eval_batch_size: int = flag(
         64,
         "Images in the sample grids; not given, fewer in a short --max_train_minutes.",
-        within="[1, inf)",
+        within="[1, 65536]",
         changes_run=False,
     )
     logging_steps: int = flag(10, "Log the mean loss every so many steps.", within="[1, inf)", changes_run=False)
