@@ -338,6 +338,32 @@ def test_damaged_metadata_is_said(load, folder):
     assert any(note.startswith("metadata.jsonl, left out: Expecting") for note in data.notes)
 
 
+def test_classes_stay_beside_metadata_that_labels_some_images(load, folder):
+    put_classes(folder, "cat", "dog")
+    (folder / "metadata.csv").write_text("file_name,label\ncat/0.png,x\ncat/1.png,y\ndog/0.png,x\ndog/1.png,y\n")
+    assert class_counts(load(folder)) == {"cat": 4, "dog": 4}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "npz"])
+def test_labels_that_are_not_read_are_said(load, folder, tmp_path, kind):
+    labels = [0.0, 1.0, 0.0, 1.0]
+    if kind == "parquet":
+        source = tmp_path / "a.parquet"
+        save_parquet(source, 4, label=labels)
+    elif kind == "npz":
+        source = tmp_path / "a.npz"
+        np.savez(source, images=np.zeros((4, 8, 8), np.uint8), labels=np.array(labels))
+    else:
+        source = folder
+        rows = [{"file_name": f"{number}.png", "label": label} for number, label in enumerate(labels)]
+        for row in rows:
+            put(folder / row["file_name"])
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load(source)
+    assert data.labels is None and len(data.notes) == 1
+    assert re.match(r"not read as labels: labels? \(labels are whole numbers or strings", data.notes[0])
+
+
 def test_a_column_named_label_holds_labels_though_no_value_repeats(load, folder, tmp_path):
     for number in range(3):
         put(folder / f"{number}.png", number)

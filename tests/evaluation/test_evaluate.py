@@ -523,6 +523,7 @@ class TestBadInput:
             ([], "sizes"),
             (pictures + [pictures[0].resize((4, 4))], "one size"),
             ([1], "type int"),
+            (iter(pictures), "not a list_iterator: give a tensor"),
         ):
             with pytest.raises(UserError, match=line):
                 evaluate(images_of, reference, Protocol(**NO_BASELINES))

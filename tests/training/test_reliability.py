@@ -643,6 +643,13 @@ def test_a_finished_run_is_continued_from_its_end(tmp_path, capsys):
     assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [3, 6, 8]
 
 
+def test_a_run_is_not_resumed_past_its_end(run, capsys):
+    before = {path: path.read_bytes() for path in run.glob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match="checkpoint-[46] is past the 2 steps of this run"):
+        _train(run, *RESUME, steps=2)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "key"), [("learning_rate", "1e-5", "lr"), ("adam_weight_decay", "0.5", "weight_decay")]
 )

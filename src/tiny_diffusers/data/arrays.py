@@ -8,7 +8,16 @@ import numpy as np
 import psutil
 
 from ..errors import UserError, first_line, unknown
-from .sources import LABEL_NAMES, SPLITS, Source, index_labels, max_classes, select_splits, unknown_split
+from .sources import (
+    LABEL_NAMES,
+    SPLITS,
+    Source,
+    index_labels,
+    max_classes,
+    select_splits,
+    unknown_split,
+    unread_labels,
+)
 
 
 def read_arrays(file: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
@@ -70,6 +79,8 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:
             notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
+    if not label_columns:
+        notes += unread_labels(each for each in arrays if LABEL_NAMES & set(_words(each)))
     labels, class_names = index_labels(arrays[label_columns[0]].ravel().tolist()) if label_columns else (None, None)
     rows = select_splits({wanted: np.arange(len(images))}, split, name)
     return Source(

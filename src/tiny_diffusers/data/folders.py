@@ -24,7 +24,16 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, first_line, unknown
-from .sources import LABEL_NAMES, SPLITS, Source, decodes, index_labels, max_classes, select_splits
+from .sources import (
+    LABEL_NAMES,
+    SPLITS,
+    Source,
+    decodes,
+    index_labels,
+    max_classes,
+    select_splits,
+    unread_labels,
+)
 
 
 _TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")
@@ -142,7 +151,9 @@ def _choose_label_column(
         if 0 < len(set(values) - {None}) <= max_classes(len(values), column in LABEL_NAMES):
             found.append(column)
     found.sort(key=lambda column: column not in LABEL_NAMES)
-    if any(classes) and (given == "label" or (given is None and not found)) and "label" not in columns:
+    if not found and given is None:
+        notes += unread_labels(columns)
+    if any(classes) and ((given is None and not found) or (given == "label" and "label" not in columns)):
         columns["label"] = classes
         found = ["label"]
     if given is not None:
@@ -304,7 +315,8 @@ def _read_columns(images: list[_File], tables: list[_File], notes: list[str]) ->
         records |= {posixpath.normpath(posixpath.join(place, name)): row for name, row in content.items()}
         columns |= dict.fromkeys(column for row in content.values() for column in row)
         if table.name.endswith(".json"):
-            columns["label"] = None  # also without any label: StyleGAN's and EDM's sub-folders are no classes
+            for image in images:  # also without any label: StyleGAN's and EDM's sub-folders are no classes
+                image.label = None
         read.append(table.name)
     listed = sum(image.name in records for image in images)
     if read and listed < len(images):

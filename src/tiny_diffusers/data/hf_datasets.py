@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
 from .folders import abbreviate, is_image, list_files, relative_name
-from .sources import LABEL_NAMES, Source, index_labels, max_classes, unknown_split
+from .sources import LABEL_NAMES, Source, index_labels, max_classes, unknown_split, unread_labels
 
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ def read_dataset(
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:
             notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
+    if not label_columns:
+        notes += unread_labels(dataset.column_names)
     beside = [file for file in list_files(folder) if is_image(file)] if folder is not None and folder.is_dir() else []
     if beside:
         names = abbreviate([relative_name(file, folder) for file in beside])

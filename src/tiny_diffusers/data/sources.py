@@ -100,6 +100,13 @@ def max_classes(num_rows: int, is_named: bool) -> int:
     return _MAX_CLASSES if is_named else min(_MAX_CLASSES, num_rows // 2)
 
 
+def unread_labels(columns: Iterable[str]) -> list[str]:
+    """Returns a note on columns that are named as labels, of a dataset none of whose columns is read as labels."""
+    named = [column for column in columns if column.lower() in LABEL_NAMES]
+    reason = f"labels are whole numbers or strings, one for each image, of at most {_MAX_CLASSES:,} classes"
+    return [f"not read as labels: {', '.join(named)} ({reason})"] if named else []
+
+
 def index_labels(values: Sequence) -> tuple[np.ndarray, list[str]]:
     """Returns class indices (N,) of integers or strings, -1 for None, and the sorted names of the classes."""
     known = {value for value in values if value is not None}

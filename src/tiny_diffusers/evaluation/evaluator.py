@@ -98,6 +98,11 @@ def evaluate(
     # 1. Images
     if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
         data, source = _given_images(pipe_or_images, reference, protocol, name)
+    elif not isinstance(pipe_or_images, DiffusionPipeline):
+        raise UserError(
+            f"Only a pipeline or images are evaluated, not a {type(pipe_or_images).__name__}: give a tensor, an array, or "
+            "a list of PIL images."
+        )
     else:
         data, source = _draw_images(pipe_or_images, reference, protocol, samples, state, name)
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")

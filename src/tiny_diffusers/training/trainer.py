@@ -209,6 +209,11 @@ class Trainer:
         }
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
+        if self.step > self.max_steps:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint} is past the {self.max_steps:,} steps of this run: give more "
+                "--max_train_steps or --num_epochs, or an earlier checkpoint."
+            )
 
     def _validation_steps(self, max_steps: int) -> int:
         """Returns the steps between validations."""
