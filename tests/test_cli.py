@@ -220,9 +220,15 @@ class TestSample:
         (tmp_path / "file").touch()
         assert "can't be written to" in line(checkpoint, "--output", tmp_path / "file" / "samples.png")
 
-    @pytest.mark.parametrize("option", [("--num_images", "0"), ("--batch_size", "x"), ("--dtype", "int8")])
+    @pytest.mark.parametrize(
+        "option",
+        [("--num_images", "0"), ("--batch_size", "x"), ("--dtype", "int8"), ("--seed", "-1"), ("--seed", 2**64)],
+    )
     def test_an_impossible_value_is_refused_by_its_flag(self, checkpoint, capsys, option):
         assert option[0] in error_line(capsys, "sample", checkpoint, *option)
+
+    def test_an_unknown_flag_suggests_the_nearest(self, checkpoint, capsys):
+        assert "Did you mean '--num_images'?" in error_line(capsys, "sample", checkpoint, "--num_imags", 3)
 
     def test_what_is_not_the_users_mistake_keeps_its_traceback(self, checkpoint, tmp_path, monkeypatch):
         def fail(self, *args, **kwargs):
@@ -279,8 +285,8 @@ class TestInterpolate:
         )
         assert "one of `seeds`" in both
         (tmp_path / "no.png").touch()
-        unread = error_line(capsys, "interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
-        assert "can't be read as a picture" in unread
+        line = error_line(capsys, "interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
+        assert "can't be read as a picture" in line
 
     def test_a_scheduler_that_adds_noise_takes_a_seed(self, checkpoint, tmp_path):
         def frames(name, *arguments):
@@ -327,7 +333,9 @@ class TestInterpolate:
     def test_bad_input_is_one_line(self, checkpoint, tmp_path, capsys):
         output = ("--output", tmp_path / "a.gif")
         assert "num_frames" in error_line(capsys, "interpolate", checkpoint, "--num_frames", 1, *output)
-        assert "'1' is not two whole numbers" in error_line(capsys, "interpolate", checkpoint, "--seeds", "1")
+        for seeds in ("1", f"0,{2**64}"):
+            line = error_line(capsys, "interpolate", checkpoint, "--seeds", seeds)
+            assert f"'{seeds}' is not two whole numbers" in line
 
 
 class TestPlot:

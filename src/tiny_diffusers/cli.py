@@ -53,6 +53,7 @@ SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan")  # train_
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
+MAX_SEED = 2**63 - 1
 MAX_ROW = 16  # images of one class beside each other in a grid
 NUM_IMAGES, MAX_CLASSES = 64, 10  # that `sample` draws by default
 
@@ -84,7 +85,7 @@ def sample_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_images", type=_positive, help=f"default: {NUM_IMAGES}, or a row for each class if no class is named"
     )
-    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="image i has the seed SEED + i (default: 0)")
     parser.add_argument("--batch_size", type=_positive, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--class_labels",
@@ -188,7 +189,7 @@ def interpolate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_two_seeds, help="seeds of the two ends (default: 0,1)")
     parser.add_argument(
         "--seed",
-        type=int,
+        type=_seed,
         default=0,
         help="seed of the noise that a scheduler such as ddpm adds, the same in each frame (default: 0)",
     )
@@ -680,13 +681,12 @@ def _run(argv: list[str]) -> int | None:
 # ----------------------------------------------------------------------------------------------- shared arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}. --help lists the arguments.")
-
-
 def _parser(name: str, description: str | None = None) -> argparse.ArgumentParser:
-    return _Parser(prog=f"tiny-diffusers {name}", description=description or COMMANDS[name].help, allow_abbrev=False)
+    from .flags import OneLineParser
+
+    return OneLineParser(
+        prog=f"tiny-diffusers {name}", description=description or COMMANDS[name].help, allow_abbrev=False
+    )
 
 
 def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -750,15 +750,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {MAX_SEED}")
+    return int(text)
+
+
 def _comma_separated(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
 
 
 def _two_seeds(text: str) -> tuple[int, int]:
     try:
-        first, second = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not two whole numbers, such as 0,1") from None
+        first, second = map(_seed, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not two whole numbers from 0 to {MAX_SEED}, such as 0,1"
+        ) from None
     return first, second
 
 

@@ -134,14 +134,38 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class FlagParser(HfArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """
+    Parser whose errors are one line.
+
+    Raises:
+        UserError: For every mistake on the command line.
+    """
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parses a command line; suggests the nearest flags for an unknown one."""
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest and rest[0].startswith("-"):
+            near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise UserError(f"Unknown argument '{rest[0]}'.{hint} --help lists the flags.")
+        if rest:
+            raise UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
+        return namespace
+
+    def error(self, message: str):
+        raise UserError(f"{message}. --help lists the flags.")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise unknown(action.option_strings[0] if action.option_strings else action.dest, value, action.choices)
+
+
+class FlagParser(OneLineParser, HfArgumentParser):
     """
     Parser of the flags that dataclasses declare with [`flag`]; a field that is declared otherwise is no flag.
 
     `Literal` types give the choices. A flag of type `list[str]` takes its values separated by spaces or commas.
-
-    Raises:
-        UserError: In one line, for every mistake on the command line.
     """
 
     def __init__(self, *dataclass_types: type, **kwargs):
@@ -178,17 +202,6 @@ class FlagParser(HfArgumentParser):
                 setattr(namespace, name, parts)
         return namespace, rest
 
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Parses a command line; suggests the nearest flags for an unknown one."""
-        namespace, rest = self.parse_known_args(args, namespace)
-        if rest and rest[0].startswith("-"):
-            near = difflib.get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=3)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise UserError(f"Unknown argument '{rest[0]}'.{hint} --help lists the flags.")
-        if rest:
-            raise UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
-        return namespace
-
     def given(self, args: list[str]) -> dict[str, Any]:
         """Parses a command line into the values that were given, without defaults."""
         unset = object()
@@ -197,10 +210,3 @@ class FlagParser(HfArgumentParser):
         # argparse sets an optional positional to its default even if it is absent
         absent = [a.dest for a in actions if not a.option_strings and getattr(namespace, a.dest) is a.default]
         return {name: value for name, value in vars(namespace).items() if value is not unset and name not in absent}
-
-    def error(self, message: str):
-        raise UserError(f"{message}. --help lists the flags.")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise unknown(action.option_strings[0] if action.option_strings else action.dest, value, action.choices)
