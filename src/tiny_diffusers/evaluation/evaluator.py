@@ -25,6 +25,7 @@ from PIL import Image
 
 from .. import __version__, hardware
 from ..data import ImageData, cache_root
+from ..data.folders import abbreviate
 from ..errors import UserError
 from ..paths import public_name
 from ..plots import image_grid
@@ -283,8 +284,9 @@ def _labels_to_draw(
         ours = {int(key): label for key, label in named.items()} if named else None
         if (ours is not None and ours != reference.id2label) or len(classes) != len(reference.id2label):
             raise UserError(
-                f"The model's classes are {list((ours or dict.fromkeys(classes)).values())[:5]} and the reference's "
-                f"{list(reference.id2label.values())[:5]}: give the dataset, and the classes, that it was trained on."
+                f"The model's classes are {abbreviate(list(map(str, ours.values() if ours else classes)))}, and "
+                f"the reference's {abbreviate(list(reference.id2label.values()))}: give the dataset, and the classes, "
+                "that it was trained on."
             )
     return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
 
