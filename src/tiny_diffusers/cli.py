@@ -659,6 +659,13 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(lambda: _run(argv), "tiny-diffusers: error")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser of the command's name; those of the commands' arguments are in `flags.py`, which takes longer to import."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}. --help lists the commands.")
+
+
 def _run(argv: list[str]) -> int | None:
     parser = _Parser(
         prog="tiny-diffusers",

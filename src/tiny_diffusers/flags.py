@@ -150,7 +150,7 @@ class OneLineParser(argparse.ArgumentParser):
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise UserError(f"Unknown argument '{rest[0]}'.{hint} --help lists the flags.")
         if rest:
-            raise UserError(f"'{rest[0]}' stands alone on the command line: every argument is a --flag and its value.")
+            raise UserError(f"'{rest[0]}' is an argument too many: it follows no --flag. --help lists the arguments.")
         return namespace
 
     def error(self, message: str):
