@@ -76,7 +76,7 @@ class Example(Flags):
         ("--sed 1", "Unknown argument '--sed'. Did you mean '--seed'"),
         ("--note x", "Unknown argument '--note'"),
         ("--seed x", "--seed"),
-        ("stray", "'stray' stands alone"),
+        ("stray", "'stray' is an argument too many"),
     ],
 )
 def test_a_mistake_is_one_line(argv, words):

@@ -6,6 +6,7 @@ are imported by what runs, so that `tiny-diffusers --help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -16,7 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -441,7 +442,7 @@ def evaluate(args: argparse.Namespace) -> None:
         say(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
 
     # 3. The report
-    with refusals():
+    with refusals(), _left_if_filled(folder):
         report = measure(
             images_or_pipe,
             reference,
@@ -463,6 +464,18 @@ def evaluate(args: argparse.Namespace) -> None:
         say(f"report: {folder / 'report.json'}")
     state.wait_for_everyone()
     state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
+
+
+@contextlib.contextmanager
+def _left_if_filled(folder: Path) -> Iterator[None]:
+    """Deletes a folder, and the one that holds it, if they are empty after an error."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
+            folder.parent.rmdir()
+        raise
 
 
 def _check_name(args: argparse.Namespace) -> None:

@@ -659,6 +659,14 @@ class TestCommandLine:
         assert values(Report.load(checkpoint / "again")) == pytest.approx(values(report), rel=1e-6)
         assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
 
+    def test_a_refused_evaluation_leaves_no_folder(self, checkpoint, tmp_path, monkeypatch, capsys):
+        def refuse(*args, **kwargs):
+            raise UserError("no")
+
+        monkeypatch.setattr("tiny_diffusers.evaluation.evaluate", refuse)
+        assert self.run("evaluate", checkpoint, *self.OPTIONS) == 2
+        assert not (checkpoint / "reports").exists() and "error: no" in capsys.readouterr().err
+
     def test_a_folder_of_images_is_measured_too(self, tmp_path):
         for i, image in enumerate(load_images().images[:50, 0].numpy()):
             (tmp_path / "images").mkdir(exist_ok=True)
