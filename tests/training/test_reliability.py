@@ -110,7 +110,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", hang_up)
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert launch(lambda: _train(tmp_path / "run")) == 0
+        _train(tmp_path / "run")
     finally:
         signal.signal(signal.SIGHUP, handler)
 
