@@ -41,6 +41,7 @@ OPTIONS = [
     {"patch_size": 2},
     {"patch_size": 4},
     {"weight_standardization": True},
+    {"weight_standardization": True, "weight_standardization_eps": 1e-3},
     {"skip_rescale": True},
     {"time_embedding": "fourier"},
     {"time_embedding": "learned", "num_train_timesteps": 20},
@@ -75,6 +76,7 @@ def block_config(**options) -> dict:
         "act_fn": "silu",
         "dropout": 0.0,
         "weight_standardization": False,
+        "weight_standardization_eps": 1e-10,
         "skip_rescale": False,
         "num_class_embeds": None,
         "class_conditioning": "add",
@@ -445,6 +447,30 @@ def test_standardized_weights_have_mean_0_and_variance_1_over_fan_in():
     torch.testing.assert_close(scaled(taps), conv(taps), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fan_in", [576, 13_824, 20_000])
+def test_standardized_weights_do_not_depend_on_the_scale_of_the_weights(fan_in):
+    torch.manual_seed(0)
+    conv = StandardizedConv2d(fan_in, 4, 1)
+    x = torch.randn(8, fan_in, 1, 1)
+    with torch.no_grad():
+        before = conv(x)
+        conv.weight.mul_(0.1)
+        assert (conv(x) - before).norm() < 1e-3 * before.norm()
+
+
+def test_a_config_from_before_the_eps_of_weight_standardization_means_the_eps_of_then(tmp_path):
+    unet = make(weight_standardization=True, weight_standardization_eps=1e-5)
+    assert make(weight_standardization=True).config.weight_standardization_eps == 1e-10
+    unet.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("weight_standardization_eps") == 1e-5
+    file.write_text(json.dumps(config))
+    loaded = TinyUNet2DModel.from_pretrained(tmp_path)
+    assert loaded.config.weight_standardization_eps == 1e-5
+    torch.testing.assert_close(loaded(images(unet), 3).sample, unet(images(unet), 3).sample)
+
+
 def test_sinusoidal_features_are_those_of_diffusers():
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -508,6 +534,7 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
         ({"attention_head_dim": 0}, "attention_head_dim 0"),
         ({"norm_num_groups": None, "attention": None, "block_out_channels": (0, 8)}, "block_out_channels 0"),
         ({"dropout": 1.5}, "dropout 1.5"),
+        ({"weight_standardization_eps": 0}, "weight_standardization_eps 0"),
         ({"num_class_embeds": 0}, "num_class_embeds 0"),
         ({"layers_per_block": 2.5}, "layers_per_block 2.5"),
         ({"block_out_channels": (8, 10**9)}, "block_out_channels 1000000000"),

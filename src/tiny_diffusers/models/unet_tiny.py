@@ -10,8 +10,9 @@ compute their gradient two to five times faster than torch does. Additions are i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,9 @@ def _check_options(config: dict, kinds: Sequence[str]) -> None:
             check_choice(name, value, allowed)
     check_sizes(config)
     check_dropout(config["dropout"])
+    eps = config["weight_standardization_eps"]
+    if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise ValueError(f"weight_standardization_eps {eps!r} is not possible: it must be a number in (0, 1).")
     advice = f"a smaller patch_size than {patch_size}, " if patch_size > 1 else ""
     check_levels(config, patch_size * 2 ** (len(widths) - 1), advice)
     # nearly all are in 3x3 convolutions: two in each block, the first of which is twice as wide in the decoder
@@ -167,16 +171,21 @@ class StandardizedConv2d(nn.Conv2d):
     """
     Convolution with weight standardization: the weights of each output channel have mean 0 and variance 1 / fan_in
     (arXiv 1903.10520), times a learned gain (arXiv 2101.08692), which allows the convolution to start at zero.
+
+    Args:
+        eps (`float`, defaults to 1e-10): Is added to the variance of the weights, which starts at
+            1 / (3 fan_in): it must be far below.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, eps: float = 1e-10, **kwargs):
         super().__init__(*args, **kwargs)
+        self.eps = eps
         self.gain = nn.Parameter(torch.ones(self.out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)"""
         weight = self.weight.flatten(1)
-        weight = F.layer_norm(weight.float(), weight.shape[1:]) / math.sqrt(weight.shape[1])
+        weight = F.layer_norm(weight.float(), weight.shape[1:], eps=self.eps) / math.sqrt(weight.shape[1])
         weight = (self.gain[:, None] * weight).view_as(self.weight)
         return self._conv_forward(x, weight.to(self.weight.dtype), self.bias)
 
@@ -199,7 +208,8 @@ class ResidualBlock(nn.Module):
         D, groups, act_fn = config["time_embedding_dim"], config["norm_num_groups"], config["act_fn"]
         scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
         class_scale = config["num_class_embeds"] is not None and config["class_conditioning"] == "scale"
-        conv = StandardizedConv2d if config["weight_standardization"] else nn.Conv2d
+        standardized = config["weight_standardization"]
+        conv = partial(StandardizedConv2d, eps=config["weight_standardization_eps"]) if standardized else nn.Conv2d
 
         self.norm1 = GroupNormAct(groups, in_channels, act_fn)
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
@@ -212,7 +222,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.skip_rescale = config["skip_rescale"]
 
-        nn.init.zeros_(self.conv2.gain if conv is StandardizedConv2d else self.conv2.weight)
+        nn.init.zeros_(self.conv2.gain if standardized else self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
         if class_scale:
             nn.init.ones_(self.class_proj.bias)
@@ -445,6 +455,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             level, the most expensive one, has a quarter or a sixteenth of the positions.
         weight_standardization (`bool`, *optional*, defaults to `False`):
             Whether to standardize the weights of the residual blocks' 3x3 convolutions (arXiv 1903.10520).
+        weight_standardization_eps (`float`, *optional*, defaults to 1e-10):
+            Is added to the variance of these weights, about 1 / fan_in. Networks saved before it was an option have
+            1e-5, which makes the outputs of wide layers smaller.
         skip_rescale (`bool`, *optional*, defaults to `False`):
             Whether to multiply each residual sum by 1 / sqrt(2) (arXiv 2011.13456).
         time_embedding (`str`, *optional*, defaults to `"sinusoidal"`):
@@ -504,6 +517,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         patch_size: int = 1,
         weight_standardization: bool = False,
+        weight_standardization_eps: float = 1e-10,
         skip_rescale: bool = False,
         time_embedding: str = "sinusoidal",
         time_embedding_dim: int | None = None,
@@ -557,6 +571,12 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
+
+    @classmethod
+    def from_config(cls, config: Mapping, return_unused_kwargs: bool = False, **kwargs):
+        """Builds a network by a saved config. One without `weight_standardization_eps` is older than it: 1e-5."""
+        config = {"weight_standardization_eps": 1e-5, **config}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def forward(
         self,
