@@ -222,7 +222,7 @@ def test_quality_compares_few_evaluations_with_all_steps(tmp_path, monkeypatch, 
         "TinyDDPMScheduler, 4 steps",
     ]
     assert [ratio > 0 for (ratio,) in row.ratios().values()] == [True, True]
-    assert all("bootstrap" in note for note in row.notes)
+    assert all("jackknife" in note for note in row.notes)
 
 
 def test_quality_needs_a_model_and_its_images(tmp_path):

@@ -378,7 +378,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates by the flags; what they leave open an earlier report says, or else the model's own run."""
     from .evaluation import Protocol, references
-    from .evaluation.report import Report, default_name, find_report
+    from .evaluation.report import REPORT_FORMAT, Report, default_name, find_report
     from .runs import RunFolder
 
     given, earlier = evaluate_parser().given(args.argv), None
@@ -442,6 +442,12 @@ def evaluate(args: argparse.Namespace) -> None:
         say(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
 
     # 3. The report
+    notes = [] if run is None else references.find_mismatches(run, reference, training)
+    if earlier is not None and earlier.format != REPORT_FORMAT:
+        notes.append(
+            f"The protocol is that of a report of version {earlier.format}. This one is of version {REPORT_FORMAT}, "
+            "which computes some metrics differently: the two cannot be compared."
+        )
     with refusals(), _left_if_filled(folder):
         report = measure(
             images_or_pipe,
@@ -451,7 +457,7 @@ def evaluate(args: argparse.Namespace) -> None:
             output_dir=folder,
             name=path,
             load=load,
-            notes=[] if run is None else references.find_mismatches(run, reference, training),
+            notes=notes,
             command=public_command(["tiny-diffusers", "evaluate", *args.argv]),
         )
     if state.is_main_process:

@@ -78,7 +78,7 @@ def main() -> None:
             for i in range(written, size):
                 plots.to_pil(images[i : i + 1])[0].save(folder / f"{i:06d}.png")
             written = size
-            options = ("--features", "pixels", "--num_images", str(size), "--num_bootstrap", "5")
+            options = ("--features", "pixels", "--num_images", str(size), "--num_jackknife", "5")
             peak = evaluate(folder, Path(temporary) / f"{size}", args.dataset_name, *options)
             print(f"{size:,} images: {peak:,.0f} MB at the peak", flush=True)
         reports = []

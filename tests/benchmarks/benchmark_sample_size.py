@@ -48,7 +48,7 @@ def rows(test: np.ndarray, train: np.ndarray) -> list[str]:
         subsets = [test[i * size : (i + 1) * size] for i in range(repeats)]
         columns = (
             [reference.distance(subset) for subset in subsets],
-            [metrics.frechet_infinity(subset, reference).value for subset in subsets],
+            [metrics.frechet_infinity(subset, reference) for subset in subsets],
             [1000 * metrics.kernel_distance(subset, train).value for subset in subsets],
         )
         cells = (f"{np.mean(c):.2f}" + (f" ± {np.std(c, ddof=1):.2f}" if repeats > 1 else "") for c in columns)

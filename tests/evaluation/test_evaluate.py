@@ -54,7 +54,7 @@ from tiny_diffusers.training.arguments import saved_settings, split_paths
 FAST = {
     "features": "pixels",
     "num_images": 24,
-    "num_bootstrap": 4,
+    "num_jackknife": 4,
     "batch_size": 8,
     "sampling": {"num_inference_steps": 2},
 }
@@ -150,7 +150,9 @@ class TestReport:
         assert set(report.baselines) == {"real", "blurred", "pixel_gaussian", "noise"}
         distances = {kind: entry["figures"]["frechet_distance"]["value"] for kind, entry in report.baselines.items()}
         assert distances["real"] < distances["pixel_gaussian"] < distances["noise"]
-        assert report.figures["frechet_distance"]["error_kind"] == "standard error, 4 bootstrap resamples"
+        kind = "standard error over images, with the reference held fixed: jackknife of 4 groups"
+        for figure in ("frechet_distance", "frechet_infinity"):
+            assert report.figures[figure]["error_kind"] == kind and report.figures[figure]["error"] > 0
         assert report.measured_by["features"]["input"] == "x / 255"
         assert report.source["sampling"] == {"num_inference_steps": 2, "eta": 0.0}
         assert any("fewer than" in warning for warning in report.warnings)
@@ -330,7 +332,7 @@ class TestImages:
         rng = np.random.default_rng(0)
 
         def distances(pixels):
-            protocol = Protocol(**{**NO_BASELINES, "num_images": len(pixels), "num_bootstrap": 0})
+            protocol = Protocol(**{**NO_BASELINES, "num_images": len(pixels), "num_jackknife": 0})
             found = values(evaluate(pixels, real, protocol))
             return found["frechet_distance"], found["kernel_distance"]
 
@@ -543,7 +545,7 @@ class TestBadInput:
             ({"batch_size": 0}, "batch_size 0: it must be a whole number of at least 1"),
             ({"max_neighbours": 9}, "max_neighbours 9: it must be a whole number of at least 10"),
             ({"likelihood_images": 0}, "likelihood_images 0: it must be a whole number of at least 1"),
-            ({"num_bootstrap": 1}, "num_bootstrap 1: it must be 0, or 2 or more"),
+            ({"num_jackknife": 3}, "num_jackknife 3: it must be 0, or 4 or more"),
         ],
     )
     def test_numbers_out_of_range(self, options, line):
@@ -625,7 +627,7 @@ class TestBadInput:
 class TestCommandLine:
     OPTIONS = (
         *("--dataset_name", "digits", "--features", "pixels", "--num_images", "40", "--num_inference_steps", "2"),
-        *("--num_bootstrap", "2", "--dtype", "float32", "--device", "cpu", "--batch_size", "16"),
+        *("--num_jackknife", "4", "--dtype", "float32", "--device", "cpu", "--batch_size", "16"),
     )
 
     @pytest.fixture
@@ -666,6 +668,18 @@ class TestCommandLine:
         monkeypatch.setattr("tiny_diffusers.evaluation.evaluate", refuse)
         assert self.run("evaluate", checkpoint, *self.OPTIONS) == 2
         assert not (checkpoint / "reports").exists() and "error: no" in capsys.readouterr().err
+
+    def test_a_report_of_an_older_version_is_repeated_with_a_note_and_not_compared(self, checkpoint, capsys):
+        options = (*self.OPTIONS, "--baselines", "none", "--metrics", "precision_recall")
+        assert self.run("evaluate", checkpoint, *options, "--output", checkpoint / "old") == 0
+        file = checkpoint / "old" / "report.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+        assert self.run("evaluate", "--from_report", file, "--output", checkpoint / "new") == 0
+        assert any("of version 1" in warning for warning in Report.load(checkpoint / "new").warnings)
+        capsys.readouterr()
+        assert self.run("compare", checkpoint / "old", checkpoint / "old") == 0
+        assert self.run("compare", checkpoint / "old", checkpoint / "new") == 2
+        assert "report version differ, 1 and 2" in capsys.readouterr().err
 
     def test_a_folder_of_images_is_measured_too(self, tmp_path):
         for i, image in enumerate(load_images().images[:50, 0].numpy()):
@@ -822,7 +836,7 @@ class TestRun:
     """The data of an evaluation are those of the run that trained the model."""
 
     OPTIONS = (
-        *("--features", "pixels", "--num_images", "20", "--num_inference_steps", "2", "--num_bootstrap", "0"),
+        *("--features", "pixels", "--num_images", "20", "--num_inference_steps", "2", "--num_jackknife", "0"),
         *("--metrics", "frechet_distance", "--baselines", "real", "--dtype", "float32", "--device", "cpu"),
     )
 
@@ -986,7 +1000,7 @@ def test_on_real_images_noise_blur_and_fewer_classes_are_each_worse(name, monkey
     rng = np.random.default_rng(0)
 
     def distances(pixels):
-        options = {"num_images": 600, "num_bootstrap": 0, "baselines": []}
+        options = {"num_images": 600, "num_jackknife": 0, "baselines": []}
         protocol = Protocol(features="random", metrics=["frechet_distance", "kernel_distance"], **options)
         return list(values(evaluate(pixels, real, protocol)).values())
 

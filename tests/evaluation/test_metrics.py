@@ -32,6 +32,12 @@ class TestMoments:
         rows = np.array([3, 3, 7, 49])
         np.testing.assert_allclose(Moments.of(features, rows).covariance, np.cov(features[rows].T))
 
+    def test_without_some_rows_are_those_of_the_others(self):
+        features = normal(50, 3, shift=10.0)
+        rest = Moments.of(features).without(Moments.of(features[:20]))
+        np.testing.assert_allclose(rest.mean, features[20:].mean(0))
+        np.testing.assert_allclose(rest.covariance, np.cov(features[20:].T))
+
     def test_one_image_has_no_covariance(self):
         with pytest.raises(UserError, match="two images"):
             _ = Moments.of(normal(1, 3)).covariance
@@ -88,11 +94,10 @@ class TestFrechetInfinity:
         reference.update(exact * np.sqrt((2 * dim - 1) / (2 * dim)))
         features = normal(3000, dim, seed=3, shift=0.1)
         plain = metrics.frechet_distance(features, reference)
-        estimate = metrics.frechet_infinity(features, reference, min_size=300)
+        extrapolated = metrics.frechet_infinity(features, reference, min_size=300)
         assert plain > true
-        assert abs(estimate.value - true) < abs(plain - true)
-        assert estimate.value == pytest.approx(true, abs=0.05)
-        assert estimate.error > 0
+        assert abs(extrapolated - true) < abs(plain - true)
+        assert extrapolated == pytest.approx(true, abs=0.05)
 
 
 class TestKernelDistance:
@@ -105,20 +110,53 @@ class TestKernelDistance:
         pairs = [(i, j) for i in range(12) for j in range(12)]
         expected = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (12 * 11)
         expected -= 2 * sum(k(x[i], y[j]) for i, j in pairs) / 144
-        estimate = metrics.kernel_distance(x, y, num_subsets=1)
+        estimate = metrics.kernel_distance(x, y)
         assert estimate.value == pytest.approx(expected, rel=1e-10)
-        assert metrics.kernel_distance(y, x, num_subsets=1).value == pytest.approx(expected, rel=1e-10)
+        assert metrics.kernel_distance(y, x).value == pytest.approx(expected, rel=1e-10)
 
     def test_is_unbiased_at_any_size(self):
         values = [
-            metrics.kernel_distance(normal(20, 4, seed=s), normal(20, 4, seed=s + 1000), num_subsets=1).value
-            for s in range(300)
+            metrics.kernel_distance(normal(20, 4, seed=s), normal(20, 4, seed=s + 1000)).value for s in range(300)
         ]
         assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(300)
 
-    def test_names_the_kind_of_its_error(self):
-        estimate = metrics.kernel_distance(normal(100, 4), normal(80, 4, seed=1), num_subsets=10)
-        assert estimate.error_kind == "standard deviation over 10 subsets of 40"
+    def test_reads_the_rows_in_chunks(self, monkeypatch):
+        x, y = correlated(30, 7, seed=1), correlated(20, 7, seed=2)
+        whole = metrics.kernel_distance(x, y)
+        monkeypatch.setattr(metrics, "_ROWS", 7)
+        chunked = metrics.kernel_distance(x, y)
+        assert chunked[:2] == pytest.approx(whole[:2])
+
+    def test_needs_four_images(self):
+        with pytest.raises(UserError, match="four images in each set: there are 3"):
+            metrics.kernel_distance(normal(3, 4), normal(9, 4))
+
+
+class TestStandardErrors:
+    """Errors are those of repeated sampling: draws from a known Gaussian are measured against one reference."""
+
+    DIM, DRAWS = 8, 200
+
+    @pytest.mark.parametrize("scale", [0.8, 1.0], ids=["another distribution", "the same distribution"])
+    @pytest.mark.parametrize("count", [12, 160], ids=["N near D", "N far above D"])
+    def test_agree_with_the_standard_deviation_over_draws(self, count, scale):
+        reference = normal(100, self.DIM)
+        frechet = metrics.FrechetReference(reference)
+        values, errors = [], []
+        for seed in range(self.DRAWS):
+            features = normal(count, self.DIM, seed + 1, scale, shift=2 * (1 - scale))
+            kernel = metrics.kernel_distance(features, reference)
+            extrapolated = metrics.frechet_infinity(features, frechet, min_size=max(count // 5, self.DIM))
+            values.append((frechet.distance(features), extrapolated, kernel.value))
+            if seed < self.DRAWS // 5:  # their mean needs fewer draws than the standard deviation
+                errors.append((*metrics.frechet_errors(features, frechet), kernel.error))
+        np.testing.assert_allclose(np.mean(errors, 0), np.std(values, 0, ddof=1), rtol=0.25)
+
+    def test_of_a_mean_is_that_of_the_textbook(self):
+        values = normal(400, 1)[:, 0]
+        groups = np.arange(400) % 100
+        errors = metrics.jackknife(lambda *omitted: values[~np.isin(groups, omitted)].mean(), 100)
+        assert errors == pytest.approx([values.std() / 20] * 2, rel=0.15)
 
 
 def brute_force(reference, features, k):
@@ -143,9 +181,20 @@ class TestManifolds:
     def test_agree_with_a_brute_force_version(self, k, monkeypatch):
         monkeypatch.setattr(metrics, "_ROWS", 7)  # several chunks, the last one incomplete
         reference, features = normal(33, 3), normal(25, 3, seed=1, scale=0.7, shift=0.3)
-        measured = metrics.precision_recall(reference, features, k) | metrics.density_coverage(reference, features, k)
+        measured = metrics.precision_recall(reference, features, k)
+        equal_sizes = metrics.density_coverage(reference[:25], features, k)
         expected = brute_force(reference, features, k)
+        expected |= {name: brute_force(reference[:25], features, k)[name] for name in equal_sizes}
+        measured |= equal_sizes
         assert {name: estimate.value for name, estimate in measured.items()} == pytest.approx(expected)
+
+    def test_coverage_of_real_images_does_not_depend_on_their_number(self):
+        few = normal(1000, 8)
+        values = [metrics.density_coverage(normal(m, 8, seed=m), few) for m in (1000, 9000)]
+        values += [metrics.density_coverage(few, normal(9000, 8, seed=1))]
+        coverages = [measured["coverage"].value for measured in values]
+        assert coverages == pytest.approx([1 - 0.5**5] * 3, abs=0.015)  # the chance that the 5 nearest of all are real
+        assert [measured["density"].value for measured in values] == pytest.approx([1] * 3, abs=0.08)
 
     def test_precision_and_recall_swap_with_the_sets(self):
         a, b = normal(60, 3), normal(50, 3, seed=1, scale=0.5)
@@ -195,9 +244,3 @@ class TestClasses:
         features = normal(90, 8) + 10 * np.eye(8)[labels]
         probe = metrics.class_probe(features, labels)
         assert (probe(normal(90, 8, seed=1) + 10 * np.eye(8)[labels]) == labels).all()
-
-
-def test_the_bootstrap_finds_the_standard_error_of_a_mean():
-    values = normal(400, 1)[:, 0]
-    error = metrics.bootstrap(lambda rows: values[rows].mean(), 400, num_resamples=400)
-    assert error == pytest.approx(values.std() / 20, rel=0.15)

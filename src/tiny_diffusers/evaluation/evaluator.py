@@ -395,6 +395,12 @@ def _warnings(
                 "on their number. Compare it only with that of real images at the same size, or use the kernel "
                 "distance."
             )
+    sizes = [min(size, protocol.max_neighbours) for size in (count, len(sets.real))]
+    if "density_coverage" in protocol.metrics and sizes[0] != sizes[1]:
+        warnings.append(
+            f"Density and coverage compare {min(sizes):,} images with as many reference images, and each class "
+            "likewise: coverage depends on the ratio of the two numbers."
+        )
     if count < protocol.num_images:
         warnings.append(f"{protocol.num_images:,} images were requested, but there are only {count:,}.")
     if "real" in protocol.baselines:

@@ -158,13 +158,14 @@ def to_rgb(images: torch.Tensor) -> torch.Tensor:
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Resizes images with Pillow's antialiased bicubic filter, without rounding or clamping, as Parmar et al. 2022 (arXiv
-    2104.11222) recommend: uint8 (B, C, H, W) -> float32 (B, C, size, size).
+    Resizes images with Pillow's antialiased bicubic filter, clipped to [0, 255] and not rounded, as clean-fid does
+    (Parmar et al. 2022, arXiv 2104.11222): uint8 (B, C, H, W) -> float32 (B, C, size, size).
     """
     images = images.float()
     if images.shape[-2:] == (size, size):
         return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp_(0, 255)  # the filter overshoots at edges
 
 
 def digest(module: nn.Module) -> str:
@@ -185,7 +186,9 @@ class _Inputs(NamedTuple):
 
     def describe(self, module: nn.Module, network: str, dtype: str) -> dict:
         size = self.size
-        resize = "none" if size is None else f"to {size}x{size}, Pillow's antialiased bicubic, float, not clamped"
+        resize = (
+            "none" if size is None else f"to {size}x{size}, Pillow's antialiased bicubic, float, clipped to [0, 255]"
+        )
         return {
             "network": network,
             "weights_sha256": digest(module),

@@ -98,8 +98,8 @@ class Measurement:
     def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, bits_per_dim: Estimate | None):
         self.protocol, self.extractor, self.sets = protocol, extractor, sets
         self.figures = self._compare(sets.generated, sets.real)
-        if "frechet_distance" in self.figures and protocol.num_bootstrap:
-            self._bootstrap(protocol.num_bootstrap)
+        if protocol.num_jackknife:
+            self._add_frechet_errors(protocol.num_jackknife)
         if bits_per_dim is not None:
             self.figures["bits_per_dim"] = bits_per_dim
         self.baselines = {
@@ -120,9 +120,9 @@ class Measurement:
         if "frechet_distance" in asked:
             figures["frechet_distance"] = Estimate(real.frechet.distance(judged.features))
         if "frechet_infinity" in asked and extrapolate and len(judged) >= 4:
-            figures["frechet_infinity"] = metrics.frechet_infinity(judged.features, real.frechet)
+            figures["frechet_infinity"] = Estimate(metrics.frechet_infinity(judged.features, real.frechet))
         if "kernel_distance" in asked and smaller >= 4:
-            figures["kernel_distance"] = metrics.kernel_distance(judged.features, real.features)
+            figures["kernel_distance"] = metrics.kernel_distance(judged.features[:most], real.features[:most])
         if "inception_score" in asked and self.extractor.classifier is not None:
             figures["inception_score"] = metrics.inception_score(self.extractor.probabilities(judged.features))
         if "precision_recall" in asked and smaller > 5:
@@ -133,12 +133,18 @@ class Measurement:
             figures |= _diversity(judged, real)
         return figures
 
-    def _bootstrap(self, resamples: int) -> None:
-        """Adds the standard error to the Frechet distance of the images."""
+    def _add_frechet_errors(self, num_groups: int) -> None:
+        """Adds the standard errors to the Frechet distances of the images."""
         images, reference = self.sets.generated.features, self.sets.real.frechet
-        error = metrics.bootstrap(lambda rows: reference.distance(images, rows), len(images), resamples)
-        kind = f"standard error, {resamples} bootstrap resamples"
-        self.figures["frechet_distance"] = self.figures["frechet_distance"]._replace(error=error, error_kind=kind)
+        asked = [name in self.figures for name in ("frechet_distance", "frechet_infinity")]
+        if not any(asked) or len(images) < 4:
+            return
+        errors = metrics.frechet_errors(images, reference, num_groups)
+        groups = min(num_groups, len(images))
+        kind = f"standard error over images, with the reference held fixed: jackknife of {groups} groups"
+        for name, error in zip(("frechet_distance", "frechet_infinity"), errors, strict=True):
+            if name in self.figures:
+                self.figures[name] = self.figures[name]._replace(error=error, error_kind=kind)
 
     def _measure_classes(self) -> None:
         """Measures each class on its own, and how often a classifier of real images finds the requested class."""

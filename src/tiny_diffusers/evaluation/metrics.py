@@ -2,7 +2,8 @@
 Metrics: distances between two sets of features, and scores of one set's features or class probabilities.
 
 Features are arrays (N, D), one row for each image. They may be memory-mapped: the Frechet distance reads them in
-chunks. Random subsets are drawn with a seed. This module knows nothing of images, networks or files.
+chunks. Random subsets are drawn with a seed. Standard errors are those over the images drawn, with the reference held
+fixed: models are compared with the same reference. This module knows nothing of images, networks or files.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,6 +72,16 @@ class Moments:
         self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
+
+    def without(self, part: "Moments") -> "Moments":
+        """Returns the moments of the other rows, where `part` holds those of some of them."""
+        rest = Moments(len(self.mean))
+        rest.count = self.count - part.count
+        rest.mean = (self.count * self.mean - part.count * part.mean) / rest.count
+        shift = part.mean - rest.mean
+        rest._scatter = self._scatter - part._scatter
+        rest._scatter -= np.outer(shift, shift) * (rest.count * part.count / self.count)
+        return rest
 
     @property
     def covariance(self) -> np.ndarray:
@@ -141,93 +152,127 @@ def frechet_distance(features: np.ndarray | Moments, reference: np.ndarray | Mom
 def frechet_infinity(
     features: np.ndarray,
     reference: np.ndarray | Moments | FrechetReference,
-    num_points: int = 15,
-    min_size: int | None = None,
+    max_parts: int = 5,
+    min_size: int = 2000,
     seed: int = 0,
-) -> Estimate:
+) -> float:
     """
     Extrapolates the Frechet distance to infinitely many samples (Chong & Forsyth 2020, arXiv 1911.07023).
 
-    The bias of the distance falls as 1 / N to first order. The distance is computed for `num_points` random subsets of
-    evenly spaced sizes, and a line through (1 / N, distance) is evaluated at 0. The whole reference is used each time:
-    its own share of the bias remains.
+    The bias of the distance falls as 1 / N to first order. The rows are split at random into k disjoint parts, for
+    k = 1, 2, ..., and a line through (k / N, mean distance of the parts) is evaluated at 0. The paper draws one random
+    subset of each of 15 sizes instead; here all rows count equally at each size, so the line has less noise. The whole
+    reference is used each time: its own share of the bias remains.
 
     Args:
-        features (`np.ndarray` of shape `(N, D)`): The features to compare with the reference.
+        features (`np.ndarray` of shape `(N, D)`): The features to compare with the reference, at least four rows.
         reference (`np.ndarray` of shape `(M, D)`, [`Moments`] or [`FrechetReference`]): The reference.
-        num_points (`int`, defaults to 15): Number of subsets, as in the paper.
-        min_size (`int`, *optional*):
-            Size of the smallest subset. Defaults to N / 10, but at least to 2,000 or N / 2, whichever is smaller.
-        seed (`int`, defaults to 0): Seed of the subsets.
+        max_parts (`int`, defaults to 5): The largest number of parts.
+        min_size (`int`, defaults to 2000): The least size of a part, where that leaves two parts.
+        seed (`int`, defaults to 0): Seed of the parts.
 
     Returns:
-        [`Estimate`]: The value of the line at 0, with its standard error. It can be negative.
+        `float`: The value of the line at 0. It can be negative.
     """
     if not isinstance(reference, FrechetReference):
         reference = FrechetReference(reference)
     count = len(features)
-    if min_size is None:
-        min_size = max(count // 10, min(2000, count // 2))
-    sizes = np.linspace(min_size, count, num_points).round().astype(int)
+    num_parts = np.arange(1, min(max(count // min_size, 2), max_parts) + 1)
     rng = np.random.default_rng(seed)
-    distances = [reference.distance(features, np.sort(rng.choice(count, size, replace=False))) for size in sizes]
+    distances = []
+    for k in num_parts:
+        parts = np.array_split(rng.permutation(count), k)
+        distances.append(np.mean([reference.distance(features, np.sort(part)) for part in parts]))
+    _, intercept = np.polyfit(num_parts / count, distances, 1)
+    return float(intercept)
 
-    line = np.stack([np.ones(num_points), 1 / sizes], axis=1)  # (points, 2)
-    coefficients, *_ = np.linalg.lstsq(line, np.array(distances), rcond=None)
-    residual = np.array(distances) - line @ coefficients
-    variance = (residual @ residual) / max(num_points - 2, 1)
-    error = float(np.sqrt(variance * np.linalg.inv(line.T @ line)[0, 0]))
-    return Estimate(float(coefficients[0]), error, f"standard error of the line through {num_points} sizes")
+
+def frechet_errors(
+    features: np.ndarray, reference: FrechetReference, num_groups: int = 20, seed: int = 0
+) -> "StandardErrors":
+    """
+    Computes the standard errors of the Frechet distance and of [`frechet_infinity`] by the [`jackknife`].
+
+    A bootstrap is of no use here unless N is far above D: its resamples have 0.63 N distinct rows, which changes the
+    rank of the covariance.
+
+    Args:
+        features (`np.ndarray` of shape `(N, D)`): The features that were compared, at least four rows.
+        reference ([`FrechetReference`]): The reference.
+        num_groups (`int`, defaults to 20): Number of groups that the rows are split into, at least 4.
+        seed (`int`, defaults to 0): Seed of the groups.
+
+    Returns:
+        [`StandardErrors`]: Those of the distance and of the extrapolated distance.
+    """
+    rows = np.random.default_rng(seed).permutation(len(features))
+    groups = [np.sort(group) for group in np.array_split(rows, min(num_groups, len(rows)))]
+    total = Moments.of(features)
+
+    def without(*omitted: int) -> float:
+        rest = total
+        for group in omitted:
+            rest = rest.without(Moments.of(features, groups[group]))
+        return reference.distance(rest)
+
+    return jackknife(without, len(groups))
 
 
 # Kernel distance
 
 
-def kernel_distance(
-    features: np.ndarray, reference: np.ndarray, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> Estimate:
+def kernel_distance(features: np.ndarray, reference: np.ndarray) -> Estimate:
     """
     Computes the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, which is unbiased for any number
     of samples (Binkowski et al. 2018, arXiv 1801.01401). With the features of `inception` it is the KID.
 
+    It is the estimate over all pairs of rows. Where others average it over random subsets, the expectation is the
+    same, and the spread of such subsets, which overlap and are smaller than the set, is no error of the average.
+
     Args:
-        features (`np.ndarray` of shape `(N, D)`): One set.
-        reference (`np.ndarray` of shape `(M, D)`): The other.
-        num_subsets (`int`, defaults to 100):
-            Number of subsets drawn from each set; 1, with `subset_size` equal to the sets' size, uses all rows.
-        subset_size (`int`, defaults to 1000): Number of rows in a subset. With several subsets it is at most half of
-            the smaller set: larger subsets would be nearly the same.
-        seed (`int`, defaults to 0): Seed of the subsets.
+        features (`np.ndarray` of shape `(N, D)`): One set, at least four rows.
+        reference (`np.ndarray` of shape `(M, D)`): The other, at least four rows.
 
     Returns:
-        [`Estimate`]: The mean over the subsets, which can be negative, and their standard deviation.
+        [`Estimate`]: The value, which can be negative, with its standard error: the jackknife over the rows of
+        `features`, corrected as in [`jackknife`] in closed form.
     """
-    smaller = min(len(features), len(reference))
-    size = min(subset_size, smaller if num_subsets == 1 else smaller // 2)
-    if size < 2:
+    if min(len(features), len(reference)) < 4:
+        smaller = min(len(features), len(reference))
         raise UserError(f"A kernel distance needs at least four images in each set: there are {smaller}.")
-    rng = np.random.default_rng(seed)
-    draws = ((_subset(features, size, rng), _subset(reference, size, rng)) for _ in range(num_subsets))
-    values = [_squared_discrepancy(x, y) for x, y in draws]
-    if num_subsets == 1:
-        return Estimate(float(values[0]))
-    deviation = f"standard deviation over {num_subsets} subsets of {size:,}"
-    return Estimate(float(np.mean(values)), float(np.std(values)), deviation)
+    n, m = len(features), len(reference)
+    within, squares = _kernel_sums(features)
+    across, _ = _kernel_sums(features, reference)
+    reference_mean = _kernel_sums(reference)[0].sum() / (m * (m - 1))
+    value = within.sum() / (n * (n - 1)) - 2 * across.sum() / (n * m) + reference_mean
+
+    # the value without each row in turn
+    rest = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * m)
+    variance = (n - 1) * rest.var()
+    # k(x_i, x_j) = mean + a_i + a_j + e_ij, where the variance of e is found from n (n - 3) / 2 degrees of freedom
+    mean = within.sum() / (n * (n - 1))
+    a = (within - (n - 1) * mean) / (n - 2)
+    residual = (squares - n * (n - 1) * mean**2) / 2 - (n - 2) * a @ a
+    interaction = 2 / (n * (n - 1)) * residual / (n * (n - 3) / 2)
+    error = _standard_errors(variance, interaction).statistic
+    return Estimate(float(value), error, "standard error over images, with the reference held fixed: jackknife")
 
 
-def _subset(features: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    return features[np.sort(rng.choice(len(features), size, replace=False))].astype(np.float64)
-
-
-def _squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
-    """Computes the unbiased estimate for two sets of one size: no row is compared with itself."""
-    size, dim = x.shape
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / dim + 1) ** 3
-
-    within = sum(values.sum() - np.trace(values) for values in (kernel(x, x), kernel(y, y)))
-    return within / (size * (size - 1)) - 2 * kernel(x, y).mean()
+def _kernel_sums(x: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+    """
+    Computes the sum of k(x_i, y_j) over j for each row i, (N,), and the sum of all squares; without `y`, of the pairs
+    of different rows of `x`.
+    """
+    others = np.asarray(x if y is None else y, dtype=np.float64)
+    sums, squares = [], 0.0
+    for chunk in _chunks(x):
+        values = (chunk.astype(np.float64) @ others.T / x.shape[1] + 1) ** 3
+        if y is None:
+            each = np.arange(len(values))
+            values[each, sum(map(len, sums)) + each] = 0
+        sums.append(values.sum(1))
+        squares += np.vdot(values, values)
+    return np.concatenate(sums), float(squares)
 
 
 # Precision, recall, density, coverage
@@ -256,17 +301,23 @@ def precision_recall(reference: np.ndarray, features: np.ndarray, k: int = 3) ->
     return {"precision": _mean_over_images(np.concatenate(inside)), "recall": _mean_over_images(covered)}
 
 
-def density_coverage(reference: np.ndarray, features: np.ndarray, k: int = 5) -> dict[str, Estimate]:
+def density_coverage(reference: np.ndarray, features: np.ndarray, k: int = 5, seed: int = 0) -> dict[str, Estimate]:
     """
     Computes density, the number of the reference's balls that contain a generated image over its expectation k, and
     coverage, the share of these balls that contain a generated image (Naeem et al. 2020, arXiv 2002.09797).
 
+    Balls around more points are smaller, and fewer of them contain one of N images: real images would cover 0.97 of as
+    many others, and 0.4 of nine times as many. So the larger set is cut to the size of the smaller, at random.
+
     Args:
         reference, features, k (defaults to 5): As in [`precision_recall`].
+        seed (`int`, defaults to 0): Seed of the cut.
 
     Returns:
         `dict[str, Estimate]`: `density`, 0 or more and 1 for a set like the reference, and `coverage`, in [0, 1].
     """
+    size, rng = min(len(reference), len(features)), np.random.default_rng(seed)
+    reference, features = (_cut(rows, size, rng) for rows in (reference, features))
     radii = _squared_radii(reference, k)
     balls = []  # number of balls around each generated image
     covered = np.zeros(len(reference), dtype=bool)
@@ -275,6 +326,11 @@ def density_coverage(reference: np.ndarray, features: np.ndarray, k: int = 5) ->
         balls.append(inside.sum(1))
         covered |= inside.any(0)
     return {"density": _mean_over_images(np.concatenate(balls) / k), "coverage": _mean_over_images(covered)}
+
+
+def _cut(features: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns `size` random rows in their order, or all of as many."""
+    return features if len(features) == size else features[np.sort(rng.choice(len(features), size, replace=False))]
 
 
 def _mean_over_images(values: np.ndarray) -> Estimate:
@@ -391,22 +447,45 @@ def class_probe(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarra
 # Error bars
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], count: int, num_resamples: int = 20, seed: int = 0) -> float:
+class StandardErrors(NamedTuple):
     """
-    Computes the standard error of a statistic: its standard deviation over resamples of the rows with replacement
-    (Efron 1979).
-
-    The mean over resamples is not used: they have fewer distinct rows, which increases the bias of a Frechet distance.
+    Standard errors of a statistic.
 
     Args:
-        statistic (`Callable`): Row indices (N,), with repetitions -> value.
-        count (`int`): N, the number of rows.
-        num_resamples (`int`, defaults to 20): At least 2. The relative uncertainty of the error is about
-            1 / sqrt(2 num_resamples).
-        seed (`int`, defaults to 0): Seed of the resamples.
+        statistic (`float`): Of the statistic itself.
+        extrapolated (`float`): Of the statistic extrapolated to infinitely many rows along 1 / N.
+    """
+
+    statistic: float
+    extrapolated: float
+
+
+def jackknife(statistic: Callable[..., float], num_groups: int) -> StandardErrors:
+    """
+    Computes the standard errors of a statistic of N rows from its values without one group of rows, and without two.
+
+    The variance of a statistic is the sum of V_1, what each row adds on its own, of V_2, what pairs add, and so on.
+    The jackknife's is V_1 + 2 V_2 to second order: too large near the null, and where N is near the number of
+    dimensions. V_2 is found from pairs of groups and taken away (Efron & Stein 1981, "The jackknife estimate of
+    variance"). The extrapolation along 1 / N, which lets each pair of rows count twice, does have V_1 + 2 V_2.
+
+    Args:
+        statistic (`Callable`): Indices of the groups to leave out (none, one or two) -> value.
+        num_groups (`int`): Number G of disjoint groups of equal sizes, at least 4. The relative uncertainty of the
+            errors is about 1 / sqrt(2 G).
 
     Returns:
-        `float`: The standard error.
+        [`StandardErrors`]: The standard errors.
     """
-    rng = np.random.default_rng(seed)
-    return float(np.std([statistic(np.sort(rng.integers(0, count, count))) for _ in range(num_resamples)], ddof=1))
+    G = num_groups
+    value = statistic()
+    singles = np.array([statistic(i) for i in range(G)])
+    pairs = np.array([statistic(i, (i + 1) % G) for i in range(G)])
+    variance = (G - 1) * singles.var()
+    interactions = G * value - (G - 1) * (singles + np.roll(singles, -1)) + (G - 2) * pairs
+    return _standard_errors(variance, interactions.var(ddof=1) / 2)
+
+
+def _standard_errors(variance: float, interaction: float) -> StandardErrors:
+    """Returns the standard errors from the jackknife's variance V_1 + 2 V_2, and an estimate of V_2."""
+    return StandardErrors(float(np.sqrt(variance - np.clip(interaction, 0, variance / 2))), float(np.sqrt(variance)))

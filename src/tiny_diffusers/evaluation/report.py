@@ -14,7 +14,10 @@ from ..paths import public_name
 from ..runs import RunFolder
 
 
-REPORT_FORMAT = 1  # raised when a metric of the same name is computed differently
+# Raised when a metric of the same name is computed differently: such reports are read, but not compared. Version 2 has
+# resized images clipped, coverage and density at equal sizes, the kernel distance over all pairs, the extrapolation
+# from disjoint parts, and standard errors by the jackknife.
+REPORT_FORMAT = 2
 
 Kind = Literal["samples", "reconstructions"]
 FeatureDtype = Literal["float32", "bfloat16"]
@@ -105,14 +108,14 @@ class Protocol(Flags):
         meant=_MEANT,
     )
     num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, inf)")
-    num_bootstrap: int = flag(
-        20, "Bootstrap resamples for the standard error of the Frechet distance; 0 for none.", within="[0, inf)"
+    num_jackknife: int = flag(
+        20, "Groups of the jackknife for the Frechet distances' standard errors; 0 for none.", within="[0, inf)"
     )
     baselines: list[Literal[Baseline, "none"]] = flag(list(BASELINES), f"Baselines: {', '.join(BASELINES)}, or none.")
     max_neighbours: int = flag(
         10_000,
-        "Maximum number of images per set for precision, recall, density and coverage, and of generated images for "
-        "nearest_neighbour.",
+        "Maximum number of images per set for kernel distance, precision, recall, density and coverage, and of "
+        "generated images for nearest_neighbour.",
         within="[10, inf)",
     )
     likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.", within="[1, inf)")
@@ -133,8 +136,8 @@ class Protocol(Flags):
             for name in given:
                 if name not in allowed:
                     raise unknown(what, name, allowed, _MEANT if what == "metric" else None)
-        if self.num_bootstrap == 1:
-            raise UserError("num_bootstrap 1: it must be 0, or 2 or more.")
+        if 0 < self.num_jackknife < 4:
+            raise UserError(f"num_jackknife {self.num_jackknife}: it must be 0, or 4 or more.")
 
     def describe(self) -> dict[str, Any]:
         """Returns the fields as a report holds them, with the feature weights by their last name."""
@@ -158,7 +161,7 @@ class Report:
         warnings (`list[str]`): Caveats of the metrics.
         versions (`dict`): Versions of Python and the libraries.
         command (`str`): The command line.
-        format (`int`): Version of this format.
+        format (`int`): Version of this format, and of how metrics are computed.
     """
 
     protocol: dict[str, Any]
@@ -189,7 +192,7 @@ class Report:
         except (ValueError, RecursionError) as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
         version = content.get("format") if isinstance(content, dict) else None
-        if version != REPORT_FORMAT:
+        if version not in range(1, REPORT_FORMAT + 1):
             raise UserError(f"'{path}' has report version {version}, this is version {REPORT_FORMAT}: evaluate again.")
         missing = {"protocol", "measured_by", "source", "figures"} - content.keys()
         unexpected = content.keys() - {entry.name for entry in fields(cls)}
@@ -420,7 +423,9 @@ def compare(reports: dict[str, Report]) -> str:
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
             ignored |= {"likelihood_images", "likelihood_levels"}
-        one, two = ({"kind": report.kind, **report.measured_by} for report in (first, other))
+        one, two = (
+            {"report version": report.format, "kind": report.kind, **report.measured_by} for report in (first, other)
+        )
         difference = _difference(one, two, ignored)
         if difference is not None:
             key, a, b = difference
