@@ -820,6 +820,7 @@ class TestCommandLine:
             assert words in capsys.readouterr().err.splitlines()[-1]
         assert len(asked) == 1
 
+    @pytest.mark.slow
     def test_two_processes_give_the_metrics_of_one(self, checkpoint, tmp_path):
         arguments = ("evaluate", str(checkpoint), *self.OPTIONS, "--output")
         assert self.run(*arguments, tmp_path / "one") == 0

@@ -417,6 +417,7 @@ def test_two_processes_train_the_other_families_as_one_does(name, two_processes,
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_processes, tmp_path):
     folder = tmp_path / "run"
@@ -437,6 +438,7 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     _assert_equal(two_processes / "train_unconditional", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.skipif(
     not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"), reason="accelerate is too old for FSDP 2"
