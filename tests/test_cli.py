@@ -21,6 +21,8 @@ from tiny_diffusers import (
     cli,
     hub,
 )
+from tiny_diffusers.commands import evaluation, sampling
+from tiny_diffusers.commands.shared import SCHEDULERS
 from tiny_diffusers.runs import RunFolder
 
 
@@ -105,7 +107,7 @@ class TestSample:
             assert picture.mode == "L" and 512 <= picture.width <= 1024
         assert str(output) in capsys.readouterr().out
 
-    @pytest.mark.parametrize("name", cli.SCHEDULERS)
+    @pytest.mark.parametrize("name", SCHEDULERS)
     def test_every_scheduler_samples(self, checkpoint, tmp_path, name):
         arguments = ("--num_images", 2, "--scheduler", name, "--num_inference_steps", 8)  # the fewest of pndm
         assert len(sample(checkpoint, tmp_path / name, *arguments)) == 2
@@ -178,11 +180,11 @@ class TestSample:
         assert "--return_intermediates" in line
 
     def test_the_rows_of_a_grid_are_named_where_each_is_of_one_class(self):
-        assert cli._class_rows(None) == {}
-        assert cli._class_rows(["cat"] * 4 + ["frog"] * 4) == {"columns": 4, "row_labels": ["cat", "frog"]}
-        rows = cli._class_rows(["cat"] * 32 + ["frog"] * 32)
+        assert sampling._class_rows(None) == {}
+        assert sampling._class_rows(["cat"] * 4 + ["frog"] * 4) == {"columns": 4, "row_labels": ["cat", "frog"]}
+        rows = sampling._class_rows(["cat"] * 32 + ["frog"] * 32)
         assert rows == {"columns": 16, "row_labels": ["cat", "cat", "frog", "frog"]}
-        assert cli._class_rows(["cat"] * 5 + ["dog"] * 4 + ["frog"] * 4) == {}
+        assert sampling._class_rows(["cat"] * 5 + ["dog"] * 4 + ["frog"] * 4) == {}
 
     def test_without_classes_a_conditional_checkpoint_draws_a_row_for_each(
         self, conditional_checkpoint, tmp_path, monkeypatch, capsys
@@ -198,7 +200,7 @@ class TestSample:
         assert "drawing 48 images" in capsys.readouterr().err
         assert len(sample(conditional_checkpoint, tmp_path / "two", "--num_images", 2)) == 2
         assert len(sample(conditional_checkpoint, tmp_path / "none", "--guidance_scale", 0)) == 64  # of no class
-        monkeypatch.setattr(cli, "MAX_CLASSES", 2)
+        monkeypatch.setattr(sampling, "MAX_CLASSES", 2)
         assert len(sample(conditional_checkpoint, tmp_path / "many")) == 32
         assert "the first 2 of 3 classes; --class_labels names others" in capsys.readouterr().err
 
@@ -401,7 +403,8 @@ def test_ctrl_c_is_one_line_and_status_130(checkpoint, tmp_path, capsys, monkeyp
     def stop(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_pipeline", stop)
+    for module in (sampling, evaluation):
+        monkeypatch.setattr(module, "load_pipeline", stop)
     options = ["--dataset_name", "digits"] if command == "evaluate" else []
     assert run(command, checkpoint, "--output", tmp_path / "new", *options) == 130
     assert capsys.readouterr().err == "stopped.\n"

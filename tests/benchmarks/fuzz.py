@@ -40,6 +40,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DModel
 
 from tiny_diffusers import cli
+from tiny_diffusers.commands.shared import load_checkpoint
 from tiny_diffusers.errors import UserError, refusals, say
 from tiny_diffusers.families.dcgan import DCGANArguments
 from tiny_diffusers.families.diffusion import ConditionalArguments, DiffusionArguments
@@ -400,7 +401,7 @@ class Nonsense(Exception):
 
 
 def _load_and_sample(checkpoint: Path) -> int:
-    pipe = cli._from_pretrained(argparse.Namespace(checkpoint=str(checkpoint), trust_remote_code=False))
+    pipe = load_checkpoint(argparse.Namespace(checkpoint=str(checkpoint), trust_remote_code=False))
     with refusals():
         pipe.set_progress_bar_config(disable=True)
         options = {"batch_size": 2, "num_inference_steps": 2, "class_labels": [0, 1]}

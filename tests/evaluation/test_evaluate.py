@@ -30,6 +30,7 @@ from tiny_diffusers import (
     cli,
     hub,
 )
+from tiny_diffusers.commands import shared
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import (
@@ -792,8 +793,8 @@ class TestCommandLine:
         theirs["protocol"]["sampling"] |= {"trust_remote_code": True, "output": str(tmp_path / "theirs")}
         theirs["measured_by"]["reference"]["load"] |= {"train_split": "none", "trust_remote_code": True}
         (tmp_path / "theirs.json").write_text(json.dumps(theirs))
-        asked, parse = [], cli._from_pretrained
-        monkeypatch.setattr(cli, "_from_pretrained", lambda args: asked.append(args) or parse(args))
+        asked, parse = [], shared.load_checkpoint
+        monkeypatch.setattr(shared, "load_checkpoint", lambda args: asked.append(args) or parse(args))
         again = ("evaluate", checkpoint, "--from_report", tmp_path / "theirs.json", "--output", tmp_path / "again")
         assert self.run(*again) == 0
         (args,) = asked

@@ -1,0 +1,223 @@
+"""`tiny-diffusers sample` and `interpolate`."""
+
+import argparse
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, refusals, say
+from .shared import (
+    MAX_ROW,
+    add_checkpoint_argument,
+    add_dynamic_thresholding,
+    add_guidance_interval,
+    add_output_argument,
+    add_sampling_arguments,
+    add_temperature,
+    call_options,
+    check_numbered,
+    comma_separated,
+    load_pipeline,
+    make_parser,
+    picture_file,
+    positive_number,
+    prepare_output,
+    save_numbered,
+    seed_number,
+    two_seeds,
+)
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+NUM_IMAGES, MAX_CLASSES = 64, 10  # that `sample` draws by default
+FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
+
+
+# ------------------------------------------------------------------------------------------------------------ sample
+
+
+def sample_parser() -> argparse.ArgumentParser:
+    parser = make_parser("sample")
+    add_checkpoint_argument(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--num_images",
+        type=positive_number,
+        help=f"default: {NUM_IMAGES}, or a row for each class if no class is named",
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, help="image i has the seed SEED + i (default: 0)")
+    parser.add_argument("--batch_size", type=positive_number, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--class_labels",
+        type=comma_separated,
+        help="names or ids, such as cat,frog: each gets an equal share of the images, in this order (default: all, or the "
+        f"first {MAX_CLASSES})",
+    )
+    add_guidance_interval(parser)
+    add_dynamic_thresholding(parser)
+    add_temperature(parser)
+    parser.add_argument(
+        "--return_intermediates",
+        type=positive_number,
+        metavar="K",
+        help="also show K states of the denoising: one row for each image, from noise to the image",
+    )
+    add_output_argument(parser, "samples.png", "one picture of all images, or numbered PNGs in a folder")
+    return parser
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draws each image with a generator of its own, so that none depends on the batch size."""
+    from ..pipelines.pipeline_tiny import image_generators
+    from ..plots import image_grid, strip
+    from ..progress import bar_options
+
+    output = prepare_output(args.output)
+    if args.return_intermediates and output.is_dir():
+        raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
+    pipe = load_pipeline(args)
+    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
+    options = call_options(
+        pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
+    )
+    num_images, labels = args.num_images, options.pop("class_labels", None)
+    if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
+        labels = _first_classes(pipe)[:num_images] or None
+        if labels is not None and num_images is None:
+            num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
+    num_images = num_images or NUM_IMAGES
+    check_numbered(output, num_images)
+    if labels is not None:
+        if len(labels) > num_images:
+            raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
+        labels = [labels[i * len(labels) // num_images] for i in range(num_images)]
+
+    say(f"drawing {num_images} images, {output} ...", sys.stderr)
+    images, states = [], []
+    began = time.perf_counter()
+    for start in range(0, num_images, args.batch_size):
+        stop = min(start + args.batch_size, num_images)
+        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
+        if labels is not None:
+            options["class_labels"] = labels[start:stop]
+        generator = image_generators(args.seed, stop - start, first=start)
+        with refusals():
+            drawn = pipe(batch_size=stop - start, generator=generator, **options)
+        images += drawn.images
+        states = states or [[] for _ in drawn.intermediates or []]
+        for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
+            state += intermediate.sample
+    seconds = time.perf_counter() - began
+
+    if output.is_dir():
+        save_numbered(images, output)
+    elif states:
+        strip([*states, images], row_labels=labels).save(output)
+    else:
+        image_grid(images, **_class_rows(labels)).save(output)
+    say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+
+
+def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
+    """Returns the names of a pipeline's classes, or their ids; of many, the first ten, which is said."""
+    names = {int(class_id): name for class_id, name in (pipe.config.get("id2label") or {}).items()}
+    classes = [names.get(class_id, str(class_id)) for class_id in pipe._class_ids]
+    if len(classes) > MAX_CLASSES:
+        say(f"the first {MAX_CLASSES} of {len(classes)} classes; --class_labels names others", sys.stderr)
+    return classes[:MAX_CLASSES]
+
+
+def _class_rows(labels: list[str] | None) -> dict:
+    """Returns the columns and row labels of a grid in which each row is of one class; empty if there is none."""
+    if labels is None:
+        return {}
+    per_class = labels.count(labels[0])
+    columns = next((n for n in range(min(per_class, MAX_ROW), 1, -1) if per_class % n == 0), None)
+    rows = [set(labels[i : i + columns]) for i in range(0, len(labels), columns)] if columns else []
+    if not rows or any(len(row) > 1 for row in rows):
+        return {}
+    return {"columns": columns, "row_labels": [row.pop() for row in rows]}
+
+
+# ------------------------------------------------------------------------------------------------------- interpolate
+
+
+def interpolate_parser() -> argparse.ArgumentParser:
+    parser = make_parser("interpolate")
+    add_checkpoint_argument(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--seeds", type=two_seeds, help="seeds of the two ends (default: 0,1)")
+    parser.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="seed of the noise that a scheduler such as ddpm adds, the same in each frame (default: 0)",
+    )
+    parser.add_argument(
+        "--images",
+        type=picture_file,
+        nargs=2,
+        metavar="FILE",
+        help="two pictures to interpolate between, instead of seeds",
+    )
+    parser.add_argument("--interpolation", help="slerp, or linear, whose middle frames are smoother (default: slerp)")
+    parser.add_argument("--num_frames", type=int, default=16, help="images, both ends included (default: 16)")
+    parser.add_argument(
+        "--class_labels", type=comma_separated, help="a name or id for all frames, or one for each end: cat,frog"
+    )
+    add_guidance_interval(parser)
+    add_output_argument(
+        parser, "interpolation.gif", "an animation (.gif), one picture of all frames, or numbered PNGs in a folder"
+    )
+    return parser
+
+
+def interpolate(args: argparse.Namespace) -> None:
+    import torch
+    from diffusers.utils import export_to_gif
+    from PIL import Image
+
+    from ..plots import image_grid
+
+    output = prepare_output(args.output)
+    check_numbered(output, args.num_frames)
+    pipe = load_pipeline(args)
+    walk = _interpolation_of(pipe, args.checkpoint)
+    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
+    options = call_options(walk, pipe, args, *names, "seeds", "images")
+    if args.seeds is None and args.images is None:
+        options["seeds"] = (0, 1)
+    if "generator" in inspect.signature(walk).parameters:  # of a scheduler that draws noise in its steps
+        options["generator"] = [torch.Generator().manual_seed(args.seed) for _ in range(args.num_frames)]
+    with refusals():
+        frames = walk(num_frames=args.num_frames, **options).images
+
+    if output.is_dir():
+        save_numbered(frames, output)
+    elif output.suffix.lower() == ".gif":
+        width, height = frames[0].size
+        scale = max(1, FRAME_SIDE // max(width, height))
+        frames = [frame.resize((width * scale, height * scale), Image.Resampling.NEAREST) for frame in frames]
+        export_to_gif(frames, str(output))
+    else:
+        image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
+    say(f"{len(frames)} frames: {output}")
+
+
+def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
+    """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
+    from .. import TinyInterpolationPipeline
+
+    if hasattr(pipe, "interpolate"):  # on the latents of a VAE or GAN
+        return pipe.interpolate
+    if "unet" not in pipe.components:
+        raise UserError(
+            f"'{checkpoint}' is a {type(pipe).__name__}, which has no latents to interpolate between: give a checkpoint "
+            "of diffusion, a VAE or a DCGAN."
+        )
+    return TinyInterpolationPipeline.from_pipe(pipe)

@@ -1,0 +1,254 @@
+"""What several commands share: arguments, the loading of a checkpoint, the places of outputs."""
+
+import argparse
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, first_line, refusals, say, unknown
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+
+# --scheduler -> the name of its class, in this package or in diffusers, and its options
+SCHEDULERS = {
+    "ddim": ("TinyDDIMScheduler", {}),
+    "ddpm": ("TinyDDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm_single": ("DPMSolverSinglestepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "sa": ("SASolverScheduler", {}),
+    "sde_dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_SEED = 2**63 - 1
+MAX_ROW = 16  # images of one class beside each other in a grid
+
+
+def make_parser(command: str, description: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of a command; without a description, it is what the list of commands says of it."""
+    from ..flags import OneLineParser
+
+    return OneLineParser(prog=f"tiny-diffusers {command}", description=description, allow_abbrev=False)
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or owner/name on the Hub")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the checkpoint's own code; read it first"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help=f"one of {', '.join(SCHEDULERS)} (default: the one saved with the checkpoint)",
+    )
+    parser.add_argument("--eta", type=float, help="noise of DDIM, from 0 (none) to 1 (as much as DDPM) (default: 0)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="1: the conditional model itself, above 1: more like the class, 0: no class",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 if the hardware has it, else float32"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)")
+
+
+def add_guidance_interval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="share of the steps that are guided, from 0 at the noise to 1 at the image (default: 0 1)",
+    )
+
+
+def add_dynamic_thresholding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dynamic_thresholding",
+        type=float,
+        metavar="P",
+        help="percentile, such as 0.995, that keeps high guidance from saturating (default: the scheduler's setting)",
+    )
+
+
+def add_temperature(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature", type=float, help="temperature of a PixelCNN; below 1 likely values are drawn more often"
+    )
+
+
+def add_output_argument(parser: argparse.ArgumentParser, default: str, help: str) -> None:
+    parser.add_argument("--output", default=default, help=f"{help}: NAME.png, DIR/ (default: {default})")
+
+
+def positive_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {MAX_SEED}")
+    return int(text)
+
+
+def comma_separated(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def two_seeds(text: str) -> tuple[int, int]:
+    try:
+        first, second = map(seed_number, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not two whole numbers from 0 to {MAX_SEED}, such as 0,1"
+        ) from None
+    return first, second
+
+
+def picture_file(text: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(text) as picture:
+            return picture.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({first_line(error)})") from None
+
+
+def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
+    """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
+    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
+        raise unknown("--scheduler", args.scheduler, SCHEDULERS)
+
+    import diffusers
+    import torch
+
+    import tiny_diffusers
+
+    from .. import hardware
+    from ..pipelines.pipeline_tiny import check_scheduler
+
+    num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
+    try:
+        device = hardware.setup_torch(num_threads, args.device)
+    except UserError as error:
+        raise UserError(f"--device: {error}") from error
+    dtype = hardware.resolve_dtype(args.dtype, device)
+    if args.dtype == "auto" and dtype != torch.float32:
+        say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
+
+    pipe = load_checkpoint(args).to(device, dtype)
+    if args.scheduler is not None:
+        if "scheduler" not in pipe.components:
+            raise UserError(
+                f"--scheduler means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
+            )
+        name, options = SCHEDULERS[args.scheduler]
+        scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
+        with refusals():
+            check_scheduler(pipe.scheduler)  # whose config the other one takes
+            pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(memory_format=torch.channels_last)  # the format of convolutions, so that none converts
+    return pipe
+
+
+def load_checkpoint(args: argparse.Namespace) -> "DiffusionPipeline":
+    from diffusers.utils import logging
+
+    from .. import TinyPipeline
+
+    logging.disable_progress_bar()  # of the loading, which is short
+    logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
+    try:
+        with refusals():
+            return TinyPipeline.from_pretrained(args.checkpoint, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise UserError(
+            f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
+            f"on the Hub ({first_line(error)})."
+        ) from error
+
+
+def call_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
+    """Returns the named arguments that were given; `call`, the pipeline's own or its interpolation, must know them all."""
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = inspect.signature(call).parameters
+    for name in options:
+        if name not in known:
+            raise UserError(f"--{name} means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out.")
+    return options
+
+
+def prepare_output(text: str) -> Path:
+    """
+    Creates the output's folder (`text` itself if it ends in a slash, has no suffix or is a folder already), and refuses
+    now what could not be written after the work is done.
+    """
+    path = Path(text)
+    is_folder = text.endswith(("/", os.sep)) or not path.suffix or path.is_dir()
+    if not is_folder and path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise unknown("picture format", path.suffix, PICTURE_SUFFIXES)
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"'{folder}' can't be written to ({error.strerror}): give another place.") from error
+    return path
+
+
+def make_parent(path: Path) -> None:
+    """Creates the folder that a file goes to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{path.parent}' can't be created ({error.strerror}): give another --output.") from error
+
+
+def _numbered(folder: Path, count: int) -> list[Path]:
+    """Lists the files of `count` images in a folder: 00000.png, 00001.png, ..."""
+    digits = max(5, len(str(count - 1)))
+    return [folder / f"{i:0{digits}}.png" for i in range(count)]
+
+
+def check_numbered(output: Path, count: int) -> None:
+    """Refuses a folder in which numbered images of an earlier call would be left among the `count` new ones."""
+    if output.is_dir():
+        earlier = {path for path in output.glob("*.png") if path.stem.isdecimal()} - set(_numbered(output, count))
+        if earlier:
+            raise UserError(
+                f"'{output}' holds more numbered images than the {count} to be saved, such as {min(earlier).name}, and "
+                "they would be mixed: remove them, or name another folder."
+            )
+
+
+def save_numbered(images: list["Image.Image"], folder: Path) -> None:
+    for image, path in zip(images, _numbered(folder, len(images)), strict=True):
+        image.save(path)
