@@ -467,7 +467,11 @@ class TinyPipeline(DiffusionPipeline):
         if output_type == "pt":
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        if output_type == "np":
+            return images
+        # diffusers' `numpy_to_pil` squeezes grey images, and with them the sides of a single pixel.
+        pixels = (images * 255).round().astype(np.uint8)
+        return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
     # ------------------------------------------------------------------------------- loading and saving
 

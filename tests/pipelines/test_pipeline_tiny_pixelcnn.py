@@ -295,3 +295,12 @@ def test_a_mask_that_is_not_causal_is_refused_with_its_first_pixel(make_pipe):
     mask[3, 2] = 1
     with pytest.raises(ValueError, match="row 3, column 2"):
         make_pipe()(images=torch.zeros(1, 1, 5, 5), mask=mask)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_a_single_pixel_are_images(make_pipe, channels):
+    pipe = make_pipe(size=1, channels=channels)
+    images = [pipe(2, generator=torch.Generator().manual_seed(0), output_type=kind).images for kind in ("pil", "np")]
+    for image, values in zip(*images, strict=True):
+        assert (image.size, image.mode) == ((1, 1), "L" if channels == 1 else "RGB")
+        np.testing.assert_array_equal(np.asarray(image).reshape(1, 1, channels), np.rint(255 * values))
