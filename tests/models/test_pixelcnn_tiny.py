@@ -194,7 +194,10 @@ def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "width", "layers", "steps"), [("gated", 16, 2, 250), ("plusplus", 8, 1, 80)])
+@pytest.mark.parametrize(
+    ("variant", "width", "layers", "steps"),
+    [("gated", 16, 2, 250), pytest.param("plusplus", 8, 1, 80, marks=pytest.mark.slow)],
+)
 def test_it_learns_a_known_markov_random_field(variant, width, layers, steps):
     """Trains on an Ising model of 3x3 binary images, whose probabilities and entropy are known by enumeration."""
     states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=9))).view(-1, 1, 3, 3)

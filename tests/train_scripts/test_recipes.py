@@ -80,6 +80,7 @@ def test_cells_of_a_recipe_differ():
         assert len(set(map(tuple, changes))) == len(changes), recipe.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
 def test_each_recipe_runs(recipe, stand_in, tmp_path):
     cell = next(iter(load_cells(recipe)[1]), None)

@@ -269,6 +269,7 @@ def draw_mixture(count: int) -> tuple[np.ndarray, np.ndarray]:
     return (255 * np.exp(-squared / 2)).astype(np.uint8), centres
 
 
+@pytest.mark.slow
 def test_it_covers_the_modes_of_a_mixture(tmp_path):
     images, centres = draw_mixture(2000)
     (tmp_path / "spots").mkdir()

@@ -89,9 +89,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, mon
         step(self)
 
     monkeypatch.setattr(Trainer, "train_step", told_to_stop)
-    handler = signal.getsignal(number)
-    assert launch(lambda: _train(tmp_path / "run")) == 128 + number
-    assert signal.getsignal(number) is handler
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored, and stays so
+    try:
+        assert launch(lambda: _train(tmp_path / "run")) == 128 + number
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
     assert "stopped at step 3: --resume_from_checkpoint latest" in capsys.readouterr().out
     assert find_damage(tmp_path / "run" / "checkpoint-3") is None
 
