@@ -770,7 +770,7 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
         if name == "_class_name" or not (isinstance(entry, list) or name in expected):
             continue
         if not name.isidentifier() or not isinstance(entry, list) or len(entry) != 2:
-            raise ValueError(f"The model_index.json of {folder} is damaged: its entry {name!r} is {entry}.")
+            raise ValueError(f"The model_index.json of {folder} is damaged: its entry {name!r} is {entry!r}.")
         library, class_name = entry
         absent = library is None and class_name is None
         if library == "diffusers":  # whose other networks have another call, and some take all memory to be built
