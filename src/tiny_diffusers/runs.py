@@ -105,8 +105,7 @@ class RunFolder:
             raise UserError(f"--output_dir: cannot write to {self.path} ({error.strerror}).") from error
         try:
             self._restore()
-            for leftover in self.path.glob(STAGING + "*"):  # of writing and deleting; the lock is held
-                remove(leftover)
+            self._remove_leftovers()
             self._claim(resume, overwrite, needed_bytes)
             try:
                 yield
@@ -140,6 +139,11 @@ class RunFolder:
             self._write_list(self.list_files())  # of a run of an earlier version, which has none
         elif holds_run:
             self._set_aside()
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
+        for leftover in self.path.glob(STAGING + "*"):
+            remove(leftover)
 
     def confirm(self) -> None:
         """Makes the folder this run's, which has taken its first step: the run that it overwrites is deleted."""
@@ -399,9 +403,10 @@ class RunFolder:
 
     def list_checkpoints_after(self, checkpoint: Path | None) -> list[Path]:
         """Lists the checkpoints of later steps than one of this folder; none if it is no such one."""
-        names = [path.name for path in self.list_checkpoints()]
-        is_own = checkpoint is not None and checkpoint.parent.resolve() == self.path.resolve()
-        return self.list_checkpoints()[names.index(checkpoint.name) + 1 :] if is_own else []
+        if checkpoint is None or checkpoint.parent.resolve() != self.path.resolve():
+            return []
+        checkpoints = self.list_checkpoints()
+        return checkpoints[checkpoints.index(self.path / checkpoint.name) + 1 :]
 
     def last_checkpoint_name(self) -> str:
         return next((path.name for path in reversed(self.list_checkpoints())), "none")
@@ -458,8 +463,7 @@ class RunFolder:
             limit (`int`, *optional*): Number of checkpoints to keep; None for all.
             keep (`Path`, *optional*): The best checkpoint, which stays in any case.
         """
-        for leftover in self.path.glob(STAGING + "*"):
-            remove(leftover)
+        self._remove_leftovers()
         own = self.list_files()
         existing = [path for path in self.list_checkpoints() if path.name in own]
         position = existing.index(newest)

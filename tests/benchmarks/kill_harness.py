@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -168,18 +169,12 @@ def kill_training(kills: int, inside: int, root: Path) -> int:
     return int(bool(status or differ))
 
 
-class Job:
-    """
-    Work whose result is a folder of files.
+class Job(NamedTuple):
+    """Work whose result is a folder of files."""
 
-    Args:
-        name (`str`): Its name.
-        run (`Callable[[Path], int | None]`): Does the work in a folder; returns an exit status.
-        results (`Callable[[Path], dict]`): Reads the result from that folder, name -> content.
-    """
-
-    def __init__(self, name: str, run: Callable[[Path], int | None], results: Callable[[Path], dict]):
-        self.name, self.run, self.results = name, run, results
+    name: str
+    run: Callable[[Path], int | None]  # does the work in a folder; returns an exit status
+    results: Callable[[Path], dict]  # reads the result from that folder, name -> content
 
 
 def files(folder: Path, *patterns: str) -> dict[str, bytes]:
