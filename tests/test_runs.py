@@ -359,6 +359,15 @@ def test_what_killed_writers_leave_is_deleted_by_those_that_follow(tmp_path):
         assert not live.exists()
 
 
+def test_the_checkpoints_after_one_are_those_of_later_steps_in_the_same_folder(tmp_path):
+    publish(tmp_path, 9, 10, 100)
+    (tmp_path / "copy").mkdir()
+    run = RunFolder(tmp_path)
+    assert run.list_checkpoints_after(run.checkpoint(9)) == [run.checkpoint(10), run.checkpoint(100)]
+    for checkpoint in (run.checkpoint(100), tmp_path / "copy", tmp_path / "elsewhere" / "checkpoint-9", None):
+        assert run.list_checkpoints_after(checkpoint) == []
+
+
 def test_a_checkpoint_that_is_being_deleted_is_none_any_more(tmp_path, monkeypatch):
     publish(tmp_path, 1, 2, 3)
     monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed at its first file

@@ -403,10 +403,9 @@ class RunFolder:
 
     def list_checkpoints_after(self, checkpoint: Path | None) -> list[Path]:
         """Lists the checkpoints of later steps than one of this folder; none if it is no such one."""
-        if checkpoint is None or checkpoint.parent.resolve() != self.path.resolve():
-            return []
         checkpoints = self.list_checkpoints()
-        return checkpoints[checkpoints.index(self.path / checkpoint.name) + 1 :]
+        positions = [i for i, path in enumerate(checkpoints) if checkpoint and path.resolve() == checkpoint.resolve()]
+        return checkpoints[positions[0] + 1 :] if positions else []
 
     def last_checkpoint_name(self) -> str:
         return next((path.name for path in reversed(self.list_checkpoints())), "none")
