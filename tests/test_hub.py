@@ -428,6 +428,13 @@ class TestPush:
         assert (directory / "README.md").read_text(encoding="utf-8") == card
         assert 'TinyPipeline.from_pretrained("path/to/this/folder")' in card
 
+    def test_a_pipeline_that_was_saved_by_itself_is_pushed_with_its_card(self, fake_hub, tmp_path, tiny_pipeline):
+        tiny_pipeline().save_pretrained(tmp_path)
+        saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*") if path.is_file()}
+        write_card(tmp_path)
+        hub.push(tmp_path, "me/tiny", token="hf_good")
+        assert fake_hub.files.keys() == saved | {"README.md"}
+
     def test_strays_and_links_are_pushed_by_name_alone(self, fake_hub, tmp_path, tiny_pipeline, capsys):
         directory = hub.export(tiny_pipeline(), tmp_path / "model")
         own = {path.relative_to(directory).as_posix() for path in directory.rglob("[!.]*.*") if path.is_file()}

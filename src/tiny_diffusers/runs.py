@@ -137,8 +137,10 @@ class RunFolder:
         self._confirmed = resume and holds_run
         if self._confirmed:
             self._write_list(self.list_files())  # of a run of an earlier version, which has none
-        elif holds_run:
+            return
+        if holds_run:
             self._set_aside()
+        self._write_list([])
 
     def _remove_leftovers(self) -> None:
         """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
@@ -198,12 +200,14 @@ class RunFolder:
 
     def record(self, *paths: Path) -> None:
         """
-        Adds files and checkpoints that are about to be written to the list of those that are the run's.
+        Adds files and checkpoints that are about to be written to the list of those that are the run's. Where there is no
+        list yet, as beside a pipeline that was saved by itself, it begins with what lies there.
 
         Raises:
             UserError: If a link leads out of the folder.
         """
-        listed = self._read_list() or []
+        listed = self._read_list()
+        listed = self.list_files() if listed is None else listed
         new = [name for name in (path.relative_to(self.path).as_posix() for path in paths) if name not in listed]
         for name in new:
             self.check_inside(self.path / name)

@@ -669,6 +669,9 @@ class TestCommandLine:
         monkeypatch.setattr("tiny_diffusers.evaluation.evaluate", refuse)
         assert self.run("evaluate", checkpoint, *self.OPTIONS) == 2
         assert not (checkpoint / "reports").exists() and "error: no" in capsys.readouterr().err
+        (tmp_path / "mine").mkdir()  # a folder that was there stays
+        assert self.run("evaluate", checkpoint, *self.OPTIONS, "--output", tmp_path / "mine") == 2
+        assert (tmp_path / "mine").is_dir()
 
     def test_a_report_of_an_older_version_is_repeated_with_a_note_and_not_compared(self, checkpoint, capsys):
         options = (*self.OPTIONS, "--baselines", "none", "--metrics", "precision_recall")

@@ -134,6 +134,7 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)
     if run is not None and args.output is None:
         run.check_inside(folder / "report.json")
+    created = [path for path in (folder, folder.parent) if not path.exists()]
     prepare_output(f"{folder}/")
     if state.is_main_process:
         is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])
@@ -147,7 +148,7 @@ def evaluate(args: argparse.Namespace) -> None:
             f"The protocol is that of a report of version {earlier.format}. This one is of version {REPORT_FORMAT}, "
             "which computes some metrics differently: the two cannot be compared."
         )
-    with refusals(), _left_if_filled(folder):
+    with refusals(), _removed_if_empty(created):
         report = measure(
             images_or_pipe,
             reference,
@@ -172,14 +173,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _left_if_filled(folder: Path) -> Iterator[None]:
-    """Deletes a folder, and the one that holds it, if they are empty after an error."""
+def _removed_if_empty(folders: list[Path]) -> Iterator[None]:
+    """Deletes the folders, in this order, that are empty after an error."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()
-            folder.parent.rmdir()
+        for folder in folders:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
         raise
 
 
