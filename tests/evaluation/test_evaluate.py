@@ -662,6 +662,10 @@ class TestCommandLine:
         assert values(Report.load(checkpoint / "again")) == pytest.approx(values(report), rel=1e-6)
         assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
 
+    def test_a_mistyped_folder_is_named(self, capsys):
+        assert self.run("evaluate", "runs/ddpm-digit") == 2
+        assert "There is no folder 'runs/ddpm-digit'" in capsys.readouterr().err
+
     def test_a_refused_evaluation_leaves_no_folder(self, checkpoint, tmp_path, monkeypatch, capsys):
         def refuse(*args, **kwargs):
             raise UserError("no")

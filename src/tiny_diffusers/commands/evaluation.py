@@ -92,6 +92,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.publish and run is None:
         raise UserError("--publish is for a report of a checkpoint in a folder: leave it out.")
     _check_name(args)
+    if args.checkpoint is not None and run is None and "dataset_name" not in given:
+        raise UserError(
+            f"There is no folder '{args.checkpoint}', whose run would say what it was trained on: name its folder, or, for a "
+            "model on the Hub, give the real images to measure against by --dataset_name."
+        )
     flags = {} if run is None or earlier is not None else references.flags_of_run(run, given)
     images = references.choose(given, flags)
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
