@@ -315,7 +315,7 @@ class TinyPipeline(DiffusionPipeline):
         size = config.sample_size
         if size is None:
             raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _height_and_width(size)
         channels = config.in_channels if "in_channels" in config else config.out_channels  # of a GAN's generator
         return channels, height, width
 
@@ -504,7 +504,7 @@ class TinyPipeline(DiffusionPipeline):
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
         kwargs.setdefault("use_safetensors", True)
         folder = _fetch_folder(pretrained_model_name_or_path, trust_remote_code, **hub_kwargs)
-        with _wrap_config_errors(folder):
+        with config_errors(folder):
             index = cls.load_config(folder)
         if not trust_remote_code:
             _check_components(index, folder, cls._get_signature_keys(cls)[0])
@@ -520,14 +520,17 @@ class TinyPipeline(DiffusionPipeline):
                 )
             pipeline = pipeline_class.from_pretrained(folder, **kwargs)
         else:
-            with _wrap_config_errors(folder):
+            with config_errors(folder):
                 pipeline = super().from_pretrained(folder, **kwargs)
             if "device_map" not in kwargs:
                 _check_weights(pipeline, folder)
+            if isinstance(getattr(pipeline, "unet", None), UNet2DModel):
+                with config_errors(folder):
+                    try_stock_network(pipeline._network)
             for name in pipeline.components.keys() - kwargs.keys():
                 ema = os.path.join(folder, f"{name}_ema", SAFETENSORS_WEIGHTS_NAME)
                 if os.path.isfile(ema):
-                    with _wrap_config_errors(folder):
+                    with config_errors(folder):
                         pipeline.components[name].load_state_dict(load_state_dict(ema))
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
@@ -717,6 +720,10 @@ def predict_original_sample(
     return model_output
 
 
+def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _is_positive_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
@@ -749,15 +756,30 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
 
 
 @contextlib.contextmanager
-def _wrap_config_errors(folder: str) -> Iterator[None]:
-    """Turns the errors that values of a wrong type in a config cause into a `ValueError` of one line."""
+def config_errors(source: str) -> Iterator[None]:
+    """Turns the errors that wrong values in the configs of `source` cause into a `ValueError` of one line."""
     try:
         yield
     except (torch.OutOfMemoryError, NotImplementedError):  # RuntimeErrors that have nothing to do with the config
         raise
     except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{folder} can't be loaded: one of its configs is damaged ({reason}).") from error
+        raise ValueError(f"{source} can't be loaded: one of its configs is damaged ({reason}).") from error
+    except ValueError as error:
+        raise ValueError(f"{source} can't be loaded: {' '.join(str(error).split())}") from error
+
+
+def try_stock_network(unet: UNet2DModel):
+    """Passes an image without values through a stock network: it takes configs whose values do not go together."""
+    config = unet.config
+    if config.sample_size is None:
+        return
+    height, width = _height_and_width(config.sample_size)
+    with torch.device("meta"), torch.no_grad():
+        first = torch.zeros(1, dtype=torch.long)
+        labels = None if unet.class_embedding is None else first
+        trial = type(unet).from_config(config)
+        trial(torch.zeros(1, config.in_channels, height, width), first, class_labels=labels)
 
 
 def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
@@ -788,28 +810,26 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
             raise ValueError(f"{folder} has a file {name}/{library}.py, which poses as the library {library}.")
         if absent:
             continue
-        _check_values(folder, name, known)
+        path = os.path.join(folder, name, known.config_name)
+        if os.path.isfile(path):
+            check_config(_read_json(path), known, path)
         for path in glob.glob(os.path.join(glob.escape(folder), name, "*.safetensors.index.json")):
             for shard in _read_json(path).get("weight_map", {}).values():
                 if os.path.basename(str(shard)) != shard:
                     raise ValueError(f"{path} names {shard!r}, which is not a file in the same folder.")
 
 
-def _check_values(folder: str, component: str, component_class: type):
+def check_config(config: dict[str, Any], component_class: type, path: str):
     """
     Checks the values in a component's config: that none is of another type than the constructor's default, which many
     would find in use alone, and that no size is so large that building it would take all memory or time.
     """
-    path = os.path.join(folder, component, component_class.config_name)
-    config = _read_json(path) if os.path.isfile(path) else {}
     parameters = inspect.signature(component_class.__init__).parameters
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         default = parameters[name].default if name in parameters else None
         if not all(_is_like(default, v) for v in ([value] if isinstance(default, float) else values)):
-            raise ValueError(
-                f"{folder} is damaged: {name} of its {component} is {value!r:.80}, but {default!r} by default."
-            )
+            raise ValueError(f"{path} is damaged: {name} is {value!r:.80}, but {default!r} by default.")
         limit = next(limit for part, limit in _SIZE_LIMITS.items() if part in name)
         sizes = [v for v in values if isinstance(v, int)]
         if len(sizes) > _MAX_SIZES or any(abs(size) > limit for size in sizes):

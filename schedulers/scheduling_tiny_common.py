@@ -123,6 +123,8 @@ class TinySchedulerMixin:
         self._check_choices("prediction_type", "timestep_spacing", "loss_type", "huber_schedule")
         if not 0 < config.dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}.")
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}.")
         if config.snr_gamma is not None and not config.snr_gamma > 0:
             raise ValueError(f"snr_gamma must be above 0, such as 5.0, or None, got {config.snr_gamma}.")
 

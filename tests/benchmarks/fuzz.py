@@ -114,7 +114,7 @@ FILES = (b"", b"{", b"[]", b"null", b"1", b'"a"', b"[" * 100_000, b"\xff\xfe{\x0
 # More of these is more work and no mistake.
 WORK = (
     *("num_images", "num_frames", "max_train_steps", "max_train_minutes", "num_epochs", "gradient_accumulation_steps"),
-    *("eval_batch_size", "num_bootstrap", "likelihood_images", "max_validation_samples", "rounds"),
+    *("eval_batch_size", "num_jackknife", "likelihood_images", "max_validation_samples", "rounds"),
 )
 RUN = [
     *("--max_train_steps", "1", "--max_train_samples", "32", "--train_batch_size", "4", "--eval_batch_size", "2"),
@@ -144,7 +144,7 @@ STOCK = {
     "up_block_types": ["UpBlock2D"] * 2,
 }
 SAMPLING = ["--num_images", "2", "--num_inference_steps", "2", "--output", "out.png"]
-EVALUATION = ["--num_images", "8", "--features", "pixels", "--num_bootstrap", "2", "--baselines", "noise"]
+EVALUATION = ["--num_images", "8", "--features", "pixels", "--num_jackknife", "4", "--baselines", "noise"]
 
 
 class OverTime(BaseException):

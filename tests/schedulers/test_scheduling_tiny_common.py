@@ -670,6 +670,7 @@ def test_the_bound_passes_labels_and_is_deterministic_with_a_generator(gaussian)
         ({"huber_delta": float("nan")}, "huber_delta"),
         ({"huber_schedule": "snr", "huber_delta": 1.0}, "huber_delta must be below 1"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range"),
         ({"dynamic_thresholding_ratio": 0.0}, "dynamic_thresholding_ratio"),
         ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),

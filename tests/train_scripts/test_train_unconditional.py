@@ -332,6 +332,27 @@ def test_each_mistake_is_one_line_before_training(check_mistake, argv, words):
     check_mistake(argv, words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_per_block": 10**6}, "layers_per_block is too large"),
+        ({"norm_eps": "x"}, "norm_eps is 'x', but 1e-05 by default"),
+        ({"time_embedding_type": "x"}, "can't be loaded"),
+        ({"norm_num_groups": 5}, "divisible by num_groups"),
+        ({"downsample_padding": 2}, "can't be loaded"),
+    ],
+)
+def test_a_configured_network_that_cannot_be_built_is_refused_in_one_line(check_mistake, tmp_path, changes, words):
+    blocks = {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+    }
+    config = {"_class_name": "UNet2DModel", "norm_num_groups": 4, **blocks, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_mistake(["--model_config_name_or_path", str(tmp_path / "config.json")], [words])
+
+
 def test_a_folder_that_holds_another_run_is_refused(train):
     folder = train()
     with pytest.raises(UserError, match="--overwrite_output_dir"):

@@ -16,7 +16,7 @@ from ..errors import UserError, refusals, unknown
 from ..flags import flag
 from ..hardware import default_device
 from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
-from ..pipelines.pipeline_tiny import TinyPipeline
+from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, try_stock_network
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
@@ -270,8 +270,13 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
         config["class_embed_type"] = None  # a table
         if fixed["num_class_embeds"] is not None:  # it has no null class of its own
             config["num_class_embeds"] += 1
+    check_config(config, classes[class_name], str(path))
     torch.manual_seed(settings.seed)
-    return classes[class_name].from_config(config)
+    with config_errors(f"--model_config_name_or_path: {path}"):
+        unet = classes[class_name].from_config(config)
+        if class_name == "UNet2DModel":
+            try_stock_network(unet)
+    return unet
 
 
 def _warn_of_costly_attention(unet: TinyUNet2DModel) -> None:
