@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tiny_diffusers import files
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.runs import RunFolder
+from tiny_diffusers.runs import RunFolder, read_log
 
 
 def write(folder):
@@ -302,6 +302,14 @@ def test_too_full_a_disk_is_refused_before_training(tmp_path):
         RunFolder(tmp_path).claim(resume=False, overwrite=False, needed_bytes=10**18),
     ):
         pass
+
+
+def test_lines_of_a_log_that_are_no_steps_and_losses_are_skipped(tmp_path):
+    lines = ["[" * 100_000, "{", "7", '{"step": Infinity, "loss": 1}', '{"step": -1, "loss": 1}', '{"loss": 1}']
+    lines += ['{"step": 1e300, "loss": 1}', f'{{"step": 1, "loss": 1{"0" * 400}}}', '{"step": 2, "loss": NaN}']
+    (tmp_path / "train_log.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": 0.5}']))
+    (steps, losses) = read_log(tmp_path / "train_log.jsonl")["loss"]
+    assert (steps.tolist(), losses.tolist()) == ([3], [0.5])
 
 
 def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):

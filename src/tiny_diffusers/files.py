@@ -83,11 +83,11 @@ def seal(folder: Path) -> None:
 def find_damage(directory: Path) -> str | None:
     """Checks a sealed folder against its manifest; returns what is wrong with it, or None."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = load_json((directory / MANIFEST).read_text())
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} cannot be read"
     if not expected:
         return f"its {MANIFEST} is empty"
@@ -148,6 +148,19 @@ def flush(path: Path) -> None:
 # Reading
 
 
+def load_json(text: str | bytes) -> Any:
+    """
+    Parses JSON.
+
+    Raises:
+        ValueError: If it is not valid, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's booleans, true and false: `mixed_precision: no` is a word."""
 
@@ -195,5 +208,5 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Reads names and values that a run has left; empty if there is no such file."""
     try:
         return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and try again.") from error

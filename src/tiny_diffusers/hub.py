@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, say
+from .files import load_json
 from .runs import MODEL_INDEX, RunFolder
 
 
@@ -64,7 +65,7 @@ def _save(pipe: "DiffusionPipeline", directory: Path, with_code: bool) -> None:
     pipe.save_pretrained(directory)
     _drop_local_paths(directory)
     index_path = directory / MODEL_INDEX
-    index = json.loads(index_path.read_text(encoding="utf-8"))
+    index = load_json(index_path.read_text(encoding="utf-8"))
     if not with_code or _is_stock(index):
         return
 
@@ -80,7 +81,7 @@ def _save(pipe: "DiffusionPipeline", directory: Path, with_code: bool) -> None:
 def _drop_local_paths(directory: Path) -> None:
     """Deletes from the configs of a saved pipeline where on this machine its networks were loaded from."""
     for path in [directory / MODEL_INDEX, *directory.glob("*/*config.json")]:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path.read_text(encoding="utf-8"))
         if "_name_or_path" in config and not _is_hub_id(config["_name_or_path"]):
             del config["_name_or_path"]
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -269,12 +270,12 @@ def _describe(folder: Path) -> dict[str, object]:
     index_path = folder / MODEL_INDEX
     if not index_path.is_file():
         raise UserError(f"'{folder}' has no {MODEL_INDEX}: save a pipeline in it before its card is written.")
-    index = json.loads(index_path.read_text(encoding="utf-8"))
+    index = load_json(index_path.read_text(encoding="utf-8"))
     configs, parameters = {}, 0
     components = [name for name, entry in index.items() if name != "_class_name" and isinstance(entry, list)]
     for component in [name for name in components if name != "discriminator"]:  # sampling needs none
         for path in (folder / component).glob("*config.json"):
-            configs[component] = json.loads(path.read_text(encoding="utf-8"))
+            configs[component] = load_json(path.read_text(encoding="utf-8"))
         for path in (folder / component).glob("*.safetensors"):
             with safe_open(path, framework="numpy") as weights:
                 parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())

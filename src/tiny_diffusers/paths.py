@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import load_json
+
 
 PATHS_FILE = ".paths.json"  # hidden files are not pushed
 
@@ -67,7 +69,7 @@ def _names(value: Any, path: str | None) -> bool:
 def kept_paths(folder: Path) -> dict[str, str]:
     """Reads the paths that [`keep_paths`] has kept; none if there is no such file, or if it is damaged."""
     try:
-        paths = json.loads((folder / PATHS_FILE).read_text(encoding="utf-8"))
+        paths = load_json((folder / PATHS_FILE).read_text(encoding="utf-8"))
         return {str(name): path for name, path in paths.items() if isinstance(path, str)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return {}

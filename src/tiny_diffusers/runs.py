@@ -14,10 +14,10 @@ import contextlib
 import fnmatch
 import json
 import logging
-import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,18 @@ import yaml
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .files import STAGING, find_damage, flush, load_yaml, publish, read_mapping, remove, replace_file, staging_path
+from .files import (
+    STAGING,
+    find_damage,
+    flush,
+    load_json,
+    load_yaml,
+    publish,
+    read_mapping,
+    remove,
+    replace_file,
+    staging_path,
+)
 from .paths import PATHS_FILE, keep_paths
 
 
@@ -36,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model_index.json"  # of a saved pipeline
 FILE_LIST = ".files.json"  # what the run has written
+_MAX_STEP = 2**53  # of a line in a log
 _REPLACED = ".replaced"  # holds the run that is overwritten until the new one has taken a step
 _COMPONENTS = ("unet", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
@@ -261,11 +273,11 @@ class RunFolder:
     def _read_list(self) -> list[str] | None:
         """Reads the list of the run's files, as anyone may have written it; None if there is none."""
         try:
-            listed = json.loads((self.path / FILE_LIST).read_text(encoding="utf-8"))
+            listed = load_json((self.path / FILE_LIST).read_text(encoding="utf-8"))
             names = [
                 name for name in listed if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts
             ]
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError):
             return None
         real = self.path.resolve()
         return [name for name in names if (self.path / name).parent.resolve() == (real / name).parent]
@@ -329,7 +341,7 @@ class RunFolder:
 
     def read_facts(self) -> dict[str, Any]:
         """Reads `run.json`, the data, machine and versions of the run; empty if there is none."""
-        facts = read_mapping(self.facts, json.loads)
+        facts = read_mapping(self.facts, load_json)
         for name, value in facts.items():
             if not isinstance(value, _FACTS.get(name, object)):
                 raise UserError(f"{self.facts} is damaged ({name} is {value!r:.40}): delete it, and try again.")
@@ -350,7 +362,7 @@ class RunFolder:
         kept = []
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []:
             try:
-                if json.loads(line)["step"] > step:
+                if load_json(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):  # a line that a kill has cut
                 break
@@ -495,12 +507,14 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     series: dict[str, dict[int, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = load_json(line)
             step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ArithmeticError, ValueError, KeyError, TypeError):
+            continue
+        if not 0 <= step <= _MAX_STEP:
             continue
         for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+            if name != "step" and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
                 series.setdefault(name, {})[step] = float(value)
     return {
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))

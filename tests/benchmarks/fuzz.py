@@ -5,8 +5,9 @@ Gives the package wrong and hostile inputs, and counts what happens: success, a 
     python tests/benchmarks/fuzz.py --kinds flags --first 17 --inputs 1      # one of them again
 
 A third each are `configs` (values of a wrong type, range or size in the JSON files of checkpoints, which are then loaded
-and sampled), `flags` (of the train scripts, up to the first step or a whole short run), and `commands` (of
-`tiny-diffusers`, with missing, odd and damaged files). Input i of a kind is a function of the seed and i.
+and sampled), `flags` (of the train scripts, or such values in the file of `--model_config_name_or_path`, up to the first
+step or a whole short run), and `commands` (of `tiny-diffusers`, with missing, odd and damaged files). Input i of a kind is
+a function of the seed and i.
 
 A fault is a traceback, an error of several lines, more time or memory than the limits, a terminal's escape sequence that
 is printed, or nonsense without a word: samples or weights that are not finite, or images without any structure. Each is
@@ -143,6 +144,11 @@ STOCK = {
     "down_block_types": ["DownBlock2D"] * 2,
     "up_block_types": ["UpBlock2D"] * 2,
 }
+NETWORKS = (
+    {"_class_name": "UNet2DModel", **STOCK, "dropout": 0.0, "norm_eps": 1e-5, "attention_head_dim": 4},
+    {"_class_name": "TinyUNet2DModel", "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
+     "attention": ["none", "full"], "mid_attention": "none", "attention_head_dim": 4, "patch_size": 1, "dropout": 0.1},
+)  # fmt: skip
 SAMPLING = ["--num_images", "2", "--num_inference_steps", "2", "--output", "out.png"]
 EVALUATION = ["--num_images", "8", "--features", "pixels", "--num_jackknife", "4", "--baselines", "noise"]
 
@@ -187,9 +193,16 @@ class Fuzzer:
     def _flags(self, rng: random.Random) -> tuple[str, Callable]:
         name = rng.choice(list(SCRIPTS))
         arguments, network = SCRIPTS[name]
-        flags = _random_flags(rng, FlagParser(arguments), rng.choice((1, 1, 2, 3)))
+        changes = []
+        if network is UNET and rng.random() < 0.3:
+            config = Path("network.json")
+            config.write_text(json.dumps(rng.choice(NETWORKS)))
+            changes = [_change(rng, config) for _ in range(rng.choice((1, 1, 2)))]
+            network = ["--model_config_name_or_path", str(config), "--ddpm_num_inference_steps", "2"]
+        flags = [] if changes else _random_flags(rng, FlagParser(arguments), rng.choice((1, 1, 2, 3)))
         argv = ["train", name, *RUN, *network, *flags]
-        return f"train {name} ... {_spell(flags)}", lambda: _train(argv, whole=rng.random() < 0.2)
+        given = "; ".join([f"train {name} ... {_spell(flags)}", *changes])
+        return given, lambda: _train(argv, whole=rng.random() < 0.2)
 
     def _commands(self, rng: random.Random) -> tuple[str, Callable]:
         command = rng.choice(

@@ -11,7 +11,7 @@ import PIL
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from ..files import publish
+from ..files import load_json, publish
 from .images import ImageData, compute_fingerprint
 
 
@@ -34,7 +34,7 @@ def cache_key(files: list[Path], *request) -> str:
 def read_cache(directory: Path) -> ImageData | None:
     """Returns the cached images, memory-mapped, or None if they are missing or damaged."""
     try:
-        record = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+        record = load_json((directory / "data.json").read_text(encoding="utf-8"))
         if record.pop("checksum") != _checksum(record):
             return None
         # Copy-on-write: torch expects writable memory, and the file must not change.

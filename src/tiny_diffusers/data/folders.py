@@ -10,7 +10,6 @@ that is not loaded.
 import contextlib
 import csv
 import io
-import json
 import os
 import posixpath
 import zipfile
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, first_line, unknown
+from ..files import load_json
 from .sources import (
     LABEL_NAMES,
     SPLITS,
@@ -338,9 +338,9 @@ def _read_table(table: _File) -> tuple[dict[str, dict], str | None]:
             if table.name.endswith(".csv"):
                 rows = _convert(list(csv.DictReader(io.StringIO(text, newline=""))))
             elif table.name.endswith(".jsonl"):
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [load_json(line) for line in text.splitlines() if line.strip()]
             else:  # StyleGAN's and EDM's {"labels": [["00000/img.png", 3], ...]}, or null
-                rows = [{"file_name": name, "label": label} for name, label in json.loads(text)["labels"] or ()]
+                rows = [{"file_name": name, "label": label} for name, label in load_json(text)["labels"] or ()]
         return {str(row.pop("file_name")): row for row in rows}, None
     except KeyError as error:
         return {}, f"it has no {error}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import UserError, unknown
+from ..files import load_json
 from ..flags import Flags, flag
 from ..paths import public_name
 from ..runs import RunFolder
@@ -186,10 +187,10 @@ class Report:
         """
         path = find_report(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
         version = content.get("format") if isinstance(content, dict) else None
         if version not in range(1, REPORT_FORMAT + 1):

@@ -1,7 +1,6 @@
 """The network of the diffusion families: its options, its defaults by resolution, and where it comes from."""
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..data import ImageData
 from ..errors import UserError, refusals, unknown
+from ..files import load_json
 from ..flags import flag
 from ..hardware import default_device
 from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
@@ -258,9 +258,9 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
     if path.is_dir():
         path = next((p for p in (path / "config.json", path / "unet" / "config.json") if p.is_file()), path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path.read_text(encoding="utf-8"))
         class_name = str(config.get("_class_name"))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--model_config_name_or_path: {path} is not a network's config.json ({error}).") from error
     classes = {"TinyUNet2DModel": TinyUNet2DModel, "UNet2DModel": UNet2DModel}
     if class_name not in classes:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
+from ..files import load_json
 
 
 # diffusers' name, so that `from_pretrained` reads a checkpoint's networks
@@ -92,8 +93,8 @@ def read_step(checkpoint: Path) -> int:
         UserError: If its state is damaged.
     """
     try:
-        return int(json.loads((checkpoint / "state.json").read_text())["step"])
-    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError) as error:
+        return int(load_json((checkpoint / "state.json").read_text())["step"])
+    except (OSError, ArithmeticError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} does not say its step ({error}); take another."
         ) from error
@@ -159,7 +160,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         ValueError: If another kind of optimizer saved it, or if a tensor is not as its weight needs it: torch's fused
             optimizers check nothing, and would read beyond its end.
     """
-    saved = json.loads((folder / "optimizer.json").read_text())
+    saved = load_json((folder / "optimizer.json").read_text())
     state: dict[int, dict] = {}
     for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["scalars"]}.items():
         index, key = name.split(".", 1)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError, say
-from ..files import find_damage
+from ..files import find_damage, load_json
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder
@@ -662,7 +662,7 @@ class Trainer:
                 if name in self.emas:
                     checkpoints.load_weights(self.emas[name].module, folder / f"{name}_ema")
                 checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
-            state = json.loads((folder / "state.json").read_text())
+            state = load_json((folder / "state.json").read_text())
             for name, lr_scheduler in self.lr_schedulers.items():
                 checkpoints.load_lr_scheduler(lr_scheduler, state["lr_schedulers"][name])
             if state["scaler"] is not None and self.accelerator.scaler is not None:
