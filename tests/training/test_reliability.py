@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import pickle
 import random
@@ -653,6 +654,11 @@ def test_a_run_is_not_resumed_past_its_end(run, capsys):
     with pytest.raises(UserError, match="checkpoint-[46] is past the 2 steps of this run"):
         _train(run, *RESUME, steps=2)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(whole):
+    rates = [line["lr"] for line in read_log(whole) if "lr" in line]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 7)) / 2 for step in (3, 6)])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,15 @@ from ..runs import RunFolder
 
 
 Optimizer = Literal["adamw", "adam", "sgd"]
-LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+LRScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "warmup_stable_decay",
+]
 
 _NETWORK = "network"  # stands for all options of the network, in what a flag decides
 _DATASET = ("resolution", "output_dir", _NETWORK)

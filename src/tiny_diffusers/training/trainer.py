@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -36,6 +35,7 @@ from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
 from .family import Batch, Family
+from .lr_schedule import build_lr_scheduler
 from .settings import resolve_num_steps, warn_of_changes
 from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE, VALIDATION_SHARE, TimePlan
 
@@ -199,11 +199,11 @@ class Trainer:
                 logger.warning(f"--{name} {steps}: the run ends before, after {self.max_steps:,} steps; give fewer.")
 
         self.lr_schedulers = {
-            name: get_scheduler(
+            name: build_lr_scheduler(
                 settings.lr_scheduler,
                 optimizer.optimizer,
-                num_warmup_steps=min(settings.lr_warmup_steps, self.max_steps // 10),
-                num_training_steps=self.max_steps,
+                warmup_steps=min(settings.lr_warmup_steps, self.max_steps // 10),
+                num_steps=self.max_steps,
             )
             for name, optimizer in self.optimizers.items()
         }
@@ -468,6 +468,7 @@ class Trainer:
         """Takes one step: updates every network, its EMA, its learning rate."""
         state = self.state
         before = [buffer.clone() for buffer in self.buffers]
+        self.learning_rate = next(iter(self.lr_schedulers.values())).get_last_lr()[0]
         finite = self._optimize(state.step)
         state.step += 1
         for lr_scheduler in self.lr_schedulers.values():
@@ -553,8 +554,8 @@ class Trainer:
         means = {key: (total / count).float().to(self.device) for key, (total, count) in sums.items()}
         values = {key: float(self.accelerator.reduce(mean, "mean")) for key, mean in means.items()}
         sums.clear()
-        learning_rate = next(iter(self.lr_schedulers.values())).get_last_lr()[0]
-        line = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **values, "lr": learning_rate}
+        epoch = round(self.step / self.steps_per_epoch, 4)
+        line = {"step": self.step, "epoch": epoch, **values, "lr": self.learning_rate}
         if self.accelerator.is_main_process:
             self.folder.append_log(line)
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
