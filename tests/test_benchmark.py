@@ -250,6 +250,12 @@ def test_the_compiled_row_has_the_first_steps_time(monkeypatch, tmp_path):
     torch._dynamo.reset()
 
 
+def test_optimizer():
+    rows = list(measure(TINY, ["optimizer"], details.ROWS))
+    assert [list(row.figures) for row in rows] == [["muon", "adamw"]] * 2
+    assert all(part[0] > 0 for row in rows for part in row.figures.values())
+
+
 def test_scaling(monkeypatch):
     monkeypatch.setattr(details, "_SIDES", (8, 16))
     monkeypatch.setattr(details, "_BATCH_SIZES", (1, 2))

@@ -1,10 +1,11 @@
 """
 Measures more rows in the way of `tiny-diffusers benchmark`: the wait for images, the time to the first step, the
-features of the evaluation, quality with few network evaluations, compiled blocks, and scaling with size.
+features of the evaluation, quality with few network evaluations, compiled blocks, scaling with size, and the optimizers.
 
     python tests/benchmarks/benchmark_details.py                               # data, start, evaluation
     python tests/benchmarks/benchmark_details.py --rows quality --checkpoint model_cards/mnist-32 --dataset_name ylecun/mnist
     python tests/benchmarks/benchmark_details.py --rows compile scaling
+    python tests/benchmarks/benchmark_details.py --rows optimizer --batch_size 32
 """
 
 import contextlib
@@ -300,6 +301,33 @@ def _evaluation_of(trainer: Trainer, settings: DetailSettings) -> Callable[[], A
     return torch.no_grad()(lambda: network(sample, 500).sample)
 
 
+def _optimizer(settings: DetailSettings) -> Iterator[Row]:
+    """Measures a training step of the default network on grey images, and the optimizer's part of it."""
+    data = noise_images(settings, 4 * settings.batch_size, channels=1)
+    with contextlib.ExitStack() as stack:
+        trainers = {n: stack.enter_context(tiny_trainer(settings, data, optimizer=n)) for n in ("muon", "adamw")}
+        for trainer in trainers.values():
+            warm_up(trainer.train_step)
+        whole = {name: trainer.train_step for name, trainer in trainers.items()}
+        part = {name: _optimizer_step(trainer) for name, trainer in trainers.items()}
+        for what, steps in (("training step", whole), ("optimizer's part of a training step", part)):
+            contenders = {name: lambda step=step: 1000 * seconds_of(step) for name, step in steps.items()}
+            figures = in_turns(contenders, settings.rounds)
+            yield Row(f"{what}, batch {settings.batch_size}", "ms", figures, [("muon", "adamw")])
+
+
+def _optimizer_step(trainer: Trainer) -> Callable[[], None]:
+    """Returns a step of the optimizer, on gradients that stay."""
+    gradients = {parameter: torch.randn_like(parameter) for parameter in trainer.modules["unet"].parameters()}
+
+    def step() -> None:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        trainer.optimizers["unet"].optimizer.step()
+
+    return step
+
+
 ROWS = {
     "data": _data,
     "start": _start,
@@ -307,6 +335,7 @@ ROWS = {
     "quality": _quality,
     "compile": _compile,
     "scaling": _scaling,
+    "optimizer": _optimizer,
 }
 DEFAULT_ROWS = ("data", "start", "evaluation")
 

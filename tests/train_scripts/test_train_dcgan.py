@@ -229,9 +229,10 @@ def test_noise_that_outlasts_the_run_is_said(train, capsys):
     assert "instance_noise_steps" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(2, "adam"), (3, "adam"), (3, "muon")])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at, optimizer):
     options = ("--instance_noise", "0.1", "--class_conditional", "--gradient_accumulation_steps", "2")
+    options += ("--optimizer", optimizer)
     whole = train(*options, name="whole")
     resumed = train_in_two(*options, stopped_at=stopped_at)
 

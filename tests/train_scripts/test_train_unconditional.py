@@ -88,9 +88,9 @@ def test_the_layout_changes_nothing_but_the_speed(train, monkeypatch, capsys):
         torch.testing.assert_close(contiguous[key], weight, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at):
-    options = ("--dropout", "0.1", "--random_flip", "--gradient_accumulation_steps", "2")
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(2, "adamw"), (3, "adamw"), (5, "adamw"), (3, "muon")])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at, optimizer):
+    options = ("--dropout", "0.1", "--random_flip", "--gradient_accumulation_steps", "2", "--optimizer", optimizer)
     whole = train(*options, name="whole")
     resumed = train_in_two(*options, stopped_at=stopped_at)
 

@@ -11,6 +11,7 @@ from torch import nn
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.training import checkpoints
 from tiny_diffusers.training.checkpoints import RunState, read_step
+from tiny_diffusers.training.muon import Muon
 
 
 def test_every_field_of_the_state_is_saved_and_loaded():
@@ -33,8 +34,13 @@ def test_sums_of_another_number_of_processes_are_averaged():
     assert state.sums == {"loss": (torch.tensor(2.0), 4)}
 
 
+def _make_muon(parameters):
+    weight, bias = parameters
+    return Muon([weight], [bias], fused=True)
+
+
 @pytest.mark.parametrize(
-    "make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam]
+    "make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam, _make_muon]
 )
 def test_optimizer_state_survives_to_the_bit(tmp_path, make):
     module = nn.Linear(4, 3)
@@ -48,6 +54,25 @@ def test_optimizer_state_survives_to_the_bit(tmp_path, make):
     for key, value in optimizer.state_dict()["state"].items():
         for name, tensor in value.items():
             assert torch.equal(torch.as_tensor(other.state_dict()["state"][key][name]), torch.as_tensor(tensor))
+
+
+@pytest.mark.parametrize("makers", [(torch.optim.AdamW, _make_muon), (_make_muon, torch.optim.Adam)])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, makers):
+    module = nn.Linear(4, 3)
+    saved, other = (make(module.parameters()) for make in makers)
+    checkpoints.save(checkpoints.collect(module, saved), tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        checkpoints.load_optimizer(other, tmp_path)
+
+
+def test_moments_of_the_other_kind_are_refused(tmp_path):
+    """As Muon has two kinds of weights."""
+    module = nn.Linear(4, 3)
+    optimizer = _make_muon(module.parameters())
+    checkpoints.save(checkpoints.collect(module, optimizer), tmp_path, tmp_path)
+    save_file({"1.momentum_buffer": torch.zeros(3)}, tmp_path / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="its optimizer's state 1 has momentum_buffer"):
+        checkpoints.load_optimizer(optimizer, tmp_path)
 
 
 def test_moments_lie_in_memory_as_their_weights_do(tmp_path):

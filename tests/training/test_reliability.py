@@ -254,7 +254,8 @@ def test_nothing_that_is_read_back_can_run_code(whole, run, monkeypatch):
     ("argv", "words"),
     [
         (["--block_out_channels", "8", "16"], ["checkpoint-4", "size mismatch"]),
-        (["--optimizer", "sgd"], ["checkpoint-4", "optimizer"]),
+        (["--optimizer", "sgd"], ["checkpoint-4", "another optimizer than SGD"]),
+        (["--optimizer", "muon"], ["checkpoint-4", "another optimizer than Muon"]),
     ],
 )
 def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, argv, words):
@@ -351,8 +352,8 @@ def _halves(folder, *argv):
 
 
 _FAMILIES = {
-    "train_conditional": (*TINY_NETWORK, "--eval_batch_size", "4", "--random_flip"),
-    "train_pixelcnn": ("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17"),
+    "train_conditional": (*TINY_NETWORK, "--eval_batch_size", "4", "--random_flip", "--optimizer", "muon"),
+    "train_pixelcnn": ("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17", "--optimizer", "muon"),
     "train_vae": ("--block_out_channels", "8", "--latent_dim", "4"),
     "train_dcgan": (
         *("--generator_channels", "8", "8", "--discriminator_channels", "8", "8", "--latent_dim", "4"),

@@ -25,7 +25,7 @@ from ..paths import is_below_here, local_path, restore_paths
 from ..runs import RunFolder
 
 
-Optimizer = Literal["adamw", "adam", "sgd"]
+Optimizer = Literal["adamw", "muon", "adam", "sgd"]
 LRScheduler = Literal[
     "linear",
     "cosine",

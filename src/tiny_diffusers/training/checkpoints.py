@@ -25,12 +25,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Types of the state's fields in JSON, where they are not int
 _STATE_TYPES = {"sums": dict, "best": (dict, type(None))}
-# The tensors that an optimizer keeps for each weight: a number, or as many as the weight has
-_MOMENTS = {
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
+_ADAM_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # a number, and two tensors of the weight's shape
 
 
 @dataclass
@@ -166,11 +161,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     own_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    for own, group in zip(own_groups, saved["param_groups"], strict=True):
-        if not own.keys() >= group.keys() - {"params"}:
-            raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
+    groups = saved["param_groups"]
+    is_same = len(own_groups) == len(groups) and all(
+        own.keys() >= group.keys() - {"params"} for own, group in zip(own_groups, groups, strict=True)
+    )
+    if not is_same:
+        raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
     _check_moments(state, optimizer)
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     for own, group in zip(own_groups, optimizer.param_groups, strict=True):
         group.update(own)
     # Fused optimizers need each moment in the memory format of its weight (such as channels-last).
@@ -182,9 +180,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 def _check_moments(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> None:
     """Checks the saved state of each weight: names, shapes, dtypes, and that all values are finite."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters, moments = [], []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+        moments += [{"momentum_buffer"} if "momentum" in group else _ADAM_MOMENTS] * len(group["params"])
     for index, entries in state.items():
-        if not 0 <= index < len(parameters) or entries.keys() != _MOMENTS[type(optimizer)]:
+        if not 0 <= index < len(parameters) or entries.keys() != moments[index]:
             raise ValueError(f"its optimizer's state {index} has {', '.join(entries)}")
         for name, value in entries.items():
             value = torch.as_tensor(value)

@@ -36,6 +36,7 @@ from .draws import DataOrder, Draws, make_generator
 from .ema import EMA
 from .family import Batch, Family
 from .lr_schedule import build_lr_scheduler
+from .muon import Muon, split_parameters
 from .settings import resolve_num_steps, warn_of_changes
 from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE, VALIDATION_SHARE, TimePlan
 
@@ -125,6 +126,8 @@ class Trainer:
             )
         memory_format = _MEMORY_FORMATS[settings.memory_format]
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous weights only
+        if sharded and settings.optimizer == "muon":
+            raise UserError("--optimizer muon: it needs whole matrices, and FSDP shards them; take adamw.")
         self.memory_format = torch.contiguous_format if sharded else memory_format
         compiles = settings.compile and self._can_compile()
         self.modules, self.optimizers, self.emas = {}, {}, {}
@@ -159,9 +162,11 @@ class Trainer:
         }
         if settings.optimizer == "sgd":
             return torch.optim.SGD(module.parameters(), momentum=settings.adam_beta1, **options)
+        options |= {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+        if settings.optimizer == "muon":
+            return Muon(*split_parameters(module), **options)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
-        betas = (settings.adam_beta1, settings.adam_beta2)
-        return kind(module.parameters(), betas=betas, eps=settings.adam_epsilon, **options)
+        return kind(module.parameters(), **options)
 
     @property
     def fuses(self) -> bool:
