@@ -497,6 +497,7 @@ def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "take FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"use_ema": False}, "--use_ema"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"optimizer": "muon"}, "--optimizer muon"),
     ],
 )
 def test_ways_of_sharding_that_do_not_work_are_refused(monkeypatch, environment, argv, words):

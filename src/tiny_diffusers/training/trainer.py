@@ -126,8 +126,6 @@ class Trainer:
             )
         memory_format = _MEMORY_FORMATS[settings.memory_format]
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous weights only
-        if sharded and settings.optimizer == "muon":
-            raise UserError("--optimizer muon: it needs whole matrices, and FSDP shards them; take adamw.")
         self.memory_format = torch.contiguous_format if sharded else memory_format
         compiles = settings.compile and self._can_compile()
         self.modules, self.optimizers, self.emas = {}, {}, {}
