@@ -788,6 +788,8 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
     that the pipeline expects are pairs of a library and a class: older versions of diffusers unpack whatever has two
     parts.
     """
+    if os.path.isfile(os.path.join(folder, "None.py")):  # which older versions of diffusers run as the pipeline's code
+        raise ValueError(f"{folder} has a file None.py, which poses as a custom pipeline.")
     for name, entry in index.items():
         if name == "_class_name" or not (isinstance(entry, list) or name in expected):
             continue

@@ -304,6 +304,82 @@ def test_too_full_a_disk_is_refused_before_training(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("names", [["."], ["..", "../victim.txt"], ["/victim.txt"], ["data/a.png"], ["unet/\0x.py"]])
+@pytest.mark.parametrize("aside", [True, False])
+def test_a_list_of_files_names_those_of_a_run_alone(tmp_path, names, aside):
+    folder = RunFolder(tmp_path / "run")
+    start_run(folder)
+    victim = tmp_path / "victim.txt"
+    put_files(tmp_path, {"victim.txt": "precious"})
+    put_files(folder.path, OWN_FILES)
+    names = [name.replace("/victim", f"{tmp_path}/victim") if name.startswith("/") else name for name in names]
+    (folder.path / ".files.json").write_text(json.dumps(names))
+    if aside:  # as after a kill, so that a restore begins
+        put_files(folder.path / ".replaced", {".files.json": "[]"})
+    before = files_of(folder.path)
+    with pytest.raises(UserError), folder.claim(resume=False, overwrite=False):
+        pass
+    assert folder.list_shared() is not None and victim.read_text() == "precious"
+    assert files_of(folder.path).items() >= {name: before[name] for name in [*OWN_FILES, "config.yaml"]}.items()
+
+
+def test_a_refusal_deletes_nothing(tmp_path):
+    theirs = {".staging-area/a.txt": "a", ".replaced/k": "k", "README.md": "mine"}
+    put_files(tmp_path, theirs)
+    with pytest.raises(UserError, match="README.md"), RunFolder(tmp_path).claim(resume=False, overwrite=False):
+        pass
+    assert files_of(tmp_path) == theirs
+
+
+def test_a_link_in_place_of_the_run_that_is_replaced_is_not_followed(tmp_path):
+    mine, evil = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "evil")
+    for folder in (mine, evil):
+        start_run(folder)
+    (evil.path / ".replaced").symlink_to(mine.path)
+    before = files_of(mine.path)
+    with pytest.raises(UserError), evil.claim(resume=False, overwrite=False):
+        pass
+    assert files_of(mine.path) == before
+
+
+def test_links_on_the_list_are_neither_shared_nor_written_through(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    start_run(folder)
+    put_files(tmp_path, {"id_rsa": "SECRET"})
+    folder.record(folder.samples)
+    folder.samples.symlink_to(tmp_path / "id_rsa")
+    assert "samples.png" not in folder.list_shared()
+    with pytest.raises(UserError, match="is a link"):
+        folder.record(folder.samples)
+    files.replace_file(folder.samples, "new")
+    assert (tmp_path / "id_rsa").read_text() == "SECRET" and folder.samples.read_text() == "new"
+
+
+def test_placing_files_replaces_none_that_no_run_has_written(tmp_path):
+    mine = {"README.md": "mine", "samples.png": "s", "unet/config.json": "c"}
+    put_files(tmp_path, mine)
+
+    def write(staging):
+        put_files(staging, {"model_index.json": "{}", "unet/config.json": "{}"})
+
+    with pytest.raises(UserError, match="no run has written .unet/config.json"):
+        RunFolder(tmp_path).place(write)
+    assert files_of(tmp_path) == mine
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [".files.json", "run.json", "config.yaml", "README.md", "reports/published"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, name):
+    folder = RunFolder(tmp_path)
+    folder.reports.mkdir()
+    os.mkfifo(tmp_path / name)
+    for read in (folder.list_files, folder.list_shared, folder.find_report):
+        read()
+    for read in (folder.read_facts, folder.read_config):
+        with contextlib.suppress(UserError):
+            read()
+
+
 def test_lines_of_a_log_that_are_no_steps_and_losses_are_skipped(tmp_path):
     lines = ["[" * 100_000, "{", "7", '{"step": Infinity, "loss": 1}', '{"step": -1, "loss": 1}', '{"loss": 1}']
     lines += ['{"step": 1e300, "loss": 1}', f'{{"step": 1, "loss": 1{"0" * 400}}}', '{"step": 2, "loss": NaN}']
@@ -357,7 +433,10 @@ def test_facts_of_another_type_are_named(tmp_path, facts):
 
 def test_what_killed_writers_leave_is_deleted_by_those_that_follow(tmp_path):
     publish(tmp_path, 1)
-    left, live = tmp_path / f"{files.STAGING}checkpoint-2-aaaa", tmp_path / f"{files.STAGING}checkpoint-3-bbbb"
+    left, live = (
+        tmp_path / f"{files.STAGING}checkpoint-2-{'a' * 8}",
+        tmp_path / f"{files.STAGING}checkpoint-3-{'b' * 8}",
+    )
     for folder in (left, live):
         folder.mkdir()
     os.utime(left, (0, 0))

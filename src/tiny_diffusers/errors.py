@@ -1,12 +1,13 @@
 """
-Errors, warnings and messages for users: one line that says what was given, what is allowed and what to do, and no
-character that a terminal obeys.
+Errors, warnings and messages for users: one line that says what was given, what is allowed and what to do. Text that may
+be a stranger's is spelled so that neither a terminal nor Markdown obeys it.
 """
 
 import contextlib
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import unicodedata
@@ -44,6 +45,18 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Spells the control characters of a text, line breaks aside: in a stranger's name they would command the terminal."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
+
+
+def markdown(text: str) -> str:
+    """Escapes text for one line or table cell of Markdown: no line break, HTML, link or terminal escape is left of it."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+
+
+def code_block(text: str, language: str) -> str:
+    """Returns a block of code in Markdown, whose fence is longer than any that the text holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def say(message: object, file: TextIO | None = None) -> None:

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     """
     staging, old = staging_path(directory), staging_path(directory)
     staging.mkdir(parents=True)
-    for leftover in directory.parent.glob(STAGING + "*"):
+    for leftover in leftovers(directory.parent):
         with contextlib.suppress(OSError):  # its writer is done, after all
             if time.time() - leftover.stat().st_mtime > _LEFT_AFTER:
                 remove(leftover)
@@ -67,6 +67,12 @@ def staging_path(path: Path) -> Path:
     return path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Lists what a kill has left in a folder of writing and deleting; another process may still be at it."""
+    names = re.compile(rf"{re.escape(STAGING)}.+-[0-9a-f]{{8}}")
+    return [path for path in folder.glob(STAGING + "*") if names.fullmatch(path.name)]
+
+
 def seal(folder: Path) -> None:
     """Writes the manifest of a folder and flushes everything to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -83,7 +89,7 @@ def seal(folder: Path) -> None:
 def find_damage(directory: Path) -> str | None:
     """Checks a sealed folder against its manifest; returns what is wrong with it, or None."""
     try:
-        manifest = load_json((directory / MANIFEST).read_text())
+        manifest = load_json(read_text(directory / MANIFEST))
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
@@ -107,12 +113,25 @@ def find_damage(directory: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Makes the file `path` appear complete or not at all: yields where to write it meanwhile. A link of that name is
+    replaced, not followed.
+    """
+    staging = staging_path(path)
+    try:
+        yield staging
+        flush(staging)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Makes the text file `path` appear complete or not at all."""
-    staging = path.with_name(STAGING + path.name)
-    staging.write_text(text, encoding="utf-8")
-    flush(staging)
-    os.replace(staging, path)
+    with replacing(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def remove(path: Path) -> None:
@@ -146,6 +165,19 @@ def flush(path: Path) -> None:
 
 
 # Reading
+
+
+def read_text(path: Path) -> str:
+    """
+    Reads a text file that anyone may have written; a pipe would be waited for without end.
+
+    Raises:
+        OSError: If it is no regular file.
+        ValueError: If it is no UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"'{path}' is no regular file")
+    return path.read_text(encoding="utf-8")
 
 
 def load_json(text: str | bytes) -> Any:
@@ -207,6 +239,6 @@ def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Reads names and values that a run has left; empty if there is no such file."""
     try:
-        return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        return dict(parse(read_text(path)) or {}) if path.exists() else {}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and try again.") from error

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, say
-from .files import load_json
+from .errors import UserError, code_block, markdown, say
+from .files import load_json, replace_file
 from .runs import MODEL_INDEX, RunFolder
 
 
@@ -201,7 +201,7 @@ def write_card(
     folder = RunFolder(output_dir)
     folder.keep_foreign_card()
     folder.record(folder.card)
-    folder.card.write_text(str(card), encoding="utf-8")
+    replace_file(folder.card, str(card))
     return folder.card
 
 
@@ -219,7 +219,7 @@ def update_loading(output_dir: str | Path) -> None:
     model_id = section and re.search(r'from_pretrained\("([^"]+)"', section[0])
     if model_id:
         loading = _loading_section(_describe(Path(output_dir)), model_id[1]) + "\n\n"
-        path.write_text(text[: section.start()] + loading + text[section.end() :], encoding="utf-8")
+        replace_file(path, text[: section.start()] + loading + text[section.end() :])
 
 
 # The part of a card's section "Results" that a report replaces
@@ -241,7 +241,9 @@ def add_results(output_dir: str | Path, report: "Report", name: str) -> Path:
     """
     from huggingface_hub import EvalResult, ModelCard
 
-    path = RunFolder(output_dir).card
+    folder = RunFolder(output_dir)
+    path = folder.card
+    folder.check_inside(path)
     card = ModelCard.load(path)
     heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.model_name = heading[1].strip() if heading else Path(output_dir).name
@@ -259,7 +261,7 @@ def add_results(output_dir: str | Path, report: "Report", name: str) -> Path:
     else:
         cut = section.end()
     card.text = text[:cut].rstrip("\n") + f"\n\n{block}\n\n" + text[cut:]
-    path.write_text(str(card), encoding="utf-8")
+    replace_file(path, str(card))
     return path
 
 
@@ -338,18 +340,6 @@ def _table(rows: Mapping[str, object]) -> list[tuple[str, str]]:
         return markdown("; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
     return [(cell(name), cell(value)) for name, value in rows.items()]
-
-
-def markdown(text: str) -> str:
-    """Escapes text for one line or table cell of Markdown: no line break, HTML, link or terminal escape is left of it."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text.replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
-
-
-def code_block(text: str, language: str) -> str:
-    """Returns a block of code in Markdown, whose fence is longer than any that the text holds."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def check_can_push(repo_id: str, token: str | None = None) -> None:

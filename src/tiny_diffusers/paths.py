@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import load_json
+from .files import load_json, read_text, replace_file
 
 
 PATHS_FILE = ".paths.json"  # hidden files are not pushed
@@ -51,7 +51,7 @@ def keep_paths(folder: Path, paths: Mapping[str, str]) -> None:
     """Keeps named paths in a hidden file of a folder; deletes it if there are none."""
     file = folder / PATHS_FILE
     if paths:
-        file.write_text(json.dumps(dict(paths), indent=2) + "\n", encoding="utf-8")
+        replace_file(file, json.dumps(dict(paths), indent=2) + "\n")
     else:
         file.unlink(missing_ok=True)
 
@@ -69,7 +69,7 @@ def _names(value: Any, path: str | None) -> bool:
 def kept_paths(folder: Path) -> dict[str, str]:
     """Reads the paths that [`keep_paths`] has kept; none if there is no such file, or if it is damaged."""
     try:
-        paths = load_json((folder / PATHS_FILE).read_text(encoding="utf-8"))
+        paths = load_json(read_text(folder / PATHS_FILE))
         return {str(name): path for name, path in paths.items() if isinstance(path, str)}
     except (OSError, ValueError, AttributeError):
         return {}

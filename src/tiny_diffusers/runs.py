@@ -29,13 +29,14 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 from .files import (
-    STAGING,
     find_damage,
     flush,
+    leftovers,
     load_json,
     load_yaml,
     publish,
     read_mapping,
+    read_text,
     remove,
     replace_file,
     staging_path,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model_index.json"  # of a saved pipeline
 FILE_LIST = ".files.json"  # what the run has written
-_MAX_STEP = 2**53  # of a line in a log
+MAX_STEP = 2**53  # of a line in a log
 _REPLACED = ".replaced"  # holds the run that is overwritten until the new one has taken a step
 _COMPONENTS = ("unet", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
@@ -117,8 +118,8 @@ class RunFolder:
             raise UserError(f"--output_dir: cannot write to {self.path} ({error.strerror}).") from error
         try:
             self._restore()
-            self._remove_leftovers()
             self._claim(resume, overwrite, needed_bytes)
+            self._remove_leftovers()
             try:
                 yield
             finally:
@@ -138,7 +139,7 @@ class RunFolder:
         if foreign and not (resume and holds_run):
             raise UserError(
                 f"--output_dir: {self.path} holds files that the run would replace and that no run has written "
-                f"({', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}): move them, or name another folder."
+                f"({_some(foreign)}): move them, or name another folder."
             )
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
@@ -156,7 +157,7 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
-        for leftover in self.path.glob(STAGING + "*"):
+        for leftover in leftovers(self.path):
             remove(leftover)
 
     def confirm(self) -> None:
@@ -187,8 +188,11 @@ class RunFolder:
         is the first to go aside and the last to come back: where it is tells how far a killed process was.
         """
         aside = RunFolder(self.path / _REPLACED)
+        if aside.path.is_symlink() or not aside.path.is_dir():
+            return
         if aside._read_list() is None:
-            remove(aside.path)
+            if self._read_list() is not None:  # all that was in it is back
+                remove(aside.path)
             return
         self._remove_listed()  # of the later run, which was killed
         for name in [*aside.list_files(), FILE_LIST]:
@@ -220,9 +224,9 @@ class RunFolder:
         """
         listed = self._read_list()
         listed = self.list_files() if listed is None else listed
+        for path in paths:
+            self.check_inside(path)
         new = [name for name in (path.relative_to(self.path).as_posix() for path in paths) if name not in listed]
-        for name in new:
-            self.check_inside(self.path / name)
         if new:
             self._write_list([*listed, *new])
 
@@ -249,34 +253,34 @@ class RunFolder:
         listed = self._read_list()
         names = self._match(*_MODEL_FILES) if listed is None else listed
         patterns = (*_MODEL_FILES, *_REPORT_FILES)
-        shared = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+        shared = {name for name in names if _matches(name, patterns) and self._is_inside(self.path / name)}
         return sorted(shared | set(self._match("README.md", *_REPORT_FILES)))
 
     def _foreign_files(self) -> list[str]:
         """Lists the files that a run would replace and that no run has written."""
+        return self._not_own([*self._match(*_MODEL_FILES), *(path.name for path in self.list_checkpoints())])
+
+    def _not_own(self, names: list[str]) -> list[str]:
+        """Returns the names of files that no run has written; the README.md of a repository is kept, so it is none."""
         is_run = self._read_list() is not None or self.config.exists() or self.model_index.exists()
         own = self.list_files() if is_run else []
-        found = [*self._match(*_MODEL_FILES), *(path.name for path in self.list_checkpoints())]
         is_repository = any((self.path / name).exists() for name in (".git", ".gitattributes"))  # of the Hub
-        return [name for name in found if name not in own and not (name == "README.md" and is_repository)]
+        return [name for name in names if name not in own and not (name == "README.md" and is_repository)]
 
     def _match(self, *patterns: str) -> list[str]:
         """Lists the regular files of the folder that match, relative to it; nothing behind a link."""
-        found = {path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()}
-        real = self.path.resolve()
-        return sorted(
-            path.relative_to(self.path).as_posix()
-            for path in found
-            if path.resolve() == real / path.relative_to(self.path)
-        )
+        found = {path for pattern in patterns for path in self.path.glob(pattern)}
+        return sorted(path.relative_to(self.path).as_posix() for path in found if self._is_inside(path))
+
+    def _is_inside(self, path: Path) -> bool:
+        """Checks that a path of the folder is a regular file in it, and no link leads to it."""
+        return path.is_file() and path.resolve() == self.path.resolve() / path.relative_to(self.path)
 
     def _read_list(self) -> list[str] | None:
         """Reads the list of the run's files, as anyone may have written it; None if there is none."""
         try:
-            listed = load_json((self.path / FILE_LIST).read_text(encoding="utf-8"))
-            names = [
-                name for name in listed if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts
-            ]
+            listed = load_json(read_text(self.path / FILE_LIST))
+            names = [name for name in listed if isinstance(name, str) and _is_of_run(name)]
         except (OSError, ValueError, TypeError):
             return None
         real = self.path.resolve()
@@ -287,7 +291,7 @@ class RunFolder:
 
     def _is_own_card(self) -> bool:
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            return "tiny-diffusers" in self.card.read_text(encoding="utf-8")
+            return "tiny-diffusers" in read_text(self.card)
         return False
 
     def keep_paths(self, paths: dict[str, str]) -> None:
@@ -311,6 +315,14 @@ class RunFolder:
             write(staging)
             names = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
             names.sort(key=lambda name: name.name == MODEL_INDEX)
+            foreign = self._not_own([name.as_posix() for name in names if (self.path / name).exists()])
+            if foreign:
+                raise UserError(
+                    f"{self.path} holds files that would be replaced and that no run has written ({_some(foreign)}): move "
+                    "them, or name another folder."
+                )
+            if Path("README.md") in names:
+                self.keep_foreign_card()
             self.record(*(self.path / name for name in names))
             for name in names:
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -387,7 +399,7 @@ class RunFolder:
             UserError: If it has several, and none is published.
         """
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            name = self.published.read_text(encoding="utf-8").strip()
+            name = read_text(self.published).strip()
             report = self.reports / Path(name).name / "report.json"
             if report.is_file():
                 return report
@@ -488,6 +500,26 @@ class RunFolder:
                 remove(path)
 
 
+def _is_of_run(name: str) -> bool:
+    """Checks that a name on a list of files is one that a run writes: a list may be a stranger's."""
+    return (
+        _matches(name, (*_MODEL_FILES, *_LOCAL_FILES)) or re.fullmatch(r"checkpoint-\d+", name, re.ASCII) is not None
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Checks that a relative name matches one of the patterns, part by part."""
+    parts = name.split("/")
+    return name.isprintable() and any(
+        len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+        for wanted in (pattern.split("/") for pattern in patterns)
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     Reads the series of a training log.
@@ -511,7 +543,7 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             step = int(entry["step"])
         except (ArithmeticError, ValueError, KeyError, TypeError):
             continue
-        if not 0 <= step <= _MAX_STEP:
+        if not 0 <= step <= MAX_STEP:
             continue
         for name, value in entry.items():
             if name != "step" and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:

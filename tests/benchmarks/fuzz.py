@@ -52,7 +52,7 @@ from tiny_diffusers.flags import FlagParser
 from tiny_diffusers.training.trainer import Trainer
 
 
-SECONDS = 20  # that an input may take
+SECONDS = 60  # that an input may take: the export to ONNX takes 20 on a busy machine
 GIGABYTES = 2  # that it may take on top of what the process has
 ESCAPE = "\x1b[31m"
 

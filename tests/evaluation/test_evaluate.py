@@ -45,6 +45,7 @@ from tiny_diffusers.evaluation import (
     metrics,
 )
 from tiny_diffusers.evaluation.evaluator import processes
+from tiny_diffusers.evaluation.references import is_same_dataset
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import FlagParser
 from tiny_diffusers.paths import keep_paths
@@ -905,6 +906,34 @@ class TestRun:
         assert report.warnings[0].startswith(
             "The model was trained on the classes cat, and is measured against cat, dog"
         )
+
+    def test_a_folder_under_another_name_is_another_dataset(self, trained, folder, tmp_path):
+        """Also where the run's own name is a Hub id, or a path."""
+        (tmp_path / "other").symlink_to(folder)
+        for own in (str(folder), "owner/name"):
+            assert not is_same_dataset(str(tmp_path / "other" / "cat"), own)
+        assert is_same_dataset(str(tmp_path / "other"), str(folder))
+        assert is_same_dataset(str(folder), folder.name)
+
+    def test_names_in_a_report_are_escaped(self, trained, tmp_path):
+        for name in ("<img src=x onerror=alert(1)>", "a\n# heading"):
+            (tmp_path / "classes" / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("L", (8, 8), 30 * i).save(tmp_path / "classes" / name / f"{i}.png")
+        run = trained(dataset_name="digits", resolution=8)
+        assert self.run(run, "--dataset_name", tmp_path / "classes") == 0
+        text = (run / "reports" / "ddim-2" / "report.md").read_text()
+        assert "heading" in text and "<img" not in text and "\n# " not in text
+
+    def test_no_link_in_the_reports_folder_is_written_through(self, trained, tmp_path):
+        run = trained(dataset_name="digits", resolution=8)
+        folder = run / "reports" / "ddim-2"
+        folder.mkdir(parents=True)
+        for name in ("report.md", "report.png", ".paths.json"):
+            (tmp_path / name).write_text("precious")
+            (folder / name).symlink_to(tmp_path / name)
+        assert self.run(run) == 0 and (folder / "report.md").read_text().startswith("20 images")
+        assert all((tmp_path / name).read_text() == "precious" for name in ("report.md", "report.png", ".paths.json"))
 
     def test_another_dataset_takes_nothing_of_the_runs(self, trained, folder):
         run = trained(dataset_name=str(folder), classes="cat", resolution=8)

@@ -249,6 +249,7 @@ def test_other_classes_are_refused(saved, changes):
     ("file", "changes"),
     [
         ("pipeline_mine.py", {"_class_name": ["pipeline_mine", "TinyMine"], "_tiny_class_name": None}),
+        ("None.py", {}),
         ("scheduler/None.py", {"scheduler": [None, None]}),
         ("scheduler/None.py", {"scheduler": [None, "Mine"]}),
         ("unet/a.py", {"unet": "ab"}),

@@ -106,6 +106,8 @@ def test_mistakes_are_named(argv, words):
         ("- 1", ["name: value"]),
         ("a: [", ["not valid YAML"]),
         ("seed: many", ["seed"]),
+        ("overwrite_output_dir: true", ["overwrite_output_dir", "cannot ask for"]),
+        ("push_to_hub: true", ["push_to_hub", "cannot ask for"]),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, content, words):

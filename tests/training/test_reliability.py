@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tiny import TINY_DIFFUSION, TINY_NETWORK, read_log, train
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
@@ -224,7 +224,11 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_earlier_one(whole, 
 
 
 def test_half_written_files_of_a_kill_are_no_obstacle(whole, run):
-    for name in (".staging-checkpoint-6/unet/half", ".staging-old-checkpoint-4/half", ".staging-config.yaml"):
+    for name in (
+        ".staging-checkpoint-6-0123abcd/unet/half",
+        ".staging-checkpoint-4-0123abcd/half",
+        ".staging-config.yaml-0123abcd",
+    ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("half")
     (run / "unet" / WEIGHTS).write_bytes(b"half")
@@ -264,7 +268,7 @@ def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, ar
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"step": 4}', '{"step": 4, "lr_schedulers": null}'])
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, '{"step": 4}', '{"step": true}', '{"step": -1}'])
 def test_a_state_of_another_form_is_refused_in_one_line(run, content):
     """As a later version may write, or someone hostile: its checksum is right."""
     checkpoint = run / "checkpoint-4"
@@ -272,6 +276,39 @@ def test_a_state_of_another_form_is_refused_in_one_line(run, content):
     (checkpoint / MANIFEST).unlink()
     seal(checkpoint)
     with pytest.raises(UserError, match="checkpoint-4 does not fit") as error:
+        _train(run, *RESUME)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["order", "negative", "step", "some", "weights", "ema", "huge"])
+def test_a_foreign_checkpoint_never_leads_to_weights_that_are_not_finite(run, change):
+    """Each of these is of the right form, and its checksum is right."""
+    checkpoint = run / "checkpoint-4"
+    file = checkpoint / "unet_optimizer" / "optimizer.safetensors"
+    if change == "order":  # in which torch's fused optimizers read beyond the end of a moment
+        file = checkpoint / "unet_optimizer" / "optimizer.json"
+        optimizer = json.loads(file.read_text())
+        optimizer["param_groups"][0]["params"].reverse()
+        file.write_text(json.dumps(optimizer))
+    else:
+        if change in ("weights", "ema"):
+            file = checkpoint / {"weights": "unet", "ema": "unet_ema"}[change] / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        if change == "some":
+            tensors = {name: value for name, value in tensors.items() if not name.startswith("0.")}
+        for name, value in tensors.items():
+            if change == "negative" and name.endswith("exp_avg_sq"):
+                value.sub_(1.0)
+            elif change == "step" and name.endswith("step"):
+                value.fill_(-1.0)
+            elif change == "huge" and name.endswith("exp_avg"):
+                value.fill_(3e38)
+            elif change in ("weights", "ema"):
+                value.fill_(math.nan)
+        save_file(tensors, file, metadata={"format": "pt"})
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint)
+    with pytest.raises(UserError, match="checkpoint-4 does not fit|not finite") as error:
         _train(run, *RESUME)
     assert "\n" not in str(error.value)
 

@@ -144,7 +144,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if state.is_main_process:
         is_own = bool(flags) and references.is_same_dataset(images.dataset_name, flags["dataset_name"])
         origin = f", as {run.config} has it" if is_own else ""
-        say(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{origin}")
+        place = f" ({paths['dataset_name']})" if "dataset_name" in paths else ""
+        say(f"data: {', '.join(f'{name} {value}' for name, value in load.items())}{place}{origin}")
 
     # 3. The report
     notes = [] if run is None else references.find_mismatches(run, reference, training)

@@ -27,6 +27,7 @@ from .. import __version__, hardware
 from ..data import ImageData, cache_root
 from ..data.folders import abbreviate
 from ..errors import UserError
+from ..files import replacing
 from ..paths import public_name
 from ..plots import image_grid
 from . import features as extractors
@@ -150,7 +151,8 @@ def evaluate(
         )
         if output_dir is not None:
             report.save(output_dir)
-            _picture(sets, "nearest_neighbour" in protocol.metrics).save(Path(output_dir, "report.png"))
+            with replacing(Path(output_dir, "report.png")) as staging:
+                _picture(sets, "nearest_neighbour" in protocol.metrics).save(staging, format="PNG")
     (report,) = broadcast_object_list([report])
     return report
 

@@ -96,9 +96,7 @@ def choose(given: dict[str, Any], run: dict[str, Any]) -> RealImages:
 def is_same_dataset(given: str, runs: str | None) -> bool:
     """Checks that a given dataset is the run's: the same Hub id, folder, or last name of a folder that has moved."""
     path = local_path(given)
-    return given == runs or (
-        path is not None and runs is not None and path in (local_path(runs), path.with_name(runs))
-    )
+    return given == runs or (path is not None and runs is not None and (path == local_path(runs) or path.name == runs))
 
 
 def load_real_images(

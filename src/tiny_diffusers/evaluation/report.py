@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from ..errors import UserError, unknown
-from ..files import load_json
+from ..errors import UserError, markdown, unknown
+from ..files import load_json, read_text, replace_file
 from ..flags import Flags, flag
 from ..paths import public_name
 from ..runs import RunFolder
@@ -108,7 +108,9 @@ class Protocol(Flags):
         f"Metrics: {', '.join(METRICS)}, or all.",
         meant=_MEANT,
     )
-    num_images: int = flag(10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, inf)")
+    num_images: int = flag(
+        10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, 10000000]"
+    )
     num_jackknife: int = flag(
         20, "Groups of the jackknife for the Frechet distances' standard errors; 0 for none.", within="[0, inf)"
     )
@@ -187,7 +189,7 @@ class Report:
         """
         path = find_report(path)
         try:
-            content = load_json(path.read_text(encoding="utf-8"))
+            content = load_json(read_text(path))
         except OSError as error:
             raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
         except ValueError as error:
@@ -211,8 +213,8 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "report.json"
-        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        replace_file(path, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        replace_file(folder / "report.md", self.markdown())
         return path
 
     @staticmethod
@@ -287,13 +289,13 @@ class Report:
         """Returns the report as Markdown: metrics beside those of the baselines, metrics per class, warnings."""
         rows = {self.source.get("name", "model"): self.figures}
         rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
-        parts = [f"{self.summary()}.", _table(self, rows, "")]
+        parts = [f"{markdown(self.summary())}.", _table(self, rows, "")]
         kinds = {f"{self.label(key)}: {entry['error_kind']}" for key, entry in self.figures.items() if entry["error"]}
         if kinds:
             parts.append("After ±: " + "; ".join(sorted(kinds)) + ".")
         if self.per_class:
             parts.append(_table(self, self.per_class, "class"))
-        parts += [f"**Note:** {warning}" for warning in self.warnings]
+        parts += [f"**Note:** {markdown(warning)}" for warning in self.warnings]
         return "\n\n".join(parts) + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
@@ -461,7 +463,7 @@ def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str
         "| --- |" + " ---: |" * len(columns),
     ]
     for name, figures in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
+        lines.append(f"| {markdown(name)} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
     return "\n".join(lines)
 
 

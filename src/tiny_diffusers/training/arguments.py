@@ -221,6 +221,9 @@ class TrainingArguments(DataArguments):
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
+# These delete or share files: they are asked for on the command line alone, as a recipe may be a stranger's.
+_ASKED_FOR = ("overwrite_output_dir", "push_to_hub")
+
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
 _UNSAVED = (
     "config",
@@ -228,7 +231,7 @@ _UNSAVED = (
     "smoke",
     "hub_token",
     "resume_from_checkpoint",
-    "overwrite_output_dir",
+    *_ASKED_FOR,
     "given",
     "started",
 )
@@ -359,6 +362,11 @@ def _read_recipe(
         if name not in names:
             raise unknown(f"key in {path}", name, names)
         _check_value(name, value, path)
+        if name in _ASKED_FOR and value:
+            raise UserError(
+                f"--config: {path} has '{name}', which a recipe cannot ask for, as it deletes or shares files: remove it "
+                f"there, and give --{name}."
+            )
     return recipe, [name for name in resolved if name in names] if isinstance(resolved, list) else []
 
 

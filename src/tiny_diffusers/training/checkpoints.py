@@ -7,6 +7,7 @@ published and found is in `files.py` and `runs.py`.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
-from ..files import load_json
+from ..files import load_json, read_text
+from ..runs import MAX_STEP
 
 
 # diffusers' name, so that `from_pretrained` reads a checkpoint's networks
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-# Types of the state's fields in JSON, where they are not int
+# Types of the state's fields in JSON, where they are not numbers of steps
 _STATE_TYPES = {"sums": dict, "best": (dict, type(None))}
 _ADAM_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # a number, and two tensors of the weight's shape
 
@@ -68,16 +70,24 @@ class RunState:
         """
         for f in dataclasses.fields(self):
             value = state[f.name]
-            if not isinstance(value, _STATE_TYPES.get(f.name, int)) or (isinstance(value, int) and value < 0):
+            if f.name not in _STATE_TYPES:
+                _check_count(f.name, value)
+            elif not isinstance(value, _STATE_TYPES[f.name]):
                 raise ValueError(f"{f.name} is {value!r:.40}")
             setattr(self, f.name, value)
         if self.best is not None:
-            self.best = {"step": int(self.best["step"]), "val_loss": float(self.best["val_loss"])}
+            _check_count("step of the best", self.best["step"])
+            self.best = {"step": self.best["step"], "val_loss": float(self.best["val_loss"])}
         self.sums = {}
         for key, (totals, count) in state["sums"].items():
             totals = torch.tensor(totals, device=accelerator.device)  # one for each process
             is_same = len(totals) == accelerator.num_processes
             self.sums[key] = (totals[accelerator.process_index] if is_same else totals.mean(), count)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_STEP:
+        raise ValueError(f"{name} is {value!r:.40}")
 
 
 def read_step(checkpoint: Path) -> int:
@@ -88,8 +98,10 @@ def read_step(checkpoint: Path) -> int:
         UserError: If its state is damaged.
     """
     try:
-        return int(load_json((checkpoint / "state.json").read_text())["step"])
-    except (OSError, ArithmeticError, ValueError, TypeError, LookupError) as error:
+        step = load_json(read_text(checkpoint / "state.json"))["step"]
+        _check_count("step", step)
+        return step
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} does not say its step ({error}); take another."
         ) from error
@@ -142,6 +154,9 @@ def load_weights(module: torch.nn.Module, folder: Path) -> None:
     """
     own = module.state_dict()
     weights = load_file(folder / WEIGHTS)
+    damaged = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if damaged:
+        raise RuntimeError(f"{folder.name} has values that are not finite in {damaged[0]}")
     if any(hasattr(tensor, "full_tensor") for tensor in own.values()):
         weights = {name: match_layout(value, own[name]) for name, value in weights.items()}
     module.load_state_dict(weights)
@@ -155,7 +170,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         ValueError: If another kind of optimizer saved it, or if a tensor is not as its weight needs it: torch's fused
             optimizers check nothing, and would read beyond its end.
     """
-    saved = load_json((folder / "optimizer.json").read_text())
+    saved = load_json(read_text(folder / "optimizer.json"))
     state: dict[int, dict] = {}
     for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["scalars"]}.items():
         index, key = name.split(".", 1)
@@ -167,6 +182,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     )
     if not is_same:
         raise ValueError(f"it was saved by another optimizer than {type(optimizer).__name__}")
+    if [group["params"] for group in groups] != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+        raise ValueError("its optimizer's weights have another order")
     _check_moments(state, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for own, group in zip(own_groups, optimizer.param_groups, strict=True):
@@ -179,29 +196,37 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def _check_moments(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> None:
-    """Checks the saved state of each weight: names, shapes, dtypes, and that all values are finite."""
+    """
+    Checks the saved state: that all weights have one or none has, its names, shapes, dtypes, and that all values are
+    finite, those of squares positive, and those of steps numbers of steps.
+    """
     parameters, moments = [], []
     for group in optimizer.param_groups:
         parameters += group["params"]
         moments += [{"momentum_buffer"} if "momentum" in group else _ADAM_MOMENTS] * len(group["params"])
+    if state and len(state) != len(parameters):
+        raise ValueError(f"its optimizer has a state for {len(state)} of {len(parameters)} weights")
     for index, entries in state.items():
         if not 0 <= index < len(parameters) or entries.keys() != moments[index]:
             raise ValueError(f"its optimizer's state {index} has {', '.join(entries)}")
         for name, value in entries.items():
             value = torch.as_tensor(value)
             shape = () if name == "step" else parameters[index].shape
-            if value.shape != shape or not value.is_floating_point() or not torch.isfinite(value).all():
+            lowest = {"step": 1, "exp_avg_sq": 0}.get(name, -math.inf)
+            in_range = torch.isfinite(value).all() and (value >= lowest).all()
+            if value.shape != shape or not value.is_floating_point() or not in_range:
                 raise ValueError(
-                    f"{index}.{name} of its optimizer is {value.dtype} of shape {tuple(value.shape)}, or not finite; its "
+                    f"{index}.{name} of its optimizer is {value.dtype} of shape {tuple(value.shape)}, or out of range; its "
                     f"weight has {tuple(parameters[index].shape)}"
                 )
 
 
-def load_lr_scheduler(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:
-    """Loads where a learning rate schedule stands, and sets the rate to this run's peak rate at that step."""
+def set_lr_step(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Sets a learning rate schedule to where it stands after `step` steps: this run's peak rate, as it is then."""
+    lr_scheduler.last_epoch, lr_scheduler._step_count = step, step + 1
     base_lrs = lr_scheduler.base_lrs
-    lr_scheduler.load_state_dict({**state, "base_lrs": base_lrs})
-    rates = [lr * rate(lr_scheduler.last_epoch) for lr, rate in zip(base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    rates = [lr * rate(step) for lr, rate in zip(base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    lr_scheduler._last_lr = rates
     for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     lr_scheduler._last_lr = rates

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
 from ..errors import UserError, say
-from ..files import find_damage, load_json
+from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder
@@ -634,9 +634,9 @@ class Trainer:
         """Publishes `checkpoint-N`: networks, EMAs, optimizers, learning rates, and where the run stands."""
         accelerator, folder = self.accelerator, self.folder
         accelerator.wait_for_everyone()
+        self._check_weights()
         state = {
             **self.state.state_dict(accelerator),
-            "lr_schedulers": {name: s.state_dict() for name, s in self.lr_schedulers.items()},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
         collected = {
@@ -659,6 +659,15 @@ class Trainer:
         best = self.state.best
         folder.prune(newest, self.settings.checkpoints_total_limit, best and folder.checkpoint(best["step"]))
 
+    def _check_weights(self) -> None:
+        """Checks that what is about to be saved is finite."""
+        weights = [p for network in (*self.modules.values(), *self.networks().values()) for p in network.parameters()]
+        if not self._everywhere(all(checkpoints.gather_full(p).isfinite().all() for p in weights)):
+            raise UserError(
+                f"The weights are not finite after step {self.step}, and are not saved: lower --learning_rate, or use "
+                f"--mixed_precision no. The last good checkpoint: {self.folder.last_checkpoint_name()}."
+            )
+
     def _load_checkpoint(self, folder: Path) -> None:
         try:
             for name, module in self.modules.items():
@@ -666,12 +675,12 @@ class Trainer:
                 if name in self.emas:
                     checkpoints.load_weights(self.emas[name].module, folder / f"{name}_ema")
                 checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
-            state = load_json((folder / "state.json").read_text())
-            for name, lr_scheduler in self.lr_schedulers.items():
-                checkpoints.load_lr_scheduler(lr_scheduler, state["lr_schedulers"][name])
+            state = load_json(read_text(folder / "state.json"))
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.state.load_state_dict(state, self.accelerator)
+            for lr_scheduler in self.lr_schedulers.values():
+                checkpoints.set_lr_step(lr_scheduler, self.state.step)
         except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(
@@ -723,6 +732,7 @@ class Trainer:
         accelerator.wait_for_everyone()
         if self.settings.early_stopping_patience is not None and best and best["step"] < self.step:
             self._restore_best(self.folder.checkpoint(best["step"]))
+        self._check_weights()
         if accelerator.is_main_process:
             outputs.save_results(self)
         accelerator.wait_for_everyone()
