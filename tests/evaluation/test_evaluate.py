@@ -543,7 +543,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "line"),
         [
-            ({"num_images": 1}, "num_images 1: it must be a whole number of at least 2"),
+            ({"num_images": 1}, "num_images 1: it must be in .2, 10000000."),
             ({"batch_size": 0}, "batch_size 0: it must be a whole number of at least 1"),
             ({"max_neighbours": 9}, "max_neighbours 9: it must be a whole number of at least 10"),
             ({"likelihood_images": 0}, "likelihood_images 0: it must be a whole number of at least 1"),
@@ -972,7 +972,7 @@ class TestRun:
         assert "config.yaml names the local folder 'pets', which is not here" in capsys.readouterr().err
         assert self.run(run, "--dataset_name", folder) == 0
         # a folder of that name is the run's, with the rest of its settings
-        assert f"resolution 8, split test, train_split train, as {run}" in capsys.readouterr().out
+        assert f"resolution 8, split test, train_split train ({folder}), as {run}" in capsys.readouterr().out
         (report.parent / ".paths.json").unlink()
         assert self.run("--from_report", report, "--output", tmp_path / "third") == 2
         assert "measured with files named 'pets': say where they are with --dataset_name" in capsys.readouterr().err

@@ -295,7 +295,7 @@ class Report:
             parts.append("After ±: " + "; ".join(sorted(kinds)) + ".")
         if self.per_class:
             parts.append(_table(self, self.per_class, "class"))
-        parts += [f"**Note:** {markdown(warning)}" for warning in self.warnings]
+        parts += [f"**Note:** {markdown(str(warning))}" for warning in self.warnings]
         return "\n\n".join(parts) + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
@@ -463,7 +463,7 @@ def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str
         "| --- |" + " ---: |" * len(columns),
     ]
     for name, figures in rows.items():
-        lines.append(f"| {markdown(name)} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
+        lines.append(f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
     return "\n".join(lines)
 
 

@@ -204,8 +204,6 @@ def _check_moments(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> 
     for group in optimizer.param_groups:
         parameters += group["params"]
         moments += [{"momentum_buffer"} if "momentum" in group else _ADAM_MOMENTS] * len(group["params"])
-    if state and len(state) != len(parameters):
-        raise ValueError(f"its optimizer has a state for {len(state)} of {len(parameters)} weights")
     for index, entries in state.items():
         if not 0 <= index < len(parameters) or entries.keys() != moments[index]:
             raise ValueError(f"its optimizer's state {index} has {', '.join(entries)}")
@@ -219,6 +217,8 @@ def _check_moments(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> 
                     f"{index}.{name} of its optimizer is {value.dtype} of shape {tuple(value.shape)}, or out of range; its "
                     f"weight has {tuple(parameters[index].shape)}"
                 )
+    if state and len(state) != len(parameters):
+        raise ValueError(f"its optimizer has a state for {len(state)} of {len(parameters)} weights")
 
 
 def set_lr_step(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
