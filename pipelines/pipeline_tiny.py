@@ -146,6 +146,7 @@ class TinyPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         timesteps: list[int] | None = None,
+        clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
@@ -175,6 +176,9 @@ class TinyPipeline(DiffusionPipeline):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
             timesteps (`list[int]`, *optional*):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            clip_sample (`bool`, *optional*):
+                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting. DDIM
+                and DDPM alone clip.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -195,7 +199,7 @@ class TinyPipeline(DiffusionPipeline):
                 "`TinyConditionalPipeline(**pipe.components)` and `class_labels`."
             )
         latents = self._prepare_latents(batch_size, generator, latents)
-        scheduler = self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self._clipping_scheduler(clip_sample), num_inference_steps, timesteps)
         latents, intermediates = self._denoise(
             latents,
             lambda sample, timestep, step: self._predict(sample, timestep),
@@ -348,6 +352,17 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         return images.to(self._execution_device, torch.float32)
 
+    def _clipping_scheduler(self, clip_sample: bool | None) -> SchedulerMixin:
+        """Returns the pipeline's scheduler, or a copy that clips x_0, or does not, if that is given."""
+        config = self.scheduler.config
+        if clip_sample is None:
+            return self.scheduler
+        if "clip_sample" not in config:
+            raise ValueError(
+                f"`clip_sample` means nothing to {type(self.scheduler).__name__}: DDIM and DDPM alone clip."
+            )
+        return type(self.scheduler).from_config(config, clip_sample=bool(clip_sample))
+
     def _set_timesteps(
         self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None
     ) -> SchedulerMixin:
@@ -375,10 +390,6 @@ class TinyPipeline(DiffusionPipeline):
         model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
-    def _is_guided(self, step: int) -> bool:
-        """Returns whether this step combines a conditional and an unconditional prediction."""
-        return False
-
     def _denoise(
         self,
         latents: torch.Tensor,
@@ -400,7 +411,7 @@ class TinyPipeline(DiffusionPipeline):
         kept_steps = set(np.linspace(num_steps - 1, 0, num_kept).round().astype(int).tolist())
         intermediates = []
 
-        options = {"eta": eta, "generator": generator}
+        options = {"eta": eta, "generator": generator, "use_clipped_model_output": True}  # x_0 and eps belong to x_t
         step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {name: value for name, value in options.items() if name in step_parameters}
         # Only DDPM uses a learned variance. Other schedulers get the channels of the mean alone.
@@ -416,10 +427,6 @@ class TinyPipeline(DiffusionPipeline):
             if not learns_variance:
                 model_output = model_output[:, :channels]
 
-            # Under guidance, eps and the clipped x_0 disagree: unless DDIM recomputes eps from the clipped x_0, the image
-            # drifts to another class.
-            if "use_clipped_model_output" in step_parameters:
-                step_kwargs["use_clipped_model_output"] = self._is_guided(step)
             try:
                 output = scheduler.step(model_output, timestep, latents, **step_kwargs)
             except NotImplementedError as error:

@@ -188,12 +188,20 @@ class ClassConditioningMixin:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"Unknown class '{label}': the classes are {self._allowed_classes}.{hint}")
 
+    def _clips(
+        self, clip_sample: bool | None, guidance_scale: float, guidance_interval: tuple[float, float]
+    ) -> bool | None:
+        """
+        Returns whether x_0 is to be clipped if nobody says: under guidance, which leads out of the range of images, from
+        where eps leads to no class.
+        """
+        start, end = guidance_interval
+        guided = self._num_rows and guidance_scale not in (0, 1) and start < end
+        return True if clip_sample is None and guided and "clip_sample" in self.scheduler.config else clip_sample
+
     def _guidance_at(self, step: int) -> float:
         start, end = self._guidance_interval
         return self.guidance_scale if start <= step / self.num_timesteps < end else 1.0
-
-    def _is_guided(self, step: int) -> bool:
-        return self._guidance_at(step) not in (0, 1)
 
     def _guided_predict(
         self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]

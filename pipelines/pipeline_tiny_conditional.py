@@ -70,6 +70,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         timesteps: list[int] | None = None,
+        clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
@@ -113,6 +114,10 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
             timesteps (`list[int]`, *optional*):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            clip_sample (`bool`, *optional*):
+                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting, and
+                under guidance to True. DDIM
+                and DDPM alone clip.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -127,7 +132,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         self._check_steps(num_inference_steps, timesteps, eta)
         on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_guidance(guidance_scale, guidance_interval)
-        scheduler = self._thresholding_scheduler(dynamic_thresholding)
+        scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
+        if dynamic_thresholding is not None:
+            scheduler = _thresholding(scheduler, dynamic_thresholding)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
         latents = self._prepare_latents(batch_size, generator, latents)
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
@@ -137,21 +144,20 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
 
-    def _thresholding_scheduler(self, ratio: float | None) -> SchedulerMixin:
-        """Returns the pipeline's scheduler, or a copy with dynamic thresholding if its percentile is given."""
-        if ratio is None:
-            return self.scheduler
-        if not 0 < ratio <= 1:
-            raise ValueError(f"`dynamic_thresholding` must be in (0, 1], such as 0.995, got {ratio}.")
-        config = self.scheduler.config
-        if "thresholding" not in config:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has no dynamic thresholding: use `TinyDDIMScheduler`, "
-                "`TinyDDPMScheduler` or `DPMSolverMultistepScheduler`."
-            )
-        # Stock schedulers bound the threshold by 1 by default, which makes thresholding plain clipping.
-        bound = {"sample_max_value": 1e6} if config.sample_max_value == 1 else {}
-        return type(self.scheduler).from_config(config, thresholding=True, dynamic_thresholding_ratio=ratio, **bound)
+
+def _thresholding(scheduler: SchedulerMixin, ratio: float) -> SchedulerMixin:
+    """Returns a copy of a scheduler with dynamic thresholding at a percentile."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"`dynamic_thresholding` must be in (0, 1], such as 0.995, got {ratio}.")
+    config = scheduler.config
+    if "thresholding" not in config:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no dynamic thresholding: use `TinyDDIMScheduler`, `TinyDDPMScheduler` or "
+            "`DPMSolverMultistepScheduler`."
+        )
+    # Stock schedulers bound the threshold by 1 by default, which makes thresholding plain clipping.
+    bound = {"sample_max_value": 1e6} if config.sample_max_value == 1 else {}
+    return type(scheduler).from_config(config, thresholding=True, dynamic_thresholding_ratio=ratio, **bound)
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

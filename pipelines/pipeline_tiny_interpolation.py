@@ -14,7 +14,6 @@ from .pipeline_tiny import (
     StepCallback,
     TinyPipeline,
     TinyPipelineOutput,
-    predict_original_sample,
     slerp,
 )
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
@@ -89,6 +88,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         timesteps: list[int] | None = None,
+        clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
@@ -134,6 +134,10 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
             timesteps (`list[int]`, *optional*):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            clip_sample (`bool`, *optional*):
+                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting, and
+                under guidance to True. DDIM
+                and DDPM alone clip.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -157,12 +161,13 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         if sum(given is not None for given in (seeds, latents, images)) != 1:
             raise ValueError("Give exactly one of `seeds`, `latents` and `images`, for the two ends.")
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
-        scheduler = self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
+        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:
             predict = self._guided_predict(labels, guidance_scale, guidance_interval)
-            latents = self._invert(self._preprocess(images, 2), predict)
+            latents = self._invert(self._preprocess(images, 2), predict, scheduler)
         else:
             latents = self._prepare_ends(seeds, latents)
 
@@ -192,19 +197,20 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
+        clip_sample: bool | None = None,
     ) -> torch.Tensor:
         r"""
         Finds the latents of images by running DDIM backwards, with two passes of the network per step. Sampling from
         them with the same arguments and `eta=0` reproduces the images: the more steps, the more closely.
 
         A scheduler with `clip_sample` or `thresholding` discards a part of x_0, which can be recovered only as far as
-        the image shows it. Under guidance above 1 this part is large: set both to False.
+        the image shows it. Under guidance above 1 this part is large: give `clip_sample=False`.
 
         Args:
             images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
                 The images, resized to the network's size. Arrays `(B, H, W, C)` and tensors `(B, C, H, W)` must lie in
                 [0, 1].
-            class_labels, guidance_scale, guidance_interval, num_inference_steps, timesteps:
+            class_labels, guidance_scale, guidance_interval, num_inference_steps, timesteps, clip_sample:
                 As for sampling.
 
         Returns:
@@ -217,13 +223,16 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         self._check_guidance(guidance_scale, guidance_interval)
         sample = self._preprocess(images, None)
         labels, _ = self._encode_class_labels(class_labels, len(sample), guidance_scale)
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
-        latents = self._invert(sample, self._guided_predict(labels, guidance_scale, guidance_interval))
+        scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
+        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        latents = self._invert(sample, predict, scheduler)
         self.maybe_free_model_hooks()
         return latents
 
-    def _invert(self, sample: torch.Tensor, predict: Callable[..., torch.Tensor]) -> torch.Tensor:
-        scheduler = self.scheduler
+    def _invert(
+        self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin
+    ) -> torch.Tensor:
         if not isinstance(scheduler, DDIMScheduler):
             raise ValueError(
                 f"Images can be inverted by DDIM, not by {type(scheduler).__name__}: set `pipe.scheduler = "
@@ -241,15 +250,10 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             prev_sample = sample
             for _ in range(_INVERSION_ITERATIONS):
                 model_output = predict(sample.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
-                pred_original_sample = predict_original_sample(scheduler, model_output, timestep, sample)
-                # x_t has the part of x_0 that the step clips or thresholds, x_t-1 has lost it
-                clipped = scheduler.step(model_output, timestep, sample).pred_original_sample
-                if self._is_guided(step):
-                    pred_original_sample = clipped
+                pred_original_sample = scheduler.step(model_output, timestep, sample).pred_original_sample
                 epsilon = (sample - alpha_prod**0.5 * pred_original_sample) / (1 - alpha_prod) ** 0.5
                 direction = (1 - alpha_prod) ** 0.5 - ratio * (1 - alpha_prod_prev) ** 0.5
-                lost = alpha_prod**0.5 * (pred_original_sample - clipped)
-                sample = ratio * prev_sample + direction * epsilon + lost
+                sample = ratio * prev_sample + direction * epsilon
             alpha_prod_prev = alpha_prod
         return sample
 

@@ -32,6 +32,7 @@ CHOICES = {
     "huber_schedule": ("constant", "exponential", "snr"),
 }
 # The arguments that determine the betas if `trained_betas` is not given.
+TERMINAL_SIGNAL = 2.0**-12  # sqrt of the last alpha_cumprod
 SCHEDULE_ARGUMENTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 # The arguments that no stock scheduler takes.
 TRAINING_ARGUMENTS = ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
@@ -85,6 +86,20 @@ class TinyVariationalBoundOutput(BaseOutput):
     terms: torch.Tensor
 
 
+def _rescale_to_zero_snr(betas: torch.Tensor) -> torch.Tensor:
+    """
+    Rescales betas (Lin et al. 2023, https://huggingface.co/papers/2305.08891, algorithm 1) to a last alpha_cumprod of at
+    most 2^-24, that of stock solvers: at exactly 0 their sigma would be infinite.
+    """
+    signals = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    if signals[-1] < 1.1 * TERMINAL_SIGNAL:  # they are rescaled already
+        return betas
+    signals = (signals - signals[-1]) * signals[0] / (signals[0] - signals[-1])
+    signals[-1] = (signals[-2] / 2).clamp(max=TERMINAL_SIGNAL)
+    alpha_bars = signals.square()
+    return 1 - alpha_bars / torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
+
+
 class TinySchedulerMixin:
     """
     Mixin for a stock scheduler. It adds four noise schedules under both their names, a config that any stock solver
@@ -112,9 +127,11 @@ class TinySchedulerMixin:
         if arguments["num_train_timesteps"] < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {arguments['num_train_timesteps']}.")
 
-        if trained_betas is None and beta_schedule in WRITTEN_OUT_SCHEDULES:
-            stock = DDPMScheduler(**{name: arguments[name] for name in SCHEDULE_ARGUMENTS})
-            arguments["trained_betas"] = stock.betas.tolist()
+        self._has_zero_snr = rescale = arguments["rescale_betas_zero_snr"]
+        if rescale or (trained_betas is None and beta_schedule in WRITTEN_OUT_SCHEDULES):
+            stock = DDPMScheduler(**{name: arguments[name] for name in (*SCHEDULE_ARGUMENTS, "trained_betas")})
+            betas = _rescale_to_zero_snr(stock.betas) if rescale else stock.betas
+            arguments |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
         return arguments
 
     def _resolve_training(self) -> None:
@@ -137,6 +154,7 @@ class TinySchedulerMixin:
                 f"huber_delta must be below 1 with huber_schedule={config.huber_schedule!r}, which goes from 1 to "
                 f"huber_delta, got {huber_delta}."
             )
+        self.register_to_config(rescale_betas_zero_snr=self._has_zero_snr)
         # Stock solvers have None for a fixed variance.
         self.register_to_config(huber_delta=huber_delta, variance_type=config.variance_type or "fixed_small")
 

@@ -43,7 +43,9 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         sample_max_value (`float`, defaults to `1e6`):
             The maximum of the dynamic threshold. The stock default of 1 makes thresholding plain clipping.
         timestep_spacing (`str`, defaults to `"leading"`): `leading`, `trailing` or `linspace`.
-        rescale_betas_zero_snr (`bool`, defaults to `False`): Whether to rescale the betas to a terminal SNR of 0.
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            Whether to rescale the betas to a terminal SNR of 0. The config then has them as `trained_betas`, as many stock
+            solvers do not rescale.
         variance_type (`str`, defaults to `"fixed_small"`):
             As in [`TinyDDPMScheduler`], for training and the bound. `step` drops a predicted variance, as eta
             determines the variance of DDIM.
@@ -94,7 +96,7 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
+        use_clipped_model_output: bool | None = None,
         generator: Generators | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
@@ -109,8 +111,10 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
             eta (`float`, *optional*, defaults to 0.0):
                 The scale of the noise, from 0 (none) to 1 (the variance of DDPM's `fixed_small`).
-            use_clipped_model_output (`bool`, *optional*, defaults to `False`):
-                Whether to recompute the noise from the clipped x_0.
+            use_clipped_model_output (`bool`, *optional*):
+                Whether to compute the noise anew where x_0 is clipped or thresholded, so that both belong to x_t. It is
+                computed anew by default, as in Dhariwal & Nichol's code. Stock DDIM keeps it: each step then leaves a
+                part of what was clipped in the image, as a grey veil.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One generator, or one per image.
             variance_noise (`torch.Tensor`, *optional*): The noise itself, instead of a `generator`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `DDIMSchedulerOutput` or a tuple.
@@ -139,8 +143,10 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         alpha_bar_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
 
         x_0, epsilon = self._predict(prediction, x_t, alpha_bar)
-        x_0 = self._clip(x_0)
-        if use_clipped_model_output:
+        clips = self.config.thresholding or self.config.clip_sample
+        if clips:
+            x_0 = self._clip(x_0)
+        if clips and use_clipped_model_output in (None, True):
             epsilon = (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
 
         sigma = eta * self._get_variance(timestep, prev_timestep) ** 0.5  # equation 16

@@ -45,7 +45,9 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
             The maximum of the dynamic threshold. The stock default of 1 makes thresholding plain clipping.
         timestep_spacing (`str`, defaults to `"leading"`): `leading`, `trailing` or `linspace`.
         steps_offset (`int`, defaults to `0`): Added to the timesteps of `leading`.
-        rescale_betas_zero_snr (`bool`, defaults to `False`): Whether to rescale the betas to a terminal SNR of 0.
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            Whether to rescale the betas to a terminal SNR of 0. The config then has them as `trained_betas`, as many stock
+            solvers do not rescale.
         loss_type (`str`, defaults to `"l2"`): `l2`, `l1`, `huber` or `pseudo_huber`.
         huber_delta (`float`, *optional*):
             delta of the Huber losses. Defaults to 1.0, or to 0.1 if `huber_schedule` is not `constant`.

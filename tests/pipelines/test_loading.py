@@ -146,7 +146,8 @@ def test_a_variant_is_loaded(make_unet, tmp_path):
 def test_stock_diffusers_loads_and_samples_a_checkpoint_with_a_stock_network(
     make_unet, tmp_path, ours, stock, beta_schedule
 ):
-    pipe = TinyPipeline(make_unet(), ours(beta_schedule=beta_schedule, loss_type="huber"))
+    options = {"prediction_type": "v_prediction", "clip_sample": False, "loss_type": "huber"}
+    pipe = TinyPipeline(make_unet(), ours(beta_schedule=beta_schedule, **options))
     pipe.save_pretrained(tmp_path)
     index = read(tmp_path / "model_index.json")
     assert index["_class_name"] == "DDIMPipeline" and index["scheduler"] == ["diffusers", stock.__name__]
@@ -164,7 +165,7 @@ def test_stock_diffusers_loads_and_samples_a_checkpoint_with_a_stock_network(
     [(DDIMPipeline, DDIMScheduler, TinyDDIMScheduler), (DDPMPipeline, DDPMScheduler, TinyDDPMScheduler)],
 )
 def test_a_stock_checkpoint_is_loaded_into_this_packages_classes(make_unet, tmp_path, pipeline, scheduler, ours):
-    stock = pipeline(make_unet(), scheduler(beta_schedule="scaled_linear"))
+    stock = pipeline(make_unet(), scheduler(beta_schedule="scaled_linear", clip_sample=False))
     stock.save_pretrained(tmp_path)
     loaded = TinyPipeline.from_pretrained(tmp_path)
     assert type(loaded) is TinyPipeline and type(loaded.scheduler) is ours

@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -50,7 +51,20 @@ def test_the_stock_pipeline_gives_the_same_images(make_unet, quiet):
     for eta in (0.0, 1.0):
         arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": eta, "output_type": "np"}
         images = ours(generator=image_generators(0, 2), **arguments).images
-        np.testing.assert_allclose(images, stock(generator=image_generators(0, 2), **arguments).images, atol=1e-6)
+        expected = stock(generator=image_generators(0, 2), use_clipped_model_output=True, **arguments).images
+        np.testing.assert_allclose(images, expected, atol=1e-6)
+
+
+def test_clipping_leaves_no_veil_that_grows_with_the_steps(quiet):
+    """On a trained model, as random ones are nowhere sure of black; eps of the unclipped x_0 leaves 3, 4, 6 of 255."""
+    pipe = quiet(TinyPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / "mnist-32"))
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    greys = []
+    for steps in (10, 50):
+        call = {"num_inference_steps": steps, "clip_sample": True, "output_type": "pt"}
+        greys.append(255 * pipe(8, image_generators(0, 8), **call).images[:, 0, border].mean())
+    assert greys[1] < greys[0] < 4
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -137,18 +137,30 @@ def test_steps_outside_the_interval_are_not_guided(pipe, sample):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dynamic_thresholding": 0.9}], ids=["clipped", "thresholded"])
-def test_under_guidance_the_noise_is_recomputed_from_the_clipped_x_0(pipe, arguments):
-    """As in Imagen's sampler: the noise of the unclipped prediction would lead away from the class."""
+def test_the_noise_is_recomputed_from_the_clipped_x_0(pipe, arguments):
+    """As in Dhariwal & Nichol's and Imagen's samplers."""
     pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True, sample_max_value=2.0)
     latents = 5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"latents": latents, "output_type": "latent", "num_inference_steps": 5, "return_intermediates": 5}
-    for w, anew in ((8.0, True), (1.0, False)):
+    for w in (8.0, 1.0):
         _, step, following, *_ = pipe(["cat", "frog"], guidance_scale=w, **options, **arguments).intermediates
         x_0 = step.pred_original_sample
         signal, signal_prev = (pipe.scheduler.alphas_cumprod[int(s.timestep)] for s in (step, following))
         noise = (step.sample - signal.sqrt() * x_0) / (1 - signal).sqrt()
         expected = signal_prev.sqrt() * x_0 + (1 - signal_prev).sqrt() * noise
-        assert torch.allclose(following.sample, expected, atol=1e-5) == anew
+        torch.testing.assert_close(following.sample, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_x_0_is_clipped_under_guidance_unless_the_call_says_otherwise(pipe, saved):
+    pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=saved)
+    options = {"output_type": "latent", "num_inference_steps": 3, "return_intermediates": 3}
+    latents = 5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for w, clip_sample, clipped in ((1.0, None, saved), (9.0, None, True), (9.0, False, False), (1.0, True, True)):
+        call = {"guidance_scale": w, "latents": latents, "clip_sample": clip_sample}
+        x_0 = pipe(["cat", "frog"], **call, **options).intermediates[0].pred_original_sample
+        assert (x_0.abs().max() <= 1) == clipped
+    assert pipe.scheduler.config.clip_sample == saved
 
 
 def test_a_callback_can_change_the_guidance_scale(pipe):

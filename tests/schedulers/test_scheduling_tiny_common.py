@@ -490,13 +490,30 @@ def test_min_snr_weights_make_one_loss_of_all_prediction_types(cls, gamma, chain
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_terminal_snr_of_0_gives_no_nan(cls, prediction_type):
     scheduler = cls(prediction_type=prediction_type, rescale_betas_zero_snr=True, snr_gamma=5.0, huber_schedule="snr")
-    assert scheduler.alphas_cumprod[-1] == 0
+    assert 0 < scheduler.alphas_cumprod[-1] < 2**-23
     output, sample, noise = random_batch()
     loss = scheduler.training_loss(output, sample, noise, torch.full((4,), 999), reduction="none")
     unweighted = cls(prediction_type=prediction_type).training_loss(output, sample, noise, torch.full((4,), 999))
     assert torch.isfinite(loss).all()
     if prediction_type == "epsilon":
         torch.testing.assert_close(loss.mean(), unweighted)
+
+
+@BOTH
+def test_betas_of_a_terminal_snr_of_0_are_written_out_for_every_solver(cls, tmp_path):
+    """Single-step DPM-Solver, Heun, KDPM2, LMS, DEIS, PNDM and SA drop `rescale_betas_zero_snr`."""
+    scheduler = cls(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    signals = cls().alphas_cumprod.double().sqrt()
+    expected = (signals - signals[-1]) * signals[0] / (signals[0] - signals[-1])  # Lin et al. 2023, algorithm 1
+    torch.testing.assert_close(scheduler.alphas_cumprod.double().sqrt()[:-1], expected[:-1], atol=1e-5, rtol=0)
+    scheduler.save_pretrained(tmp_path)
+    for other in (cls, *ALL_COMPATIBLE):
+        if "trained_betas" in inspect.signature(other).parameters:
+            loaded = other.from_config(
+                scheduler.config
+            )  # those that know the flag rescale once more, by 2^-12 at most
+            torch.testing.assert_close(loaded.alphas_cumprod**0.5, scheduler.alphas_cumprod**0.5, atol=2**-12, rtol=0)
+    assert torch.equal(cls.from_pretrained(tmp_path).alphas_cumprod, scheduler.alphas_cumprod)
 
 
 @BOTH

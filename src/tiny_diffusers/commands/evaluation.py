@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 
 # Arguments of a pipeline's call that a report records
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "dynamic_thresholding", "temperature")
+SAMPLING = (
+    "num_inference_steps",
+    "eta",
+    "clip_sample",
+    "guidance_scale",
+    "guidance_interval",
+    "dynamic_thresholding",
+    "temperature",
+)
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -226,14 +234,18 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
     if not load:
         raise UserError(f"'{file}' was not made by this command, and doesn't say how its reference is loaded.")
     names = {field.name for field in (*dataclasses.fields(Protocol), *dataclasses.fields(RealImages))}
-    names = {*names, *SAMPLING, "dtype", "scheduler"} - {"sampling", "feature_weights"}
+    names = {*names, *SAMPLING, "dtype", "scheduler", "timestep_spacing"} - {"sampling", "feature_weights"}
     scheduler = source.get("scheduler", {})
     matching = (
         name
         for name, (class_name, options) in SCHEDULERS.items()
         if {"class": class_name, **options}.items() <= scheduler.items()
     )
-    measured_with = {"dtype": source.get("dtype"), "scheduler": next(matching, None)}
+    measured_with = {
+        "dtype": source.get("dtype"),
+        "scheduler": next(matching, None),
+        "timestep_spacing": scheduler.get("timestep_spacing"),
+    }
     values = {**report.protocol, **report.protocol.get("sampling", {}), **load, **measured_with}
     values = {name: value for name, value in values.items() if name in names}
     if values.get("baselines") == []:

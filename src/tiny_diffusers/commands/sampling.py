@@ -81,7 +81,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
     pipe = load_pipeline(args)
-    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval")
+    names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     options = call_options(
         pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
     )
@@ -188,7 +188,15 @@ def interpolate(args: argparse.Namespace) -> None:
     check_numbered(output, args.num_frames)
     pipe = load_pipeline(args)
     walk = _interpolation_of(pipe, args.checkpoint)
-    names = ("num_inference_steps", "eta", "class_labels", "guidance_scale", "guidance_interval", "interpolation")
+    names = (
+        "num_inference_steps",
+        "eta",
+        "clip_sample",
+        "class_labels",
+        "guidance_scale",
+        "guidance_interval",
+        "interpolation",
+    )
     options = call_options(walk, pipe, args, *names, "seeds", "images")
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)

@@ -64,6 +64,17 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eta", type=float, help="noise of DDIM, from 0 (none) to 1 (as much as DDPM) (default: 0)")
     parser.add_argument(
+        "--timestep_spacing",
+        choices=("leading", "trailing", "linspace"),
+        help="where the steps are (default: as saved with the checkpoint)",
+    )
+    parser.add_argument(
+        "--clip_sample",
+        type=true_or_false,
+        metavar="True|False",
+        help="clip the predicted image at each step of DDIM and DDPM (default: as saved; under guidance, True)",
+    )
+    parser.add_argument(
         "--guidance_scale",
         type=float,
         help="1: the conditional model itself, above 1: more like the class, 0: no class",
@@ -107,6 +118,12 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return text.lower() == "true"
 
 
 def seed_number(text: str) -> int:
@@ -172,6 +189,14 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         with refusals():
             check_scheduler(pipe.scheduler)  # whose config the other one takes
             pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
+    if args.timestep_spacing is not None:
+        if "timestep_spacing" not in getattr(pipe, "scheduler", pipe).config:
+            raise UserError(
+                f"--timestep_spacing means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
+            )
+        pipe.scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, timestep_spacing=args.timestep_spacing
+        )
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(memory_format=torch.channels_last)  # the format of convolutions, so that none converts

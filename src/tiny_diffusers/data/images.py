@@ -57,8 +57,8 @@ def held_out(num_images: int, share: float, seed: int = 0) -> tuple[torch.Tensor
         seed (`int`, defaults to 0): Seed of the split.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The training indices and the validation indices, each int64 and sorted.
-        Together they are 0 to N - 1.
+        `tuple[torch.Tensor, torch.Tensor]`: The training indices, sorted, and the validation indices, in random order:
+        the first few are a random subset of a dataset that is sorted by class. Both are int64; together they are 0 to N - 1.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If `share` is out of range, or if there are fewer than two images.
@@ -69,7 +69,7 @@ def held_out(num_images: int, share: float, seed: int = 0) -> tuple[torch.Tensor
         raise UserError(f"Holding out images takes at least 2 images, not {num_images}: give more, or hold none out.")
     count = min(max(round(num_images * share), 1), num_images - 1)
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
-    return order[count:].sort().values, order[:count].sort().values
+    return order[count:].sort().values, order[:count]
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
