@@ -30,9 +30,11 @@ CHOICES = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "loss_type": ("l2", "l1", "huber", "pseudo_huber"),
     "huber_schedule": ("constant", "exponential", "snr"),
+    "timestep_distribution": ("uniform", "logit_normal", "mixed"),
+    "solver": ("euler", "heun"),
 }
+TERMINAL_SIGNAL = 2.0**-12  # sqrt of the last alpha_cumprod, at a terminal SNR of 0
 # The arguments that determine the betas if `trained_betas` is not given.
-TERMINAL_SIGNAL = 2.0**-12  # sqrt of the last alpha_cumprod
 SCHEDULE_ARGUMENTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 # The arguments that no stock scheduler takes.
 TRAINING_ARGUMENTS = ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
@@ -100,17 +102,57 @@ def _rescale_to_zero_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - alpha_bars / torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
 
 
-class TinySchedulerMixin:
+class TinyObjectiveMixin:
+    """Mixin for a stock scheduler of any objective: checks of the config and of a training batch, and clipping."""
+
+    _has_continuous_timesteps = False
+
+    def _check_choices(self, *names: str) -> None:
+        for name in names:
+            check_known(name, self.config[name], CHOICES[name])
+
+    def _check_clipping(self) -> None:
+        config = self.config
+        if not 0 < config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}.")
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}.")
+
+    def _clip(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
+        """Applies dynamic thresholding, clipping or neither, by the config."""
+        if self.config.thresholding:
+            return self._threshold_sample(pred_original_sample)
+        if self.config.clip_sample:
+            return pred_original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return pred_original_sample
+
+    def _check_batch(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, reduction: str) -> None:
+        """Checks what every training loss takes beside the network's output."""
+        check_known("reduction", reduction, ("mean", "sum", "none"))
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise must have the shape of sample, {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        if timesteps.shape != sample.shape[:1] or timesteps.is_floating_point() != self._has_continuous_timesteps:
+            kind = "floats" if self._has_continuous_timesteps else "integers"
+            raise ValueError(
+                f"timesteps must be {len(sample)} {kind}, one for each image, got {timesteps.dtype} of shape "
+                f"{tuple(timesteps.shape)}."
+            )
+
+    @staticmethod
+    def _reduce(loss: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Reduces the losses of the images, (B,)."""
+        if reduction == "none":
+            return loss
+        return loss.mean() if reduction == "mean" else loss.sum()
+
+
+class TinySchedulerMixin(TinyObjectiveMixin):
     """
     Mixin for a stock scheduler. It adds four noise schedules under both their names, a config that any stock solver
     reads, custom timesteps, training losses and the variational bound.
     """
 
     # 1. Config
-
-    def _check_choices(self, *names: str) -> None:
-        for name in names:
-            check_known(name, self.config[name], CHOICES[name])
 
     def _stock_arguments(self, cls: type) -> dict[str, Any]:
         """Returns the stock class's arguments from the config, with the noise schedule checked and by its stock name."""
@@ -138,10 +180,7 @@ class TinySchedulerMixin:
         """Checks the other arguments and completes the config. Must be called last in `__init__`."""
         config = self.config
         self._check_choices("prediction_type", "timestep_spacing", "loss_type", "huber_schedule")
-        if not 0 < config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}.")
-        if not config.clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}.")
+        self._check_clipping()
         if config.snr_gamma is not None and not config.snr_gamma > 0:
             raise ValueError(f"snr_gamma must be above 0, such as 5.0, or None, got {config.snr_gamma}.")
 
@@ -298,14 +337,6 @@ class TinySchedulerMixin:
         # Salimans & Ho 2022, appendix D: (x_t, v) rotated by the angle whose cosine is sqrt(alpha_bar).
         return signal * sample - sigma * prediction, sigma * sample + signal * prediction
 
-    def _clip(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
-        """Applies dynamic thresholding, clipping or neither, by the config."""
-        if self.config.thresholding:
-            return self._threshold_sample(pred_original_sample)
-        if self.config.clip_sample:
-            return pred_original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return pred_original_sample
-
     # 3. Training
 
     def training_loss(
@@ -347,17 +378,10 @@ class TinySchedulerMixin:
             `ValueError`: If shapes don't match, `reduction` or `variance_type` is unknown, or `variance_type` is
                 `learned`, which can't be trained.
         """
-        check_known("reduction", reduction, ("mean", "sum", "none"))
         self._check_choices("variance_type")
         if self.config.variance_type == "learned":
             raise ValueError("variance_type 'learned' can't be trained: use 'learned_range'.")
-        if noise.shape != sample.shape:
-            raise ValueError(f"noise must have the shape of sample, {tuple(sample.shape)}, got {tuple(noise.shape)}.")
-        if timesteps.shape != sample.shape[:1] or timesteps.is_floating_point():
-            raise ValueError(
-                f"timesteps must be {len(sample)} integers, one for each image, got {timesteps.dtype} of shape "
-                f"{tuple(timesteps.shape)}."
-            )
+        self._check_batch(sample, noise, timesteps, reduction)
         sample, noise, timesteps = sample.float(), noise.float(), timesteps.to(sample.device)
         prediction, predicted_variance = self._split_variance(model_output.float(), sample)
 
@@ -375,10 +399,7 @@ class TinySchedulerMixin:
             pred_original_sample, _ = self._predict(prediction.detach(), noisy_sample, alpha_bar)
             bound = self._bound_terms(sample, pred_original_sample, predicted_variance, timesteps)
             loss = loss + 0.001 * self.config.num_train_timesteps * bound
-
-        if reduction == "none":
-            return loss
-        return loss.mean() if reduction == "mean" else loss.sum()
+        return self._reduce(loss, reduction)
 
     @property
     def _alpha_bars(self) -> torch.Tensor:

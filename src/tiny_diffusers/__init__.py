@@ -20,6 +20,8 @@ _MODULES = {
     "TinyDCGANPipeline": "pipelines.pipeline_tiny_dcgan",
     "TinyDDPMScheduler": "schedulers.scheduling_tiny_ddpm",
     "TinyDDIMScheduler": "schedulers.scheduling_tiny_ddim",
+    "TinyFlowMatchScheduler": "schedulers.scheduling_tiny_flow_match",
+    "TinyEDMScheduler": "schedulers.scheduling_tiny_edm",
     "TinyUNet2DModel": "models.unet_tiny",
     "TinyPixelCNNModel": "models.pixelcnn_tiny",
     "TinyVAEModel": "models.vae_tiny",
@@ -53,3 +55,5 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_tiny_vae import TinyVAEPipeline
     from .schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
     from .schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
+    from .schedulers.scheduling_tiny_edm import TinyEDMScheduler
+    from .schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
