@@ -22,6 +22,8 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
     ModelMixin,
     SchedulerMixin,
@@ -45,17 +47,52 @@ _REPLACEMENTS = {
     "DDIMPipeline": "TinyPipeline",
     "DDPMPipeline": "TinyPipeline",
     "PNDMPipeline": "TinyPipeline",
+    "ConsistencyModelPipeline": "TinyPipeline",
     "DDIMScheduler": "TinyDDIMScheduler",
     "DDPMScheduler": "TinyDDPMScheduler",
+    "FlowMatchEulerDiscreteScheduler": "TinyFlowMatchScheduler",
+    "EDMEulerScheduler": "TinyEDMScheduler",
 }
 
-# What a network is trained for, and its schedulers' constructor arguments: those they have, those they must not have.
-_OBJECTIVES = {"betas": ({"trained_betas", "prediction_type"}, {"snr_shift_scale"})}
+
+class _Objective(NamedTuple):
+    """What a network is trained for, and what of stock diffusers fits it."""
+
+    training: str  # in words
+    arguments: list[tuple[set[str], set[str]]]  # of a scheduler's constructor: those that it has, and that it lacks
+    solvers: tuple[str, ...]  # that a refusal suggests
+    pipeline: str  # that loads a stock network with the scheduler as it is, and draws the same
+
+
+_BETA_SOLVERS = tuple(solver.name for solver in KarrasDiffusionSchedulers)
+_OBJECTIVES = {
+    "betas": _Objective(
+        "on a beta schedule",
+        [({"trained_betas", "prediction_type"}, {"snr_shift_scale"})],
+        ("DDIMScheduler", *_BETA_SOLVERS),
+        "DDIMPipeline",
+    ),
+    "flow": _Objective(
+        "for rectified flow",
+        [({"use_flow_sigmas", "trained_betas"}, set()), ({"num_train_timesteps", "shift"}, {"stages", "n_grid"})],
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", *_BETA_SOLVERS),
+        "DDPMPipeline",  # DDIMPipeline turns the scheduler into one of linear betas
+    ),
+    "edm": _Objective(
+        "for EDM",
+        [({"sigma_data", "sigma_schedule", "rho"}, set())],
+        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
+        "ConsistencyModelPipeline",  # the only one that scales the network's input
+    ),
+}
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # The highest noise level that a solver starts at, that of EDM (https://huggingface.co/papers/2206.00364, table 1). The
 # cosine schedule ends at 20,291, from where no step of a second order leads to the image.
 _SIGMA_MAX = 80.0
+
+# The schedulers with custom timesteps for rectified flow and EDM.
+_CONTINUOUS = (FlowMatchEulerDiscreteScheduler, EDMEulerScheduler)
 
 # The variance types of DDPM that the network predicts.
 _LEARNED = ("learned", "learned_range")
@@ -98,8 +135,8 @@ class TinyPipelineOutput(ImagePipelineOutput):
 
 class TinyPipeline(DiffusionPipeline):
     r"""
-    Pipeline for unconditional generation of small images, with any diffusers scheduler for beta schedules and any network
-    that has [`UNet2DModel`]'s call. It also loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the
+    Pipeline for unconditional generation of small images, with any diffusers scheduler for what the network was trained
+    for (a beta schedule, rectified flow or EDM), and any network that has [`UNet2DModel`]'s call. It also loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the
     pipeline class that the checkpoint names.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
@@ -130,6 +167,7 @@ class TinyPipeline(DiffusionPipeline):
     def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._objective = objective_of(scheduler)  # of the network, whatever scheduler is put in later
 
     # ------------------------------------------------------------------------------------------- sampling
 
@@ -242,17 +280,24 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
 
     def _check_steps(self, num_inference_steps: int, timesteps: list[int] | None, eta: float):
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self._objective)
         total = self.scheduler.config.num_train_timesteps
         if timesteps is not None:
-            timesteps = [int(t) for t in timesteps]
+            timesteps = self._as_timesteps(timesteps)
             if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(
                     f"{type(self.scheduler).__name__} does not support custom `timesteps`: give `num_inference_steps` "
-                    "or use `TinyDDIMScheduler`."
+                    f"or use `{self._own_scheduler}`."
                 )
             decreasing = timesteps == sorted(set(timesteps), reverse=True)
-            if not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
+            if self._objective != "betas":
+                if not timesteps or not decreasing or not isinstance(self.scheduler, _CONTINUOUS):
+                    raise ValueError(
+                        f"`timesteps` of a network that was trained {_OBJECTIVES[self._objective].training} must be "
+                        f"strictly decreasing, with `{self._own_scheduler}`, got {timesteps} with "
+                        f"{type(self.scheduler).__name__}."
+                    )
+            elif not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
                 raise ValueError(f"`timesteps` must be strictly decreasing in [0, {total - 1}], got {timesteps}.")
         elif not _is_positive_int(num_inference_steps) or num_inference_steps > total:
             raise ValueError(
@@ -264,8 +309,18 @@ class TinyPipeline(DiffusionPipeline):
                 f"`num_inference_steps` must be at least {2 * self.scheduler.pndm_order} with "
                 f"{type(self.scheduler).__name__}, got {num_inference_steps}: use `DPMSolverMultistepScheduler` for fewer."
             )
-        if not 0.0 <= eta <= 1.0:
+        if self._objective == "betas" and not 0.0 <= eta <= 1.0:
             raise ValueError(f"`eta` must be in [0, 1], where 0 is DDIM and 1 is DDPM, got {eta}.")
+        if not 0.0 <= eta < math.inf:
+            raise ValueError(f"`eta` must be at least 0, where 0 adds no noise and 1 as much as DDPM, got {eta}.")
+
+    @property
+    def _own_scheduler(self) -> str:
+        """Returns the name of this package's first scheduler for the network."""
+        return _REPLACEMENTS[_OBJECTIVES[self._objective].solvers[0]]
+
+    def _as_timesteps(self, timesteps: Sequence) -> list[int] | list[float]:
+        return [int(t) if self._objective == "betas" else float(t) for t in timesteps]
 
     def _wrap_callback(self, callback: StepCallback | None, tensor_inputs: Sequence[str]) -> Callable[..., dict]:
         """Checks the tensor inputs and returns the callback, or none, as `on_step_end(step, timestep, tensors)`."""
@@ -369,12 +424,13 @@ class TinyPipeline(DiffusionPipeline):
         """Sets the timesteps, and returns the scheduler to step with: the given one, or its copy of bounded noise."""
         # The scheduler's tensors stay on the CPU: indexing them with a timestep on the GPU would sync at each step.
         if timesteps is None:
-            scheduler = _bound_noise(scheduler, num_inference_steps)
+            if self._objective == "betas":
+                scheduler = _bound_noise(scheduler, num_inference_steps)
             num_inference_steps = min(num_inference_steps, scheduler.config.num_train_timesteps)
             scheduler.set_timesteps(num_inference_steps)
         else:
-            scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
-        if scheduler.config.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
+            scheduler.set_timesteps(timesteps=self._as_timesteps(timesteps))
+        if scheduler.config.get("prediction_type") == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
             last = len(scheduler.alphas_cumprod) - 1
             if scheduler.timesteps[0] == last and scheduler.alphas_cumprod[last] < 1e-7:
                 raise ValueError(
@@ -389,6 +445,16 @@ class TinyPipeline(DiffusionPipeline):
         condition = {} if labels is None else {"class_labels": labels}
         model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
+
+    # Stock schedulers for flow have neither, as their noise is N(0, I) and the network takes the sample itself.
+
+    @staticmethod
+    def _init_noise_sigma(scheduler: SchedulerMixin) -> float | torch.Tensor:
+        return getattr(scheduler, "init_noise_sigma", 1.0)
+
+    @staticmethod
+    def _scale_model_input(scheduler: SchedulerMixin, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
 
     def _denoise(
         self,
@@ -418,11 +484,11 @@ class TinyPipeline(DiffusionPipeline):
         learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED
 
         self._interrupt = False
-        latents = latents * scheduler.init_noise_sigma
+        latents = latents * self._init_noise_sigma(scheduler)
         dtype = self.unet.dtype
         device_timesteps = scheduler.timesteps.to(latents.device)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            sample = scheduler.scale_model_input(latents, timestep)
+            sample = self._scale_model_input(scheduler, latents, timestep)
             model_output = predict(sample.to(dtype), device_timesteps[step], step)
             if not learns_variance:
                 model_output = model_output[:, :channels]
@@ -583,8 +649,8 @@ class TinyPipeline(DiffusionPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs):
         """
-        Writes `model_index.json`. With a stock network, it names `DDIMPipeline` and the stock parent of the scheduler:
-        diffusers then loads the checkpoint without this package. This package's own keys stay in both configs, and
+        Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
+        `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint without this package. This package's own keys stay in both configs, and
         `from_pretrained` restores its classes.
         """
         super().save_config(save_directory, **kwargs)
@@ -592,7 +658,7 @@ class TinyPipeline(DiffusionPipeline):
             return
 
         stock = next(c for c in type(self.scheduler).__mro__ if c.__module__.partition(".")[0] == "diffusers")
-        index = {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", stock.__name__]}
+        index = {"_class_name": _OBJECTIVES[self._objective].pipeline, "scheduler": ["diffusers", stock.__name__]}
         if type(self).__name__ != "TinyPipeline":
             index["_tiny_class_name"] = type(self).__name__
         changes = {self.config_name: index, f"scheduler/{self.scheduler.config_name}": {"_class_name": stock.__name__}}
@@ -604,6 +670,19 @@ class TinyPipeline(DiffusionPipeline):
                     file.write(content + "\n")
 
 
+def objective_of(scheduler: SchedulerMixin) -> str:
+    """
+    Returns what a scheduler's config is for: `"flow"` (rectified flow), `"edm"` (EDM's preconditioning) or `"betas"` (the
+    noise levels of a beta schedule). A config keeps the keys of the one that it was made from.
+    """
+    config = scheduler.config
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    if "sigma_data" in config:
+        return "edm"
+    return "flow" if "shift" in config and "trained_betas" not in config else "betas"
+
+
 def check_scheduler(scheduler: SchedulerMixin, objective: str = "betas"):
     """
     Checks that a scheduler fits a network.
@@ -611,34 +690,37 @@ def check_scheduler(scheduler: SchedulerMixin, objective: str = "betas"):
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler.
         objective (`str`, *optional*, defaults to `"betas"`):
-            What the network was trained for: `"betas"`, to denoise at the noise levels of a beta schedule.
+            What the network was trained for, from [`objective_of`] the scheduler that it was trained with.
 
     Raises:
         `ValueError`: If the scheduler is for other networks. The error names the nearest one that fits.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name, config, training = type(scheduler).__name__, scheduler.config, _OBJECTIVES[objective].training
     if not _is_for(type(scheduler), objective):
-        known = [solver.name for solver in KarrasDiffusionSchedulers]
+        known = _OBJECTIVES[objective].solvers
         fitting = [
             solver.removesuffix("Scheduler") for solver in known if _is_for(getattr(diffusers, solver), objective)
         ]
-        nearest = (difflib.get_close_matches(name.removesuffix("Scheduler"), fitting, n=1, cutoff=0.4) or ["DDIM"])[0]
+        nearest = difflib.get_close_matches(name.removesuffix("Scheduler"), fitting, n=1, cutoff=0.4) or fitting
         raise ValueError(
-            f"{name} is not for a network that was trained on a beta schedule: use `{nearest}Scheduler.from_config` with "
-            "the config of the checkpoint's scheduler."
+            f"{name} is not for a network that was trained {training}: use `{nearest[0]}Scheduler.from_config` with the "
+            "config of the checkpoint's scheduler."
         )
-    if config.prediction_type not in _PREDICTION_TYPES or config.get("use_flow_sigmas"):
-        raise ValueError(
-            f"The network was trained on a beta schedule, but {name} is set to another kind: its `prediction_type` must be "
-            f"one of {', '.join(_PREDICTION_TYPES)}, got {config.prediction_type!r}, and `use_flow_sigmas` False."
-        )
+    kinds = {"betas": _PREDICTION_TYPES, "flow": ("flow_prediction",)}.get(objective)
+    if kinds and "trained_betas" in config and _is_for(type(scheduler), "betas"):
+        needs_flow = objective == "flow"
+        if config.prediction_type not in kinds or bool(config.get("use_flow_sigmas")) != needs_flow:
+            raise ValueError(
+                f"The network was trained {training}, but {name} is set to another kind: its `prediction_type` must be "
+                f"one of {', '.join(kinds)}, got {config.prediction_type!r}, and `use_flow_sigmas` {needs_flow}."
+            )
 
 
 def _is_for(scheduler_class: type, objective: str) -> bool:
     """Returns whether a scheduler's class denoises, without further inputs, what such a network predicts."""
-    present, absent = _OBJECTIVES[objective]
     arguments = inspect.signature(scheduler_class.__init__).parameters.keys()
-    if not present <= arguments or absent & arguments or "Inverse" in scheduler_class.__name__:
+    fits = any(present <= arguments and not absent & arguments for present, absent in _OBJECTIVES[objective].arguments)
+    if not fits or "Inverse" in scheduler_class.__name__:
         return False
     step = inspect.signature(scheduler_class.step).parameters.values()
     return [p.name for p in step if p.default is p.empty] == ["self", "model_output", "timestep", "sample"]
@@ -700,11 +782,13 @@ def predict_original_sample(
 ) -> torch.Tensor:
     """
     Computes the predicted x_0 from a network's output, for any scheduler: eq. 9 of
-    [DDIM](https://huggingface.co/papers/2010.02502), and appendix D of
-    [Salimans & Ho](https://huggingface.co/papers/2202.00512) for v.
+    [DDIM](https://huggingface.co/papers/2010.02502), appendix D of
+    [Salimans & Ho](https://huggingface.co/papers/2202.00512) for v, eq. 1 of
+    [rectified flow](https://huggingface.co/papers/2209.03003), or eq. 7 of
+    [EDM](https://huggingface.co/papers/2206.00364).
 
     Args:
-        scheduler ([`SchedulerMixin`]): The scheduler, which has `alphas_cumprod` and a `prediction_type`.
+        scheduler ([`SchedulerMixin`]): The scheduler.
         model_output (`torch.Tensor` of shape `(B, C, H, W)`): The network's prediction.
         timestep (`torch.Tensor`, 0-dimensional): t. Solvers may use values between the training timesteps.
         sample (`torch.Tensor` of shape `(B, C, H, W)`): x_t, as it was passed to the network.
@@ -712,6 +796,14 @@ def predict_original_sample(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: The predicted x_0, neither clipped nor thresholded.
     """
+    objective = objective_of(scheduler)
+    if objective == "flow":
+        return sample - float(timestep) / scheduler.config.num_train_timesteps * model_output
+    if objective == "edm":
+        sigma, sigma_data = math.exp(4 * float(timestep)), scheduler.config.sigma_data
+        x_t = sample * (sigma**2 + sigma_data**2) ** 0.5
+        return scheduler.precondition_outputs(x_t, model_output, sigma)
+
     # Solvers interpolate the log-SNR linearly between the training timesteps.
     log_snr = torch.logit(scheduler.alphas_cumprod.double())
     position = float(timestep)

@@ -5,7 +5,13 @@ from collections.abc import Callable
 from typing import Optional
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.utils import logging
 
 from .pipeline_tiny import (
@@ -38,7 +44,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             The network, with the call of [`UNet2DModel`].
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`. The path is smooth only if the scheduler is deterministic,
-            such as `TinyDDIMScheduler` with `eta=0`. Images are inverted only by a [`DDIMScheduler`], stock or not.
+            such as `TinyDDIMScheduler` with `eta=0`. Images are inverted only by a [`DDIMScheduler`], or by Euler's
+            steps of a [`FlowMatchEulerDiscreteScheduler`] or [`EDMEulerScheduler`], stock or not.
         id2label (`dict[int, str]`, *optional*):
             The class names by id.
         null_class_id (`int`, *optional*, defaults to -1):
@@ -147,8 +154,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             the intermediates if `return_intermediates` is given.
 
         Raises:
-            `ValueError`: If an argument is not as described above, `images` are given with a scheduler other than
-                DDIM, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, `images` are given with a scheduler that can't invert
+                them, or the samples are not finite.
         """
         self._check_output(2, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
@@ -200,8 +207,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         clip_sample: bool | None = None,
     ) -> torch.Tensor:
         r"""
-        Finds the latents of images by running DDIM backwards, with two passes of the network per step. Sampling from
-        them with the same arguments and `eta=0` reproduces the images: the more steps, the more closely.
+        Finds the latents of images by running DDIM, or the ODE of flow or EDM, backwards, with two passes of the network
+        per step. Sampling from them with the same arguments and `eta=0` reproduces the images: the more steps, the more
+        closely.
 
         A scheduler with `clip_sample` or `thresholding` discards a part of x_0, which can be recovered only as far as
         the image shows it. Under guidance above 1 this part is large: give `clip_sample=False`.
@@ -217,7 +225,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             `torch.Tensor` of shape `(B, C, H, W)`: The latents, near N(0, I) for images like the model's samples.
 
         Raises:
-            `ValueError`: If the scheduler is not a [`DDIMScheduler`], or an argument is not as described above.
+            `ValueError`: If the scheduler can't invert images, or an argument is not as described above.
         """
         self._check_steps(num_inference_steps, timesteps, 0.0)
         self._check_guidance(guidance_scale, guidance_interval)
@@ -233,6 +241,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
     def _invert(
         self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin
     ) -> torch.Tensor:
+        if self._objective != "betas":
+            return self._invert_ode(sample, predict, scheduler)
         if not isinstance(scheduler, DDIMScheduler):
             raise ValueError(
                 f"Images can be inverted by DDIM, not by {type(scheduler).__name__}: set `pipe.scheduler = "
@@ -256,6 +266,31 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 sample = ratio * prev_sample + direction * epsilon
             alpha_prod_prev = alpha_prod
         return sample
+
+    def _invert_ode(
+        self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin
+    ) -> torch.Tensor:
+        is_euler = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, EDMEulerScheduler))
+        if not is_euler or scheduler.config.get("solver", "euler") != "euler":
+            raise ValueError(
+                f"Images can be inverted by Euler's steps, not by those of this {type(scheduler).__name__}: set "
+                f'`pipe.scheduler = {self._own_scheduler}.from_config(pipe.scheduler.config, solver="euler")`.'
+            )
+        dtype = self.unet.dtype
+        device_timesteps, levels = scheduler.timesteps.to(sample.device), scheduler.sigmas.tolist()
+        for step in self.progress_bar(range(len(device_timesteps) - 1, -1, -1)):
+            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration.
+            timestep, level, prev_level = scheduler.timesteps[step], levels[step], levels[step + 1]
+            prev_sample = sample
+            for _ in range(_INVERSION_ITERATIONS):
+                is_edm = isinstance(scheduler, EDMEulerScheduler)
+                scaled = scheduler.precondition_inputs(sample, level) if is_edm else sample
+                model_output = predict(scaled.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
+                pred_original_sample = predict_original_sample(scheduler, model_output, timestep, scaled)
+                if hasattr(scheduler, "_clip"):  # ours, not the stock one
+                    pred_original_sample = scheduler._clip(pred_original_sample)
+                sample = prev_sample + (level - prev_level) * (sample - pred_original_sample) / level
+        return sample / self._init_noise_sigma(scheduler)
 
 
 def _adds_noise(scheduler: SchedulerMixin, eta: float) -> bool:

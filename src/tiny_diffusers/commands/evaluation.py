@@ -238,7 +238,8 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
     scheduler = source.get("scheduler", {})
     matching = (
         name
-        for name, (class_name, options) in SCHEDULERS.items()
+        for schedulers in SCHEDULERS.values()
+        for name, (class_name, options) in schedulers.items()
         if {"class": class_name, **options}.items() <= scheduler.items()
     )
     measured_with = {

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# --scheduler -> the name of its class, in this package or in diffusers, and its options
-SCHEDULERS = {
+# what a network was trained for -> --scheduler -> the name of its class, in this package or in diffusers, and its options
+_BETA_SCHEDULERS = {
     "ddim": ("TinyDDIMScheduler", {}),
     "ddpm": ("TinyDDPMScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
@@ -34,6 +34,20 @@ SCHEDULERS = {
     "sa": ("SASolverScheduler", {}),
     "sde_dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
+}
+SCHEDULERS = {
+    "betas": _BETA_SCHEDULERS,
+    "flow": {
+        "euler": ("TinyFlowMatchScheduler", {"solver": "euler"}),
+        "heun": ("TinyFlowMatchScheduler", {"solver": "heun"}),
+        **{name: _BETA_SCHEDULERS[name] for name in ("deis", "dpm", "dpm_single", "sa", "sde_dpm", "unipc")},
+    },
+    "edm": {
+        "dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+        "euler": ("TinyEDMScheduler", {"solver": "euler"}),
+        "heun": ("TinyEDMScheduler", {"solver": "heun"}),
+        "sde_dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    },
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -60,9 +74,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
-        help=f"one of {', '.join(SCHEDULERS)} (default: the one saved with the checkpoint)",
+        help=f"one of {', '.join(_BETA_SCHEDULERS)} (default: the one saved with the checkpoint); of them, for "
+        f"rectified flow {', '.join(SCHEDULERS['flow'])}, and for EDM {', '.join(SCHEDULERS['edm'])}",
     )
-    parser.add_argument("--eta", type=float, help="noise of DDIM, from 0 (none) to 1 (as much as DDPM) (default: 0)")
+    parser.add_argument(
+        "--eta", type=float, help="noise of DDIM, flow and EDM, from 0 (none) to 1 (as much as DDPM) (default: 0)"
+    )
     parser.add_argument(
         "--timestep_spacing",
         choices=("leading", "trailing", "linspace"),
@@ -158,8 +175,8 @@ def picture_file(text: str) -> "Image.Image":
 
 def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
-    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
-        raise unknown("--scheduler", args.scheduler, SCHEDULERS)
+    if args.scheduler is not None and args.scheduler not in _BETA_SCHEDULERS:
+        raise unknown("--scheduler", args.scheduler, _BETA_SCHEDULERS)
 
     import diffusers
     import torch
@@ -167,7 +184,7 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     import tiny_diffusers
 
     from .. import hardware
-    from ..pipelines.pipeline_tiny import check_scheduler
+    from ..pipelines.pipeline_tiny import check_scheduler, objective_of
 
     num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     try:
@@ -184,10 +201,17 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
             raise UserError(
                 f"--scheduler means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
             )
-        name, options = SCHEDULERS[args.scheduler]
+        objective = objective_of(pipe.scheduler)
+        fitting = SCHEDULERS[objective]
+        if args.scheduler not in fitting:
+            raise UserError(
+                f"--scheduler {args.scheduler} has no form for {objective}, which '{args.checkpoint}' was trained for: "
+                f"give one of {', '.join(fitting)}."
+            )
+        name, options = fitting[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
         with refusals():
-            check_scheduler(pipe.scheduler)  # whose config the other one takes
+            check_scheduler(pipe.scheduler, objective)  # whose config the other one takes
             pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     if args.timestep_spacing is not None:
         if "timestep_spacing" not in getattr(pipe, "scheduler", pipe).config:

@@ -1,5 +1,6 @@
 """The diffusion families: their arguments, their scheduler, their loss. Both diffusion scripts share it."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ import torch
 from torch import nn
 
 from ..errors import UserError, refusals
-from ..flags import flag
+from ..flags import default_of, flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..schedulers.scheduling_tiny_common import CHOICES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
+from ..schedulers.scheduling_tiny_edm import TinyEDMScheduler
+from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
 from ..training.arguments import TrainingArguments
 from ..training.family import Batch, Family, class_grid
 from .unets import ConditionalUNetArguments, UNetArguments
@@ -24,6 +27,13 @@ logger = logging.getLogger(__name__)
 
 # If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
 _NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
+
+# The flags that mean nothing without a beta schedule, and those that mean nothing to each --prediction_type beside them
+_BETA_FLAGS = ("ddpm_beta_schedule", "beta_start", "beta_end", "variance_type")
+_BETA_FLAGS += ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
+_MEANINGLESS = {"flow": _BETA_FLAGS, "edm": (*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution")}
+
+TinyScheduler = TinyDDIMScheduler | TinyDDPMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         "mid_attention": "linear",
     }
 
-    ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process.", within="[1, 100000]")
+    ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process (not used by edm).", within="[1, 100000]")
     ddpm_num_inference_steps: int | None = flag(
         None,
         f"Sampling steps of the sample grids, T at most; if not given {_NUM_INFERENCE_STEPS}, and {_NUM_PREVIEW_STEPS} "
@@ -53,7 +63,14 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
     ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] = flag("cosine", "Schedule of the betas.")
     beta_start: float = flag(1e-4, "First beta (not used by cosine).", within="(0, 1)")
     beta_end: float = flag(0.02, "Last beta (not used by cosine).", within="(0, 1)")
-    prediction_type: Literal[CHOICES["prediction_type"]] = flag("v_prediction", "What the network predicts.")
+    prediction_type: Literal[(*CHOICES["prediction_type"], "flow", "edm")] = flag(
+        "v_prediction",
+        "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of rectified "
+        "flow; edm: what EDM's preconditioning leaves.",
+    )
+    timestep_distribution: Literal[CHOICES["timestep_distribution"]] | None = flag(
+        None, "Distribution of the timesteps of --prediction_type flow; mixed if not given."
+    )
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process."
     )
@@ -79,6 +96,12 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
         if given is not None and given > most:
             raise UserError(f"--ddpm_num_inference_steps {given}: it must be at most --ddpm_num_steps, {most}.")
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
+        for name in _MEANINGLESS.get(self.prediction_type, ("timestep_distribution",)):
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave it out."
+                )
 
     @property
     def num_inference_steps(self) -> int:
@@ -111,7 +134,7 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
     )
 
 
-def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
+def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler:
     """
     Builds the scheduler that computes the training loss and is saved with the network.
 
@@ -121,6 +144,11 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
     thresholding = {}
     if settings.dynamic_thresholding is not None:
         thresholding = {"thresholding": True, "dynamic_thresholding_ratio": settings.dynamic_thresholding}
+    if settings.prediction_type == "flow":
+        distribution = settings.timestep_distribution or "mixed"
+        return TinyFlowMatchScheduler(settings.ddpm_num_steps, timestep_distribution=distribution, **thresholding)
+    if settings.prediction_type == "edm":
+        return TinyEDMScheduler(**thresholding)
     with refusals():
         scheduler = TinyDDIMScheduler(
             num_train_timesteps=settings.ddpm_num_steps,
@@ -152,11 +180,11 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler:
 
 class Diffusion(Family):
     """
-    Denoising diffusion (Ho et al. 2020, arXiv 2006.11239): a U-Net and a scheduler.
+    Denoising diffusion (Ho et al. 2020, arXiv 2006.11239), rectified flow or EDM: a U-Net and a scheduler.
 
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels=None).sample`.
-        scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimized.
+        scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
         num_inference_steps (`int`): Sampling steps of the last sample grid.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
     """
@@ -164,7 +192,7 @@ class Diffusion(Family):
     def __init__(
         self,
         unet: nn.Module,
-        scheduler: TinyDDIMScheduler | TinyDDPMScheduler,
+        scheduler: TinyScheduler,
         num_inference_steps: int = _NUM_INFERENCE_STEPS,
         num_preview_steps: int | None = None,
     ):
@@ -182,10 +210,13 @@ class Diffusion(Family):
 
     def _image_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
         noise = batch.draws.normal("noise", *batch.images.shape[1:])
-        timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)  # one for each image
+        if hasattr(self.scheduler, "sample_timesteps"):
+            timesteps = self.scheduler.sample_timesteps(batch.draws.uniform("timesteps", 2))
+        else:
+            timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
         labels = {} if batch.labels is None else {"class_labels": batch.labels}
-        output = unet(noisy, timesteps, **labels).sample
+        output = unet(self.scheduler.scale_model_input(noisy, timesteps), timesteps, **labels).sample
         return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:
@@ -209,7 +240,7 @@ class ConditionalDiffusion(Diffusion):
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
             row K for no class.
-        scheduler ([`TinyDDIMScheduler`] or [`TinyDDPMScheduler`]): Its `training_loss` is minimized.
+        scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
         id2label (`dict[int, str]`): The names of the classes 0 to K - 1.
         class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
         guidance_scales (`list[float]`): Guidance scales of the sample grids.
@@ -220,7 +251,7 @@ class ConditionalDiffusion(Diffusion):
     def __init__(
         self,
         unet: nn.Module,
-        scheduler: TinyDDIMScheduler | TinyDDPMScheduler,
+        scheduler: TinyScheduler,
         id2label: dict[int, str],
         class_dropout_prob: float = 0.1,
         guidance_scales: list[float] | None = None,

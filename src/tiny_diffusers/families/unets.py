@@ -16,7 +16,7 @@ from ..files import load_json
 from ..flags import flag
 from ..hardware import default_device
 from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
-from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, try_stock_network
+from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, objective_of, try_stock_network
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
@@ -123,7 +123,8 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
         "in_channels": channels,
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
-        "num_train_timesteps": settings.ddpm_num_steps,
+        # of Fourier and learned embeddings; EDM's ln(sigma) / 4 is embedded as it is
+        "num_train_timesteps": 1 if settings.prediction_type == "edm" else settings.ddpm_num_steps,
     }
     with refusals():
         if settings.pretrained_model_name_or_path:
@@ -134,9 +135,23 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
         else:
             torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
             unet = TinyUNet2DModel(**{**_unet_options(settings, data), **fixed})
+    _check_time_embedding(unet, settings)
     if isinstance(unet, TinyUNet2DModel) and default_device().type == "cpu":
         _warn_of_costly_attention(unet)
     return unet
+
+
+def _check_time_embedding(unet: nn.Module, settings: TrainingArguments) -> None:
+    """Refuses an embedding that can't take the continuous timesteps of flow and EDM."""
+    if settings.prediction_type not in ("flow", "edm"):
+        return
+    is_stock = isinstance(unet, UNet2DModel)
+    kind = unet.config.time_embedding_type if is_stock else unet.config.time_embedding
+    if kind == "learned" or (is_stock and kind == "fourier"):  # the stock one takes the logarithm and divides by t
+        raise UserError(
+            f"--prediction_type {settings.prediction_type} has continuous timesteps, which the {kind!r} time embedding of "
+            f"a {type(unet).__name__} can't take: give a network with {'positional' if is_stock else 'sinusoidal'!r} ones."
+        )
 
 
 def _unet_options(settings: UNetArguments, data: ImageData) -> dict[str, Any]:
@@ -197,7 +212,10 @@ def _check_checkpoint(pipeline: Any, settings: TrainingArguments) -> None:
         )
     has_fixed_steps = config.get("time_embedding", config.get("time_embedding_type")) in ("learned", "fourier")
     steps = config.get("num_train_timesteps")
-    if has_fixed_steps and steps not in (None, settings.ddpm_num_steps):
+    if settings.prediction_type == "edm":
+        if has_fixed_steps and steps != 1:
+            raise UserError(f"--prediction_type edm: the time embedding of {name} is made for {steps} timesteps.")
+    elif has_fixed_steps and steps not in (None, settings.ddpm_num_steps):
         raise UserError(
             f"--ddpm_num_steps {settings.ddpm_num_steps}: the time embedding of {name} is made for {steps} timesteps: "
             f"give --ddpm_num_steps {steps}."
@@ -205,11 +223,13 @@ def _check_checkpoint(pipeline: Any, settings: TrainingArguments) -> None:
 
     papers = {theirs: ours for ours, theirs in BETA_SCHEDULE_ALIASES.items()}
     learned = {"prediction_type": "epsilon", **pipeline.scheduler.config}
-    for flag_name, key in (
-        ("prediction_type", "prediction_type"),
-        ("ddpm_beta_schedule", "beta_schedule"),
-        ("ddpm_num_steps", "num_train_timesteps"),
-    ):
+    objective = objective_of(pipeline.scheduler)
+    if objective != "betas":
+        learned["prediction_type"] = objective
+    compared = {"prediction_type": "prediction_type"}
+    if objective == "betas" and settings.prediction_type not in ("flow", "edm"):
+        compared |= {"ddpm_beta_schedule": "beta_schedule", "ddpm_num_steps": "num_train_timesteps"}
+    for flag_name, key in compared.items():
         own, asked = (papers.get(value, value) for value in (learned.get(key), getattr(settings, flag_name)))
         if own not in (None, asked):
             logger.warning(
