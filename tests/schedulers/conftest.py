@@ -50,6 +50,35 @@ class GaussianData:
         return unet
 
 
+class GaussianFlow:
+    """The ideal network of rectified flow or EDM for images from N(mean, cov), flattened to D values."""
+
+    def __init__(self, scheduler, mean, cov):
+        self.scheduler = scheduler
+        self.mean, (self.variances, self.basis) = torch.as_tensor(mean).double(), torch.linalg.eigh(cov.double())
+
+    def original(self, x, signal, level):
+        """Returns E[x_0 | x] of x = signal x_0 + level eps, with a signal and a level (B, 1) for x (B, D)."""
+        gain = signal * self.variances / (signal**2 * self.variances + level**2)  # (B, D), in the eigenbasis
+        return self.mean + (gain * ((x - signal * self.mean) @ self.basis)) @ self.basis.T
+
+    def __call__(self, sample, timesteps, class_labels=None):
+        t = torch.as_tensor(timesteps).double().reshape(-1, 1)
+        x = sample.double().flatten(1)
+        if "sigma_data" not in self.scheduler.config:
+            s = t / self.scheduler.config.num_train_timesteps
+            output = (x - self.original(x, 1 - s, s)) / s.clamp(min=1e-9)
+            output = torch.where(s > 0, output, -x)  # E[eps] - x_0
+        else:
+            sigma, sigma_data = (4 * t).exp(), self.scheduler.config.sigma_data
+            x = x * (sigma**2 + sigma_data**2) ** 0.5
+            skipped = sigma_data**2 / (sigma**2 + sigma_data**2) * x
+            output = (
+                (self.original(x, 1.0, sigma) - skipped) * (sigma**2 + sigma_data**2) ** 0.5 / (sigma * sigma_data)
+            )
+        return SimpleNamespace(sample=output.reshape(sample.shape).float())
+
+
 class Chain:
     """Quantities of the papers for all timesteps in float64, from the betas (Ho et al. 2020, equations 6 and 7)."""
 
@@ -72,6 +101,11 @@ def chain():
 @pytest.fixture
 def gaussian():
     return GaussianData
+
+
+@pytest.fixture
+def gaussian_flow():
+    return GaussianFlow
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ..data import ImageData, normalize
 from ..errors import UserError
-from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny import image_generators, objective_of
 from ..schedulers.scheduling_tiny_continuous import MAX_EXACT_DIMENSIONS
 from .images import IMAGE_TYPES, digest, fill
 from .measurement import ImageSet
@@ -22,8 +22,13 @@ from .report import METRICS, Protocol
 # pipelines with their own `bits_per_dim` -> its kind
 _KINDS = {"TinyPixelCNNPipeline": "exact", "TinyVAEPipeline": "the ELBO: an upper bound"}
 _BOUND = "the variational bound: an upper bound"
-# of rectified flow and EDM, for up to as many values per image with the exact trace
+# of rectified flow and EDM
 _ODE = "by the probability-flow ODE: an estimate, {trace}, 25 Runge-Kutta steps, uniform dequantization"
+_SCHEDULERS = {
+    "betas": "TinyDDIMScheduler or TinyDDPMScheduler",
+    "flow": "TinyFlowMatchScheduler",
+    "edm": "TinyEDMScheduler",
+}
 
 
 @dataclass
@@ -65,7 +70,7 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
     elif scheduler is None:
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):
-        reason = f"a {type(scheduler).__name__} has no likelihood; use the scheduler that the checkpoint was saved with"
+        reason = f"a {type(scheduler).__name__} has no likelihood; use {_SCHEDULERS[objective_of(scheduler)]}"
     if reason is not None and set(protocol.metrics) != set(METRICS):
         raise UserError(f"Leave out the metric bits_per_dim: {reason}.")
     return reason
@@ -103,7 +108,7 @@ def measure_likelihood(
 
 
 def _scheduler_kind(pipe: DiffusionPipeline, images: np.ndarray) -> str:
-    if not hasattr(pipe.scheduler, "ode_likelihood"):
+    if not hasattr(getattr(pipe, "scheduler", None), "ode_likelihood"):
         return _BOUND
     is_exact = images[0].size <= MAX_EXACT_DIMENSIONS
     return _ODE.format(trace="exact trace" if is_exact else "Hutchinson's trace with 2 probes")
