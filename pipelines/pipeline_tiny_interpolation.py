@@ -278,18 +278,22 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             )
         dtype = self.unet.dtype
         device_timesteps, levels = scheduler.timesteps.to(sample.device), scheduler.sigmas.tolist()
+        is_edm = isinstance(scheduler, EDMEulerScheduler)
         for step in self.progress_bar(range(len(device_timesteps) - 1, -1, -1)):
-            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration.
+            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration: x_0 is linear
+            # in x, with c_skip, and in the network's output, which is kept from the last iterate.
             timestep, level, prev_level = scheduler.timesteps[step], levels[step], levels[step + 1]
+            c_skip = scheduler.config.sigma_data**2 / (level**2 + scheduler.config.sigma_data**2) if is_edm else 1.0
+            ratio = (level - prev_level) / level
             prev_sample = sample
             for _ in range(_INVERSION_ITERATIONS):
-                is_edm = isinstance(scheduler, EDMEulerScheduler)
                 scaled = scheduler.precondition_inputs(sample, level) if is_edm else sample
                 model_output = predict(scaled.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
                 pred_original_sample = predict_original_sample(scheduler, model_output, timestep, scaled)
                 if hasattr(scheduler, "_clip"):  # ours, not the stock one
                     pred_original_sample = scheduler._clip(pred_original_sample)
-                sample = prev_sample + (level - prev_level) * (sample - pred_original_sample) / level
+                output_part = pred_original_sample - c_skip * sample
+                sample = (prev_sample - ratio * output_part) / (1 - ratio * (1 - c_skip))
         return sample / self._init_noise_sigma(scheduler)
 
 

@@ -4,7 +4,7 @@ Checks which of diffusers' schedulers fit, and prints the table of docs/schedule
     python tests/benchmarks/check_schedulers.py [--checkpoint model_cards/digits-8]
 
 Every scheduler class of the installed diffusers samples a mixture of three Gaussians, whose ideal network is known in
-closed form for each beta schedule and prediction type, and a trained checkpoint, with 5, 10, 20 and 50 steps. A
+closed form for each beta schedule and prediction type, for rectified flow and for EDM, and a trained checkpoint, with 5, 10, 20 and 50 steps. A
 deterministic solver must stay as near to DDIM with many steps as DDIM with the same number does, or nearly so; one that
 draws noise must give each mode its share and width. What does not fit must be refused in one sentence. Exits with 1 if
 one does neither.
@@ -13,6 +13,7 @@ one does neither.
 import argparse
 import inspect
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline
+from tiny_diffusers.pipelines.pipeline_tiny import objective_of
 
 
 STEPS, FINE = (5, 10, 20, 50), 200
@@ -33,6 +35,7 @@ SCHEDULERS = sorted(name for name in dir(diffusers.schedulers) if name.endswith(
 
 # They draw noise in each step: their samples are compared as a set.
 STOCHASTIC = ("DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "LCM", "SASolver")
+STOCHASTIC += ("FlowMatchLCM",)
 
 
 class MixtureNetwork(ModelMixin, ConfigMixin):
@@ -48,27 +51,43 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         self.unused = torch.nn.Parameter(torch.zeros(1))  # a pipeline asks for its dtype and device
 
     def at_levels_of(self, scheduler):
-        self.log_snr = torch.logit(scheduler.alphas_cumprod.double())
-        self.prediction_type = scheduler.config.prediction_type
+        self.objective, self.config_of_levels = objective_of(scheduler), scheduler.config
+        if self.objective == "betas":
+            self.log_snr = torch.logit(scheduler.alphas_cumprod.double())
         return self
 
-    def forward(self, sample, timestep):
-        # Solvers also use values between the training timesteps, where they interpolate the log-SNR linearly.
-        low = int(timestep)
-        high = min(low + 1, len(self.log_snr) - 1)
-        abar = torch.sigmoid(torch.lerp(self.log_snr[low], self.log_snr[high], float(timestep) - low))
-
-        x_t = sample.double().flatten(1)[:, None]  # (B, 1, 2)
-        variance = abar * self.std**2 + 1 - abar
-        distance = x_t - abar**0.5 * self.means  # (B, K, 2)
+    def original(self, x_t, signal, level):
+        """Returns E[x_0 | x_t] of x_t = signal x_0 + level eps."""
+        x = x_t.double().flatten(1)[:, None]  # (B, 1, 2)
+        variance = signal**2 * self.std**2 + level**2
+        distance = x - signal * self.means  # (B, K, 2)
         share = torch.softmax(self.weights.log() - distance.square().sum(-1) / (2 * variance), dim=1)  # p(k | x_t)
-        x_0 = (share[..., None] * (self.means + abar**0.5 * self.std**2 / variance * distance)).sum(1)  # E[x_0 | x_t]
-        x_0 = x_0.reshape(sample.shape)
+        x_0 = (share[..., None] * (self.means + signal * self.std**2 / variance * distance)).sum(1)
+        return x_0.reshape(x_t.shape)
+
+    def forward(self, sample, timestep):
+        t = float(timestep)
+        if self.objective == "flow":
+            level = t / self.config_of_levels.num_train_timesteps
+            return UNet2DOutput(sample=((sample - self.original(sample, 1 - level, level)) / level).float())
+        if self.objective == "edm":
+            sigma, sigma_data = math.exp(4 * t), self.config_of_levels.sigma_data
+            total = (sigma**2 + sigma_data**2) ** 0.5
+            x = sample.double() * total  # the scheduler scaled it
+            skipped = sigma_data**2 / total**2 * x
+            return UNet2DOutput(
+                sample=((self.original(x, 1.0, sigma) - skipped) * total / (sigma * sigma_data)).float()
+            )
+
+        # Solvers also use values between the training timesteps, where they interpolate the log-SNR linearly.
+        low = int(t)
+        high = min(low + 1, len(self.log_snr) - 1)
+        abar = torch.sigmoid(torch.lerp(self.log_snr[low], self.log_snr[high], t - low))
+        x_0 = self.original(sample, abar**0.5, (1 - abar) ** 0.5)
         epsilon = (sample - abar**0.5 * x_0) / (1 - abar) ** 0.5
         v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x_0
-        return UNet2DOutput(
-            sample={"epsilon": epsilon, "sample": x_0, "v_prediction": v}[self.prediction_type].float()
-        )
+        outputs = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}
+        return UNet2DOutput(sample=outputs[self.config_of_levels.prediction_type].float())
 
 
 def mixture_pipeline(schedule: str, prediction_type: str = "epsilon", **options) -> TinyPipeline:
@@ -77,6 +96,11 @@ def mixture_pipeline(schedule: str, prediction_type: str = "epsilon", **options)
         prediction_type=prediction_type,
         **{"clip_sample": False, "timestep_spacing": "trailing", **options},
     )
+    return pipeline_of_levels(scheduler)
+
+
+def pipeline_of_levels(scheduler) -> TinyPipeline:
+    """Returns the pipeline that samples the mixture with its ideal network for a scheduler's objective."""
     pipe = TinyPipeline(MixtureNetwork().at_levels_of(scheduler), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe

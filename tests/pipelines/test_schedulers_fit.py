@@ -8,7 +8,13 @@ import diffusers
 import pytest
 import torch
 
-from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler, TinyPipeline
+from tiny_diffusers import (
+    TinyDDIMScheduler,
+    TinyDDPMScheduler,
+    TinyEDMScheduler,
+    TinyFlowMatchScheduler,
+    TinyPipeline,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +32,12 @@ FITTING = [
     *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"),
     "UniPCMultistepScheduler",
 ]
+FITTING_FLOW = [
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    *("FlowMatchLCMScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+]
+FITTING_EDM = ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"]
 KARRAS = ["DEISMultistepScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"]
 
 
@@ -50,6 +62,33 @@ def test_every_scheduler_samples_the_mixture_or_is_refused_in_a_sentence(name, c
     if found == "uninstalled":
         pytest.skip("needs a package that is not installed")
     assert found == ("fits" if name in FITTING else "refused")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fitting"), [(TinyFlowMatchScheduler, FITTING_FLOW), (TinyEDMScheduler, FITTING_EDM)]
+)
+def test_flow_and_edm_are_sampled_by_their_stock_schedulers_and_no_other(scheduler, fitting):
+    pipe = check_schedulers.pipeline_of_levels(scheduler())
+    own, fine = (check_schedulers.draw(pipe, pipe.scheduler, steps, NUM_IMAGES) for steps in (20, 200))
+    heun = check_schedulers.draw(pipe, scheduler(solver="heun"), 20, NUM_IMAGES)
+    assert (heun - fine).abs().mean() < 0.5 * (own - fine).abs().mean()
+    for name in check_schedulers.SCHEDULERS:
+        found = check_schedulers.verdict(name, pipe, 20, own, fine, check_schedulers.fits_mixture).partition(" ")[0]
+        assert found in ("uninstalled", "fits" if name in fitting else "refused"), name
+
+
+def test_a_scheduler_of_another_objective_is_refused_even_with_the_config_of_its_own(cosine):
+    pipe, _ = cosine
+    flow = check_schedulers.pipeline_of_levels(TinyFlowMatchScheduler())
+    for objective, target, other, message in (
+        ("flow", flow, TinyDDIMScheduler(), "rectified flow: use `"),
+        ("flow", flow, diffusers.DPMSolverMultistepScheduler(), "`use_flow_sigmas` True"),
+        ("betas", pipe, TinyFlowMatchScheduler(), "beta schedule: use `"),
+        ("betas", pipe, TinyEDMScheduler(), "beta schedule: use `"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_schedulers.draw(target, other, 5, 1)
+        assert target._objective == objective
 
 
 @pytest.mark.parametrize("steps", [10, 20])
