@@ -15,6 +15,7 @@ Generators = torch.Generator | list[torch.Generator]
 
 # The trace of the velocity's Jacobian is exact for images of up to so many values, and an estimate for larger ones.
 MAX_EXACT_DIMENSIONS = 256
+_COPIES = 512  # of images, that share a batch for the exact trace
 
 
 @dataclass
@@ -264,7 +265,6 @@ class TinyContinuousMixin:
         if num_steps < 1 or num_probes < 2:
             raise ValueError(f"num_steps must be at least 1 and num_probes 2, got {num_steps} and {num_probes}.")
         sample = sample.float()
-        condition = {} if class_labels is None else {"class_labels": class_labels}
         num_dimensions = sample[0].numel()
 
         def draw() -> torch.Tensor:
@@ -275,14 +275,21 @@ class TinyContinuousMixin:
         if num_dimensions > MAX_EXACT_DIMENSIONS:
             probes = [torch.where(draw() < 0, -1.0, 1.0) for _ in range(num_probes)]
 
+        def velocity(x: torch.Tensor, level: float, labels: torch.Tensor | None) -> torch.Tensor:
+            timesteps = self._timestep(torch.full((len(x),), level, device=x.device))
+            condition = {} if labels is None else {"class_labels": labels}
+            output = model(self.scale_model_input(x, timesteps), timesteps, **condition).sample
+            return self._velocity(output.to(x.dtype), x, level)
+
         def slope(x: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
-            """Computes the velocity and the trace of its Jacobian by each probe: (B, C, H, W) and (P, B)."""
+            """Computes the velocity and the trace of its Jacobian, by each probe or exactly: (B, C, H, W), (P or 1, B)."""
             with torch.enable_grad():
+                if probes is None:
+                    return _exact_trace(lambda x, labels: velocity(x, level, labels), x, class_labels)
                 x = x.detach().requires_grad_()
-                timesteps = self._timestep(torch.full((len(x),), level, device=x.device))
-                output = model(self.scale_model_input(x, timesteps), timesteps, **condition).sample
-                velocity = self._velocity(output.to(x.dtype), x, level)
-                return velocity.detach(), _jacobian_trace(velocity, x, probes)
+                v = velocity(x, level, class_labels)
+                products = [torch.autograd.grad(v, x, probe, retain_graph=True)[0] * probe for probe in probes]
+                return v.detach(), torch.stack([product.flatten(1).sum(dim=1) for product in products])
 
         traces = 0.0
         levels = self._likelihood_levels(num_steps)
@@ -306,17 +313,21 @@ class TinyContinuousMixin:
         return TinyLikelihoodOutput(total=nats / math.log(2), standard_error=error / math.log(2))
 
 
-def _jacobian_trace(velocity: torch.Tensor, x: torch.Tensor, probes: list[torch.Tensor] | None) -> torch.Tensor:
+def _exact_trace(
+    velocity: Callable, x: torch.Tensor, class_labels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Computes the trace of each image's Jacobian dv/dx, exactly without probes, or by Hutchinson's estimate p^T (dv/dx) p
-    for each of them: (1, B) or (P, B).
+    Computes velocities and the traces of their Jacobians: (B, C, H, W) and (1, B). Each entry of the diagonal is the
+    gradient of a copy of the image, and copies share a batch.
     """
-    if probes is not None:
-        products = [torch.autograd.grad(velocity, x, probe, retain_graph=True)[0] * probe for probe in probes]
-        return torch.stack([product.flatten(1).sum(dim=1) for product in products])
-    values = velocity.flatten(1)  # (B, D)
-    diagonal = [
-        torch.autograd.grad(values[:, i].sum(), x, retain_graph=True)[0].flatten(1)[:, i]
-        for i in range(values.shape[1])
-    ]
-    return torch.stack(diagonal).sum(dim=0, keepdim=True)
+    batch, num_dimensions = len(x), x[0].numel()
+    trace = torch.zeros(batch, device=x.device)
+    for dimensions in torch.arange(num_dimensions, device=x.device).split(max(1, _COPIES // batch)):
+        count = len(dimensions)
+        labels = None if class_labels is None else class_labels.repeat(count, *[1] * (class_labels.ndim - 1))
+        copies = x.detach().repeat(count, 1, 1, 1).requires_grad_()  # (count * B, C, H, W)
+        values = velocity(copies, labels)
+        own = dimensions.repeat_interleave(batch)[:, None]
+        (gradients,) = torch.autograd.grad(values.flatten(1).gather(1, own).sum(), copies)
+        trace += gradients.flatten(1).gather(1, own).reshape(count, batch).sum(dim=0)
+    return values[:batch].detach(), trace[None]

@@ -13,6 +13,8 @@ from tiny_diffusers import (
     TinyDCGANGenerator,
     TinyDCGANPipeline,
     TinyDDIMScheduler,
+    TinyEDMScheduler,
+    TinyFlowMatchScheduler,
     TinyPipeline,
     TinyPixelCNNModel,
     TinyPixelCNNPipeline,
@@ -111,6 +113,16 @@ class TestSample:
     def test_every_scheduler_samples(self, checkpoint, tmp_path, name):
         arguments = ("--num_images", 2, "--scheduler", name, "--num_inference_steps", 8)  # the fewest of pndm
         assert len(sample(checkpoint, tmp_path / name, *arguments)) == 2
+
+    @pytest.mark.parametrize(("scheduler", "other"), [(TinyFlowMatchScheduler, "lms"), (TinyEDMScheduler, "unipc")])
+    def test_every_scheduler_of_flow_and_edm_samples(self, tiny_unet, tmp_path, capsys, scheduler, other):
+        checkpoint = tmp_path / "model"
+        TinyPipeline(tiny_unet(), scheduler()).save_pretrained(checkpoint)
+        objective = "flow" if scheduler is TinyFlowMatchScheduler else "edm"
+        for name in SCHEDULERS[objective]:
+            assert len(sample(checkpoint, tmp_path / name, "--num_images", 2, "--scheduler", name)) == 2
+        message = error_line(capsys, "sample", checkpoint, "--scheduler", other)
+        assert f"--scheduler {other} has no form for {objective}" in message and "heun" in message
 
     def test_a_number_of_steps_that_a_scheduler_cannot_take_is_one_line(self, checkpoint, tmp_path, capsys):
         arguments = ("--scheduler", "pndm", "--num_inference_steps", 3, "--output", tmp_path / "a.png")

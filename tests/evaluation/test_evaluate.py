@@ -24,6 +24,8 @@ from tiny_diffusers import (
     TinyDCGANGenerator,
     TinyDCGANPipeline,
     TinyDDIMScheduler,
+    TinyEDMScheduler,
+    TinyFlowMatchScheduler,
     TinyPipeline,
     TinyVAEModel,
     TinyVAEPipeline,
@@ -406,6 +408,20 @@ class TestMeasures:
         assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
         assert "bound" in report.source["likelihood"] and "256 levels" in report.markdown()
         assert report.measured_by["likelihood_levels"] == 256
+
+    @pytest.mark.parametrize("scheduler", [TinyFlowMatchScheduler, TinyEDMScheduler])
+    def test_bits_per_dim_of_flow_and_edm_are_an_estimate_by_the_ode(self, tiny_unet, scheduler):
+        pipe = TinyPipeline(tiny_unet("none"), scheduler())
+        pipe.scheduler.ode_likelihood = functools.partial(pipe.scheduler.ode_likelihood, num_steps=2)
+        reference = image_data()
+        protocol = Protocol(**{**NO_BASELINES, "metrics": ["bits_per_dim"], "likelihood_images": 2})
+        report = evaluate(pipe, reference, protocol)
+        order = images.order_of(reference.images.numpy())[:2]
+        sample = reference.images[order.copy()].float() / 127.5 - 1
+        generator = [torch.Generator().manual_seed(i) for i in range(2)]
+        expected = pipe.scheduler.ode_likelihood(pipe.unet, sample, generator=generator).total.mean().item()
+        assert values(report) == {"bits_per_dim": pytest.approx(expected, rel=1e-4)}
+        assert "an estimate, exact trace, 25 Runge-Kutta steps" in report.source["likelihood"]
 
     def test_a_pipelines_own_likelihood_takes_precedence_over_the_schedulers(self, pipeline):
         pipe = pipeline()

@@ -85,10 +85,13 @@ def test_classes_without_a_training_image_are_named(train, capsys):
     assert "no training image" not in capsys.readouterr().err
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two):
-    options = ("--class_dropout_prob", "0.5", "--random_flip")
-    whole = train(*options, steps=20, name="whole")
-    resumed = train_in_two(*options, stopped_at=7, steps=20)
+@pytest.mark.parametrize(
+    ("prediction_type", "steps", "stopped_at"), [("v_prediction", 20, 7), ("flow", 6, 3), ("edm", 6, 3)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, prediction_type, steps, stopped_at):
+    options = ("--class_dropout_prob", "0.5", "--random_flip", "--prediction_type", prediction_type)
+    whole = train(*options, steps=steps, name="whole")
+    resumed = train_in_two(*options, stopped_at=stopped_at, steps=steps)
     for name in ("unet/" + WEIGHTS, "train_log.jsonl", "samples.png"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny_diffusers import TinyPipeline
+from tiny_diffusers import TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler
 from tiny_diffusers.train_scripts import train_unconditional
@@ -200,6 +200,60 @@ def test_flags_that_a_stock_network_does_not_know_are_refused(check_mistake, tmp
     loaded = ["--model_config_name_or_path", str(tmp_path / "config.json"), "--norm_num_groups", "4"]
     words = ["--patch_size 2 (it knows no such option)", "--dropout 0.1 (it has 0.0)"]
     check_mistake([*loaded, "--patch_size", "2", "--dropout", "0.1"], words, network=False)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "pipeline", "scheduler"),
+    [("flow", "DDPMPipeline", TinyFlowMatchScheduler), ("edm", "ConsistencyModelPipeline", TinyEDMScheduler)],
+)
+def test_flow_and_edm_train_a_stock_network_that_stock_diffusers_loads(
+    train, tmp_path, capsys, prediction_type, pipeline, scheduler
+):
+    config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
+    network = ("--model_config_name_or_path", str(tmp_path / "config.json"))
+    options = ("--prediction_type", prediction_type, "--dynamic_thresholding", "0.99")
+    folder = train(*network, *options, steps=1, network=False)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == pipeline
+    pipe = TinyPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is scheduler and pipe.scheduler.config.dynamic_thresholding_ratio == 0.99
+    capsys.readouterr()
+    train("--pretrained_model_name_or_path", str(folder), name="other", steps=1, network=False)
+    assert f"was trained with --prediction_type {prediction_type}" in capsys.readouterr().err
+
+
+def test_the_timestep_distribution_is_saved_with_the_model(train):
+    for flags, expected in (((), "mixed"), (("--timestep_distribution", "uniform"), "uniform")):
+        folder = train("--prediction_type", "flow", *flags, "--overwrite_output_dir", steps=1)
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert config["timestep_distribution"] == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "flags"),
+    [
+        ("flow", "--ddpm_beta_schedule linear"),
+        ("flow", "--snr_gamma 5.0"),
+        ("flow", "--variance_type learned_range"),
+        ("edm", "--loss_type huber"),
+        ("edm", "--beta_end 0.5"),
+        ("edm", "--ddpm_num_steps 500"),
+        ("edm", "--timestep_distribution uniform"),
+        ("epsilon", "--timestep_distribution mixed"),
+    ],
+)
+def test_flags_that_mean_nothing_to_the_objective_are_refused(check_mistake, prediction_type, flags):
+    words = [f"{flags} means nothing to --prediction_type {prediction_type}"]
+    check_mistake(["--prediction_type", prediction_type, *flags.split()], words)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "edm"])
+def test_a_time_embedding_of_whole_timesteps_is_refused(check_mistake, train, prediction_type):
+    options = ["--prediction_type", prediction_type, "--time_embedding"]
+    check_mistake([*options, "learned"], [f"--prediction_type {prediction_type}", "'learned'", "'sinusoidal'"])
+    unet = json.loads((train(*options, "fourier", steps=1) / "unet" / "config.json").read_text())
+    assert unet["num_train_timesteps"] == (1 if prediction_type == "edm" else 1000)
 
 
 def test_a_time_embedding_made_for_other_timesteps_is_refused(train, check_mistake):
