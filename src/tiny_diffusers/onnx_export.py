@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from .errors import UserError
+from .pipelines.pipeline_tiny import objective_of
 
 
 class _Forward(nn.Module):
@@ -31,7 +32,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
 
     Inputs, as far as the network has them, and the output `out_sample`:
     - `sample`: float32 `(B, C, H, W)`; a U-Net's x_t, a PixelCNN's image in [0, 1];
-    - `timestep`: int64 `(B,)`;
+    - `timestep`: int64 `(B,)`, or float32 for rectified flow and EDM;
     - `latents`: float32 `(B, latent_dim)`, of a DCGAN or of a VAE, whose decoder it is that is saved;
     - `class_labels`: int64 `(B,)`, the null class included.
 
@@ -54,9 +55,11 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     function = getattr(network, "decode", network.forward)
     config = network.config
     num_classes = config.get("num_class_embeds")
+    scheduler = getattr(pipe, "scheduler", None)
+    is_continuous = scheduler is not None and objective_of(scheduler) != "betas"
     examples = {
         "sample": torch.zeros(2, *pipe._image_shape) if "latent_dim" not in config else None,
-        "timestep": torch.zeros(2, dtype=torch.int64),
+        "timestep": torch.zeros(2, dtype=torch.float32 if is_continuous else torch.int64),
         "latents": torch.zeros(2, config.get("latent_dim", 0)),
         "class_labels": None if num_classes is None else torch.zeros(2, dtype=torch.int64),
     }

@@ -242,6 +242,7 @@ class Report:
         """The scheduler with its options, and the arguments of the pipeline's call."""
         scheduler = self.source.get("scheduler", {})
         words = [scheduler["class"]] if "class" in scheduler else []
+        words += [f"solver {name}" for name in _own_solver(scheduler)]
         words += [f"{name} {scheduler[name]}" for name in _SAMPLER_OPTIONS if scheduler.get(name) is not None]
         words += [name for name in _SAMPLER_SWITCHES if scheduler.get(name) is True]
         words += [f"{name} {value}" for name, value in self.source.get("sampling", {}).items()]
@@ -397,7 +398,7 @@ def default_name(protocol: Protocol, source: dict[str, Any]) -> str:
     words = [protocol.kind] if protocol.kind != "samples" or not scheduler else []
     if scheduler:
         solver = scheduler["class"].removeprefix("Tiny").removesuffix("Scheduler")
-        words.append(scheduler.get("algorithm_type") or solver)
+        words += [scheduler.get("algorithm_type") or solver, *(s for s in _own_solver(scheduler) if s != "euler")]
     if "num_inference_steps" in sampling:
         words.append(sampling.pop("num_inference_steps"))
     for name, value in sampling.items():
@@ -405,6 +406,11 @@ def default_name(protocol: Protocol, source: dict[str, Any]) -> str:
             words += [name, *(value if isinstance(value, (list, tuple)) else [value])]
     words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
     return re.sub(r"[^\w.-]+", "", "-".join(words)).lower()
+
+
+def _own_solver(scheduler: dict[str, Any]) -> list[str]:
+    """Returns the solver of this package's schedulers for flow and EDM. In the config of another it means nothing."""
+    return [scheduler["solver"]] if "solver" in scheduler and str(scheduler.get("class")).startswith("Tiny") else []
 
 
 def compare(reports: dict[str, Report]) -> str:
