@@ -135,9 +135,10 @@ class TinyPipelineOutput(ImagePipelineOutput):
 
 class TinyPipeline(DiffusionPipeline):
     r"""
-    Pipeline for unconditional generation of small images, with any diffusers scheduler for what the network was trained
-    for (a beta schedule, rectified flow or EDM), and any network that has [`UNet2DModel`]'s call. It also loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the
-    pipeline class that the checkpoint names.
+    Pipeline for unconditional generation of small images, with any diffusers scheduler for what the network was
+    trained for (a beta schedule, rectified flow or EDM), and any network that has [`UNet2DModel`]'s call. It also
+    loads every checkpoint of this package: `TinyPipeline.from_pretrained` returns the pipeline class that the
+    checkpoint names.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -650,8 +651,8 @@ class TinyPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str | os.PathLike, **kwargs):
         """
         Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
-        `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint without this package. This package's own keys stay in both configs, and
-        `from_pretrained` restores its classes.
+        `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
+        without this package. This package's own keys stay in both configs, and `from_pretrained` restores its classes.
         """
         super().save_config(save_directory, **kwargs)
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
@@ -672,8 +673,8 @@ class TinyPipeline(DiffusionPipeline):
 
 def objective_of(scheduler: SchedulerMixin) -> str:
     """
-    Returns what a scheduler's config is for: `"flow"` (rectified flow), `"edm"` (EDM's preconditioning) or `"betas"` (the
-    noise levels of a beta schedule). A config keeps the keys of the one that it was made from.
+    Returns what a scheduler's config is for: `"flow"` (rectified flow), `"edm"` (EDM's preconditioning) or `"betas"`
+    (the noise levels of a beta schedule). A config keeps the keys of the one that it was made from.
     """
     config = scheduler.config
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
@@ -703,16 +704,16 @@ def check_scheduler(scheduler: SchedulerMixin, objective: str = "betas"):
         ]
         nearest = difflib.get_close_matches(name.removesuffix("Scheduler"), fitting, n=1, cutoff=0.4) or fitting
         raise ValueError(
-            f"{name} is not for a network that was trained {training}: use `{nearest[0]}Scheduler.from_config` with the "
-            "config of the checkpoint's scheduler."
+            f"{name} is not for a network that was trained {training}: use `{nearest[0]}Scheduler.from_config` with "
+            "the config of the checkpoint's scheduler."
         )
     kinds = {"betas": _PREDICTION_TYPES, "flow": ("flow_prediction",)}.get(objective)
     if kinds and "trained_betas" in config and _is_for(type(scheduler), "betas"):
         needs_flow = objective == "flow"
         if config.prediction_type not in kinds or bool(config.get("use_flow_sigmas")) != needs_flow:
             raise ValueError(
-                f"The network was trained {training}, but {name} is set to another kind: its `prediction_type` must be "
-                f"one of {', '.join(kinds)}, got {config.prediction_type!r}, and `use_flow_sigmas` {needs_flow}."
+                f"The network was trained {training}, but {name} is set to another kind: its `prediction_type` must "
+                f"be one of {', '.join(kinds)}, got {config.prediction_type!r}, and `use_flow_sigmas` {needs_flow}."
             )
 
 

@@ -154,8 +154,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             the intermediates if `return_intermediates` is given.
 
         Raises:
-            `ValueError`: If an argument is not as described above, `images` are given with a scheduler that can't invert
-                them, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, `images` are given with a scheduler that can't
+                invert them, or the samples are not finite.
         """
         self._check_output(2, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
@@ -280,8 +280,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         device_timesteps, levels = scheduler.timesteps.to(sample.device), scheduler.sigmas.tolist()
         is_edm = isinstance(scheduler, EDMEulerScheduler)
         for step in self.progress_bar(range(len(device_timesteps) - 1, -1, -1)):
-            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration: x_0 is linear
-            # in x, with c_skip, and in the network's output, which is kept from the last iterate.
+            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration: x_0 is
+            # linear in x, with c_skip, and in the network's output, which is kept from the last iterate.
             timestep, level, prev_level = scheduler.timesteps[step], levels[step], levels[step + 1]
             c_skip = scheduler.config.sigma_data**2 / (level**2 + scheduler.config.sigma_data**2) if is_edm else 1.0
             ratio = (level - prev_level) / level

@@ -51,10 +51,10 @@ class TinyContinuousMixin:
     """
     Mixin for a scheduler of continuous noise levels, x = a x_0 + s eps with s the level, beside `TinyObjectiveMixin`.
 
-    Both objectives are the ODE dx/ds = (x - x_0(x, s)) / s of
-    [EDM](https://huggingface.co/papers/2206.00364), equation 1: EDM has a = 1, and rectified flow has a = 1 - s, where it
-    is the velocity eps - x_0. They differ by `_signal`, a as a function of s; `_timestep` and `_level`, between s and the
-    network's timestep; and `_velocity`, dx/ds from the network's output.
+    Both objectives are the ODE dx/ds = (x - x_0(x, s)) / s of [EDM](https://huggingface.co/papers/2206.00364),
+    equation 1: EDM has a = 1, and rectified flow has a = 1 - s, where it is the velocity eps - x_0. They differ by
+    `_signal`, a as a function of s; `_timestep` and `_level`, between s and the network's timestep; and `_velocity`,
+    dx/ds from the network's output.
     """
 
     _has_continuous_timesteps = True
@@ -95,7 +95,7 @@ class TinyContinuousMixin:
         return self._signal(level) * original_samples + level * noise
 
     def _levels_like(self, sample: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
-        """Returns the noise levels of timesteps, shaped to broadcast with a sample: (B,) or () -> (B or 1, 1, 1, 1)."""
+        """Returns the noise levels of timesteps, to broadcast with a sample: (B,) or () -> (B or 1, 1, 1, 1)."""
         timesteps = torch.as_tensor(timesteps, dtype=torch.float32).to(sample.device)
         return self._level(timesteps).to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
 
@@ -159,10 +159,11 @@ class TinyContinuousMixin:
         Takes one step to the next lower noise level: Euler's or, with `solver="heun"`, one of the two evaluations of
         Heun's (https://huggingface.co/papers/2206.00364, algorithm 1).
 
-        With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps + r z.
-        From a level s to s', with ratio = (s' a) / (s a'), r^2 = 1 - ratio^(2 eta^2). With eta = 1 that is the reverse
-        process of DDPM (https://huggingface.co/papers/2010.02502, equation 16). With any eta the marginals stay right in
-        the limit of many steps, as the share goes to 0 with the step, and fresh noise corrects the network's errors.
+        With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
+        + r z. From a level s to s', with ratio = (s' a) / (s a'), r^2 = 1 - ratio^(2 eta^2). With eta = 1 that is the
+        reverse process of DDPM (https://huggingface.co/papers/2010.02502, equation 16). With any eta the marginals
+        stay right in the limit of many steps, as the share goes to 0 with the step, and fresh noise corrects the
+        network's errors.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The network's output.
@@ -173,8 +174,8 @@ class TinyContinuousMixin:
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `TinyStepOutput` or a tuple.
 
         Returns:
-            [`TinyStepOutput`] or `tuple`: The previous sample and the predicted x_0, in the dtype of `sample`. They are
-            computed in float32 at least.
+            [`TinyStepOutput`] or `tuple`: The previous sample and the predicted x_0, in the dtype of `sample`. They
+            are computed in float32 at least.
 
         Raises:
             `ValueError`: If the timesteps are not set, `timestep` is not one of them, eta is below 0, or the shape of
@@ -240,13 +241,13 @@ class TinyContinuousMixin:
         Computes the negative log-likelihood of images with 256 grey levels by the probability-flow ODE, in bits per
         dimension (Song et al. 2021, https://huggingface.co/papers/2011.13456, section 4.3).
 
-        The grey levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the classic
-        Runge-Kutta method, with four evaluations per step. The trace of the velocity's Jacobian is exact for images of up
-        to 256 values, which takes a backward pass for each, and otherwise Hutchinson's estimate
+        The grey levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the
+        classic Runge-Kutta method, with four evaluations per step. The trace of the velocity's Jacobian is exact for
+        images of up to 256 values, which takes a backward pass for each, and otherwise Hutchinson's estimate
         (https://huggingface.co/papers/1810.01367), with probes of +1 and -1 that an image keeps in all steps.
 
-        This is an estimate, not a bound: it has the error of the steps and of the probes. Without these errors, its mean
-        over the dequantization is an upper bound on the negative log-likelihood of the discrete images.
+        This is an estimate, not a bound: it has the error of the steps and of the probes. Without these errors, its
+        mean over the dequantization is an upper bound on the negative log-likelihood of the discrete images.
 
         Args:
             model (`Callable`): The network, called as `model(sample, timesteps).sample`.
@@ -282,7 +283,7 @@ class TinyContinuousMixin:
             return self._velocity(output.to(x.dtype), x, level)
 
         def slope(x: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
-            """Computes the velocity and the trace of its Jacobian, by each probe or exactly: (B, C, H, W), (P or 1, B)."""
+            """Computes the velocity and the trace of its Jacobian, by probes or exactly: (B, C, H, W), (P or 1, B)."""
             with torch.enable_grad():
                 if probes is None:
                     return _exact_trace(lambda x, labels: velocity(x, level, labels), x, class_labels)

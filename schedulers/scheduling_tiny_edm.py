@@ -12,23 +12,23 @@ from .scheduling_tiny_continuous import TinyContinuousMixin
 
 class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerScheduler):
     r"""
-    EDM: x = x_0 + sigma eps, with a preconditioned network F
-    ([Karras et al. 2022](https://huggingface.co/papers/2206.00364), equation 7 and table 1). The denoiser is D(x) = c_skip x +
-    c_out F(c_in x, c_noise), with
+    EDM ([Karras et al. 2022](https://huggingface.co/papers/2206.00364), equation 7 and table 1): x = x_0 + sigma eps,
+    and the denoiser is D(x) = c_skip x + c_out F(c_in x, c_noise), with the network F and
 
     - c_skip = sigma_data^2 / (sigma^2 + sigma_data^2);
     - c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2);
     - c_in = 1 / sqrt(sigma^2 + sigma_data^2);
     - c_noise = ln(sigma) / 4, the network's timestep.
 
-    Extends [`EDMEulerScheduler`] with the training loss (`training_loss`), noising at any timestep, Heun's solver, fresh
-    noise (`eta`), clipping, and the likelihood (`ode_likelihood`). Its steps keep float32.
+    Extends [`EDMEulerScheduler`] with the training loss (`training_loss`), noising at any timestep, Heun's solver,
+    fresh noise (`eta`), clipping, and the likelihood (`ode_likelihood`). Its steps keep float32.
 
     Args:
         sigma_min (`float`, defaults to `0.002`): The lowest noise level of sampling, above 0.
         sigma_max (`float`, defaults to `80.0`): The highest noise level of sampling.
         sigma_data (`float`, defaults to `0.5`): The standard deviation of the images in [-1, 1].
-        sigma_schedule (`str`, defaults to `"karras"`): The spacing of sampling: `karras` (equation 5) or `exponential`.
+        sigma_schedule (`str`, defaults to `"karras"`):
+            The spacing of sampling: `karras` (equation 5) or `exponential`.
         num_train_timesteps (`int`, defaults to `1000`): The largest number of steps.
         prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, or `v_prediction`, which negates c_out.
         rho (`float`, defaults to `7.0`): The exponent of `karras`.
@@ -158,9 +158,9 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
     ) -> torch.Tensor:
         """
         Computes the loss of a batch of predictions at `add_noise(sample, noise, timesteps)`, scaled by
-        `scale_model_input`, in float32: lambda (D(x) - x_0)^2 averaged over the pixels, with the weight lambda = (sigma^2 +
-        sigma_data^2) / (sigma sigma_data)^2 (https://huggingface.co/papers/2206.00364, table 1). As lambda = 1 / c_out^2, it
-        is the squared error of F itself (equation 8).
+        `scale_model_input`, in float32: lambda (D(x) - x_0)^2 averaged over the pixels, with the weight lambda =
+        (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (https://huggingface.co/papers/2206.00364, table 1). As lambda
+        = 1 / c_out^2, it is the squared error of F itself (equation 8).
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The network's output F.

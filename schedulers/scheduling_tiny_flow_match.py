@@ -24,9 +24,9 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
     ([Liu et al. 2022](https://huggingface.co/papers/2209.03003), equation 1).
 
     Extends [`FlowMatchEulerDiscreteScheduler`] with the training loss (`training_loss`), noising at any timestep,
-    Heun's solver, fresh noise (`eta`), clipping, and the likelihood (`ode_likelihood`). Its steps keep float32. n steps
-    go from s = 1, 1 - 1/n, ... to 1/n and then to 0; the stock class ends with 0.001 and 0, which wastes an evaluation.
-    The config fits the stock solvers with `use_flow_sigmas` as well, such as DPM-Solver++ and UniPC.
+    Heun's solver, fresh noise (`eta`), clipping, and the likelihood (`ode_likelihood`). Its steps keep float32. n
+    steps go from s = 1, 1 - 1/n, ... to 1/n and then to 0; the stock class ends with 0.001 and 0, which wastes an
+    evaluation. The config fits the stock solvers with `use_flow_sigmas` as well, such as DPM-Solver++ and UniPC.
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`): The timestep of pure noise, T.
@@ -35,8 +35,8 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             (https://huggingface.co/papers/2403.03206, equation 23).
         timestep_distribution (`str`, defaults to `"mixed"`):
             The distribution of s in training: `uniform`; `logit_normal`, sigmoid(N(`logit_mean`, `logit_std`^2))
-            (https://huggingface.co/papers/2403.03206, equation 19); or `mixed`, logit-normal for 70 % of the images and
-            uniform for 30 %.
+            (https://huggingface.co/papers/2403.03206, equation 19); or `mixed`, logit-normal for 70 % of the images
+            and uniform for 30 %.
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
         solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
@@ -84,7 +84,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
 
     @classmethod
     def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
-        """Instantiates a scheduler from a config, as in diffusers. What other solvers need follows from the arguments."""
+        """Instantiates a scheduler from a config, as in diffusers, with what other solvers need from the arguments."""
         if isinstance(config, dict):
             config = {name: value for name, value in config.items() if name not in _SOLVER_ARGUMENTS}
         return super().from_config(config, return_unused_kwargs, **kwargs)

@@ -4,7 +4,7 @@ Checks which of diffusers' schedulers fit, and prints the table of docs/schedule
     python tests/benchmarks/check_schedulers.py [--checkpoint model_cards/digits-8]
 
 Every scheduler class of the installed diffusers samples a mixture of three Gaussians, whose ideal network is known in
-closed form for each beta schedule and prediction type, for rectified flow and for EDM, and a trained checkpoint, with 5, 10, 20 and 50 steps. A
+closed form for each beta schedule and prediction type, and a trained checkpoint, with 5, 10, 20 and 50 steps. A
 deterministic solver must stay as near to DDIM with many steps as DDIM with the same number does, or nearly so; one that
 draws noise must give each mode its share and width. What does not fit must be refused in one sentence. Exits with 1 if
 one does neither.

@@ -1,4 +1,4 @@
-"""Networks trained for rectified flow and EDM in the pipelines: sampling, intermediates, inversion, exchange with stock."""
+"""Rectified flow and EDM in the pipelines: sampling, intermediates, inversion, exchange with stock diffusers."""
 
 import json
 

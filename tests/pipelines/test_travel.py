@@ -98,6 +98,14 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
         "conditional": (TinyConditionalPipeline(unets["tiny"], ddim, labels), guided),
         "around_stock": (TinyConditionalPipeline(unets["stock"], ddim, labels), guided),
+        "flow": (
+            TinyPipeline(make_unet(stock=False), schedulers.TinyFlowMatchScheduler(solver="heun")),
+            {"batch_size": 2, "eta": 1.0, **steps},
+        ),
+        "edm": (
+            TinyConditionalPipeline(unets["tiny"], schedulers.TinyEDMScheduler(clip_sample=True), labels),
+            guided,
+        ),
         "walk": (
             pipelines.TinyInterpolationPipeline(unets["tiny"], ddim),
             {"seeds": [0, 1], "class_labels": [0, 2], **steps},

@@ -1,4 +1,4 @@
-"""What rectified flow and EDM share: solvers, fresh noise and the likelihood, on Gaussian data with an ideal network."""
+"""What rectified flow and EDM share: solvers, fresh noise and the likelihood, on Gaussian data."""
 
 import math
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# what a network was trained for -> --scheduler -> the name of its class, in this package or in diffusers, and its options
+# --scheduler -> the name of its class, in this package or in diffusers, and its options
 _BETA_SCHEDULERS = {
     "ddim": ("TinyDDIMScheduler", {}),
     "ddpm": ("TinyDDPMScheduler", {}),
@@ -35,6 +35,7 @@ _BETA_SCHEDULERS = {
     "sde_dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+# the same for each objective of a network
 SCHEDULERS = {
     "betas": _BETA_SCHEDULERS,
     "flow": {
@@ -205,8 +206,8 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         fitting = SCHEDULERS[objective]
         if args.scheduler not in fitting:
             raise UserError(
-                f"--scheduler {args.scheduler} has no form for {objective}, which '{args.checkpoint}' was trained for: "
-                f"give one of {', '.join(fitting)}."
+                f"--scheduler {args.scheduler} has no form for {objective}, which '{args.checkpoint}' was trained "
+                f"for: give one of {', '.join(fitting)}."
             )
         name, options = fitting[args.scheduler]
         scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
 _NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
 
-# The flags that mean nothing without a beta schedule, and those that mean nothing to each --prediction_type beside them
+# The flags that mean nothing without a beta schedule, and all that mean nothing to a --prediction_type
 _BETA_FLAGS = ("ddpm_beta_schedule", "beta_start", "beta_end", "variance_type")
 _BETA_FLAGS += ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
 _MEANINGLESS = {"flow": _BETA_FLAGS, "edm": (*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution")}
@@ -65,8 +65,8 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
     beta_end: float = flag(0.02, "Last beta (not used by cosine).", within="(0, 1)")
     prediction_type: Literal[(*CHOICES["prediction_type"], "flow", "edm")] = flag(
         "v_prediction",
-        "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of rectified "
-        "flow; edm: what EDM's preconditioning leaves.",
+        "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of "
+        "rectified flow; edm: what EDM's preconditioning leaves.",
     )
     timestep_distribution: Literal[CHOICES["timestep_distribution"]] | None = flag(
         None, "Distribution of the timesteps of --prediction_type flow; mixed if not given."
@@ -100,7 +100,8 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         for name in _MEANINGLESS.get(self.prediction_type, ("timestep_distribution",)):
             if getattr(self, name) != defaults[name]:
                 raise UserError(
-                    f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave it out."
+                    f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave "
+                    "it out."
                 )
 
     @property

@@ -149,8 +149,8 @@ def _check_time_embedding(unet: nn.Module, settings: TrainingArguments) -> None:
     kind = unet.config.time_embedding_type if is_stock else unet.config.time_embedding
     if kind == "learned" or (is_stock and kind == "fourier"):  # the stock one takes the logarithm and divides by t
         raise UserError(
-            f"--prediction_type {settings.prediction_type} has continuous timesteps, which the {kind!r} time embedding of "
-            f"a {type(unet).__name__} can't take: give a network with {'positional' if is_stock else 'sinusoidal'!r} ones."
+            f"--prediction_type {settings.prediction_type} has continuous timesteps, which the {kind!r} time embedding "
+            f"of a {type(unet).__name__} can't take: give {'positional' if is_stock else 'sinusoidal'!r}."
         )
 
 
