@@ -184,7 +184,7 @@ class TinyPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
@@ -200,7 +200,8 @@ class TinyPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
             eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]. Other schedulers ignore it.
+                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]; of `TinyFlowMatchScheduler` and
+                `TinyEDMScheduler` at least 0. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -213,11 +214,12 @@ class TinyPipeline(DiffusionPipeline):
                 `callback_kwargs`, whose tensors it may change.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
-            timesteps (`list[int]`, *optional*):
-                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            timesteps (`list[int]` or `list[float]`, *optional*):
+                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
+                schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting. DDIM
-                and DDPM alone clip.
+                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
+                scheduler's setting.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -280,7 +282,7 @@ class TinyPipeline(DiffusionPipeline):
         if return_intermediates is not None and not _is_positive_int(return_intermediates):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
 
-    def _check_steps(self, num_inference_steps: int, timesteps: list[int] | None, eta: float):
+    def _check_steps(self, num_inference_steps: int, timesteps: list[int] | list[float] | None, eta: float):
         check_scheduler(self.scheduler, self._objective)
         total = self.scheduler.config.num_train_timesteps
         if timesteps is not None:
@@ -415,12 +417,12 @@ class TinyPipeline(DiffusionPipeline):
             return self.scheduler
         if "clip_sample" not in config:
             raise ValueError(
-                f"`clip_sample` means nothing to {type(self.scheduler).__name__}: DDIM and DDPM alone clip."
+                f"`clip_sample` means nothing to {type(self.scheduler).__name__}, which does not clip."
             )
         return type(self.scheduler).from_config(config, clip_sample=bool(clip_sample))
 
     def _set_timesteps(
-        self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None
+        self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | list[float] | None
     ) -> SchedulerMixin:
         """Sets the timesteps, and returns the scheduler to step with: the given one, or its copy of bounded noise."""
         # The scheduler's tensors stay on the CPU: indexing them with a timestep on the GPU would sync at each step.

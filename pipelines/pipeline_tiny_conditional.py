@@ -69,7 +69,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
@@ -99,7 +99,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
             eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]. Other schedulers ignore it.
+                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]; of `TinyFlowMatchScheduler` and
+                `TinyEDMScheduler` at least 0. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -112,12 +113,12 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 `callback_kwargs`, whose tensors it may change.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
-            timesteps (`list[int]`, *optional*):
-                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            timesteps (`list[int]` or `list[float]`, *optional*):
+                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
+                schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting, and
-                under guidance to True. DDIM
-                and DDPM alone clip.
+                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
+                scheduler's setting, and under guidance to True.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.

@@ -94,7 +94,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
     ) -> TinyPipelineOutput | tuple:
@@ -128,7 +128,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, and of inversion steps.
             eta (`float`, *optional*, defaults to 0.0):
-                η of DDIM, in [0, 1]. Above 0, the path is not smooth.
+                η of DDIM, in [0, 1], or of flow and EDM, at least 0. Above 0, the path is not smooth.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`L` or `RGB`), `"np"` (`(num_frames, H, W, C)` in [0, 1]), `"pt"` (`(num_frames, C, H, W)` in
                 [0, 1]) or `"latent"` (the denoised latents, unclipped, about [-1, 1]).
@@ -139,12 +139,12 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 `callback_kwargs`, whose tensors it may change.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`, from the pipeline's `_callback_tensor_inputs`.
-            timesteps (`list[int]`, *optional*):
-                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`.
+            timesteps (`list[int]` or `list[float]`, *optional*):
+                Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
+                schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting, and
-                under guidance to True. DDIM
-                and DDPM alone clip.
+                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
+                scheduler's setting, and under guidance to True.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -203,7 +203,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 50,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
     ) -> torch.Tensor:
         r"""
