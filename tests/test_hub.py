@@ -18,7 +18,15 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, hub
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDDIMScheduler,
+    TinyEDMScheduler,
+    TinyFlowMatchScheduler,
+    TinyPipeline,
+    TinyUNet2DModel,
+    hub,
+)
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, Report
 
@@ -357,6 +365,24 @@ class TestCard:
         assert [name for name, text in texts.items() if stock in text] == ["stock"]
         assert [name for name, text in texts.items() if with_code in text] == ["code"]
         assert "samples.png)" not in texts["bare"]  # there is no such picture in that folder
+
+    @pytest.mark.parametrize(
+        ("scheduler", "words"),
+        [
+            (
+                TinyDDIMScheduler(),
+                "Trained with prediction type `epsilon` and beta schedule `linear` over 1000 timesteps.",
+            ),
+            (
+                TinyFlowMatchScheduler(),
+                "Trained for rectified flow, with timesteps up to 1000 of the distribution `mixed`.",
+            ),
+            (TinyEDMScheduler(), "Trained with EDM's preconditioning, for images of standard deviation 0.5."),
+        ],
+    )
+    def test_what_a_model_was_trained_for_is_said(self, tmp_path, tiny_pipeline, scheduler, words):
+        pipe = TinyPipeline(tiny_pipeline().unet, scheduler)
+        assert f"parameters. {words}" in write_card(hub.export(pipe, tmp_path)).text
 
     def test_the_examples_of_a_model_with_classes_name_some(self, tmp_path, tiny_pipeline):
         unet = tiny_pipeline(num_class_embeds=2).unet
