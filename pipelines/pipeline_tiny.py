@@ -416,9 +416,7 @@ class TinyPipeline(DiffusionPipeline):
         if clip_sample is None:
             return self.scheduler
         if "clip_sample" not in config:
-            raise ValueError(
-                f"`clip_sample` means nothing to {type(self.scheduler).__name__}, which does not clip."
-            )
+            raise ValueError(f"`clip_sample` means nothing to {type(self.scheduler).__name__}, which does not clip.")
         return type(self.scheduler).from_config(config, clip_sample=bool(clip_sample))
 
     def _set_timesteps(

@@ -20,6 +20,7 @@ from .pipeline_tiny import (
     StepCallback,
     TinyPipeline,
     TinyPipelineOutput,
+    predict_original_sample,
     slerp,
 )
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
