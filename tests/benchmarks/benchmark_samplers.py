@@ -20,7 +20,7 @@ from tiny_diffusers import TinyPipeline, hardware
 from tiny_diffusers.commands.shared import SCHEDULERS
 from tiny_diffusers.data import load_images
 from tiny_diffusers.evaluation import features, metrics
-from tiny_diffusers.pipelines.pipeline_tiny import image_generators
+from tiny_diffusers.pipelines.pipeline_tiny import image_generators, objective_of
 
 
 BATCH = 100
@@ -29,8 +29,9 @@ SOLVERS = ("dpm", "sde_dpm", "unipc", "heun")
 
 def samplers(pipe: TinyPipeline) -> dict[str, tuple[str | None, dict, dict]]:
     """Lists the samplers: name -> a solver of `--scheduler`, options of its config, options of the call."""
-    if "clip_sample" not in pipe.scheduler.config:
-        return {f"eta {eta:g}": (None, {}, {"eta": eta}) for eta in (0.0, 0.5, 1.0)}
+    if objective_of(pipe.scheduler) != "betas":
+        euler = {f"Euler, eta {eta:g}": (None, {}, {"eta": eta}) for eta in (0.0, 0.5, 1.0, 1.5, 2.0)}
+        return euler | {name: (name, {}, {}) for name in ("heun", "dpm")}
     combinations = itertools.product(("trailing", "linspace"), (0.0, 1.0), (True, False))
     found = {
         f"DDIM, {spacing}, eta {eta:g}, {'clipped' if clip else 'not clipped'}": (
@@ -106,7 +107,7 @@ def main() -> None:
         for steps in args.steps:
             pipe.scheduler = saved
             if solver is not None:
-                class_name, own = SCHEDULERS[solver]
+                class_name, own = SCHEDULERS[objective_of(saved)][solver]
                 cls = getattr(tiny_diffusers if class_name.startswith("Tiny") else diffusers, class_name)
                 pipe.scheduler = cls.from_config(saved.config, **own, **config)
             guidance = {"guidance_scale": w} if has_classes else {}

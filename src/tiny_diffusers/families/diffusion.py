@@ -162,7 +162,9 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlo
             huber_delta=settings.huber_delta,
             huber_schedule=settings.huber_schedule,
             snr_gamma=settings.snr_gamma,
-            timestep_spacing="trailing",
+            # From pure noise epsilon tells nothing of the image, so that its x_0 is far out of range there.
+            clip_sample=settings.prediction_type == "epsilon",
+            timestep_spacing="linspace",  # the last step is that from timestep 0
             **thresholding,
         )
     last_signal = float(scheduler.alphas_cumprod[-1].sqrt())
