@@ -469,7 +469,9 @@ def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str
         "| --- |" + " ---: |" * len(columns),
     ]
     for name, figures in rows.items():
-        lines.append(f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
+        lines.append(
+            f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |"
+        )
     return "\n".join(lines)
 
 
