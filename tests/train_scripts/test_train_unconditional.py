@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny_diffusers import TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline
+from tiny_diffusers import TinyDDPMScheduler, TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler
 from tiny_diffusers.train_scripts import train_unconditional
@@ -301,7 +301,7 @@ def test_betas_that_end_before_noise_are_warned_of_with_ones_that_do_not(capsys,
 
 
 def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
-    from diffusers import DDIMPipeline, DiffusionPipeline, UNet2DModel
+    from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
     config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
@@ -310,7 +310,10 @@ def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
 
     stock = DiffusionPipeline.from_pretrained(folder)
     assert type(stock) is DDIMPipeline and type(stock.unet) is UNet2DModel
+    # Stock DDIM takes t - T / n as the timestep after t, which is not quite the next one of `linspace`.
+    stock = DDPMPipeline(stock.unet, DDPMScheduler.from_config(stock.scheduler.config))
     ours = TinyPipeline.from_pretrained(folder)
+    ours.scheduler = TinyDDPMScheduler.from_config(ours.scheduler.config)
     images = [
         pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
         for pipe in (stock, ours)
