@@ -184,7 +184,8 @@ class Fuzzer:
     # ------------------------------------------------------------------------------------------- the three kinds
 
     def _configs(self, rng: random.Random) -> tuple[str, Callable]:
-        name = rng.choice([*SCRIPTS, "unconditional-stock", "conditional-stock"])
+        variants = ("unconditional-stock", "conditional-stock", "unconditional-flow", "conditional-edm")
+        name = rng.choice([*SCRIPTS, *variants])
         checkpoint = Path(shutil.copytree(self.run_of(name), "checkpoint", ignore=_not_the_pipeline))
         files = sorted(checkpoint.rglob("*.json"))
         changes = [_change(rng, rng.choice(files)) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
@@ -281,10 +282,12 @@ class Fuzzer:
 
     def run_of(self, name: str) -> Path:
         """Returns the folder of a run of two steps, trained when it is first asked for."""
-        run, (script, _, stock) = self.folder / name, name.partition("-")
+        run, (script, _, variant) = self.folder / name, name.partition("-")
         if not run.exists():
             network = SCRIPTS[script][1]
-            if stock:
+            if variant in ("flow", "edm"):
+                network = [*network, "--prediction_type", variant]
+            elif variant == "stock":
                 config = self.folder / "stock.json"
                 config.write_text(json.dumps({"_class_name": UNet2DModel.__name__, **STOCK}))
                 network = ["--model_config_name_or_path", str(config), "--ddpm_num_inference_steps", "2"]
