@@ -429,6 +429,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 def test_two_processes_compute_what_one_does(two_processes, tmp_path):
     threads = torch.get_num_threads()
@@ -446,6 +447,7 @@ def test_two_processes_compute_what_one_does(two_processes, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_two_processes_train_the_other_families_as_one_does(name, two_processes, tmp_path):
