@@ -589,7 +589,7 @@ class TinyPipeline(DiffusionPipeline):
             pipeline_class = _public_class(class_name)
             if pipeline_class is None or not issubclass(pipeline_class, TinyPipeline):
                 raise ValueError(
-                    f"{folder} is a checkpoint of {class_name}, which is not a pipeline of this package: load it with "
+                    f"{folder} is a checkpoint of {class_name!r:.80}, which is not a pipeline of this package: load it with "
                     "`diffusers.DiffusionPipeline`, or with `trust_remote_code=True` if you trust the folder's code."
                 )
             pipeline = pipeline_class.from_pretrained(folder, **kwargs)
@@ -903,9 +903,9 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
             known, kinds = _public_class(class_name), (ModelMixin, SchedulerMixin)
         if not absent and not (isinstance(known, type) and issubclass(known, kinds)):
             raise ValueError(
-                f"{folder} names the class {class_name} of the module {library} as its {name}, but only networks and "
-                "schedulers of this package, and UNet2DModel and schedulers of diffusers, are loaded. If you trust the "
-                "checkpoint's code, pass `trust_remote_code=True`."
+                f"{folder} names the class {class_name!r:.80} of the module {library!r:.80} as its {name}, but only "
+                "networks and schedulers of this package, and UNet2DModel and schedulers of diffusers, are loaded. If you "
+                "trust the checkpoint's code, pass `trust_remote_code=True`."
             )
         # Older versions of diffusers run such a file instead of the library, without asking.
         if os.path.isfile(os.path.join(folder, name, f"{library}.py")):
