@@ -589,8 +589,8 @@ class TinyPipeline(DiffusionPipeline):
             pipeline_class = _public_class(class_name)
             if pipeline_class is None or not issubclass(pipeline_class, TinyPipeline):
                 raise ValueError(
-                    f"{folder} is a checkpoint of {class_name!r:.80}, which is not a pipeline of this package: load it with "
-                    "`diffusers.DiffusionPipeline`, or with `trust_remote_code=True` if you trust the folder's code."
+                    f"{folder} is a checkpoint of {class_name!r:.80}, which is not a pipeline of this package: load it "
+                    "with `diffusers.DiffusionPipeline`, or with `trust_remote_code=True` if you trust the folder's code."
                 )
             pipeline = pipeline_class.from_pretrained(folder, **kwargs)
         else:
