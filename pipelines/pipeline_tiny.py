@@ -200,8 +200,8 @@ class TinyPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
             eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]; of `TinyFlowMatchScheduler` and
-                `TinyEDMScheduler` at least 0. Other schedulers ignore it.
+                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16: in [0, 1] for DDIM, and at least 0 for
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -218,7 +218,7 @@ class TinyPipeline(DiffusionPipeline):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
                 schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
+                Whether to clip the predicted x_0 to the range of images. Not all schedulers support this. Defaults to the
                 scheduler's setting.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
@@ -300,6 +300,14 @@ class TinyPipeline(DiffusionPipeline):
                         f"strictly decreasing, with `{self._own_scheduler}`, got {timesteps} with "
                         f"{type(self.scheduler).__name__}."
                     )
+                is_shifted = self.scheduler.config.get("shift", 1.0) != 1 or self.scheduler.config.get(
+                    "use_dynamic_shifting"
+                )
+                if type(self.scheduler) is FlowMatchEulerDiscreteScheduler and is_shifted:
+                    raise ValueError(
+                        "FlowMatchEulerDiscreteScheduler shifts the noise levels of custom `timesteps`, and not what the "
+                        f"network is told: use `{self._own_scheduler}`."
+                    )
             elif not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
                 raise ValueError(f"`timesteps` must be strictly decreasing in [0, {total - 1}], got {timesteps}.")
         elif not _is_positive_int(num_inference_steps) or num_inference_steps > total:
@@ -323,7 +331,13 @@ class TinyPipeline(DiffusionPipeline):
         return _REPLACEMENTS[_OBJECTIVES[self._objective].solvers[0]]
 
     def _as_timesteps(self, timesteps: Sequence) -> list[int] | list[float]:
-        return [int(t) if self._objective == "betas" else float(t) for t in timesteps]
+        if self._objective != "betas":
+            return [float(t) for t in timesteps]
+        if any(int(t) != t for t in timesteps):
+            raise ValueError(
+                f"`timesteps` of a network that was trained on a beta schedule must be integers, got {timesteps}."
+            )
+        return [int(t) for t in timesteps]
 
     def _wrap_callback(self, callback: StepCallback | None, tensor_inputs: Sequence[str]) -> Callable[..., dict]:
         """Checks the tensor inputs and returns the callback, or none, as `on_step_end(step, timestep, tensors)`."""
@@ -410,14 +424,22 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         return images.to(self._execution_device, torch.float32)
 
+    @property
+    def _can_clip(self) -> bool:
+        return takes(self.scheduler, "clip_sample")
+
     def _clipping_scheduler(self, clip_sample: bool | None) -> SchedulerMixin:
         """Returns the pipeline's scheduler, or a copy that clips x_0, or does not, if that is given."""
-        config = self.scheduler.config
         if clip_sample is None:
             return self.scheduler
-        if "clip_sample" not in config:
+        if not isinstance(clip_sample, bool):
+            raise ValueError(f"`clip_sample` must be True, False or None, got {clip_sample!r}.")
+        if not self._can_clip:
             raise ValueError(f"`clip_sample` means nothing to {type(self.scheduler).__name__}, which does not clip.")
-        return type(self.scheduler).from_config(config, clip_sample=bool(clip_sample))
+        options = {"clip_sample": clip_sample}
+        if not clip_sample and takes(self.scheduler, "thresholding"):
+            options["thresholding"] = False
+        return type(self.scheduler).from_config(self.scheduler.config, **options)
 
     def _set_timesteps(
         self, scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | list[float] | None
@@ -614,7 +636,10 @@ class TinyPipeline(DiffusionPipeline):
         """Creates a pipeline from another's components, as [`DiffusionPipeline.from_pipe`], with any network class."""
         names, _ = cls._get_signature_keys(cls)
         components = {name: pipeline.components[name] for name in names if name in pipeline.components}
-        return super().from_pipe(pipeline, **(components | kwargs))
+        new = super().from_pipe(pipeline, **(components | kwargs))
+        if "unet" not in kwargs:  # the network was trained for the same, whatever the scheduler
+            new._objective = getattr(pipeline, "_objective", new._objective)
+        return new
 
     @classmethod
     def load_config(
@@ -671,12 +696,20 @@ class TinyPipeline(DiffusionPipeline):
                     file.write(content + "\n")
 
 
+def takes(scheduler: SchedulerMixin, name: str) -> bool:
+    """Returns whether a scheduler has a setting: its config can also hold those of the one that it was made from."""
+    return name in inspect.signature(type(scheduler).__init__).parameters
+
+
 def objective_of(scheduler: SchedulerMixin) -> str:
     """
     Returns what a scheduler's config is for: `"flow"` (rectified flow), `"edm"` (EDM's preconditioning) or `"betas"`
-    (the noise levels of a beta schedule). A config keeps the keys of the one that it was made from.
+    (the noise levels of a beta schedule). `from_config` keeps unknown keys, so the objective survives a change of
+    scheduler.
     """
     config = scheduler.config
+    if takes(scheduler, "sigma_data"):
+        return "edm"
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
     if "sigma_data" in config:

@@ -192,12 +192,12 @@ class ClassConditioningMixin:
         self, clip_sample: bool | None, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> bool | None:
         """
-        Returns whether x_0 is to be clipped if nobody says: under guidance, which leads out of the range of images, from
-        where eps leads to no class.
+        Returns whether x_0 is to be clipped if nobody says: under guidance, as samples that leave the range of images no
+        longer converge to the class.
         """
         start, end = guidance_interval
         guided = self._num_rows and guidance_scale not in (0, 1) and start < end
-        return True if clip_sample is None and guided and "clip_sample" in self.scheduler.config else clip_sample
+        return True if clip_sample is None and guided and self._can_clip else clip_sample
 
     def _guidance_at(self, step: int) -> float:
         start, end = self._guidance_interval

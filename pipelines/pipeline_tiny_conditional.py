@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from diffusers import SchedulerMixin
 
-from .pipeline_tiny import Generators, StepCallback, TinyPipeline, TinyPipelineOutput
+from .pipeline_tiny import Generators, StepCallback, TinyPipeline, TinyPipelineOutput, takes
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 
 
@@ -99,8 +99,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
             eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1]; of `TinyFlowMatchScheduler` and
-                `TinyEDMScheduler` at least 0. Other schedulers ignore it.
+                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16: in [0, 1] for DDIM, and at least 0 for
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -117,8 +117,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
                 schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
-                scheduler's setting, and under guidance to True.
+                Whether to clip the predicted x_0 to the range of images. Not all schedulers support this. Defaults to the
+                scheduler's setting, and to True under guidance.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -151,7 +151,7 @@ def _thresholding(scheduler: SchedulerMixin, ratio: float) -> SchedulerMixin:
     if not 0 < ratio <= 1:
         raise ValueError(f"`dynamic_thresholding` must be in (0, 1], such as 0.995, got {ratio}.")
     config = scheduler.config
-    if "thresholding" not in config:
+    if not takes(scheduler, "thresholding"):
         raise ValueError(
             f"{type(scheduler).__name__} has no dynamic thresholding: use `TinyDDIMScheduler`, `TinyDDPMScheduler` or "
             "`DPMSolverMultistepScheduler`."

@@ -144,8 +144,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
                 Custom timesteps in strictly decreasing order, instead of `num_inference_steps`: integers for a beta
                 schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
-                Whether to clip the predicted x_0 to the range of images, which not all schedulers can. Defaults to the
-                scheduler's setting, and under guidance to True.
+                Whether to clip the predicted x_0 to the range of images. Not all schedulers support this. Defaults to the
+                scheduler's setting, and to True under guidance.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -188,7 +188,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         if _adds_noise(self.scheduler, eta):
             logger.warning(
                 f"{type(self.scheduler).__name__} with eta={eta} adds noise at each step: the path won't be smooth. "
-                "Use `TinyDDIMScheduler` with `eta=0`."
+                f"Use `{self._own_scheduler}` with `eta=0`."
             )
         predict = self._guided_predict(labels, guidance_scale, guidance_interval)
         frames, intermediates = self._denoise(

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -16,6 +17,19 @@ Generators = torch.Generator | list[torch.Generator]
 # The trace of the velocity's Jacobian is exact for images of up to so many values, and an estimate for larger ones.
 MAX_EXACT_DIMENSIONS = 256
 _COPIES = 512  # of images, that share a batch for the exact trace
+
+
+# Settings of the stock classes that would change what is drawn, and their defaults.
+_STOCK_ONLY = {
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
 
 
 @dataclass
@@ -77,6 +91,20 @@ class TinyContinuousMixin:
                 f"The model output must be {tuple(sample.shape)}, as the sample, got {tuple(model_output.shape)}."
             )
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
+        """
+        Instantiates a scheduler from a config, as in diffusers.
+
+        Raises:
+            `ValueError`: If the config has a setting of the stock class that this one does not have.
+        """
+        given = {**config, **kwargs} if isinstance(config, dict) else kwargs
+        for name, default in _STOCK_ONLY.items():
+            if given.get(name, default) not in (default, None):
+                raise ValueError(f"{cls.__name__} has no {name}, which is {given[name]!r}: use the stock class.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     # 1. Noising
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -94,6 +122,12 @@ class TinyContinuousMixin:
         level = self._levels_like(original_samples, timesteps)
         return self._signal(level) * original_samples + level * noise
 
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Computes [`~TinyContinuousMixin.add_noise`], in the order of the arguments of stock schedulers for flow."""
+        return self.add_noise(sample, noise, timestep)
+
     def _levels_like(self, sample: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
         """Returns the noise levels of timesteps, to broadcast with a sample: (B,) or () -> (B or 1, 1, 1, 1)."""
         timesteps = torch.as_tensor(timesteps, dtype=torch.float32).to(sample.device)
@@ -108,8 +142,8 @@ class TinyContinuousMixin:
         timesteps: list[float] | None = None,
     ) -> None:
         """
-        Sets the timesteps for sampling, evenly spaced as the class says or custom ones, and the noise levels `sigmas`,
-        which end with 0. With `solver="heun"`, each timestep but the first stands twice in `timesteps`.
+        Sets the timesteps for sampling, spaced as the class describes or custom ones, and the noise levels `sigmas`,
+        which end with 0. With `solver="heun"`, every timestep but the first appears twice in `timesteps`.
 
         Args:
             num_inference_steps (`int`, *optional*): The number of steps, from 1 to `num_train_timesteps`.
@@ -136,7 +170,10 @@ class TinyContinuousMixin:
             levels = self._level(values)
             if not 0 < levels[-1] <= levels[0] <= self._max_level * (1 + 1e-6):
                 high = float(self._timestep(torch.tensor(self._max_level)))
-                raise ValueError(f"timesteps must be of noise levels above 0 and at most {high:g}, got {timesteps}.")
+                raise ValueError(
+                    f"timesteps must be at most {high:g} (noise level {self._max_level:g}) and of noise levels above 0, "
+                    f"got {timesteps}."
+                )
 
         self.num_inference_steps = len(levels)
         self.sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
@@ -160,16 +197,17 @@ class TinyContinuousMixin:
         Heun's (https://huggingface.co/papers/2206.00364, algorithm 1).
 
         With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
-        + r z. From a level s to s', with ratio = (s' a) / (s a'), r^2 = 1 - ratio^(2 eta^2). With eta = 1 that is the
-        reverse process of DDPM (https://huggingface.co/papers/2010.02502, equation 16). With any eta the marginals
-        stay right in the limit of many steps, as the share goes to 0 with the step, and fresh noise corrects the
-        network's errors.
+        + r z. From a level s to s', with ratio = (s' a) / (s a'), r^2 = eta^2 (1 - ratio^2), as DDIM's
+        (https://huggingface.co/papers/2010.02502, equation 16); eta = 1 is the reverse process of DDPM, and above it r^2
+        = 1 - ratio^(2 eta^2). With any eta the marginals stay right in the limit of many steps, as the share goes to 0
+        with the step, and fresh noise corrects the network's errors.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The network's output.
             timestep (`float` or 0-dimensional `torch.Tensor`): The current one of `timesteps`.
             sample (`torch.Tensor` of the same shape): x, before `scale_model_input`.
-            eta (`float`, *optional*, defaults to 0.0): The amount of fresh noise, at least 0. 0 is deterministic.
+            eta (`float`, *optional*, defaults to 0.0):
+                The amount of fresh noise per step, at least 0. 0 makes sampling deterministic, 1 matches DDPM.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One generator, or one per image.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `TinyStepOutput` or a tuple.
 
@@ -207,10 +245,11 @@ class TinyContinuousMixin:
 
         if eta > 0 and next_level > 0 and self._start is None:
             ratio = next_level * self._signal(level) / (level * self._signal(next_level))
-            kept = ratio ** (eta**2)  # sqrt(1 - r^2)
+            share = eta**2 * (1 - ratio**2) if eta <= 1 else 1 - ratio ** (2 * eta**2)  # r^2
+            kept = (1 - share) ** 0.5
             epsilon = (prev_sample - self._signal(next_level) * x_0) / next_level
             fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
-            prev_sample = prev_sample + next_level * ((kept - 1) * epsilon + (1 - kept**2) ** 0.5 * fresh)
+            prev_sample = prev_sample + next_level * ((kept - 1) * epsilon + share**0.5 * fresh)
 
         prev_sample, x_0 = prev_sample.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
@@ -243,8 +282,8 @@ class TinyContinuousMixin:
 
         The grey levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the
         classic Runge-Kutta method, with four evaluations per step. The trace of the velocity's Jacobian is exact for
-        images of up to 256 values, which takes a backward pass for each, and otherwise Hutchinson's estimate
-        (https://huggingface.co/papers/1810.01367), with probes of +1 and -1 that an image keeps in all steps.
+        images of up to 256 values, at one backward pass per value, and otherwise Hutchinson's estimate
+        (https://huggingface.co/papers/1810.01367), with Rademacher probes, drawn once per image and kept for all steps.
 
         This is an estimate, not a bound: it has the error of the steps and of the probes. Without these errors, its
         mean over the dequantization is an upper bound on the negative log-likelihood of the discrete images.

@@ -10,6 +10,9 @@ from .scheduling_tiny_common import TinyObjectiveMixin, check_known, mean_flat
 from .scheduling_tiny_continuous import TinyContinuousMixin
 
 
+_LIKELIHOOD_SIGMA_MIN = 1e-4
+
+
 class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerScheduler):
     r"""
     EDM ([Karras et al. 2022](https://huggingface.co/papers/2206.00364), equation 7 and table 1): x = x_0 + sigma eps,
@@ -118,7 +121,9 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
         return self.config.sigma_max * (self.config.sigma_min / self.config.sigma_max) ** ramp
 
     def _likelihood_levels(self, num_steps: int) -> list[float]:
-        return self._compute_karras_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)).tolist()
+        ramp = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        # The images have no noise, so the lowest level is one that does not blur a grey level, whatever sampling ends with.
+        return self._compute_karras_sigmas(ramp, sigma_min=min(_LIKELIHOOD_SIGMA_MIN, self.config.sigma_min)).tolist()
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """

@@ -110,7 +110,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
 
     def _spaced_levels(self, num_inference_steps: int) -> torch.Tensor:
         levels = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
-        return self.config.shift * levels / (1 + (self.config.shift - 1) * levels)
+        return self.shift * levels / (1 + (self.shift - 1) * levels)
 
     def _likelihood_levels(self, num_steps: int) -> list[float]:
         return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64).square().tolist()  # dense at the image

@@ -10,6 +10,7 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiffusionPipeline
 
 from tiny_diffusers import (
     TinyConditionalPipeline,
+    TinyDDIMScheduler,
     TinyEDMScheduler,
     TinyFlowMatchScheduler,
     TinyInterpolationPipeline,
@@ -160,3 +161,57 @@ def test_a_wrong_value_in_the_config_is_refused_in_one_line(make_unet, tmp_path,
         with pytest.raises(ValueError) as refusal:
             TinyPipeline.from_pretrained(tmp_path)
         assert "\n" not in str(refusal.value) and "scheduler" in str(refusal.value) + str(tmp_path / "scheduler")
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_what_a_solver_does_not_do_is_refused_though_its_config_has_the_key(make_unet, quiet, name):
+    """`from_config` keeps the keys of the scheduler that a config comes from."""
+    pipe = quiet(TinyPipeline(make_unet(), TinyDDIMScheduler()))
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    assert "clip_sample" in pipe.scheduler.config
+    for clip_sample in (True, False):
+        with pytest.raises(ValueError, match=f"`clip_sample` means nothing to {name}"):
+            pipe(clip_sample=clip_sample, **QUICK)
+
+
+@pytest.mark.parametrize("scheduler", [TinyDDIMScheduler, TinyFlowMatchScheduler])
+def test_without_clipping_nothing_is_thresholded_either(make_unet, quiet, scheduler):
+    pipe = quiet(TinyPipeline(make_unet(), scheduler(thresholding=True, dynamic_thresholding_ratio=0.5)))
+    latents = 3 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"latents": latents, "num_inference_steps": 2, "output_type": "latent", "return_intermediates": 2}
+    limited, free = (pipe(clip_sample=clip, **options).intermediates[0].pred_original_sample for clip in (None, False))
+    assert limited.abs().max() <= 1 + 1e-5 < free.abs().max()
+    with pytest.raises(ValueError, match="True, False or None, got 'False'"):
+        pipe(clip_sample="False", **options)
+
+
+@pytest.mark.parametrize("scheduler", OBJECTIVES)
+def test_a_little_noise_changes_the_images_a_little(make_unet, quiet, scheduler):
+    pipe = quiet(TinyPipeline(make_unet(), scheduler()))
+    plain, noisy = (pipe(2, image_generators(0, 2), 5, eta=eta, output_type="latent").images for eta in (0.0, 1e-4))
+    torch.testing.assert_close(noisy, plain, atol=1e-2, rtol=0)
+
+
+def test_a_pipeline_made_of_another_keeps_what_the_network_was_trained_for(make_unet, quiet):
+    pipe = quiet(TinyPipeline(make_unet(), TinyDDIMScheduler()))
+    pipe.scheduler = TinyFlowMatchScheduler()
+    with pytest.raises(ValueError, match="trained on a beta schedule"):
+        TinyInterpolationPipeline.from_pipe(pipe)(seeds=(0, 1), num_frames=2, **QUICK)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    ("EDMEulerScheduler", {"final_sigmas_type": "sigma_min"}),
+])  # fmt: skip
+def test_settings_that_only_the_stock_class_has_are_refused(name, options):
+    ours = {"FlowMatchEulerDiscreteScheduler": TinyFlowMatchScheduler, "EDMEulerScheduler": TinyEDMScheduler}[name]
+    with pytest.raises(ValueError, match=f"{ours.__name__} has no {next(iter(options))}"):
+        ours.from_config(getattr(diffusers, name)(**options).config)
+
+
+def test_shifted_stock_flow_takes_no_custom_timesteps(make_unet, quiet):
+    pipe = quiet(TinyPipeline(make_unet(), TinyFlowMatchScheduler()))
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(ValueError, match="TinyFlowMatchScheduler"):
+        pipe(timesteps=[1000.0, 500.0])

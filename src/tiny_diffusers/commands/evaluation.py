@@ -248,6 +248,8 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
         "timestep_spacing": scheduler.get("timestep_spacing"),
     }
     values = {**report.protocol, **report.protocol.get("sampling", {}), **load, **measured_with}
+    if given.keys() & {"checkpoint", "scheduler"}:  # it may have no such setting
+        names.discard("timestep_spacing")
     values = {name: value for name, value in values.items() if name in names}
     if values.get("baselines") == []:
         values["baselines"] = "none"

@@ -79,7 +79,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         f"rectified flow {', '.join(SCHEDULERS['flow'])}, and for EDM {', '.join(SCHEDULERS['edm'])}",
     )
     parser.add_argument(
-        "--eta", type=float, help="noise of DDIM, flow and EDM, from 0 (none) to 1 (as much as DDPM) (default: 0)"
+        "--eta",
+        type=float,
+        help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 0)",
     )
     parser.add_argument(
         "--timestep_spacing",
@@ -90,7 +92,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip_sample",
         type=true_or_false,
         metavar="True|False",
-        help="clip the predicted image at each step of DDIM and DDPM (default: as saved; under guidance, True)",
+        help="clip the predicted image at each step, where the sampler can (default: as saved; under guidance, True)",
     )
     parser.add_argument(
         "--guidance_scale",
@@ -185,7 +187,7 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     import tiny_diffusers
 
     from .. import hardware
-    from ..pipelines.pipeline_tiny import check_scheduler, objective_of
+    from ..pipelines.pipeline_tiny import check_scheduler, objective_of, takes
 
     num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     try:
@@ -215,9 +217,10 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
             check_scheduler(pipe.scheduler, objective)  # whose config the other one takes
             pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     if args.timestep_spacing is not None:
-        if "timestep_spacing" not in getattr(pipe, "scheduler", pipe).config:
+        scheduler = getattr(pipe, "scheduler", pipe)
+        if not takes(scheduler, "timestep_spacing") or objective_of(scheduler) != "betas":
             raise UserError(
-                f"--timestep_spacing means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
+                f"--timestep_spacing means nothing to the {type(scheduler).__name__} of '{args.checkpoint}': leave it out."
             )
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, timestep_spacing=args.timestep_spacing

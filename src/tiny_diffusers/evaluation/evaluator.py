@@ -42,7 +42,7 @@ from .report import Protocol, Report
 Images = ImageData | np.ndarray | torch.Tensor | list[Image.Image]
 
 FEATURE_BATCH = 64
-_CACHE_FORMAT = 2  # raised when the same key would get other values
+_CACHE_FORMAT = 3  # raised when the same key would get other values
 _ENOUGH_IMAGES = 10_000  # the bias of a Frechet distance is small from here on, with any features
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
 
@@ -257,6 +257,11 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "sampling": defaults | protocol.sampling,
     }
+    if "clip_sample" in parameters and "guidance_scale" in parameters:  # guidance decides it if nobody says
+        sampling = source["sampling"]
+        interval = sampling.get("guidance_interval", (0.0, 1.0))
+        clips = pipe._clips(sampling.get("clip_sample"), sampling["guidance_scale"], interval)
+        source["sampling"] |= {} if clips is None else {"clip_sample": clips}
     if scheduler is not None:
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         config = json.loads(json.dumps(config, default=str), parse_constant=str)  # JSON has no infinity

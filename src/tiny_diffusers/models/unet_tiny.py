@@ -10,9 +10,10 @@ compute their gradient two to five times faster than torch does. Additions are i
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -404,10 +405,16 @@ class TimeEmbedding(nn.Module):
             frequencies = torch.exp(-math.log(10000) / half * i)
         else:
             # quantiles of |N(0, scale^2)| instead of random draws, which would have to be stored and could be rounded
-            quantiles = math.sqrt(2) * torch.erfinv((i + 0.5) / half)
+            quantiles = torch.tensor(_half_normal_quantiles(half), device=timesteps.device)
             frequencies = 2 * math.pi * self.FOURIER_SCALE * quantiles / self.num_train_timesteps
         angles = timesteps[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@cache
+def _half_normal_quantiles(count: int) -> list[float]:
+    """Returns the quantiles (i + 1/2) / count of |N(0, 1)|."""
+    return [statistics.NormalDist().inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]
 
 
 @dataclass

@@ -15,7 +15,7 @@ def build_lr_scheduler(name: str, optimizer: Optimizer, warmup_steps: int, num_s
     Builds the schedule of the learning rate.
 
     Step n (the first is 1) has the rate that the schedule gives for n: diffusers' training scripts take n - 1, which
-    wastes the first step of a warm-up on a rate of 0. Schedules reach 0 one step after the last.
+    wastes the first step of a warm-up on a rate of 0. Schedules that decay to 0 reach it one step after the last.
 
     Args:
         name (`str`): `warmup_stable_decay`, or one of diffusers' schedules.

@@ -120,8 +120,8 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 
 def orthogonal_factors(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns two factors of the nearest orthogonal matrices, roughly: singular values become 0.7 to 1.2, singular vectors
-    stay.
+    Returns two factors of the nearest orthogonal matrices, roughly: singular values become 0.7 to 1.2, but for those below a
+    hundredth of the largest, and singular vectors stay.
 
     Newton-Schulz iterates X <- (a + b X X^T + c (X X^T)^2) X, from X over its norm. Every iterate is a polynomial of the
     first X X^T, times the first X: so the polynomial alone is computed, of the smaller one of X X^T and X^T X.
