@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
+from .commands.averages import ema, ema_parser
 from .commands.evaluation import compare, compare_parser, evaluate, evaluate_parser
 from .commands.sampling import interpolate, interpolate_parser, sample, sample_parser
 from .commands.shared import (
@@ -180,6 +181,7 @@ COMMANDS = {
     "interpolate": Command("interpolate between two samples", interpolate_parser, interpolate),
     "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
     "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
+    "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
     "plot": Command("draw the losses of one or several runs", plot_parser, plot),
     "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
     "export": Command("save a checkpoint with the code that it needs", export_parser, export),

@@ -12,6 +12,7 @@ A run keeps a list of the files that it has written. It deletes nothing else, an
 
 import contextlib
 import fnmatch
+import itertools
 import json
 import logging
 import os
@@ -64,6 +65,9 @@ _REPORT_FILES = ("report.json", "report.md", "report.png", "reports/published", 
 # Those that stay on this machine
 _LOCAL_FILES = (PATHS_FILE, f"reports/*/{PATHS_FILE}")
 
+# Folders that a run writes, and those of averages that are rebuilt from its snapshots
+_FOLDERS = r"checkpoint-\d+|snapshots/step-\d+|ema/sigma_rel-[\d.e-]+(-step-\d+)?"
+
 # What is read back from `run.json`
 _FACTS = {"data": dict, "global_batch": int, "seconds": (int, float)}
 
@@ -89,6 +93,8 @@ class RunFolder:
         self.reports = self.path / "reports"  # a folder each
         self.published = self.reports / "published"  # the name of the one that the card shows
         self.model_index = self.path / MODEL_INDEX
+        self.snapshots = self.path / "snapshots"  # of the averages that others are rebuilt from
+        self.averages = self.path / "ema"  # those that were rebuilt, a folder each
         self._confirmed = False
 
     # -------------------------------------------------------------------------------------------- claiming it
@@ -157,7 +163,8 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Deletes what a kill has left of writing and deleting; the lock is held, so no other process is at it."""
-        for leftover in leftovers(self.path):
+        folders = [self.path] if self.snapshots.is_symlink() else [self.path, self.snapshots]
+        for leftover in itertools.chain(*map(leftovers, folders)):
             remove(leftover)
 
     def confirm(self) -> None:
@@ -238,15 +245,15 @@ class RunFolder:
 
     def list_files(self) -> list[str]:
         """
-        Lists the files and checkpoints that are the run's, relative to the folder: those on its list, and those of
-        evaluations. Of a run of an earlier version, which has no list, what such a run wrote.
+        Lists the files and folders that are the run's, relative to the folder: those on its list, those of evaluations,
+        and rebuilt averages. Of a run of an earlier version, which has no list, what such a run wrote.
         """
         listed = self._read_list()
         if listed is None:
-            listed = [*self._match(*_MODEL_FILES, *_LOCAL_FILES), *(path.name for path in self.list_checkpoints())]
+            listed = [*self._match(*_MODEL_FILES, *_LOCAL_FILES), *self._match_folders()]
             if not self._is_own_card():
                 listed = [name for name in listed if name != "README.md"]
-        return list(dict.fromkeys([*listed, *self._match(*_REPORT_FILES, *_LOCAL_FILES)]))
+        return list(dict.fromkeys([*listed, *self._match(*_REPORT_FILES, *_LOCAL_FILES), *self._list_averages()]))
 
     def list_shared(self) -> list[str]:
         """Lists the files of the model that are pushed, relative to the folder; links are none of them."""
@@ -258,7 +265,7 @@ class RunFolder:
 
     def _foreign_files(self) -> list[str]:
         """Lists the files that a run would replace and that no run has written."""
-        return self._not_own([*self._match(*_MODEL_FILES), *(path.name for path in self.list_checkpoints())])
+        return self._not_own([*self._match(*_MODEL_FILES), *self._match_folders()])
 
     def _not_own(self, names: list[str]) -> list[str]:
         """Returns the names of files that no run has written; the README.md of a repository is kept, so it is none."""
@@ -271,6 +278,12 @@ class RunFolder:
         """Lists the regular files of the folder that match, relative to it; nothing behind a link."""
         found = {path for pattern in patterns for path in self.path.glob(pattern)}
         return sorted(path.relative_to(self.path).as_posix() for path in found if self._is_inside(path))
+
+    def _match_folders(self) -> list[str]:
+        """Lists the checkpoints and snapshots, relative to the folder."""
+        return [
+            path.relative_to(self.path).as_posix() for path in (*self.list_checkpoints(), *self._match_snapshots())
+        ]
 
     def _is_inside(self, path: Path) -> bool:
         """Checks that a path of the folder is a regular file in it, and no link leads to it."""
@@ -499,12 +512,61 @@ class RunFolder:
             if path != keep:
                 remove(path)
 
+    # ---------------------------------------------------------------------------- snapshots, and what is rebuilt from them
+
+    def snapshot(self, step: int) -> Path:
+        """Returns the folder of the snapshot of `step`."""
+        return self.snapshots / f"step-{step}"
+
+    @staticmethod
+    def snapshot_step(path: Path) -> int:
+        return int(path.name.removeprefix("step-"))
+
+    def list_snapshots(self) -> list[Path]:
+        """Lists the run's published snapshots, oldest first."""
+        own = self.list_files()
+        return [path for path in self._match_snapshots() if path.relative_to(self.path).as_posix() in own]
+
+    def _match_snapshots(self) -> list[Path]:
+        found = [path for path in self.snapshots.glob("step-*") if re.fullmatch(r"step-\d+", path.name, re.ASCII)]
+        return sorted((path for path in found if path.is_dir()), key=self.snapshot_step)
+
+    def publish_snapshot(self, step: int, write: Callable[[Path], None]) -> None:
+        """Publishes the snapshot of `step`; `write` fills its folder."""
+        self.record(self.snapshot(step))
+        publish(self.snapshot(step), write)
+
+    def trim_snapshots(self, step: int) -> None:
+        """Deletes the snapshots after `step`, which a killed run saved after its checkpoint, or which a resume is before."""
+        for path in self.list_snapshots():
+            if self.snapshot_step(path) > step:
+                remove(path)
+
+    def average(self, sigma_rel: float, step: int | None = None) -> Path:
+        """Returns the folder of the average of a length that is rebuilt at `step`; at the last, if None."""
+        return self.averages / (f"sigma_rel-{sigma_rel:g}" + (f"-step-{step}" if step is not None else ""))
+
+    def check_average(self, path: Path) -> None:
+        """
+        Checks that the folder of an average may be written.
+
+        Raises:
+            UserError: If it is none that was rebuilt here, or if a link leads out of the run's folder.
+        """
+        self.check_inside(path)
+        if path.exists() and path.relative_to(self.path).as_posix() not in self._list_averages():
+            raise UserError(f"'{path}' exists and is no average that was rebuilt here: move it, and try again.")
+
+    def _list_averages(self) -> list[str]:
+        """Lists the rebuilt averages, relative to the folder: other processes write them, each with a list of its own."""
+        paths = [] if self.averages.is_symlink() else sorted(self.averages.glob("sigma_rel-*"))
+        own = [path for path in paths if RunFolder(path)._read_list() is not None]
+        return [name for name in (path.relative_to(self.path).as_posix() for path in own) if _is_of_run(name)]
+
 
 def _is_of_run(name: str) -> bool:
     """Checks that a name on a list of files is one that a run writes: a list may be a stranger's."""
-    return (
-        _matches(name, (*_MODEL_FILES, *_LOCAL_FILES)) or re.fullmatch(r"checkpoint-\d+", name, re.ASCII) is not None
-    )
+    return _matches(name, (*_MODEL_FILES, *_LOCAL_FILES)) or re.fullmatch(_FOLDERS, name, re.ASCII) is not None
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -232,11 +232,12 @@ def test_noise_that_outlasts_the_run_is_said(train, capsys):
 @pytest.mark.parametrize(("stopped_at", "optimizer"), [(2, "adam"), (3, "adam"), (3, "muon")])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at, optimizer):
     options = ("--instance_noise", "0.1", "--class_conditional", "--gradient_accumulation_steps", "2")
-    options += ("--optimizer", optimizer)
+    options += ("--optimizer", optimizer, "--posthoc_ema")
     whole = train(*options, name="whole")
     resumed = train_in_two(*options, stopped_at=stopped_at)
 
-    names = ["train_log.jsonl", "samples.png"]
+    names = ["train_log.jsonl", "samples.png", *(path.relative_to(whole) for path in whole.glob("snapshots/*/*"))]
+    assert len(names) == 2 + 6 * 5  # two averages of each network, and a manifest
     for network in ("generator", "discriminator"):
         names += [f"{network}/{WEIGHTS}", f"checkpoint-6/{network}/{WEIGHTS}"]
         name = f"checkpoint-6/{network}_optimizer/optimizer.safetensors"

@@ -91,10 +91,12 @@ def test_the_layout_changes_nothing_but_the_speed(train, monkeypatch, capsys):
 @pytest.mark.parametrize(("stopped_at", "optimizer"), [(2, "adamw"), (3, "adamw"), (5, "adamw"), (3, "muon")])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, stopped_at, optimizer):
     options = ("--dropout", "0.1", "--random_flip", "--gradient_accumulation_steps", "2", "--optimizer", optimizer)
-    whole = train(*options, name="whole")
-    resumed = train_in_two(*options, stopped_at=stopped_at)
+    whole = train(*options, "--posthoc_ema", name="whole")
+    resumed = train_in_two(*options, "--posthoc_ema", stopped_at=stopped_at)
 
-    for name in ("unet/" + WEIGHTS, "train_log.jsonl", "samples.png", f"checkpoint-6/unet/{WEIGHTS}"):
+    snapshots = [str(path.relative_to(whole)) for path in whole.glob("snapshots/*/*")]
+    assert len(snapshots) == 6 * 3  # of two averages, and a manifest
+    for name in ("unet/" + WEIGHTS, "train_log.jsonl", "samples.png", f"checkpoint-6/unet/{WEIGHTS}", *snapshots):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
     for name in ("unet_ema/" + WEIGHTS, "unet_optimizer/optimizer.safetensors"):
         ours, theirs = load_file(whole / "checkpoint-6" / name), load_file(resumed / "checkpoint-6" / name)

@@ -149,6 +149,9 @@ class TrainingArguments(DataArguments):
     ema_inv_gamma: float = flag(1.0, "Inverse gamma of the EMA's warm-up.", within="(0, inf)")
     ema_power: float = flag(0.75, "Power of the EMA's warm-up; 0 for a constant decay.", within="[0, inf)")
     ema_start_step: int | None = flag(0, "The EMA starts as a copy of the weights after this step.", within="[0, inf)")
+    posthoc_ema: bool = flag(
+        False, "Also save snapshots from which `tiny-diffusers ema` rebuilds averages of any length."
+    )
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = flag("auto", "auto: bf16 if the hardware has it.")
     memory_format: Literal["channels_last", "contiguous_format"] = flag(
@@ -217,6 +220,8 @@ class TrainingArguments(DataArguments):
                 f"--save_images_epochs {self.save_images_epochs} --save_images_steps {self.save_images_steps}: give one "
                 "of them."
             )
+        if self.posthoc_ema and not self.use_ema:
+            raise UserError("--posthoc_ema --use_ema False: post-hoc EMA is beside the EMA; leave --use_ema on.")
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)

@@ -13,7 +13,7 @@ TRIAL_SHARE, MAX_TRIAL_SECONDS = 0.05, 30.0  # of the trial steps, which are und
 FIRST_STEP_SHARE = 0.2  # a first step, which fills caches, counts alone if it takes longer
 VALIDATION_SHARE = 0.01  # of one validation in about twenty, if the number of its images is open
 GRID_SHARE = 0.01  # of one sample grid in about ten, if the number of its images is open
-_SPARE_SHARE = 0.03  # of checkpoints, logs and what was not foreseen
+_SPARE_SHARE = 0.03  # of checkpoints, snapshots, logs and what was not foreseen
 
 _FINISH_SECONDS = 3.0  # the saved pipeline, the loss curves, the card
 _GRACE_SHARE, _GRACE_SECONDS = 0.05, 10.0  # that a run may take longer before it is cut short

@@ -29,11 +29,11 @@ from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder
-from . import checkpoints, outputs
+from . import checkpoints, outputs, posthoc_ema
 from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
-from .ema import EMA
+from .ema import EMA, PowerEMA
 from .family import Batch, Family
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
@@ -115,7 +115,7 @@ class Trainer:
             )
 
     def _build(self) -> None:
-        """Builds the EMA and the optimizer of each network, and prepares both for this machine."""
+        """Builds the averages and the optimizer of each network, and prepares both for this machine."""
         settings, accelerator, modules = self.settings, self.accelerator, self.family.modules
         if settings.mixed_precision == "fp16" and settings.gradient_accumulation_steps > 1 and len(modules) > 1:
             # accelerate unscales the gradients of all optimizers when it clips those of one
@@ -128,7 +128,7 @@ class Trainer:
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous weights only
         self.memory_format = torch.contiguous_format if sharded else memory_format
         compiles = settings.compile and self._can_compile()
-        self.modules, self.optimizers, self.emas = {}, {}, {}
+        self.modules, self.optimizers, self.emas, self.power_emas = {}, {}, {}, {}
         for name, module in modules.items():
             module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
             if hasattr(module, "memory_format"):
@@ -141,6 +141,10 @@ class Trainer:
                 module.enable_gradient_checkpointing()
             if settings.use_ema:
                 self.emas[name] = EMA(module, settings.ema_max_decay, settings.ema_inv_gamma, settings.ema_power)
+            if settings.posthoc_ema:
+                self.power_emas[name] = {
+                    sigma_rel: PowerEMA(module, sigma_rel) for sigma_rel in posthoc_ema.SIGMA_RELS
+                }
             norms = {type(part) for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
             # PixelCNN's baseline has a batch norm of its own class, which torch would replace by one that it can't call
             if self.device.type == "cuda" and accelerator.num_processes > 1 and norms == {nn.BatchNorm2d}:
@@ -250,7 +254,7 @@ class Trainer:
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
         """Undoes the steps that are taken within."""
-        tensors = [t for m in [*self.modules.values(), *self.networks().values()] for t in m.state_dict().values()]
+        tensors = [tensor for module in self._all_networks() for tensor in module.state_dict().values()]
         before = [tensor.clone() for tensor in tensors]
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         yield
@@ -351,13 +355,19 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
         settings = self.settings
-        weights = sum(p.numel() * 4 for module in self.family.modules.values() for p in module.parameters())
         return self.folder.claim(
             resume=bool(settings.resume_from_checkpoint),
             overwrite=settings.overwrite_output_dir,
-            # weights, EMA and two moments, for each checkpoint and the one that is being written
-            needed_bytes=4 * weights * ((settings.checkpoints_total_limit or 10) + 1),
+            needed_bytes=self._needed_bytes(),
         )
+
+    def _needed_bytes(self) -> int:
+        """Returns the disk space of the checkpoints, with the one that is being written, and of the snapshots."""
+        weights = sum(p.numel() * 4 for module in self.family.modules.values() for p in module.parameters())
+        num_averages = len(posthoc_ema.SIGMA_RELS) if self.power_emas else 0
+        num_checkpoints = (self.settings.checkpoints_total_limit or 10) + 1
+        num_networks = (4 + num_averages) * num_checkpoints  # weights, EMA, two moments
+        return weights * (num_networks + num_averages * posthoc_ema.NUM_SNAPSHOTS)
 
     def _start_outputs(self) -> None:
         """Writes the run's settings and facts, prints the summary, starts the trackers."""
@@ -366,6 +376,7 @@ class Trainer:
             self.earlier_seconds = self.folder.read_facts().get("seconds") if self.step else 0.0
             outputs.write_run_files(self)
             self.folder.trim_log(self.step)
+            self.folder.trim_snapshots(self.step)
             outputs.print_summary(self)
         if accelerator.trackers or accelerator.log_with:
             accelerator.init_trackers("tiny-diffusers", config=outputs.scalar_settings(self.settings))
@@ -400,9 +411,13 @@ class Trainer:
             if _passed(self.step, self._in_steps(settings.save_model_epochs)) and is_main_process:
                 outputs.save_pipeline(self)
 
-            # 4. a checkpoint: one is due, this is the best or the last one, or the run is told to stop
+            # 4. a snapshot of the averages: before the checkpoint, so that a run that resumes there has it
             self._agree_on_signals()
             self.is_late = self._is_late()
+            if self.power_emas and is_main_process and self._is_snapshot_due():
+                self._save_snapshot()
+
+            # 5. a checkpoint: one is due, this is the best or the last one, or the run is told to stop
             keep_best = improved and settings.early_stopping_patience is not None
             due = self._is_due(settings.checkpointing_steps) or self._stopped_early() or self.is_late
             if keep_best or (due and not self.state.bad_steps) or self.stop_signal:
@@ -413,6 +428,10 @@ class Trainer:
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.max_steps
+
+    def _is_snapshot_due(self) -> bool:
+        """Checks that a snapshot comes after this step, the last one in any case."""
+        return posthoc_ema.is_snapshot_due(self.step, self.max_steps) or self._stopped_early() or self.is_late
 
     def _in_steps(self, epochs: int | None) -> float:
         """Returns the steps of so many epochs; infinite for none."""
@@ -468,7 +487,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ one step
 
     def train_step(self) -> None:
-        """Takes one step: updates every network, its EMA, its learning rate."""
+        """Takes one step: updates every network, its averages, its learning rate."""
         state = self.state
         before = [buffer.clone() for buffer in self.buffers]
         self.learning_rate = next(iter(self.lr_schedulers.values())).get_last_lr()[0]
@@ -525,7 +544,8 @@ class Trainer:
 
     def _update_emas(self, step: int) -> None:
         for name, ema in self.emas.items():
-            ema.update(self.accelerator.unwrap_model(self.modules[name]), step)
+            for average in (ema, *self.power_emas.get(name, {}).values()):
+                average.update(self.accelerator.unwrap_model(self.modules[name]), step)
 
     def batch(self, step: int, micro_batch: int) -> Batch:
         """Draws, normalizes and augments this process's images of a micro-batch."""
@@ -630,6 +650,10 @@ class Trainer:
             logger.warning(f"the run goes on from {checkpoint.name}: its next checkpoint replaces {', '.join(later)}.")
         return checkpoint
 
+    def _save_snapshot(self) -> None:
+        """Publishes a snapshot of the averages, for `tiny-diffusers ema`."""
+        self.folder.publish_snapshot(self.step, lambda folder: posthoc_ema.save_snapshot(self.power_emas, folder))
+
     def _save_checkpoint(self) -> None:
         """Publishes `checkpoint-N`: networks, EMAs, optimizers, learning rates, and where the run stands."""
         accelerator, folder = self.accelerator, self.folder
@@ -652,6 +676,8 @@ class Trainer:
                 network.save_config(checkpoint / name)
                 if name in self.emas:
                     network.save_pretrained(checkpoint / f"{name}_ema")
+                for sigma_rel, average in self.power_emas.get(name, {}).items():
+                    average.module.save_pretrained(checkpoint / f"{name}_sigma_rel-{sigma_rel:g}")
             outputs.save_pipeline_config(self, checkpoint)
             (checkpoint / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -661,7 +687,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Checks that what is about to be saved is finite."""
-        weights = [p for network in (*self.modules.values(), *self.networks().values()) for p in network.parameters()]
+        weights = [parameter for network in self._all_networks() for parameter in network.parameters()]
         if not self._everywhere(all(checkpoints.gather_full(p).isfinite().all() for p in weights)):
             raise UserError(
                 f"The weights are not finite after step {self.step}, and are not saved: lower --learning_rate, or use "
@@ -674,6 +700,8 @@ class Trainer:
                 checkpoints.load_weights(self.accelerator.unwrap_model(module), folder / name)
                 if name in self.emas:
                     checkpoints.load_weights(self.emas[name].module, folder / f"{name}_ema")
+                for sigma_rel, average in self.power_emas.get(name, {}).items():
+                    checkpoints.load_weights(average.module, folder / f"{name}_sigma_rel-{sigma_rel:g}")
                 checkpoints.load_optimizer(self.optimizers[name].optimizer, folder / f"{name}_optimizer")
             state = load_json(read_text(folder / "state.json"))
             if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -725,6 +753,11 @@ class Trainer:
             name: self.emas[name].module if name in self.emas else self.accelerator.unwrap_model(module)
             for name, module in self.modules.items()
         }
+
+    def _all_networks(self) -> list[nn.Module]:
+        """Returns the trained networks and all of their averages."""
+        averages = [average.module for by_length in self.power_emas.values() for average in by_length.values()]
+        return [*self.modules.values(), *self.networks().values(), *averages]
 
     def _finish(self) -> None:
         """Saves the pipeline, the pictures and the card, and pushes them if asked to."""
