@@ -66,7 +66,8 @@ _REPORT_FILES = ("report.json", "report.md", "report.png", "reports/published", 
 _LOCAL_FILES = (PATHS_FILE, f"reports/*/{PATHS_FILE}")
 
 # Folders that a run writes, and those of averages that are rebuilt from its snapshots
-_FOLDERS = r"checkpoint-\d+|snapshots/step-\d+|ema/sigma_rel-[\d.e-]+(-step-\d+)?"
+_SNAPSHOT = "step-[1-9][0-9]{,14}"
+_FOLDERS = rf"checkpoint-\d+|snapshots/{_SNAPSHOT}|ema/sigma_rel-[\d.e-]+(-step-\d+)?"
 
 # What is read back from `run.json`
 _FACTS = {"data": dict, "global_batch": int, "seconds": (int, float)}
@@ -528,7 +529,7 @@ class RunFolder:
         return [path for path in self._match_snapshots() if path.relative_to(self.path).as_posix() in own]
 
     def _match_snapshots(self) -> list[Path]:
-        found = [path for path in self.snapshots.glob("step-*") if re.fullmatch(r"step-\d+", path.name, re.ASCII)]
+        found = [path for path in self.snapshots.glob("step-*") if re.fullmatch(_SNAPSHOT, path.name)]
         return sorted((path for path in found if path.is_dir()), key=self.snapshot_step)
 
     def publish_snapshot(self, step: int, write: Callable[[Path], None]) -> None:

@@ -5,9 +5,9 @@ Kills work (SIGKILL) at random moments, does it again each time, and compares th
     python tests/benchmarks/kill_harness.py --work training --kills 3 --inside 1      # what the test suite runs
 
 Of training a third of the kills come at a random moment of the start, a third at a random moment later, and a third while
-a checkpoint is being written; log, weights, EMA, optimizer and samples must be equal to the bit. Other work is killed at
-any moment of its duration; the report, the decoded images or the exported model must be equal to the byte. Needs os.fork,
-so no Windows: each start is a fork after the imports, which take most of the time.
+a checkpoint is being written; log, weights, EMA, snapshots, optimizer and samples must be equal to the bit. Other work is
+killed at any moment of its duration; the report, the decoded images or the exported model must be equal to the byte.
+Needs os.fork, so no Windows: each start is a fork after the imports, which take most of the time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SETTINGS = [
     *("--layers_per_block", "1", "--dropout", "0.1", "--random_flip", "--max_train_samples", "64"),
     *("--train_batch_size", "8", "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2"),
     *("--checkpointing_steps", "4", "--checkpoints_total_limit", "1", "--logging_steps", "3"),
-    *("--save_images_epochs", "2", "--mixed_precision", "no", "--num_threads", "1"),
+    *("--posthoc_ema", "--save_images_epochs", "2", "--mixed_precision", "no", "--num_threads", "1"),
 ]
 
 

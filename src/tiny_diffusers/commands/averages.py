@@ -52,7 +52,7 @@ def ema(args: argparse.Namespace) -> None:
         folder = RunFolder(target)
         folder.write_config(run.read_config())
         folder.keep_paths(kept_paths(run.path))
-        say(f"wrote {target} (its profile is matched to {error:.2%})")
+        say(f"wrote {target} (its profile over the steps is off by {error:.2%})")
     say("next:")
     for target in targets.values():
         say(f"  {shlex.join(['tiny-diffusers', 'evaluate', str(target)])}")

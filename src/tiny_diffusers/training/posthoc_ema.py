@@ -72,12 +72,12 @@ def solve_coefficients(steps: np.ndarray, gammas: np.ndarray, step: int, gamma: 
     Returns:
         `tuple[np.ndarray, float]`: The coefficients, `(N,)`, and the profile's distance as a share of its norm.
     """
-    steps = np.asarray(steps, dtype=np.float64)
-    products = inner_product(steps[:, None], gammas[:, None], steps, gammas)  # (N, N)
-    target, norm = inner_product(steps, gammas, float(step), gamma), inner_product(step, gamma, step, gamma)
-    ones = np.ones((len(steps), 1))
+    times = np.asarray(steps) / step
+    products = inner_product(times[:, None], gammas[:, None], times, gammas)  # (N, N)
+    target, norm = inner_product(times, gammas, 1.0, gamma), inner_product(1.0, gamma, 1.0, gamma)
+    ones = np.ones((len(times), 1))
     system = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])  # with a Lagrange multiplier
-    solution = np.linalg.solve(system, np.append(target, 1.0))[:-1]
+    solution = np.linalg.lstsq(system, np.append(target, 1.0), rcond=None)[0][:-1]
     squared = solution @ products @ solution - 2 * solution @ target + norm
     return solution, float(np.sqrt(max(squared, 0.0) / norm))
 
