@@ -207,7 +207,7 @@ class Fuzzer:
 
     def _commands(self, rng: random.Random) -> tuple[str, Callable]:
         command = rng.choice(
-            ("sample", "interpolate", "evaluate", "export", "compare", "plot", "push", "train", "benchmark")
+            ("sample", "interpolate", "evaluate", "export", "compare", "plot", "push", "train", "benchmark", "ema")
         )
         given = getattr(self, f"_{command}")(rng)
         given, changes = given if isinstance(given, tuple) else (given, [])
@@ -259,6 +259,9 @@ class Fuzzer:
     def _push(self, rng: random.Random) -> list:
         return [self._checkpoint(rng), rng.choice(WORDS)]
 
+    def _ema(self, rng: random.Random) -> list:
+        return [self._checkpoint(rng)]
+
     def _benchmark(self, rng: random.Random) -> list:
         return ["--rows", rng.choice(WORDS[1:])]
 
@@ -292,6 +295,7 @@ class Fuzzer:
                 config.write_text(json.dumps({"_class_name": UNet2DModel.__name__, **STOCK}))
                 network = ["--model_config_name_or_path", str(config), "--ddpm_num_inference_steps", "2"]
             argv = ["train", script, *RUN, *network, "--max_train_steps", "2", "--output_dir", str(run)]
+            argv += ["--posthoc_ema"] if script == "conditional" else []
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _fresh_process():
                 assert cli.main(argv) == 0, printed.getvalue()
