@@ -313,8 +313,11 @@ class Fuzzer:
         return folder / "report.json"
 
 
+_NOT_THE_PIPELINE = ("run.json", "train_log.jsonl", "snapshots")
+
+
 def _not_the_pipeline(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith("checkpoint-") or name in ("run.json", "train_log.jsonl")]
+    return [name for name in names if name.startswith("checkpoint-") or name in _NOT_THE_PIPELINE]
 
 
 @contextlib.contextmanager
