@@ -118,6 +118,11 @@ class TinyObjectiveMixin:
         if not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}.")
 
+    @property
+    def _clips(self) -> bool:
+        """Returns whether [`~TinyObjectiveMixin._clip`] may change the predicted x_0."""
+        return self.config.thresholding or self.config.clip_sample
+
     def _clip(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
         """Applies dynamic thresholding, clipping or neither, by the config."""
         if self.config.thresholding:

@@ -231,7 +231,7 @@ class TinyContinuousMixin:
 
         velocity = self._velocity(model_output.to(dtype), x, level)
         x_0 = x - level * velocity
-        if self.config.thresholding or self.config.clip_sample:
+        if self._clips:
             x_0 = self._clip(x_0)
             velocity = (x - x_0) / level
 

@@ -143,10 +143,9 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         alpha_bar_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
 
         x_0, epsilon = self._predict(prediction, x_t, alpha_bar)
-        clips = self.config.thresholding or self.config.clip_sample
-        if clips:
+        if self._clips:
             x_0 = self._clip(x_0)
-        if clips and use_clipped_model_output in (None, True):
+        if self._clips and use_clipped_model_output in (None, True):
             epsilon = (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
 
         sigma = eta * self._get_variance(timestep, prev_timestep) ** 0.5  # equation 16

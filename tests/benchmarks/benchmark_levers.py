@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from tiny_diffusers import TinyPipeline, cli, hardware
 from tiny_diffusers.data import load_images
-from tiny_diffusers.evaluation import features, metrics
-from tiny_diffusers.pipelines.pipeline_tiny import image_generators
+from tiny_diffusers.evaluation import features, images, metrics
 from tiny_diffusers.plots import image_grid
 
 
@@ -49,25 +49,26 @@ def measure(
     file = folder / f"distances-{args.num_images}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     pipe = TinyPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)
+    ids = getattr(pipe, "_class_ids", None)
     for name, steps, eta in _samplers(args):
         if name in found:
             continue
-        drawn = []
-        for start in range(0, args.num_images, BATCH):
-            count = min(BATCH, args.num_images - start)
-            options = {"num_inference_steps": steps, "eta": eta, "output_type": "pt", "batch_size": count}
-            if getattr(pipe, "_class_ids", None):
-                options["class_labels"] = [
-                    pipe._class_ids[i % len(pipe._class_ids)] for i in range(start, start + count)
-                ]
-            images = pipe(generator=image_generators(0, count, start), **options).images
-            drawn.append((images * 255).round().byte())
-        images = torch.cat(drawn)
-        extracted = torch.cat([extractor(batch) for batch in images.split(BATCH)]).numpy()
+        drawn = images.sample(
+            pipe,
+            pipe._image_shape,
+            folder / f"samples-{args.num_images}-{steps}-{eta:g}.npy",
+            num_images=args.num_images,
+            seed=0,
+            batch_size=BATCH,
+            options={"num_inference_steps": steps, "eta": eta},
+            class_labels=np.resize(ids, args.num_images) if ids else None,
+            state=PartialState(),
+        )
+        drawn = torch.from_numpy(np.array(drawn))
+        extracted = torch.cat([extractor(batch) for batch in drawn.split(BATCH)]).numpy()
         found[name] = reference.distance(extracted)
-        image_grid(images[:64]).save(folder / f"samples-{steps}-{eta:g}.png")
+        image_grid(drawn[:64]).save(folder / f"samples-{steps}-{eta:g}.png")
         file.write_text(json.dumps(found))
     return found
 

@@ -10,17 +10,19 @@ A model with classes draws them in turns, at each `--guidance_scale`.
 
 import argparse
 import itertools
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from tiny_diffusers import TinyPipeline, hardware
 from tiny_diffusers.commands.shared import SCHEDULERS
 from tiny_diffusers.data import load_images
-from tiny_diffusers.evaluation import features, metrics
-from tiny_diffusers.pipelines.pipeline_tiny import image_generators, objective_of
+from tiny_diffusers.evaluation import features, images, metrics
+from tiny_diffusers.pipelines.pipeline_tiny import objective_of
 
 
 BATCH = 100
@@ -44,22 +46,27 @@ def samplers(pipe: TinyPipeline) -> dict[str, tuple[str | None, dict, dict]]:
     return found | {name: (name, {}, {}) for name in SOLVERS}
 
 
-def draw(pipe: TinyPipeline, args: argparse.Namespace, **options) -> np.ndarray:
-    """Draws uint8 images (N, C, H, W), image i from seed i."""
-    drawn = []
-    for start in range(0, args.num_images, BATCH):
-        count = min(BATCH, args.num_images - start)
-        if getattr(pipe, "_class_ids", None):
-            ids = pipe._class_ids
-            options["class_labels"] = [ids[i % len(ids)] for i in range(start, start + count)]
-        generators = image_generators(args.seed, count, start)
-        images = pipe(batch_size=count, generator=generators, output_type="pt", **options).images
-        drawn.append((images * 255).round().byte().cpu().numpy())
-    return np.concatenate(drawn)
+def draw(pipe: TinyPipeline, shape: tuple, args: argparse.Namespace, **options) -> np.ndarray:
+    """Draws uint8 images (N, C, H, W), image i from its own seed."""
+    ids = getattr(pipe, "_class_ids", None)
+    with tempfile.TemporaryDirectory() as folder:
+        return np.array(
+            images.sample(
+                pipe,
+                shape,
+                Path(folder, "images"),
+                num_images=args.num_images,
+                seed=args.seed,
+                batch_size=BATCH,
+                options=options,
+                class_labels=np.resize(ids, args.num_images) if ids else None,
+                state=PartialState(),
+            )
+        )
 
 
-def faint(images: np.ndarray) -> float:
-    return float(((images >= 1) & (images <= 40)).mean())
+def faint(pixels: np.ndarray) -> float:
+    return float(((pixels >= 1) & (pixels <= 40)).mean())
 
 
 def main() -> None:
@@ -80,7 +87,6 @@ def main() -> None:
 
     torch.set_num_threads(hardware.physical_cores())
     pipe = TinyPipeline.from_pretrained(args.checkpoint)
-    pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)
     channels, _, side = pipe._image_shape
     options = {"resolution": side, "channels": channels}
@@ -89,8 +95,8 @@ def main() -> None:
 
     extractor = features.load("efficientnet-lite0")
 
-    def extract(images: np.ndarray | torch.Tensor) -> np.ndarray:
-        return torch.cat([extractor(batch) for batch in torch.as_tensor(np.array(images)).split(BATCH)]).numpy()
+    def extract(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+        return torch.cat([extractor(batch) for batch in torch.as_tensor(pixels).split(BATCH)]).numpy()
 
     reference = metrics.FrechetReference(extract(real["test"][: args.num_reference]))
     saved, has_classes = pipe.scheduler, bool(getattr(pipe, "_class_ids", None))
@@ -111,8 +117,8 @@ def main() -> None:
                 cls = getattr(tiny_diffusers if class_name.startswith("Tiny") else diffusers, class_name)
                 pipe.scheduler = cls.from_config(saved.config, **own, **config)
             guidance = {"guidance_scale": w} if has_classes else {}
-            images = draw(pipe, args, num_inference_steps=steps, **call, **guidance)
-            cells.append(f"{reference.distance(extract(images)):.1f} ({100 * faint(images):.1f} %)")
+            drawn = draw(pipe, real["test"].shape[1:], args, num_inference_steps=steps, **call, **guidance)
+            cells.append(f"{reference.distance(extract(drawn)):.1f} ({100 * faint(drawn):.1f} %)")
         pipe.scheduler = saved
         print(f"| {name}{f', w = {w:g}' if has_classes else ''} | " + " | ".join(cells) + " |", flush=True)
     train = real["train"][torch.randperm(len(real["train"]))[: args.num_images]]
