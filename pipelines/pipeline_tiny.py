@@ -34,9 +34,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.pipelines.pipeline_utils import snapshot_download
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
+
+logger = logging.get_logger(__name__)
 
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Generators = torch.Generator | list[torch.Generator]
@@ -178,7 +180,7 @@ class TinyPipeline(DiffusionPipeline):
         batch_size: int = 1,
         generator: Generators | None = None,
         num_inference_steps: int = 50,
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -199,9 +201,11 @@ class TinyPipeline(DiffusionPipeline):
                 its batch.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
-            eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16: in [0, 1] for DDIM, and at least 0 for
-                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. Other schedulers ignore it.
+            eta (`float`, *optional*):
+                The fresh noise in each step, which corrects errors of the network: η of
+                [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, and to 0
+                with a second-order solver. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -231,6 +235,7 @@ class TinyPipeline(DiffusionPipeline):
             `ValueError`: If an argument is not as described above, the scheduler is not for such a network, the network
                 needs class labels, or the samples are not finite.
         """
+        eta = self._default_eta if eta is None else eta
         self._check_output(batch_size, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
         on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -281,6 +286,10 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
         if return_intermediates is not None and not _is_positive_int(return_intermediates):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
+
+    @property
+    def _default_eta(self) -> float:
+        return 1.0 if getattr(self.scheduler, "order", 1) == 1 else 0.0
 
     def _check_steps(self, num_inference_steps: int, timesteps: list[int] | list[float] | None, eta: float):
         check_scheduler(self.scheduler, self._objective)
@@ -395,9 +404,19 @@ class TinyPipeline(DiffusionPipeline):
         channels = config.in_channels if "in_channels" in config else config.out_channels  # of a GAN's generator
         return channels, height, width
 
-    def _preprocess(self, images: Images, batch_size: int | None, resize_arrays: bool = True) -> torch.Tensor:
-        """Converts images to (B, C, H, W) in [-1, 1]. PIL images are resized, others if `resize_arrays`."""
-        channels, height, width = image_shape = self._image_shape
+    def _preprocess(
+        self,
+        images: Images,
+        batch_size: int | None,
+        resize_arrays: bool = True,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """
+        Converts images to (B, C, H, W) in [-1, 1]. PIL images are resized, others if `resize_arrays`. With `image_shape`
+        (C, H, W) instead of the network's, none are.
+        """
+        resizes = image_shape is None
+        channels, height, width = image_shape = image_shape or self._image_shape
         given = images if isinstance(images, (list, tuple)) else [images]
         arrays = [torch.as_tensor(image) for image in given if isinstance(image, (np.ndarray, torch.Tensor))]
         for array in arrays:
@@ -405,8 +424,10 @@ class TinyPipeline(DiffusionPipeline):
                 raise ValueError(f"Array and tensor `images` must be floats in [0, 1], got {array.dtype}.")
             if not ((array >= 0) & (array <= 1)).all():
                 raise ValueError(f"`images` must lie in [0, 1], got {array.min():.3g} to {array.max():.3g}.")
+        if channels == 3 and any(getattr(image, "mode", "RGB") in ("1", "L", "LA", "I;16") for image in given):
+            logger.warning("Grey images were converted to RGB, as the network has three channels.")
         processor = VaeImageProcessor(
-            do_resize=resize_arrays or not arrays,
+            do_resize=resizes and (resize_arrays or not arrays),
             vae_scale_factor=1,
             vae_latent_channels=0,  # else images of four channels would be taken for latents
             do_convert_rgb=channels == 3,
@@ -469,6 +490,14 @@ class TinyPipeline(DiffusionPipeline):
         model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
+    @staticmethod
+    def _predict_x_0(
+        scheduler: SchedulerMixin, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes [`predict_original_sample`], clipped or thresholded if the scheduler is one of ours and does that."""
+        x_0 = predict_original_sample(scheduler, model_output, timestep, sample)
+        return scheduler._clip(x_0) if getattr(scheduler, "_clips", False) else x_0
+
     # Stock schedulers for flow have neither, as their noise is N(0, I) and the network takes the sample itself.
 
     @staticmethod
@@ -488,41 +517,31 @@ class TinyPipeline(DiffusionPipeline):
         generator: Generators | None,
         on_step_end: Callable[..., dict],
         return_intermediates: int | None,
+        begin: int = 0,
     ) -> tuple[torch.Tensor, list[Intermediate] | None]:
         """
         Runs the denoising loop, from `latents` (B, C, H, W) of N(0, I) to images in [-1, 1]. The network is called as
-        `predict(sample, timestep, step)`.
+        `predict(sample, timestep, step)`. With `begin`, the first timesteps are left out, and `latents` are the noisy
+        images at the timestep of that index.
         """
         channels = latents.shape[1]
-        num_steps, num_kept = len(scheduler.timesteps), return_intermediates or 0
+        self._num_timesteps = num_steps = len(scheduler.timesteps) - begin
+        num_kept = return_intermediates or 0
         if num_kept > num_steps:
             raise ValueError(f"`return_intermediates` must be at most the {num_steps} steps, got {num_kept}.")
         kept_steps = set(np.linspace(num_steps - 1, 0, num_kept).round().astype(int).tolist())
         intermediates = []
 
-        options = {"eta": eta, "generator": generator, "use_clipped_model_output": True}  # x_0 and eps belong to x_t
-        step_parameters = inspect.signature(scheduler.step).parameters
-        step_kwargs = {name: value for name, value in options.items() if name in step_parameters}
-        # Only DDPM uses a learned variance. Other schedulers get the channels of the mean alone.
-        learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED
-
         self._interrupt = False
-        latents = latents * self._init_noise_sigma(scheduler)
+        if begin == 0:
+            latents = latents * self._init_noise_sigma(scheduler)
+        take_step = self._step_function(scheduler, eta, generator, channels)
         dtype = self.unet.dtype
         device_timesteps = scheduler.timesteps.to(latents.device)
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps[begin:])):
             sample = self._scale_model_input(scheduler, latents, timestep)
-            model_output = predict(sample.to(dtype), device_timesteps[step], step)
-            if not learns_variance:
-                model_output = model_output[:, :channels]
-
-            try:
-                output = scheduler.step(model_output, timestep, latents, **step_kwargs)
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"{type(scheduler).__name__} can't use the network's `prediction_type` "
-                    f"{scheduler.config.prediction_type!r}: use `DPMSolverMultistepScheduler`."
-                ) from error
+            model_output = predict(sample.to(dtype), device_timesteps[begin + step], begin + step)
+            output = take_step(model_output, timestep, latents)
             latents = output.prev_sample  # x_t-1
 
             if step in kept_steps:
@@ -536,6 +555,30 @@ class TinyPipeline(DiffusionPipeline):
                 break
 
         return latents, intermediates if kept_steps else None
+
+    @staticmethod
+    def _step_function(
+        scheduler: SchedulerMixin, eta: float, generator: Generators | None, channels: int
+    ) -> Callable[..., Any]:
+        """Returns the scheduler's step as `step(model_output, timestep, latents)`, with the options that it has."""
+        options = {"eta": eta, "generator": generator, "use_clipped_model_output": True}  # x_0 and eps belong to x_t
+        step_parameters = inspect.signature(scheduler.step).parameters
+        options = {name: value for name, value in options.items() if name in step_parameters}
+        # Only DDPM uses a learned variance. Other schedulers get the channels of the mean alone.
+        learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED
+
+        def take_step(model_output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor) -> Any:
+            if not learns_variance:
+                model_output = model_output[:, :channels]
+            try:
+                return scheduler.step(model_output, timestep, latents, **options)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{type(scheduler).__name__} can't use the network's `prediction_type` "
+                    f"{scheduler.config.prediction_type!r}: use `DPMSolverMultistepScheduler`."
+                ) from error
+
+        return take_step
 
     def _postprocess(
         self, latents: torch.Tensor, intermediates: list[Intermediate] | None, output_type: str, return_dict: bool

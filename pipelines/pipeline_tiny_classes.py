@@ -5,10 +5,11 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 
 
 ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor
@@ -16,12 +17,24 @@ ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Ten
 
 class ClassConditioningMixin:
     """
-    Mixin with class labels and classifier-free guidance, for a [`DiffusionPipeline`] with a class-conditional network.
+    Mixin with class labels and classifier-free guidance, for a [`DiffusionPipeline`] with a class-conditional network. A
+    pipeline of diffusion takes its arguments; others have their own.
 
     A network has an embedding table with one row per class. The networks of this package have `num_class_embeds` = K
     classes and K + 1 rows, where row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all.
     The pipeline's `null_class_id` is the row of the null class, or None if there is no null class.
     """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        scheduler: SchedulerMixin,
+        id2label: Optional[dict] = None,
+        null_class_id: Optional[int] = -1,
+        class_dropout_prob: Optional[float] = None,
+    ):
+        super().__init__(unet, scheduler)
+        self._register_classes(id2label, null_class_id, class_dropout_prob)
 
     def _register_classes(self, id2label: dict | None, null_class_id: int | None, class_dropout_prob: float | None):
         """Checks the arguments against the network and saves them in the pipeline's config."""
@@ -199,10 +212,6 @@ class ClassConditioningMixin:
         guided = self._num_rows and guidance_scale not in (0, 1) and start < end
         return True if clip_sample is None and guided and self._can_clip else clip_sample
 
-    def _guidance_at(self, step: int) -> float:
-        start, end = self._guidance_interval
-        return self.guidance_scale if start <= step / self.num_timesteps < end else 1.0
-
     def _guided_predict(
         self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
@@ -211,17 +220,18 @@ class ClassConditioningMixin:
         is eq. 6 of [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. Outside the
         interval, w = 1.
         """
-        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._guidance_scale, (start, end) = guidance_scale, guidance_interval
+        num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
         if labels is not None and self._null_class_id is not None:
             null = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
                 null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
             both = torch.cat([labels, null])
         else:  # without a null class, w = 1 throughout
-            self._guidance_interval = (0.0, 0.0)
+            start = end = 0.0
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
-            w = self._guidance_at(step)
+            w = self.guidance_scale if start <= step / num_timesteps < end else 1.0
             if w == 1:
                 return self._predict(sample, timestep, labels)
             if w == 0:

@@ -1,7 +1,5 @@
 """`TinyConditionalPipeline`: class-conditional sampling with classifier-free guidance."""
 
-from typing import Optional
-
 import torch
 from diffusers import SchedulerMixin
 
@@ -42,17 +40,6 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
     ```
     """
 
-    def __init__(
-        self,
-        unet: torch.nn.Module,
-        scheduler: SchedulerMixin,
-        id2label: Optional[dict] = None,
-        null_class_id: Optional[int] = -1,
-        class_dropout_prob: Optional[float] = None,
-    ):
-        super().__init__(unet, scheduler)
-        self._register_classes(id2label, null_class_id, class_dropout_prob)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -63,7 +50,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         dynamic_thresholding: float | None = None,
         generator: Generators | None = None,
         num_inference_steps: int = 50,
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -98,9 +85,11 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 its batch.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
-            eta (`float`, *optional*, defaults to 0.0):
-                η of [DDIM](https://huggingface.co/papers/2010.02502), eq. 16: in [0, 1] for DDIM, and at least 0 for
-                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. Other schedulers ignore it.
+            eta (`float`, *optional*):
+                The fresh noise in each step, which corrects errors of the network: η of
+                [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, and to 0
+                with a second-order solver. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -129,6 +118,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         Raises:
             `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
         """
+        eta = self._default_eta if eta is None else eta
         self._check_output(1 if batch_size is None else batch_size, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
         on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)

@@ -1,38 +1,20 @@
 """`TinyInterpolationPipeline`: interpolation between two seeds, latents, images or classes."""
 
 import inspect
-from collections.abc import Callable
-from typing import Optional
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.utils import logging
 
-from .pipeline_tiny import (
-    Generators,
-    Images,
-    StepCallback,
-    TinyPipeline,
-    TinyPipelineOutput,
-    predict_original_sample,
-    slerp,
-)
+from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput, slerp
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_editing import EditingMixin
 
 
 logger = logging.get_logger(__name__)
 
-# With two passes of the network per step, 20 steps invert a model's samples as closely as 100 steps with one.
-_INVERSION_ITERATIONS = 2
 
-
-class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
+class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
     r"""
     Pipeline for the interpolation between two samples of a diffusion model. Its ends are two seeds, two latents or two
     images, and it can interpolate between two classes at the same time.
@@ -65,17 +47,6 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
     >>> export_to_gif(frames, "walk.gif")
     ```
     """
-
-    def __init__(
-        self,
-        unet: torch.nn.Module,
-        scheduler: SchedulerMixin,
-        id2label: Optional[dict] = None,
-        null_class_id: Optional[int] = -1,
-        class_dropout_prob: Optional[float] = None,
-    ):
-        super().__init__(unet, scheduler)
-        self._register_classes(id2label, null_class_id, class_dropout_prob)
 
     @torch.no_grad()
     def __call__(
@@ -238,64 +209,6 @@ class TinyInterpolationPipeline(ClassConditioningMixin, TinyPipeline):
         latents = self._invert(sample, predict, scheduler)
         self.maybe_free_model_hooks()
         return latents
-
-    def _invert(
-        self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin
-    ) -> torch.Tensor:
-        if self._objective != "betas":
-            return self._invert_ode(sample, predict, scheduler)
-        if not isinstance(scheduler, DDIMScheduler):
-            raise ValueError(
-                f"Images can be inverted by DDIM, not by {type(scheduler).__name__}: set `pipe.scheduler = "
-                "TinyDDIMScheduler.from_config(pipe.scheduler.config)`."
-            )
-        alpha_prod_prev = float(scheduler.final_alpha_cumprod)
-        dtype = self.unet.dtype
-        device_timesteps = scheduler.timesteps.to(sample.device)
-        for step in self.progress_bar(range(len(device_timesteps) - 1, -1, -1)):
-            # DDIM's step, eq. 12 with σ = 0, solved for x_t. It needs eps at x_t, so x_t is found by fixed-point
-            # iteration from x_t-1. The first iterate is the usual inversion, which takes eps at x_t-1 instead.
-            timestep = scheduler.timesteps[step]
-            alpha_prod = scheduler.alphas_cumprod[timestep].item()
-            ratio = (alpha_prod / alpha_prod_prev) ** 0.5
-            prev_sample = sample
-            for _ in range(_INVERSION_ITERATIONS):
-                model_output = predict(sample.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
-                pred_original_sample = scheduler.step(model_output, timestep, sample).pred_original_sample
-                epsilon = (sample - alpha_prod**0.5 * pred_original_sample) / (1 - alpha_prod) ** 0.5
-                direction = (1 - alpha_prod) ** 0.5 - ratio * (1 - alpha_prod_prev) ** 0.5
-                sample = ratio * prev_sample + direction * epsilon
-            alpha_prod_prev = alpha_prod
-        return sample
-
-    def _invert_ode(
-        self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin
-    ) -> torch.Tensor:
-        is_euler = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, EDMEulerScheduler))
-        if not is_euler or scheduler.config.get("solver", "euler") != "euler":
-            raise ValueError(
-                f"Images can be inverted by Euler's steps, not by those of this {type(scheduler).__name__}: set "
-                f'`pipe.scheduler = {self._own_scheduler}.from_config(pipe.scheduler.config, solver="euler")`.'
-            )
-        dtype = self.unet.dtype
-        device_timesteps, levels = scheduler.timesteps.to(sample.device), scheduler.sigmas.tolist()
-        is_edm = isinstance(scheduler, EDMEulerScheduler)
-        for step in self.progress_bar(range(len(device_timesteps) - 1, -1, -1)):
-            # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration: x_0 is
-            # linear in x, with c_skip, and in the network's output, which is kept from the last iterate.
-            timestep, level, prev_level = scheduler.timesteps[step], levels[step], levels[step + 1]
-            c_skip = scheduler.config.sigma_data**2 / (level**2 + scheduler.config.sigma_data**2) if is_edm else 1.0
-            ratio = (level - prev_level) / level
-            prev_sample = sample
-            for _ in range(_INVERSION_ITERATIONS):
-                scaled = scheduler.precondition_inputs(sample, level) if is_edm else sample
-                model_output = predict(scaled.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
-                pred_original_sample = predict_original_sample(scheduler, model_output, timestep, scaled)
-                if hasattr(scheduler, "_clip"):  # ours, not the stock one
-                    pred_original_sample = scheduler._clip(pred_original_sample)
-                output_part = pred_original_sample - c_skip * sample
-                sample = (prev_sample - ratio * output_part) / (1 - ratio * (1 - c_skip))
-        return sample / self._init_noise_sigma(scheduler)
 
 
 def _adds_noise(scheduler: SchedulerMixin, eta: float) -> bool:

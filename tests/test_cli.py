@@ -15,6 +15,7 @@ from tiny_diffusers import (
     TinyDDIMScheduler,
     TinyEDMScheduler,
     TinyFlowMatchScheduler,
+    TinyImg2ImgPipeline,
     TinyPipeline,
     TinyPixelCNNModel,
     TinyPixelCNNPipeline,
@@ -273,7 +274,7 @@ class TestInterpolate:
         frames = [np.asarray(Image.open(file)) for file in sorted(output.iterdir())]
         assert len(frames) == 5
         for frame, seed in ((frames[0], 3), (frames[-1], 8)):
-            (image,) = sample(checkpoint, tmp_path / str(seed), "--num_images", 1, "--seed", seed)
+            (image,) = sample(checkpoint, tmp_path / str(seed), "--num_images", 1, "--seed", seed, "--eta", 0)
             np.testing.assert_allclose(frame, image, atol=1)
 
     def test_an_animation_has_every_frame_enlarged(self, checkpoint, tmp_path):
@@ -350,6 +351,116 @@ class TestInterpolate:
         for seeds in ("1", f"0,{2**64}"):
             line = error_line(capsys, "interpolate", checkpoint, "--seeds", seeds)
             assert f"'{seeds}' is not two whole numbers" in line
+
+
+class TestEdit:
+    ARGUMENTS = ["--num_inference_steps", 3, "--dtype", "float32", "--device", "cpu"]
+
+    @pytest.fixture
+    def pictures(self, tmp_path):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{'ab'[i]}.png")
+        (folder / "notes.txt").write_text("no picture")
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (4, 0, 8, 8))
+        mask.save(tmp_path / "mask.png")
+        return folder
+
+    def edit(self, checkpoint, pictures, tmp_path, *arguments):
+        """Edits a folder into a folder; returns the results by name."""
+        output = tmp_path / "results"
+        assert run("edit", checkpoint, "--image", pictures, *self.ARGUMENTS, *arguments, "--output", f"{output}/") == 0
+        return {file.name: np.asarray(Image.open(file)) for file in sorted(output.iterdir())}
+
+    def test_a_folder_becomes_a_folder_and_result_i_has_the_seed_plus_i(self, checkpoint, pictures, tmp_path):
+        options = ["--strength", 0.7, "--num_images", 2, "--seed", 5, "--batch_size", 2]
+        results = self.edit(checkpoint, pictures, tmp_path, *options)
+        assert list(results) == ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]
+        pipe = TinyImg2ImgPipeline.from_pretrained(checkpoint)
+        given = Image.open(pictures / "b.png")
+        generator = [torch.Generator().manual_seed(8)]
+        expected = pipe(given, strength=0.7, generator=generator, num_inference_steps=3, output_type="np").images[0]
+        assert np.abs(results["b-1.png"] / 255.0 - expected[..., 0]).max() < 0.02
+
+    def test_known_pixels_of_an_inpainted_picture_are_kept(self, checkpoint, pictures, tmp_path):
+        options = ["--mask", tmp_path / "mask.png", "--num_images", 1, "--jump_n_sample", 1]
+        results = self.edit(checkpoint, pictures, tmp_path, *options)
+        assert list(results) == ["a.png", "b.png"]
+        grey = np.asarray(Image.open(pictures / "a.png").convert("L"))
+        np.testing.assert_array_equal(results["a.png"][:, :4], grey[:, :4])
+
+    @pytest.mark.parametrize(
+        ("arguments", "columns"),
+        [
+            (["--strength", 0.5], 2),
+            (["--mask", "mask.png", "--num_images", 2], 6),
+            (["--task", "super_resolution:2", "--degrade", "--num_images", 2], 6),
+            (["--task", "deblur:0.7", "--degrade", "--method", "pigdm", "--noise_std", 0.1], 3),
+            (["--task", "inpaint", "--mask", "mask.png"], 3),
+        ],
+    )
+    def test_a_picture_shows_what_was_given_and_the_results(
+        self, checkpoint, pictures, tmp_path, monkeypatch, arguments, columns
+    ):
+        """Given, mask or observed, results, and for several results mean and deviation."""
+        monkeypatch.chdir(tmp_path)
+        options = [*self.ARGUMENTS, "--num_images", 1, *arguments, "--output", "out.png"]
+        assert run("edit", checkpoint, "--image", pictures, *options) == 0
+        with Image.open("out.png") as picture:
+            rows, scale = 2, (picture.width - 2) // columns - 2
+            assert picture.width == columns * (scale + 2) + 2 and scale % 8 == 0
+            assert picture.height >= rows * (scale + 2)
+
+    def test_a_small_picture_is_enlarged(self, checkpoint, tmp_path):
+        Image.new("L", (4, 4), 200).save(tmp_path / "small.png")
+        options = [*self.ARGUMENTS, "--task", "super_resolution:2", "--num_images", 1, "--output", f"{tmp_path}/out/"]
+        assert run("edit", checkpoint, "--image", tmp_path / "small.png", *options) == 0
+        assert Image.open(tmp_path / "out" / "small.png").size == (8, 8)
+
+    def test_a_class_guides(self, conditional_checkpoint, pictures, tmp_path):
+        options = ["--class_labels", "frog", "--guidance_scale", 2, "--inversion", "--num_images", 1]
+        assert len(self.edit(conditional_checkpoint, pictures, tmp_path, *options)) == 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--strength", 1.5], "`strength` must be in [0, 1]"),
+            (["--mask", "mask.png", "--strength", 0.5], "--strength means nothing with --mask"),
+            (["--noise_std", 0.1], "--noise_std means nothing with variations"),
+            (["--task", "sharpen"], "super_resolution"),
+            (["--task", "super_resolution"], "such as super_resolution:2"),
+            (["--task", "super_resolution:3", "--degrade"], "divides the image's size"),
+            (["--task", "deblur:0"], "from 0.1 to 100"),
+            (["--task", "colorize"], "only those of 3 can be coloured"),
+            (["--task", "colorize:2"], "takes no number"),
+            (["--task", "inpaint"], "takes a --mask"),
+            (["--mask", "none.png"], "can't be read as a picture"),
+            (["--mask", "black.png"], "all black"),
+            (["--mask", "large.png"], "size of the image"),
+            (["--class_labels", "cat"], "has no classes"),
+            (["--image", "none.png"], "can't be read as a picture"),
+            (["--image", "."], "has no pictures"),
+            (["--output", "pictures/"], "is the folder of the pictures"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, checkpoint, pictures, tmp_path, monkeypatch, capsys, arguments, message):
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        monkeypatch.chdir(empty if arguments[-1] == "." else tmp_path)
+        Image.new("L", (8, 8)).save(tmp_path / "black.png")
+        Image.new("L", (16, 16), 255).save(tmp_path / "large.png")
+        options = ["--image", pictures, "--output", "out.png", *self.ARGUMENTS, *arguments]
+        assert message in error_line(capsys, "edit", checkpoint, *options)
+
+    def test_a_model_that_is_no_diffusion_is_refused(self, tmp_path, pictures, capsys):
+        TinyVAEPipeline(TinyVAEModel(sample_size=8, block_out_channels=(8,), latent_dim=4)).save_pretrained(
+            tmp_path / "vae"
+        )
+        line = error_line(capsys, "edit", tmp_path / "vae", "--image", pictures, "--output", tmp_path / "out.png")
+        assert "a TinyVAEPipeline, which can't edit images" in line
 
 
 class TestPlot:

@@ -15,6 +15,9 @@ _MODULES = {
     "TinyPipeline": "pipelines.pipeline_tiny",
     "TinyConditionalPipeline": "pipelines.pipeline_tiny_conditional",
     "TinyInterpolationPipeline": "pipelines.pipeline_tiny_interpolation",
+    "TinyImg2ImgPipeline": "pipelines.pipeline_tiny_img2img",
+    "TinyInpaintPipeline": "pipelines.pipeline_tiny_inpaint",
+    "TinyRestorationPipeline": "pipelines.pipeline_tiny_restoration",
     "TinyPixelCNNPipeline": "pipelines.pipeline_tiny_pixelcnn",
     "TinyVAEPipeline": "pipelines.pipeline_tiny_vae",
     "TinyDCGANPipeline": "pipelines.pipeline_tiny_dcgan",
@@ -50,8 +53,11 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_tiny import TinyPipeline
     from .pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
     from .pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
+    from .pipelines.pipeline_tiny_img2img import TinyImg2ImgPipeline
+    from .pipelines.pipeline_tiny_inpaint import TinyInpaintPipeline
     from .pipelines.pipeline_tiny_interpolation import TinyInterpolationPipeline
     from .pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
+    from .pipelines.pipeline_tiny_restoration import TinyRestorationPipeline
     from .pipelines.pipeline_tiny_vae import TinyVAEPipeline
     from .schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
     from .schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .commands.averages import ema, ema_parser
+from .commands.editing import edit, edit_parser
 from .commands.evaluation import compare, compare_parser, evaluate, evaluate_parser
 from .commands.sampling import interpolate, interpolate_parser, sample, sample_parser
 from .commands.shared import (
@@ -179,6 +180,7 @@ COMMANDS = {
     "train": Command("train a model", train_parser, train),
     "sample": Command("draw samples from a checkpoint", sample_parser, sample),
     "interpolate": Command("interpolate between two samples", interpolate_parser, interpolate),
+    "edit": Command("vary, inpaint or restore given pictures", edit_parser, edit),
     "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
     "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
     "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),

@@ -38,12 +38,8 @@ STOCHASTIC = ("DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralD
 STOCHASTIC += ("FlowMatchLCM",)
 
 
-class MixtureNetwork(ModelMixin, ConfigMixin):
-    """Ideal network for images of two pixels from a mixture of Gaussians, at the noise levels of a scheduler."""
-
-    means = torch.tensor([[-0.7, -0.7], [0.6, -0.2], [0.0, 0.7]], dtype=torch.float64)  # (K, 2)
-    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    std = 0.1
+class IdealNetwork(ModelMixin, ConfigMixin):
+    """Network that predicts E[x_0 | x_t], as a subclass defines it, for the objective and noise levels of a scheduler."""
 
     @register_to_config
     def __init__(self, sample_size=(1, 2), in_channels=1):
@@ -57,13 +53,8 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         return self
 
     def original(self, x_t, signal, level):
-        """Returns E[x_0 | x_t] of x_t = signal x_0 + level eps."""
-        x = x_t.double().flatten(1)[:, None]  # (B, 1, 2)
-        variance = signal**2 * self.std**2 + level**2
-        distance = x - signal * self.means  # (B, K, 2)
-        share = torch.softmax(self.weights.log() - distance.square().sum(-1) / (2 * variance), dim=1)  # p(k | x_t)
-        x_0 = (share[..., None] * (self.means + signal * self.std**2 / variance * distance)).sum(1)
-        return x_0.reshape(x_t.shape)
+        """Returns E[x_0 | x_t] of x_t = signal x_0 + level eps, in float64."""
+        raise NotImplementedError
 
     def forward(self, sample, timestep):
         t = float(timestep)
@@ -88,6 +79,22 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x_0
         outputs = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}
         return UNet2DOutput(sample=outputs[self.config_of_levels.prediction_type].float())
+
+
+class MixtureNetwork(IdealNetwork):
+    """Ideal network for images of two pixels from a mixture of Gaussians."""
+
+    means = torch.tensor([[-0.7, -0.7], [0.6, -0.2], [0.0, 0.7]], dtype=torch.float64)  # (K, 2)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    std = 0.1
+
+    def original(self, x_t, signal, level):
+        x = x_t.double().flatten(1)[:, None]  # (B, 1, 2)
+        variance = signal**2 * self.std**2 + level**2
+        distance = x - signal * self.means  # (B, K, 2)
+        share = torch.softmax(self.weights.log() - distance.square().sum(-1) / (2 * variance), dim=1)  # p(k | x_t)
+        x_0 = (share[..., None] * (self.means + signal * self.std**2 / variance * distance)).sum(1)
+        return x_0.reshape(x_t.shape)
 
 
 def mixture_pipeline(schedule: str, prediction_type: str = "epsilon", **options) -> TinyPipeline:
@@ -131,9 +138,8 @@ def draw(pipe: TinyPipeline, scheduler, num_inference_steps: int, num_images: in
     own, pipe.scheduler = pipe.scheduler, scheduler
     try:
         generator = torch.Generator().manual_seed(0)
-        return pipe(
-            num_images, generator=generator, num_inference_steps=num_inference_steps, output_type="latent"
-        ).images
+        options = {"num_inference_steps": num_inference_steps, "eta": 0.0, "output_type": "latent"}
+        return pipe(num_images, generator=generator, **options).images
     finally:
         pipe.scheduler = own
 

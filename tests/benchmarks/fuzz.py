@@ -115,7 +115,7 @@ FILES = (b"", b"{", b"[]", b"null", b"1", b'"a"', b"[" * 100_000, b"\xff\xfe{\x0
 # More of these is more work and no mistake.
 WORK = (
     *("num_images", "num_frames", "max_train_steps", "max_train_minutes", "num_epochs", "gradient_accumulation_steps"),
-    *("eval_batch_size", "num_jackknife", "likelihood_images", "max_validation_samples", "rounds"),
+    *("eval_batch_size", "num_jackknife", "likelihood_images", "max_validation_samples", "rounds", "jump_n_sample"),
 )
 RUN = [
     *("--max_train_steps", "1", "--max_train_samples", "32", "--train_batch_size", "4", "--eval_batch_size", "2"),
@@ -207,7 +207,10 @@ class Fuzzer:
 
     def _commands(self, rng: random.Random) -> tuple[str, Callable]:
         command = rng.choice(
-            ("sample", "interpolate", "evaluate", "export", "compare", "plot", "push", "train", "benchmark", "ema")
+            (
+                *("sample", "interpolate", "edit", "evaluate", "export", "compare"),
+                *("plot", "push", "train", "benchmark", "ema"),
+            )
         )
         given = getattr(self, f"_{command}")(rng)
         given, changes = given if isinstance(given, tuple) else (given, [])
@@ -230,6 +233,13 @@ class Fuzzer:
         images = ["--images", *rng.choices(["cut.png", "good.png", "text.txt", "missing.png", "folder"], k=2)]
         frames = ["--num_inference_steps", "2", "--num_frames", "3"]
         return [self._checkpoint(rng), *frames, *(images if rng.random() < 0.3 else [])]
+
+    def _edit(self, rng: random.Random) -> list:
+        image = rng.choice(["good.png", "good.png", "cut.png", "text.txt", "missing.png", "folder", "."])
+        tasks = ["inpaint", "super_resolution:2", "super_resolution:0", "colorize", "deblur:1", "deblur:nan", "x:y"]
+        kind = rng.choice([[], ["--mask", rng.choice(["good.png", "text.txt"])], ["--task", rng.choice(tasks)]])
+        degrade = ["--degrade"] if rng.random() < 0.5 else []
+        return [self._checkpoint(rng), "--image", image, *kind, *degrade, "--num_inference_steps", "2"]
 
     def _evaluate(self, rng: random.Random) -> tuple[list, list[str]]:
         if rng.random() < 0.4:

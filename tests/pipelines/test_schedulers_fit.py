@@ -1,9 +1,9 @@
 """A sample of tests/benchmarks/check_schedulers.py, which tries every scheduler, schedule and number of steps."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import check_schedulers
 import diffusers
 import pytest
 import torch
@@ -18,10 +18,6 @@ from tiny_diffusers import (
 
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("check_schedulers", ROOT / "tests/benchmarks/check_schedulers.py")
-check_schedulers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_schedulers)
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 NUM_IMAGES = 400

@@ -28,6 +28,7 @@ import numpy as np, torch
 from diffusers import DiffusionPipeline
 for folder, load, call in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **load)
+    call |= {name: np.array(call[name], np.float32) for name in ("image", "mask_image") if name in call}
     images = pipe(generator=torch.Generator().manual_seed(0), output_type="np", **call).images
     np.save(folder + "/images.npy", images)
     print(type(pipe).__name__)
@@ -89,6 +90,8 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     ddim, labels = schedulers.TinyDDIMScheduler(), {0: "cat", 1: "dog"}
     steps = {"num_inference_steps": 4}
     guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, **steps}
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8, 1)
+    mask = np.float32(np.arange(64).reshape(8, 8) % 8 > 3)
     sizes = {"sample_size": 8, "block_out_channels": (8,), "num_class_embeds": 2}
     generator = models.TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
     discriminator = models.TinyDCGANDiscriminator(in_channels=1, **sizes)
@@ -110,6 +113,15 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
             pipelines.TinyInterpolationPipeline(unets["tiny"], ddim),
             {"seeds": [0, 1], "class_labels": [0, 2], **steps},
         ),
+        "img2img": (pipelines.TinyImg2ImgPipeline(unets["tiny"], ddim), {"image": image, "class_labels": 1, **steps}),
+        "inpaint": (
+            pipelines.TinyInpaintPipeline(unets["tiny"], ddim),
+            {"image": image, "mask_image": mask, "class_labels": 1, **steps},
+        ),
+        "restoration": (
+            pipelines.TinyRestorationPipeline(unets["tiny"], ddim),
+            {"image": image[:, ::2, ::2], "operator": "super_resolution", "factor": 2, "class_labels": 1, **steps},
+        ),
         "vae": (pipelines.TinyVAEPipeline(vae), {"batch_size": 2}),
         "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
         "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels), {"class_labels": ["cat", "dog"]}),
@@ -129,7 +141,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     jobs.append([str(stock_folder), {"custom_pipeline": str(ROOMS[0] / "pipeline_tiny_conditional.py")}, guided])
 
     ran = subprocess.run(
-        [sys.executable, "-c", SAMPLE, json.dumps(jobs)],
+        [sys.executable, "-c", SAMPLE, json.dumps(jobs, default=np.ndarray.tolist)],
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -1,0 +1,283 @@
+"""`tiny-diffusers edit`."""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, first_line, refusals, say, unknown
+from .shared import (
+    PICTURE_SUFFIXES,
+    add_checkpoint_argument,
+    add_guidance_interval,
+    add_output_argument,
+    add_sampling_arguments,
+    call_options,
+    comma_separated,
+    load_pipeline,
+    make_parser,
+    positive_number,
+    prepare_output,
+    seed_number,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+
+MAX_ROWS = 64  # images of a folder in one picture
+
+
+def edit_parser() -> argparse.ArgumentParser:
+    parser = make_parser("edit")
+    add_checkpoint_argument(parser)
+    parser.add_argument("--image", required=True, type=Path, metavar="PATH", help="a picture, or a folder of pictures")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="variations: how much of the image is given up, from 0 to 1 (default without --mask and --task: 0.6)",
+    )
+    parser.add_argument(
+        "--inversion",
+        action="store_true",
+        help="variations: invert the image instead of adding noise, to keep its layout under another class",
+    )
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="inpainting: what is white in it is painted")
+    parser.add_argument(
+        "--task",
+        metavar="TASK",
+        help="restoration: inpaint (with --mask), super_resolution:FACTOR, colorize, or deblur:SIGMA, a Gaussian blur of "
+        "SIGMA pixels; the picture is what is observed",
+    )
+    parser.add_argument(
+        "--degrade", action="store_true", help="restoration: the picture is a whole one, degrade it by --task first"
+    )
+    parser.add_argument("--method", choices=("ddnm", "pigdm"), help="restoration: how (default: ddnm)")
+    parser.add_argument(
+        "--noise_std",
+        type=float,
+        help="restoration: the noise of what is observed, on the scale of images in [-1, 1] (default: 0)",
+    )
+    parser.add_argument(
+        "--jump_length", type=positive_number, help="inpainting, restoration: steps before a jump back"
+    )
+    parser.add_argument(
+        "--jump_n_sample", type=positive_number, help="inpainting, restoration: how often each step is taken"
+    )
+    parser.add_argument("--num_images", type=positive_number, default=4, help="results for each picture (default: 4)")
+    parser.add_argument("--class_labels", type=comma_separated, help="the class of all results, a name or id")
+    parser.add_argument(
+        "--source_class_labels",
+        type=comma_separated,
+        help="with --inversion: the class of the pictures (default: none)",
+    )
+    add_guidance_interval(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=seed_number, default=0, help="result i has the seed SEED + i (default: 0)")
+    parser.add_argument("--batch_size", type=positive_number, default=64, help="results at a time (default: 64)")
+    add_output_argument(
+        parser,
+        "edited.png",
+        "one picture, a row for each given one: as given, its mask or what is observed of it, the results, their mean and "
+        "standard deviation; or the results alone, in a folder",
+    )
+    return parser
+
+
+def edit(args: argparse.Namespace) -> None:
+    from ..pipelines.pipeline_tiny import image_generators
+    from ..plots import image_grid
+    from ..progress import bar_options
+
+    output = prepare_output(args.output)
+    _check_flags(args)
+    pictures = _read_pictures(args.image)
+    if not output.is_dir() and len(pictures) > MAX_ROWS:
+        raise UserError(f"'{args.image}' has {len(pictures)} pictures, too many for one: give a folder as --output.")
+    if output.is_dir() and args.image.is_dir() and output.samefile(args.image):
+        raise UserError(f"--output '{output}' is the folder of the pictures: give another one.")
+    pipe = _editing_pipeline(load_pipeline(args), args)
+    names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
+    names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
+    options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
+    if args.inversion:
+        options["inversion"] = True
+    if pipe._image_shape[0] == 3 and any(picture.mode in ("1", "L", "LA", "I;16") for picture in pictures.values()):
+        if not (args.task == "colorize" and not args.degrade):
+            say("grey pictures are converted to RGB, as the network draws in colour", sys.stderr)
+
+    say(f"drawing {len(pictures) * args.num_images} images, {output} ...", sys.stderr)
+    rows, began = [], time.perf_counter()
+    at_once = max(1, args.batch_size // args.num_images)
+    given = list(pictures.items())
+    for start in range(0, len(given), at_once):
+        part = [picture for _, picture in given[start : start + at_once]]
+        pipe.set_progress_bar_config(desc=f"pictures {start + 1} to {start + len(part)}", **bar_options())
+        with refusals():
+            observed = _observe(pipe, part, args, options) if args.degrade else part
+            num_results = len(part) * args.num_images
+            generator = image_generators(args.seed, num_results, first=start * args.num_images)
+            results = pipe(observed, num_images=args.num_images, generator=generator, output_type="pt", **options)[0]
+            rows += _rows(pipe, part, observed, results.cpu(), args)
+    seconds = time.perf_counter() - began
+
+    num_images = len(given) * args.num_images
+    if output.is_dir():
+        digits = len(str(args.num_images - 1))
+        for (name, _), row in zip(given, rows, strict=True):
+            for i, image in enumerate(row["results"]):
+                image.save(output / (f"{name}.png" if args.num_images == 1 else f"{name}-{i:0{digits}}.png"))
+    else:
+        columns = ["given"] + [name for name in ("mask", "observed") if name in rows[0]]
+        labels = columns + [str(i + 1) for i in range(args.num_images)]
+        statistics = [name for name in ("mean", "2 std") if name in rows[0]]
+        images = [
+            image
+            for row in rows
+            for image in (*(row[name] for name in columns), *row["results"], *(row[name] for name in statistics))
+        ]
+        grid = image_grid(images, columns=len(labels + statistics), column_labels=labels + statistics)
+        grid.save(output)
+    say(f"{num_images} images in {seconds:.1f} s: {output}")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together: each of the three kinds of edit has its own."""
+    if args.task is not None:
+        kind, allowed = "--task", {"mask", "method", "noise_std", "degrade", "jump_length", "jump_n_sample"}
+    elif args.mask is not None:
+        kind, allowed = "--mask", {"jump_length", "jump_n_sample"}
+    else:
+        kind, allowed = "variations (no --mask, no --task)", {"strength", "inversion", "source_class_labels"}
+    every = ("strength", "inversion", "source_class_labels", "method", "noise_std", "degrade", "jump_length")
+    for name in (*every, "jump_n_sample"):
+        if getattr(args, name) not in (None, False) and name not in allowed:
+            raise UserError(f"--{name} means nothing with {kind}: leave it out.")
+    if args.task is not None and (args.mask is not None) != (args.task == "inpaint"):
+        raise UserError("--task inpaint takes a --mask, and the other tasks take none.")
+
+
+def _read_pictures(path: Path) -> dict[str, "Image.Image"]:
+    """Reads a picture, or those of a folder: name without suffix -> picture."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"--image '{path}' has no pictures: {', '.join(PICTURE_SUFFIXES)}.")
+    else:
+        files = [path]
+    pictures = {}
+    for file in files:
+        if file.stem in pictures:
+            raise UserError(f"--image '{path}' has two pictures of the name {file.stem}: rename one.")
+        pictures[file.stem] = _read_picture("--image", file)
+    return pictures
+
+
+def _read_picture(flag: str, path: Path) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture if picture.mode in ("L", "RGB") else picture.convert("L" if picture.mode == "1" else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
+
+
+def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
+    from .. import TinyImg2ImgPipeline, TinyInpaintPipeline, TinyRestorationPipeline
+
+    if "unet" not in pipe.components:
+        raise UserError(
+            f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't edit images here: give a checkpoint of diffusion."
+        )
+    if args.task is not None:
+        return TinyRestorationPipeline.from_pipe(pipe)
+    return (TinyInpaintPipeline if args.mask is not None else TinyImg2ImgPipeline).from_pipe(pipe)
+
+
+def _task_options(args: argparse.Namespace) -> dict:
+    """Returns the arguments of the pipeline that --mask and --task stand for."""
+    options = {} if args.mask is None else {"mask_image": _read_picture("--mask", args.mask)}
+    if args.task is None:
+        return options
+    name, _, value = args.task.partition(":")
+    tasks = ("inpaint", "super_resolution", "colorize", "deblur")
+    if name not in tasks:
+        raise unknown("--task", name, tasks)
+    options["operator"] = name
+    if name in ("inpaint", "colorize"):
+        if value:
+            raise UserError(f"--task {name} takes no number, got {args.task}.")
+        return options
+    kind, example = (int, "super_resolution:2") if name == "super_resolution" else (float, "deblur:1.5")
+    try:
+        number = kind(value)
+    except ValueError:
+        raise UserError(f"--task {args.task}: give a number, such as {example}.") from None
+    return options | ({"factor": number} if kind is int else {"kernel": _gaussian_kernel(number)})
+
+
+def _gaussian_kernel(sigma: float) -> "torch.Tensor":
+    """Returns the kernel of a Gaussian blur, cut off at three standard deviations: (h, h), of the sum 1."""
+    import torch
+
+    if not 0.1 <= sigma <= 100:
+        raise UserError(f"--task deblur:{sigma:g}: the standard deviation must be from 0.1 to 100 pixels.")
+    radius = math.ceil(3 * sigma)
+    line = torch.exp(-torch.arange(-radius, radius + 1).square() / (2 * sigma**2))
+    kernel = torch.outer(line, line)
+    return kernel / kernel.sum()
+
+
+def _observe(
+    pipe: "DiffusionPipeline", pictures: list["Image.Image"], args: argparse.Namespace, options: dict
+) -> "torch.Tensor":
+    from ..pipelines.pipeline_tiny import image_generators
+
+    names = ("operator", "mask_image", "factor", "kernel", "noise_std")
+    known = {name: options[name] for name in names if name in options}
+    return pipe.observe(pictures, generator=image_generators(args.seed, len(pictures)), **known)
+
+
+def _rows(
+    pipe: "DiffusionPipeline",
+    pictures: list["Image.Image"],
+    observed: "list[Image.Image] | torch.Tensor",
+    results: "torch.Tensor",
+    args: argparse.Namespace,
+) -> list[dict]:
+    """Returns what is shown of each given picture, in the network's size and mode."""
+    from PIL import Image
+
+    channels, height, width = pipe._image_shape
+    mode, size = ("L" if channels == 1 else "RGB"), (width, height)
+
+    def shown(picture: "Image.Image") -> "Image.Image":
+        resampling = Image.Resampling.LANCZOS if picture.width > width else Image.Resampling.NEAREST
+        return picture.convert(mode).resize(size, resampling)
+
+    def to_pil(images: "torch.Tensor") -> list["Image.Image"]:
+        return pipe._to_images(2 * images - 1, "pil")
+
+    rows = [{"given": shown(picture), "results": []} for picture in pictures]
+    per_picture = results.unflatten(0, (len(pictures), args.num_images))
+    for row, images in zip(rows, per_picture, strict=True):
+        row["results"] = to_pil(images)
+    if args.mask is not None:
+        mask = shown(_read_picture("--mask", args.mask))
+        for row in rows:
+            row["mask"] = mask
+    elif args.degrade:
+        for row, image in zip(rows, to_pil(observed.cpu()), strict=True):
+            row["observed"] = shown(image)
+    if args.num_images > 1:
+        mean, std = per_picture.mean(dim=1), per_picture.std(dim=1, correction=0)
+        for row, *statistics in zip(rows, to_pil(mean), to_pil(2 * std), strict=True):
+            row["mean"], row["2 std"] = statistics
+    return rows
