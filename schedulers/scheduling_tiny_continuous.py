@@ -1,5 +1,6 @@
 """`TinyContinuousMixin`: the solvers and the likelihood of rectified flow and EDM, whose timesteps are continuous."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -103,6 +104,10 @@ class TinyContinuousMixin:
         for name, default in _STOCK_ONLY.items():
             if given.get(name, default) not in (default, None):
                 raise ValueError(f"{cls.__name__} has no {name}, which is {given[name]!r}: use the stock class.")
+        if isinstance(config, dict):  # without what else only the stock class takes, which diffusers would warn of
+            stock = next(parent for parent in cls.__mro__ if parent.__module__.partition(".")[0] == "diffusers")
+            own, unused = (inspect.signature(c.__init__).parameters for c in (cls, stock))
+            config = {name: value for name, value in config.items() if name in own or name not in unused}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # 1. Noising

@@ -102,13 +102,13 @@ def test_one_level_cannot_be_compared():
 def test_contenders_have_as_many_parameters():
     settings = Settings(batch_size=1, num_threads=1)
     stock = sum(parameter.numel() for parameter in benchmark.stock_unet(settings).parameters())
-    with benchmark.tiny_trainer(settings, **benchmark.compared_network(settings)) as trainer:
+    with benchmark.tiny_trainer(settings, **benchmark.compared_settings(settings)) as trainer:
         tiny = sum(parameter.numel() for parameter in trainer.family.modules["unet"].parameters())
     assert abs(tiny / stock - 1) < 0.05
 
 
 def test_training_steps_the_trainer():
-    with benchmark.tiny_trainer(TINY, **benchmark.compared_network(TINY)) as trainer:
+    with benchmark.tiny_trainer(TINY, **benchmark.compared_settings(TINY)) as trainer:
         before = [parameter.clone() for parameter in trainer.modules["unet"].parameters()]
         trainer.train_step()
         trainer.train_step()  # the learning rate of the first is 0
@@ -118,7 +118,7 @@ def test_training_steps_the_trainer():
 
 def test_ours_computes_in_the_format_that_is_asked_for():
     settings = replace(TINY, dtype="float32")
-    with benchmark.tiny_trainer(settings, **benchmark.compared_network(settings)) as trainer:
+    with benchmark.tiny_trainer(settings, **benchmark.compared_settings(settings)) as trainer:
         assert trainer.accelerator.mixed_precision == "no"
     training, _ = measure(settings, ["training"])
     assert list(training.figures) == ["TinyUNet2DModel, float32", "UNet2DModel, float32"]

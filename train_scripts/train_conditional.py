@@ -7,7 +7,12 @@ Train a class-conditional diffusion model on small images, for classifier-free g
 
 import sys
 
-from tiny_diffusers.families.diffusion import ConditionalArguments, ConditionalDiffusion, build_scheduler
+from tiny_diffusers.families.diffusion import (
+    ConditionalArguments,
+    ConditionalDiffusion,
+    build_scheduler,
+    resolve_diffusion,
+)
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch, load_data, setup_process
@@ -19,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConditionalArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=True)
-    settings = resolve_settings(arguments, accelerator, data, **resolve_unet(arguments, data))
+    options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
+    settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)
     unet = build_unet(settings, data, num_class_embeds=len(data.id2label))

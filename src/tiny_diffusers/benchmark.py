@@ -22,19 +22,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 
 from . import __version__, hardware
 from .data import ImageData
 from .errors import UserError, unknown
-from .families.diffusion import Diffusion, DiffusionArguments, build_scheduler
+from .families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
 from .families.unets import build_unet, resolve_unet
 from .flags import Flags, flag
 from .pipelines.pipeline_tiny import TinyPipeline, image_generators
@@ -363,10 +364,12 @@ def noise_images(settings: Settings, count: int, channels: int) -> ImageData:
     return ImageData(images, None, None, "noise", "train", fingerprint="")
 
 
-def compared_network(settings: Settings) -> dict[str, Any]:
-    """Returns the options of our network with the layout of [`stock_unet`]."""
+def compared_settings(settings: Settings) -> dict[str, Any]:
+    """Returns the settings of our training with the layout of [`stock_unet`], the optimizer and the kind of objective."""
     levels = len(settings.block_out_channels)
     return {
+        "prediction_type": "v_prediction",
+        "optimizer": "adamw",
         "block_out_channels": list(settings.block_out_channels),
         "layers_per_block": settings.layers_per_block,
         "attention": ["none", "full", *["none"] * (levels - 2)],
@@ -405,7 +408,8 @@ def tiny_trainer(settings: Settings, data: ImageData | None = None, **arguments:
         )
         accelerator = setup_process(arguments)
         data = data or noise_images(settings, 4 * settings.batch_size, channels=3)
-        run = resolve_settings(arguments, accelerator, data, **resolve_unet(arguments, data))
+        options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
+        run = resolve_settings(arguments, accelerator, data, **options)
         trainer = Trainer(run, accelerator, data, Diffusion(build_unet(run, data), build_scheduler(run)))
         trainer.prepare()
         yield trainer
@@ -414,7 +418,7 @@ def tiny_trainer(settings: Settings, data: ImageData | None = None, **arguments:
 @contextlib.contextmanager
 def tiny_steps(settings: Settings, **arguments: Any) -> Iterator[tuple[Callable, dict]]:
     """Prepares training steps of our network."""
-    with tiny_trainer(settings, **compared_network(settings), **arguments) as trainer:
+    with tiny_trainer(settings, **compared_settings(settings), **arguments) as trainer:
         first = warm_up(trainer.train_step)
         yield trainer.train_step, {"parameters": count_parameters(trainer.family.modules["unet"]), "first_step": first}
 
@@ -491,7 +495,8 @@ def _convolution(settings: Settings, dtype: str) -> Iterator[tuple[Callable, dic
 def _tiny_sampler(settings: Settings, dtype: str) -> Iterator[tuple[Callable, dict]]:
     """Prepares our pipeline as `tiny-diffusers sample` loads and calls it, with a generator for each image."""
     hardware.setup_torch(settings.num_threads)
-    arguments = DiffusionArguments(**compared_network(settings))
+    arguments = DiffusionArguments(**compared_settings(settings))
+    arguments = replace(arguments, **resolve_diffusion(arguments, PartialState()))
     unet = build_unet(arguments, noise_images(settings, 1, channels=3)).eval()
     # nn.Module's own `to`: that of diffusers warns at every cast
     nn.Module.to(unet, hardware.default_device(), getattr(torch, dtype), memory_format=torch.channels_last)
@@ -500,7 +505,7 @@ def _tiny_sampler(settings: Settings, dtype: str) -> Iterator[tuple[Callable, di
 
     def sample(steps: int = settings.sampling_steps) -> None:
         generator = image_generators(0, settings.batch_size)
-        pipe(batch_size=settings.batch_size, generator=generator, num_inference_steps=steps)
+        pipe(batch_size=settings.batch_size, generator=generator, num_inference_steps=steps, eta=0.0)
 
     sample(2)
     yield sample, {}
@@ -587,7 +592,7 @@ def training_memory(settings: Settings, tiny: bool) -> float:
     before = peak()
     with contextlib.ExitStack() as stack:
         if tiny:
-            step = stack.enter_context(tiny_trainer(settings, **compared_network(settings))).train_step
+            step = stack.enter_context(tiny_trainer(settings, **compared_settings(settings))).train_step
         else:
             set_threads(settings)
             step = StockTraining(settings, torch.float32)

@@ -34,7 +34,7 @@ from tiny_diffusers.benchmark import (
     Row,
     Settings,
     Unavailable,
-    compared_network,
+    compared_settings,
     dtype_name,
     in_turns,
     noise_images,
@@ -286,7 +286,7 @@ def _scaling(settings: DetailSettings) -> Iterator[Row]:
 def _scaled_rates(settings: DetailSettings) -> tuple[float, float]:
     """Measures images/s in training and in network evaluations."""
     gc.collect()
-    with tiny_trainer(settings, **compared_network(settings)) as trainer:
+    with tiny_trainer(settings, **compared_settings(settings)) as trainer:
         functions = trainer.train_step, _evaluation_of(trainer, settings)
         for function in functions:
             warm_up(function)

@@ -4,11 +4,12 @@ Measures what a change of the training recipe does to the images, at equal minut
     python tests/benchmarks/benchmark_levers.py --dataset_name ylecun/mnist --minutes 10 --seeds 0 1
     python tests/benchmarks/benchmark_levers.py --dataset_name ylecun/mnist --steps 1300 --levers "v, AdamW" "flow, Muon"
 
-Each lever is a run of `train unconditional` (or `conditional`) with the flags in `LEVERS`. They take turns: all with the
-first seed, then all with the next, as the speed of a machine changes. Each model is sampled with several numbers of
-steps and amounts of new noise (eta), from the same noise. A cell is the Frechet distance of `--num_images` samples to
-5,000 test images with efficientnet-lite0 features: the mean over the seeds and its half range. Writes `table.md` and a
-grid for each lever into `--output_dir`. What is trained and measured there already is not done again.
+Each lever is a run of `train unconditional` (or `conditional`) with the flags in `LEVERS`, and the defaults otherwise.
+They take turns: all with the first seed, then all with the next, as the speed of a machine changes. Each model is sampled
+with several numbers of steps and amounts of new noise (eta), from the same noise. A cell is the Frechet distance of
+`--num_images` samples to 5,000 test images with efficientnet-lite0 features: the mean over the seeds and its half range.
+Writes `table.md` and a grid for each lever into `--output_dir`. What is trained and measured there already is not done
+again.
 """
 
 import argparse
@@ -26,19 +27,27 @@ from tiny_diffusers.plots import image_grid
 
 
 BATCH = 100
-FLOW = ["--prediction_type", "flow"]
-MUON = ["--optimizer", "muon"]
+V = ["--prediction_type", "v_prediction", "--learning_rate", "1e-3"]
+FLOW = ["--prediction_type", "flow", "--learning_rate", "1e-3"]
+EDM = ["--prediction_type", "edm"]
+ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
+NARROW = ["--block_out_channels", "64", "64", "128", "--attention", "none", "full", "none"]
+PATCH_4 = ["--patch_size", "4", "--block_out_channels", "128", "128", "--attention", "full", "none"]
 LEVERS = {
-    "v, AdamW": ["--prediction_type", "v_prediction", "--optimizer", "adamw"],
-    "v, Muon": ["--prediction_type", "v_prediction", *MUON],
-    "flow, AdamW": [*FLOW, "--optimizer", "adamw"],
+    "the defaults": [],
+    "v, AdamW": [*V, *ADAMW],
+    "v, Muon": [*V, *MUON],
+    "flow, AdamW": [*FLOW, *ADAMW],
     "flow, Muon": [*FLOW, *MUON],
-    "flow, Muon, uniform": [*FLOW, *MUON, "--timestep_distribution", "uniform"],
-    "flow, Muon, logit-normal": [*FLOW, *MUON, "--timestep_distribution", "logit_normal"],
-    "flow, Muon, lr 2e-3": [*FLOW, *MUON, "--learning_rate", "2e-3"],
-    "flow, Muon, lr 3e-3": [*FLOW, *MUON, "--learning_rate", "3e-3"],
-    "flow, Muon, warm-up stable decay": [*FLOW, *MUON, "--lr_scheduler", "warmup_stable_decay"],
-    "EDM, Muon": ["--prediction_type", "edm", *MUON],
+    "EDM, Muon": [*EDM, *MUON],
+    "lr 6e-3": ["--learning_rate", "6e-3"],
+    "uniform timesteps": ["--timestep_distribution", "uniform"],
+    "logit-normal timesteps": ["--timestep_distribution", "logit_normal"],
+    "warm-up stable decay": ["--lr_scheduler", "warmup_stable_decay"],
+    "batch 16": ["--train_batch_size", "16"],
+    "batch 64": ["--train_batch_size", "64"],
+    "widths 64, 64, 128": NARROW,
+    "patch 4": PATCH_4,
 }
 
 

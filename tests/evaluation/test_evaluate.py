@@ -158,7 +158,7 @@ class TestReport:
         for figure in ("frechet_distance", "frechet_infinity"):
             assert report.figures[figure]["error_kind"] == kind and report.figures[figure]["error"] > 0
         assert report.measured_by["features"]["input"] == "x / 255"
-        assert report.source["sampling"] == {"num_inference_steps": 2, "eta": 0.0}
+        assert report.source["sampling"] == {"num_inference_steps": 2, "eta": 1.0}
         assert any("fewer than" in warning for warning in report.warnings)
         assert Report.load(tmp_path) == report
         assert "FID" not in report.markdown() and "uniform noise" in (tmp_path / "report.md").read_text()

@@ -10,7 +10,13 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from tiny_diffusers import TinyDDIMScheduler, TinyDDPMScheduler, TinyPipeline
+from tiny_diffusers import (
+    TinyDDIMScheduler,
+    TinyDDPMScheduler,
+    TinyEDMScheduler,
+    TinyFlowMatchScheduler,
+    TinyPipeline,
+)
 from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 
 
@@ -62,7 +68,7 @@ def test_clipping_leaves_no_veil_that_grows_with_the_steps(quiet):
     border[2:-2, 2:-2] = False
     greys = []
     for steps in (10, 50):
-        call = {"num_inference_steps": steps, "clip_sample": True, "output_type": "pt"}
+        call = {"num_inference_steps": steps, "eta": 0.0, "clip_sample": True, "output_type": "pt"}
         greys.append(255 * pipe(8, image_generators(0, 8), **call).images[:, 0, border].mean())
     assert greys[1] < greys[0] < 4
 
@@ -118,8 +124,9 @@ def test_one_seed_gives_one_image(pipe):
 def test_latents_replace_the_generators_noise(pipe, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    given = pipe(latents=latents, num_inference_steps=3, output_type="pt").images
-    drawn = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=3, output_type="pt").images
+    options = {"num_inference_steps": 3, "eta": 0.0, "output_type": "pt"}
+    given = pipe(latents=latents, **options).images
+    drawn = pipe(generator=torch.Generator().manual_seed(3), **options).images
     torch.testing.assert_close(given, drawn, rtol=0, atol=0)
 
 
@@ -279,8 +286,27 @@ def test_a_pipeline_can_be_rebuilt_from_its_components(pipe, quiet):
 
 def test_arguments_have_the_names_and_defaults_of_diffusers():
     ours, stock = (inspect.signature(c.__call__).parameters for c in (TinyPipeline, DDIMPipeline))
-    for name in set(stock) - {"self", "use_clipped_model_output"}:
+    for name in set(stock) - {"self", "eta", "use_clipped_model_output"}:
         assert ours[name].default == stock[name].default
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta"),
+    [
+        (TinyDDIMScheduler(), 1.0),
+        (TinyFlowMatchScheduler(), 1.0),
+        (TinyFlowMatchScheduler(solver="heun"), 0.0),
+        (TinyEDMScheduler(), 1.0),
+    ],
+)
+def test_fresh_noise_is_drawn_unless_the_solver_is_of_second_order(make_unet, quiet, scheduler, eta):
+    pipe = quiet(TinyPipeline(make_unet(), scheduler))
+
+    def draw(**options):
+        return pipe(2, image_generators(0, 2), num_inference_steps=4, output_type="pt", **options).images
+
+    torch.testing.assert_close(draw(), draw(eta=eta), rtol=0, atol=0)
+    assert not torch.allclose(draw(), draw(eta=1.0 - eta), atol=1e-3)
 
 
 def test_the_progress_bar_can_be_configured(make_unet, capsys):

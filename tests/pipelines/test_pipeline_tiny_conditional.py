@@ -141,7 +141,8 @@ def test_the_noise_is_recomputed_from_the_clipped_x_0(pipe, arguments):
     """As in Dhariwal & Nichol's and Imagen's samplers."""
     pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True, sample_max_value=2.0)
     latents = 5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = {"latents": latents, "output_type": "latent", "num_inference_steps": 5, "return_intermediates": 5}
+    options = {"latents": latents, "eta": 0.0, "output_type": "latent", "num_inference_steps": 5}
+    options["return_intermediates"] = 5
     for w in (8.0, 1.0):
         _, step, following, *_ = pipe(["cat", "frog"], guidance_scale=w, **options, **arguments).intermediates
         x_0 = step.pred_original_sample

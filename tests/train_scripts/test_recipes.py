@@ -1,17 +1,19 @@
 """Every recipe fits its script, cell by cell, and runs."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from tiny_diffusers import TinyPipeline, train_scripts
 from tiny_diffusers.data import ImageData
 from tiny_diffusers.families.dcgan import DCGANArguments, build_dcgan
-from tiny_diffusers.families.diffusion import DiffusionArguments, build_scheduler
+from tiny_diffusers.families.diffusion import DiffusionArguments, build_scheduler, resolve_diffusion
 from tiny_diffusers.families.unets import build_unet
 from tiny_diffusers.families.vae import VAEArguments, build_vae
 from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
@@ -64,6 +66,7 @@ def test_each_cell_is_what_its_script_takes(recipe, cell):
     images, names = torch.zeros(1, 3, size, size, dtype=torch.uint8), dict(enumerate("abcdefghij"))
     data = ImageData(images, None, names, "stand-in", "train", "")
     if isinstance(arguments, DiffusionArguments):
+        arguments = dataclasses.replace(arguments, **resolve_diffusion(arguments, PartialState()))
         build_scheduler(arguments)
     with torch.device("meta"):
         if isinstance(arguments, DiffusionArguments):

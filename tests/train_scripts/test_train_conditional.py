@@ -204,8 +204,11 @@ def test_another_process_than_the_checkpoints_is_said(train, capsys):
     assert "would have to learn" not in capsys.readouterr().err
     train(*loaded, name="second", steps=1)
     said = capsys.readouterr().err
-    for kept in ("--prediction_type epsilon", "--ddpm_beta_schedule quadratic", "--ddpm_num_steps 900"):
+    for kept in ("--ddpm_beta_schedule quadratic", "--ddpm_num_steps 900"):
         assert f"{kept} continues from what it knows" in said
+    assert "--prediction_type" not in said  # which is the checkpoint's if nobody says
+    train(*loaded, "--prediction_type", "flow", name="third", steps=1)
+    assert "--prediction_type epsilon continues from what it knows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("conditioning", ["add", "scale"])

@@ -1,5 +1,6 @@
 """The way from images to a shared model, and every mistake on it."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 from tiny_diffusers import TinyDDPMScheduler, TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler
+from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
 from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch
@@ -79,10 +81,10 @@ def test_the_layout_changes_nothing_but_the_speed(train, monkeypatch, capsys):
         return forward(self, x)
 
     last = load_file(train(name="last") / "unet" / WEIGHTS)
-    assert "channels_last, fused adamw, foreach EMA, into" in capsys.readouterr().out
+    assert "channels_last, fused muon, foreach EMA, into" in capsys.readouterr().out
     monkeypatch.setattr(torch.nn.Conv2d, "forward", spy)
     contiguous = load_file(train("--memory_format", "contiguous_format", name="contiguous") / "unet" / WEIGHTS)
-    assert "contiguous_format, fused adamw" in capsys.readouterr().out
+    assert "contiguous_format, fused muon" in capsys.readouterr().out
     assert seen == {(True, True)}
     for key, weight in last.items():
         torch.testing.assert_close(contiguous[key], weight, atol=1e-5, rtol=1e-4)
@@ -174,6 +176,7 @@ def test_a_config_with_classes_and_other_timesteps_is_settled_by_the_run(train, 
         config |= {"_class_name": "TinyUNet2DModel", "attention": "none", "time_embedding": "learned"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = ("--model_config_name_or_path", str(tmp_path / "config.json"), "--ddpm_num_steps", "50")
+    loaded += ("--prediction_type", "v_prediction")  # learned embeddings are of whole timesteps
     saved = json.loads((train(*loaded, steps=1, network=False) / "unet" / "config.json").read_text())
     assert (saved["num_train_timesteps"], saved["num_class_embeds"]) == (50, None)
 
@@ -221,8 +224,40 @@ def test_flow_and_edm_train_a_stock_network_that_stock_diffusers_loads(
     pipe = TinyPipeline.from_pretrained(folder)
     assert type(pipe.scheduler) is scheduler and pipe.scheduler.config.dynamic_thresholding_ratio == 0.99
     capsys.readouterr()
-    train("--pretrained_model_name_or_path", str(folder), name="other", steps=1, network=False)
+    loaded = ("--pretrained_model_name_or_path", str(folder))
+    same = train(*loaded, name="same", steps=1, network=False)
+    assert type(TinyPipeline.from_pretrained(same).scheduler) is scheduler
+    assert "would have to learn" not in capsys.readouterr().err
+    train(*loaded, "--prediction_type", "epsilon", name="other", steps=1, network=False)
     assert f"was trained with --prediction_type {prediction_type}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", ("flow", "muon", 3e-3)),
+        ("--optimizer adamw", ("flow", "adamw", 1e-3)),
+        ("--learning_rate 0.5", ("flow", "muon", 0.5)),
+        ("--prediction_type edm", ("edm", "muon", 3e-3)),
+        *((f"--{flag}", ("v_prediction", "muon", 3e-3)) for flag in ("ddpm_beta_schedule cosine", "snr_gamma 5")),
+        ("--time_embedding learned", ("v_prediction", "muon", 3e-3)),
+        ("--loss_type l2 --prediction_type epsilon", ("epsilon", "muon", 3e-3)),
+    ],
+)
+def test_the_objective_and_the_optimizer_are_chosen_if_nobody_says(flags, expected):
+    arguments = parse_arguments(DiffusionArguments, flags.split())
+    resolved = resolve_diffusion(arguments, PartialState())
+    assert (resolved["prediction_type"], resolved["optimizer"], resolved["learning_rate"]) == expected
+    is_on_betas = expected[0] not in ("flow", "edm")
+    assert resolved.get("beta_end") == (0.02 if is_on_betas else None)
+
+
+def test_a_flag_of_betas_decides_the_objective_of_an_earlier_runs_settings(train, tmp_path):
+    folder = train(steps=1)
+    again = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again"), "--num_threads", "1"]
+    train_unconditional.main([*again, "--ddpm_beta_schedule", "linear"])
+    settings = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert (settings["prediction_type"], settings["ddpm_beta_schedule"]) == ("v_prediction", "linear")
 
 
 def test_the_timestep_distribution_is_saved_with_the_model(train):
@@ -298,7 +333,8 @@ def test_a_checkpoint_of_grey_images_on_colour_photos_says_what_to_do(family, tm
     ],
 )
 def test_betas_that_end_before_noise_are_warned_of_with_ones_that_do_not(capsys, argv, advice):
-    build_scheduler(parse_arguments(DiffusionArguments, ["--ddpm_beta_schedule", "linear", *argv]))
+    arguments = parse_arguments(DiffusionArguments, ["--ddpm_beta_schedule", "linear", *argv])
+    build_scheduler(dataclasses.replace(arguments, **resolve_diffusion(arguments, PartialState())))
     assert re.search(advice, capsys.readouterr().err)
 
 
@@ -308,7 +344,8 @@ def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
     config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config, **blocks}))
-    folder = train("--model_config_name_or_path", str(tmp_path / "config.json"), network=False)
+    config = str(tmp_path / "config.json")
+    folder = train("--model_config_name_or_path", config, "--prediction_type", "v_prediction", network=False)
 
     stock = DiffusionPipeline.from_pretrained(folder)
     assert type(stock) is DDIMPipeline and type(stock.unet) is UNet2DModel
@@ -324,19 +361,17 @@ def test_a_stock_network_loads_in_stock_diffusers(train, tmp_path):
 
 
 def test_timesteps_are_drawn_for_each_image(train, monkeypatch):
-    from tiny_diffusers.schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
-
     seen = []
-    loss = TinyDDIMScheduler.training_loss
+    loss = TinyFlowMatchScheduler.training_loss
     monkeypatch.setattr(
-        TinyDDIMScheduler,
+        TinyFlowMatchScheduler,
         "training_loss",
         lambda self, output, sample, noise, timesteps, **kw: (
             seen.append(timesteps) or loss(self, output, sample, noise, timesteps, **kw)
         ),
     )
     train("--validation_split", "0")
-    assert all(len(set(timesteps.tolist())) > 1 for timesteps in seen)
+    assert seen and all(len(set(timesteps.tolist())) > 1 for timesteps in seen)
 
 
 def test_early_stopping_saves_the_best_weights(train, read_log, monkeypatch):

@@ -259,7 +259,7 @@ def test_nothing_that_is_read_back_can_run_code(whole, run, monkeypatch):
     [
         (["--block_out_channels", "8", "16"], ["checkpoint-4", "size mismatch"]),
         (["--optimizer", "sgd"], ["checkpoint-4", "another optimizer than SGD"]),
-        (["--optimizer", "muon"], ["checkpoint-4", "another optimizer than Muon"]),
+        (["--optimizer", "adamw"], ["checkpoint-4", "another optimizer than AdamW"]),
     ],
 )
 def test_settings_that_a_checkpoint_does_not_fit_are_refused_in_one_line(run, argv, words):
@@ -699,7 +699,7 @@ def test_a_run_is_not_resumed_past_its_end(run, capsys):
 
 def test_the_logged_learning_rate_is_that_of_the_step(whole):
     rates = [line["lr"] for line in read_log(whole) if "lr" in line]
-    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 7)) / 2 for step in (3, 6)])
+    assert rates == pytest.approx([3e-3 * (1 + math.cos(math.pi * step / 7)) / 2 for step in (3, 6)])
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta",
         type=float,
-        help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 0)",
+        help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 1; 0 with heun, "
+        "and between two samples)",
     )
     parser.add_argument(
         "--timestep_spacing",

@@ -245,6 +245,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     scheduler = getattr(pipe, "scheduler", None)
     parameters = inspect.signature(pipe.__call__).parameters
     defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
+    if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides it if nobody says
+        defaults["eta"] = pipe._default_eta
     source = {
         "kind": "pipeline",
         "name": public_name(name or pipe.config.get("_name_or_path") or type(pipe).__name__),

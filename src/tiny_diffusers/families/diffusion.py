@@ -2,24 +2,26 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from ..errors import UserError, refusals
 from ..flags import default_of, flag
-from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
+from ..pipelines.pipeline_tiny import TinyPipeline, image_generators, objective_of
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..schedulers.scheduling_tiny_common import CHOICES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
 from ..schedulers.scheduling_tiny_edm import TinyEDMScheduler
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
-from ..training.arguments import TrainingArguments
-from ..training.family import Batch, Family, class_grid
+from ..training.arguments import Optimizer, TrainingArguments
+from ..training.family import Batch, Family, class_grid, load_pretrained
 from .unets import ConditionalUNetArguments, UNetArguments
 
 
@@ -28,10 +30,25 @@ logger = logging.getLogger(__name__)
 # If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
 _NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
 
-# The flags that mean nothing without a beta schedule, and all that mean nothing to a --prediction_type
-_BETA_FLAGS = ("ddpm_beta_schedule", "beta_start", "beta_end", "variance_type")
-_BETA_FLAGS += ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
-_MEANINGLESS = {"flow": _BETA_FLAGS, "edm": (*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution")}
+# By optimizer, if not given: see docs/training.md
+_LEARNING_RATE, _LEARNING_RATES = 1e-3, {"muon": 3e-3}
+
+# A flag of beta schedules decides what is predicted, if nobody says
+_OF_BETAS = {"decides": ("prediction_type",)}
+
+# The flags that mean nothing without a beta schedule, with the values that they have on one if not given
+_BETA_FLAGS = {
+    "ddpm_beta_schedule": "cosine",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "variance_type": "fixed_small",
+    "loss_type": "l2",
+    "huber_delta": None,
+    "huber_schedule": "constant",
+    "snr_gamma": None,
+}
+# All that mean nothing to a --prediction_type
+_MEANINGLESS = {"flow": [*_BETA_FLAGS], "edm": [*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution"]}
 
 TinyScheduler = TinyDDIMScheduler | TinyDDPMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler
 
@@ -60,28 +77,48 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         within="[1, inf)",
         changes_run=False,
     )
-    ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] = flag("cosine", "Schedule of the betas.")
-    beta_start: float = flag(1e-4, "First beta (not used by cosine).", within="(0, 1)")
-    beta_end: float = flag(0.02, "Last beta (not used by cosine).", within="(0, 1)")
-    prediction_type: Literal[(*CHOICES["prediction_type"], "flow", "edm")] = flag(
-        "v_prediction",
+    ddpm_beta_schedule: Literal[CHOICES["beta_schedule"]] | None = flag(
+        None, "Schedule of the betas; cosine if not given.", **_OF_BETAS
+    )
+    beta_start: float | None = flag(
+        None, "First beta (not used by cosine); 1e-4 if not given.", within="(0, 1)", **_OF_BETAS
+    )
+    beta_end: float | None = flag(
+        None, "Last beta (not used by cosine); 0.02 if not given.", within="(0, 1)", **_OF_BETAS
+    )
+    prediction_type: Literal[(*CHOICES["prediction_type"], "flow", "edm")] | None = flag(
+        None,
         "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of "
-        "rectified flow; edm: what EDM's preconditioning leaves.",
+        "rectified flow; edm: the output F of EDM's preconditioned network. If not given: that of the checkpoint to "
+        "start from, v_prediction with a flag of beta schedules, or else flow.",
     )
     timestep_distribution: Literal[CHOICES["timestep_distribution"]] | None = flag(
-        None, "Distribution of the timesteps of --prediction_type flow; mixed if not given."
+        None,
+        "Distribution of the timesteps of --prediction_type flow; mixed if not given.",
+        decides=("prediction_type",),
     )
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] = flag(
-        "fixed_small", "Variance of the reverse process."
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] | None
+    ) = flag(None, "Variance of the reverse process; fixed_small if not given.", **_OF_BETAS)
+    loss_type: Literal[CHOICES["loss_type"]] | None = flag(None, "Loss of a pixel; l2 if not given.", **_OF_BETAS)
+    huber_delta: float | None = flag(None, "Delta of the Huber losses.", within="(0, inf)", **_OF_BETAS)
+    huber_schedule: Literal[CHOICES["huber_schedule"]] | None = flag(
+        None, "Delta over the timesteps; constant if not given.", **_OF_BETAS
     )
-    loss_type: Literal[CHOICES["loss_type"]] = flag("l2", "Loss of a pixel.")
-    huber_delta: float | None = flag(None, "Delta of the Huber losses.", within="(0, inf)")
-    huber_schedule: Literal[CHOICES["huber_schedule"]] = flag("constant", "Delta over the timesteps.")
-    snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.", within="(0, inf)")
+    snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.", within="(0, inf)", **_OF_BETAS)
     dynamic_thresholding: float | None = flag(
         None,
         "Percentile in (0, 1] of dynamic thresholding in sampling, such as 0.995; saved with the model.",
         within="(0, 1]",
+    )
+
+    optimizer: Optimizer | None = flag(
+        None, "Optimizer; if not given muon, or adamw under FSDP.", decides=("learning_rate",)
+    )
+    learning_rate: float | None = flag(
+        None,
+        f"Peak learning rate; if not given, {_LEARNING_RATES['muon']:g} for muon and {_LEARNING_RATE:g} for the others.",
+        within="[0, inf)",
     )
 
     model_config_name_or_path: str | None = flag(
@@ -96,13 +133,17 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
         if given is not None and given > most:
             raise UserError(f"--ddpm_num_inference_steps {given}: it must be at most --ddpm_num_steps, {most}.")
-        defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
-        for name in _MEANINGLESS.get(self.prediction_type, ("timestep_distribution",)):
-            if getattr(self, name) != defaults[name]:
+        if self.prediction_type is not None:
+            for name in self.asked_of(_MEANINGLESS.get(self.prediction_type, ("timestep_distribution",))):
                 raise UserError(
                     f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave "
                     "it out."
                 )
+
+    def asked_of(self, names: Sequence[str]) -> list[str]:
+        """Lists those of the named settings that are not at their default."""
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def num_inference_steps(self) -> int:
@@ -133,6 +174,39 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
         "The EMA starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
         within="[0, inf)",
     )
+
+
+def resolve_diffusion(arguments: DiffusionArguments, state: PartialState) -> dict[str, Any]:
+    """
+    Resolves the objective, the optimizer and the learning rate, where they are not given.
+
+    Args:
+        arguments ([`DiffusionArguments`]): The settings as asked for.
+        state (`PartialState`): The processes of the run.
+
+    Raises:
+        UserError: If the checkpoint to start from cannot be loaded, or flags are given that do not go together.
+    """
+    is_sharded = state.distributed_type == DistributedType.FSDP  # whose parts of matrices Muon can't train
+    optimizer = arguments.optimizer or ("adamw" if is_sharded else "muon")
+    learning_rate, prediction_type = arguments.learning_rate, arguments.prediction_type
+    if learning_rate is None:
+        learning_rate = _LEARNING_RATES.get(optimizer, _LEARNING_RATE)
+    if prediction_type is None:
+        asked = arguments.asked_of(_BETA_FLAGS) or arguments.time_embedding == "learned"  # for each timestep of T
+        prediction_type = "v_prediction" if asked else "flow"
+        pipeline = load_pretrained(arguments, TinyPipeline)
+        if "scheduler" in getattr(pipeline, "components", {}):
+            objective = objective_of(pipeline.scheduler)
+            if objective == "betas":
+                prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
+            elif not asked:
+                prediction_type = objective
+        dataclasses.replace(arguments, prediction_type=prediction_type)  # checks the other flags against it
+    resolved = {"prediction_type": prediction_type, "optimizer": optimizer, "learning_rate": learning_rate}
+    if prediction_type not in _MEANINGLESS:
+        resolved |= {name: value for name, value in _BETA_FLAGS.items() if getattr(arguments, name) is None}
+    return resolved
 
 
 def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler:

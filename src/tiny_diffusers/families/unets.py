@@ -150,7 +150,8 @@ def _check_time_embedding(unet: nn.Module, settings: TrainingArguments) -> None:
     if kind == "learned" or (is_stock and kind == "fourier"):  # the stock one takes the logarithm and divides by t
         raise UserError(
             f"--prediction_type {settings.prediction_type} has continuous timesteps, which the {kind!r} time embedding "
-            f"of a {type(unet).__name__} can't take: give {'positional' if is_stock else 'sinusoidal'!r}."
+            f"of a {type(unet).__name__} can't take: give {'positional' if is_stock else 'sinusoidal'!r}, or --prediction_type "
+            "v_prediction."
         )
 
 
