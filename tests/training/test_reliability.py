@@ -383,8 +383,9 @@ def _torchrun(script, *argv, environment=None):
 
 
 def _halves(folder, *argv):
-    """The unconditional script's arguments for two processes of four images each."""
+    """The unconditional script's arguments for two processes of four images each, with what FSDP can shard."""
     length = ("--max_train_steps", "50", "--train_batch_size", "4", "--checkpointing_steps", "25")
+    length += ("--optimizer", "adamw")
     return [*TINY, *length, "--output_dir", str(folder), *argv]
 
 
@@ -433,7 +434,8 @@ def two_processes(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 def test_two_processes_compute_what_one_does(two_processes, tmp_path):
     threads = torch.get_num_threads()
-    one = _train(tmp_path / "one", "--num_threads", "2", "--checkpointing_steps", "50", steps=50)
+    flags = ("--num_threads", "2", "--checkpointing_steps", "50", "--optimizer", "adamw")
+    one = _train(tmp_path / "one", *flags, steps=50)
     torch.set_num_threads(threads)
     two = two_processes / "train_unconditional"
     assert json.loads((two / "run.json").read_text())["processes"] == 2
@@ -493,6 +495,8 @@ def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_proc
     shutil.rmtree(folder / "checkpoint-50")
     script.write_text(SHARDED)
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    process = _torchrun(script, *_halves(folder, *RESUME, "--optimizer", "muon"), environment=sharded)
+    assert "it needs whole matrices, and FSDP shards them" in process.communicate()[0]
     process = _torchrun(script, *_halves(folder, *RESUME), environment=sharded)
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -536,7 +540,6 @@ def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "take FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"use_ema": False}, "--use_ema"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"optimizer": "muon"}, "--optimizer muon"),
     ],
 )
 def test_ways_of_sharding_that_do_not_work_are_refused(monkeypatch, environment, argv, words):

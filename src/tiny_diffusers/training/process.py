@@ -92,8 +92,6 @@ def _check_sharding(arguments: TrainingArguments) -> None:
             )
         if not arguments.use_ema:
             raise UserError("--use_ema False: with FSDP the EMA is the one full copy of the network; leave it on.")
-        if arguments.optimizer == "muon":
-            raise UserError("--optimizer muon: it needs whole matrices, and FSDP shards them; take adamw.")
         if not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
             raise UserError(f"accelerate {accelerate_version} has FSDP version 1 only: install a later one.")
 

@@ -166,6 +166,8 @@ class Trainer:
             return torch.optim.SGD(module.parameters(), momentum=settings.adam_beta1, **options)
         options |= {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
         if settings.optimizer == "muon":
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                raise UserError("--optimizer muon: it needs whole matrices, and FSDP shards them; take adamw.")
             return Muon(*split_parameters(module), **options)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
         return kind(module.parameters(), **options)
