@@ -426,6 +426,10 @@ class TinyPipeline(DiffusionPipeline):
                 raise ValueError(f"`images` must lie in [0, 1], got {array.min():.3g} to {array.max():.3g}.")
         if channels == 3 and any(getattr(image, "mode", "RGB") in ("1", "L", "LA", "I;16") for image in given):
             logger.warning("Grey images were converted to RGB, as the network has three channels.")
+        sizes = {image.size for image in given if isinstance(image, PIL.Image.Image)}
+        if not resizes and sizes - {(width, height)}:
+            size = min(sizes - {(width, height)})
+            raise ValueError(f"`image` must have the size {(width, height)}, got {size} (width, height).")
         processor = VaeImageProcessor(
             do_resize=resizes and (resize_arrays or not arrays),
             vae_scale_factor=1,

@@ -11,6 +11,8 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     SchedulerMixin,
 )
 from diffusers.utils.torch_utils import randn_tensor
@@ -45,14 +47,15 @@ class EditingMixin:
         for mask in _as_list(mask_image):
             if isinstance(mask, PIL.Image.Image):
                 if sizes - {mask.size}:
+                    size = min(sizes - {mask.size})
                     raise ValueError(
-                        f"`mask_image` must have the size of the image, {min(sizes)}, got {mask.size} (width, height)."
+                        f"`mask_image` must have the size of the image, {size}, got {mask.size} (width, height)."
                     )
                 mask = np.asarray(mask.convert("L").resize((width, height), PIL.Image.Resampling.NEAREST)) / 255
             mask = torch.as_tensor(np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)).float()
-            if mask.ndim == 4 and mask.shape[-1] == 1 != width:  # an array (B, H, W, 1)
-                mask = mask[..., 0]
-            if mask.shape[-2:] != (height, width) or mask.numel() % (height * width):
+            if mask.ndim == 4 and 1 in (mask.shape[-1], mask.shape[1]):  # (B, H, W, 1) or (B, 1, H, W)
+                mask = mask[..., 0] if mask.shape[-1] == 1 != width else mask[:, 0]
+            if mask.ndim not in (2, 3) or mask.shape[-2:] != (height, width):
                 raise ValueError(
                     f"`mask_image` must have the size of the image, {(height, width)}, got {tuple(mask.shape)}."
                 )
@@ -81,9 +84,12 @@ class EditingMixin:
             raise ValueError(f"`strength` must be in [0, 1], where 0 keeps the image, got {strength}.")
         num_evaluations, order = len(scheduler.timesteps), scheduler.order
         num_steps = math.ceil(num_evaluations / order)  # a second-order scheduler has one evaluation in its last step
-        kept = 0 if strength == 0 else max(1, round(strength * num_steps))
+        if 0 < strength < 1 and num_steps == 1:
+            raise ValueError("`strength` between 0 and 1 needs at least two steps, of which one is left out.")
+        kept = num_steps if strength == 1 else min(round(strength * num_steps), num_steps - 1)
+        kept = max(1, kept) if strength else 0
         begin = 0 if kept == num_steps else min((num_steps - kept) * order, num_evaluations)
-        if begin and hasattr(scheduler, "pndm_order"):
+        if begin and isinstance(scheduler, (LMSDiscreteScheduler, PNDMScheduler)):  # whose first steps are special
             raise ValueError(
                 f"{type(scheduler).__name__} can't begin at a part of its steps: use `{self._own_scheduler}`."
             )
@@ -95,10 +101,11 @@ class EditingMixin:
         self, image: torch.Tensor, noise: torch.Tensor, scheduler: SchedulerMixin, step: int
     ) -> torch.Tensor:
         """Adds noise to images up to a timestep of the scheduler, by its index, in the scheduler's own scale."""
-        timestep = scheduler.timesteps[step].to(image.device).repeat(len(image))
-        if hasattr(scheduler, "add_noise"):
-            return scheduler.add_noise(image, noise, timestep)
-        return scheduler.scale_noise(image, timestep, noise)  # stock schedulers for flow
+        timestep = scheduler.timesteps[step].to(image.device)
+        if self._objective == "flow":  # stock schedulers have several names for it, and some other levels
+            level = timestep / scheduler.config.num_train_timesteps
+            return (1 - level) * image + level * noise
+        return scheduler.add_noise(image, noise, timestep.repeat(len(image)))
 
     # 3. Inversion
 

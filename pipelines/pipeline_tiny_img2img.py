@@ -132,6 +132,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         num_given, batch_size = len(image), len(image) * num_images
         self._check_generator(generator, batch_size)
         labels, _ = self._encode_class_labels(class_labels, num_given, guidance_scale)
+        source, source_guidance = self._encode_source(source_class_labels, num_given, inversion)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         begin = self._first_step(strength, scheduler)
@@ -140,12 +141,11 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         if begin == len(scheduler.timesteps):
             latents = image.repeat_interleave(num_images, dim=0)
         elif inversion:
-            guidance = 0.0 if source_class_labels is None and self._null_class_id is not None else 1.0
-            source, _ = self._encode_class_labels(source_class_labels, num_given, guidance)
-            latents = self._invert(image, self._guided_predict(source, guidance, (0.0, 1.0)), scheduler, begin)
+            inverted = self._clipping_scheduler(clip_sample)  # guidance clips, and the inversion has none
+            inverted = self._set_timesteps(inverted, num_inference_steps, timesteps)
+            predict = self._guided_predict(source, source_guidance, (0.0, 1.0))
+            latents = self._invert(image, predict, inverted, begin)
             latents = latents.repeat_interleave(num_images, dim=0)
-        elif source_class_labels is not None:
-            raise ValueError("`source_class_labels` are for the inversion: give `inversion=True`, or leave them out.")
         else:
             latents = self._draw((batch_size, *image.shape[1:]), generator)
             if begin:
@@ -159,6 +159,25 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates, begin
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
+
+    def _encode_source(
+        self, source_class_labels: ClassLabels | None, num_given: int, inversion: bool
+    ) -> tuple[torch.Tensor | None, float]:
+        """Returns the labels of the given images and the guidance scale of their inversion: 0 without labels."""
+        if not inversion:
+            if source_class_labels is not None:
+                raise ValueError(
+                    "`source_class_labels` are for the inversion: give `inversion=True`, or leave them out."
+                )
+            return None, 1.0
+        if source_class_labels is not None or self._num_rows == 0:
+            return self._encode_class_labels(source_class_labels, num_given)[0], 1.0
+        if self._null_class_id is None or self.config.class_dropout_prob == 0:
+            raise ValueError(
+                "The network has no trained null class to invert images with: give their classes as "
+                "`source_class_labels`."
+            )
+        return self._encode_class_labels(None, num_given, 0.0)[0], 0.0
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

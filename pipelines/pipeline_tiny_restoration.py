@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
@@ -18,6 +19,9 @@ METHODS = ("ddnm", "pigdm")
 
 # The variance of the images' values in [-1, 1] that pseudo-inverse guidance supposes.
 _DATA_VARIANCE = 0.25
+
+# Tensors of observed images lie in [0, 1] up to their noise, which is not expected to leave this distance from 0.5.
+_MAX_OBSERVED = 5.0
 
 # Pseudo-inverse guidance does nothing where x_t is nearly pure noise: its weight, s^2 / a, grows without bound there.
 _MIN_SIGNAL = 1e-2
@@ -76,7 +80,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
     r"""
     Pipeline for the restoration of images from y = A x + noise with a diffusion model that was not trained for it.
     A is a task by name (`inpaint`, `super_resolution`, `colorize`, `deblur`) or any linear function. Several samples
-    for one observation show how undecided the answer is.
+    for one observation show how ambiguous the answer is.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -144,7 +148,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             operator (`str` or `Callable`):
                 A: `"inpaint"`, `"super_resolution"`, `"colorize"`, `"deblur"`, or a linear function of images in [-1, 1],
                 `(B, C, H, W)` -> `(B, ...)`. The function's matrix is built and decomposed once, and kept until another
-                one is given: for 32x32x3 values this takes seconds, for 64x64x3 minutes and 5 GB.
+                one is given: it gets float32 on the CPU. For 32x32x3 values this takes seconds, for 64x64x3 minutes and 5 GB.
             mask_image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
                 The mask of `inpaint`, of the size of the images: white (from 0.5 on) is painted, black is kept.
             factor (`int`, *optional*):
@@ -178,7 +182,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of noise levels.
             eta (`float`, *optional*, defaults to 1.0):
-                The amount of fresh noise per step, in [0, 1]: 0 is DDIM, 1 is DDPM.
+                The amount of fresh noise per step, in [0, 1]: 0 is DDIM, 1 is DDPM, whose scheduler always has 1.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (unclipped, about [-1, 1]).
@@ -212,8 +216,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             raise ValueError(f"`eta` must be in [0, 1], where 0 is DDIM and 1 is DDPM, got {eta}.")
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
-        if not 0 <= noise_std < float("inf"):
-            raise ValueError(f"`noise_std` must be at least 0 and finite, got {noise_std}.")
+        _check_noise(noise_std)
         on_step_end = self._wrap_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_guidance(guidance_scale, guidance_interval)
         built = self._prepare_operator(operator, mask_image, factor, kernel)
@@ -275,10 +278,10 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
                 raise ValueError(f"`{name}` is needed by the operator '{takes}', and by no other, got {operator!r}.")
         shape = self._image_shape
         if callable(operator):
-            if getattr(self, "_last_operator", (None, None))[0] is not operator:
-                function = operator
-                self._last_operator = (function, LinearOperator.from_callable(function, shape))
-            built = self._last_operator[1]
+            function, built = getattr(self, "_last_operator", (None, None))
+            if function is not operator or built.image_shape != shape:
+                built = LinearOperator.from_callable(operator, shape)
+                self._last_operator = (operator, built)
         elif operator == "inpaint":
             hidden = self._preprocess_mask(mask_image, [])
             if len(hidden) != 1:
@@ -295,8 +298,13 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
     def _observed_coordinates(self, image: Images, operator: str | Callable, built: LinearOperator) -> torch.Tensor:
         """Converts observations to the observed coordinates of the images, (B, *singular_values.shape)."""
         shape = built.image_shape if operator == "inpaint" else built.output_shape
+        if callable(operator) and not isinstance(image, (np.ndarray, torch.Tensor)):
+            raise ValueError(f"`image` must be the function's values, a tensor of shape {('B', *shape)}.")
         if callable(operator) or isinstance(image, torch.Tensor):  # noise may leave the range of images
-            y = torch.as_tensor(image).to(self._execution_device, self._sample_dtype)
+            y = torch.as_tensor(image)
+            if not callable(operator) and (not y.is_floating_point() or (y - 0.5).abs().max() > _MAX_OBSERVED):
+                raise ValueError("Tensor `image` must be floats in [0, 1], up to their noise.")
+            y = y.to(self._execution_device, self._sample_dtype)
             if y.shape[1:] != shape or not torch.isfinite(y).all():
                 raise ValueError(
                     f"`image` must be observations of shape {('B', *shape)}, finite, got {tuple(y.shape)}."
@@ -332,14 +340,21 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             `torch.Tensor` of shape `(B, ...)`: The observations, as the call takes them: images in [0, 1] up to the noise
             for a task by name, with the hidden pixels grey for `inpaint`, and the function's values otherwise.
         """
+        _check_noise(noise_std)
         built = self._prepare_operator(operator, mask_image, factor, kernel)
         x = self._preprocess(image, None)
+        self._check_generator(generator, len(x))
         y = built(x)
         if noise_std:
             y = y + noise_std * self._draw(y.shape, generator)
         if operator == "inpaint":
             y = built.from_coordinates(built.observed_coordinates(y))
         return y if callable(operator) else y / 2 + 0.5
+
+
+def _check_noise(noise_std: float):
+    if not 0 <= noise_std < float("inf"):
+        raise ValueError(f"`noise_std` must be at least 0 and finite, got {noise_std}.")
 
 
 def _ddnm_step(
@@ -351,7 +366,8 @@ def _ddnm_step(
 ) -> torch.Tensor:
     """
     Puts the observed coordinates into x_0, as far as their noise is below that of the next state: it then counts as a part
-    of the next state's noise (DDNM, eq. 17 to 19, for each singular direction).
+    of the next state's noise (DDNM, eq. 17 to 19, for each singular direction). The step's noise is that of x_0 before it, as
+    in the authors' code.
     """
     operator, deviation = observation.operator, observation.deviation
     x_0 = predict_x_0(latents)

@@ -443,7 +443,9 @@ class TestEdit:
             (["--class_labels", "cat"], "has no classes"),
             (["--image", "none.png"], "can't be read as a picture"),
             (["--image", "."], "has no pictures"),
-            (["--output", "pictures/"], "is the folder of the pictures"),
+            (["--output", "pictures/", "--num_images", 1], "a.png' is one of the given pictures"),
+            (["--image", "pictures/a.png", "--output", "pictures/a.png"], "is one of the given pictures"),
+            (["--mask", "mask.png", "--output", "mask.png"], "is one of the given pictures"),
         ],
     )
     def test_mistakes_are_one_line(self, checkpoint, pictures, tmp_path, monkeypatch, capsys, arguments, message):

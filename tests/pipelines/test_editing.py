@@ -131,10 +131,12 @@ def test_strength_0_returns_the_image_and_1_has_nothing_of_it(make_unet, quiet, 
 
 
 SOLVERS = ["DPMSolverMultistep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete"]
-SOLVERS += ["DEISMultistep", "UniPCMultistep", "DDIM", "DDPM", "LMSDiscrete"]
+SOLVERS += ["DEISMultistep", "UniPCMultistep", "DDIM", "DDPM"]
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, "tiny DDIM", "tiny DDPM", "tiny flow", "tiny EDM", "flow", "EDM", "heun"])
+@pytest.mark.parametrize(
+    "name", [*SOLVERS, "tiny DDIM", "tiny DDPM", "tiny flow", "tiny EDM", "flow", "EDM", "heun", "SA"]
+)
 def test_a_variation_of_an_ideal_network_is_as_near_as_its_noise_allows(quiet, name):
     """At a low strength the mixture's nearest mode stays that of the image, at a high one it is drawn anew."""
     ours = {
@@ -145,6 +147,7 @@ def test_a_variation_of_an_ideal_network_is_as_near_as_its_noise_allows(quiet, n
         "heun": TinyFlowMatchScheduler(solver="heun"),
         "flow": diffusers.FlowMatchEulerDiscreteScheduler(),
         "EDM": diffusers.EDMEulerScheduler(),
+        "SA": diffusers.SASolverScheduler.from_config(TinyFlowMatchScheduler().config),
     }
     scheduler = ours.get(name)
     if scheduler is None:
@@ -164,7 +167,7 @@ def test_a_variation_of_an_ideal_network_is_as_near_as_its_noise_allows(quiet, n
 
 def test_a_part_of_the_steps_is_run(make_unet, quiet):
     pipe = quiet(TinyImg2ImgPipeline(make_unet(), TinyDDIMScheduler()))
-    for strength, evaluations in ((0.6, 6), (0.29, 3), (0.01, 1), (1.0, 10)):
+    for strength, evaluations in ((0.6, 6), (0.29, 3), (0.01, 1), (0.99, 9), (1.0, 10)):
         pipe(pictures(), strength=strength, num_inference_steps=10, output_type="pt")
         assert pipe.num_timesteps == evaluations
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -363,6 +366,7 @@ def test_the_matrix_of_a_function_is_built_once(make_unet, quiet):
     [
         (TinyImg2ImgPipeline, {"strength": 1.1}, "`strength` must be in"),
         (TinyImg2ImgPipeline, {"strength": float("nan")}, "`strength` must be in"),
+        (TinyImg2ImgPipeline, {"num_inference_steps": 1}, "at least two steps"),
         (TinyImg2ImgPipeline, {"num_images": 0}, "`num_images`"),
         (TinyImg2ImgPipeline, {"generator": [torch.Generator()]}, "one per image"),
         (TinyImg2ImgPipeline, {"class_labels": 1}, "has no classes"),
@@ -372,6 +376,7 @@ def test_the_matrix_of_a_function_is_built_once(make_unet, quiet):
         (TinyInpaintPipeline, {"mask_image": torch.zeros(8, 9)}, "size of the image"),
         (TinyInpaintPipeline, {"mask_image": 2 * HALF}, r"`mask_image` must lie in \[0, 1\]"),
         (TinyInpaintPipeline, {"mask_image": torch.stack([HALF] * 3)}, "one for each of 2"),
+        (TinyInpaintPipeline, {"mask_image": torch.stack([HALF] * 3)[None]}, "size of the image"),
         (TinyInpaintPipeline, {"jump_length": 0}, "`jump_length`"),
         (TinyInpaintPipeline, {"jump_n_sample": 1.5}, "`jump_n_sample`"),
         (TinyRestorationPipeline, {"operator": "sharpen"}, "super_resolution"),
@@ -391,6 +396,13 @@ def test_the_matrix_of_a_function_is_built_once(make_unet, quiet):
         (TinyRestorationPipeline, {"operator": lambda x: x.sum(), "mask_image": None}, "must map"),
         (TinyRestorationPipeline, {"operator": lambda x: 0 * x, "mask_image": None}, "nothing is observed"),
         (TinyRestorationPipeline, {"operator": lambda x: x[:, :, :4], "mask_image": None}, "of shape"),
+        (TinyRestorationPipeline, {"image": (255 * pictures()).byte()}, "floats in"),
+        (TinyRestorationPipeline, {"image": [Image.new("L", (8, 8)), Image.new("L", (9, 8))]}, "must have the size"),
+        (
+            TinyRestorationPipeline,
+            {"operator": lambda x: x, "mask_image": None, "image": Image.new("L", (8, 8))},
+            "the function's values",
+        ),
         (TinyRestorationPipeline, {"noise_std": -1.0}, "`noise_std`"),
         (TinyRestorationPipeline, {"method": "dps"}, "ddnm, pigdm"),
         (TinyRestorationPipeline, {"eta": 2.0}, "`eta` must be in"),
@@ -418,7 +430,20 @@ def test_schedulers_that_the_method_is_not_defined_for_are_refused(make_unet, qu
         pipe = quiet(pipeline(make_unet(), TinyFlowMatchScheduler(solver="heun")))
         with pytest.raises(ValueError, match='solver="euler"'):
             pipe(**arguments_of(pipeline))
-    pipe = quiet(TinyImg2ImgPipeline(make_unet(), TinyDDIMScheduler()))
-    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="can't begin"):
-        pipe(pictures(), num_inference_steps=20, output_type="pt")
+    for name in ("PNDM", "LMSDiscrete"):
+        pipe = quiet(TinyImg2ImgPipeline(make_unet(), TinyDDIMScheduler()))
+        pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match="can't begin"):
+            pipe(pictures(), num_inference_steps=20, output_type="pt")
+
+
+def test_inversion_needs_a_class_that_was_trained(make_unet, quiet):
+    pipe = quiet(TinyImg2ImgPipeline(make_unet(classes=2), TinyDDIMScheduler(), class_dropout_prob=0.0))
+    with pytest.raises(ValueError, match="source_class_labels"):
+        pipe(pictures(), inversion=True, class_labels=1, **QUICK)
+    assert pipe(pictures(), inversion=True, class_labels=1, source_class_labels=0, **QUICK).images.shape == (
+        2,
+        1,
+        8,
+        8,
+    )

@@ -260,6 +260,24 @@ def test_a_flag_of_betas_decides_the_objective_of_an_earlier_runs_settings(train
     assert (settings["prediction_type"], settings["ddpm_beta_schedule"]) == ("v_prediction", "linear")
 
 
+@pytest.mark.parametrize("flags", ["--prediction_type v_prediction", "--snr_gamma 5", ""])
+def test_a_run_is_resumed_with_its_own_objective(train, flags):
+    folder = train(*flags.split(), steps=2)
+    before = yaml.safe_load((folder / "config.yaml").read_text())
+    train("--resume_from_checkpoint", "latest", *(["--snr_gamma", "5"] if "snr" in flags else []), steps=4)
+    after = yaml.safe_load((folder / "config.yaml").read_text())
+    for name in ("prediction_type", "ddpm_beta_schedule", "loss_type", "snr_gamma", "optimizer", "learning_rate"):
+        assert after[name] == before[name]
+
+
+def test_another_objective_replaces_what_an_earlier_run_resolved(train, tmp_path):
+    folder = train("--prediction_type", "v_prediction", steps=1)
+    again = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again"), "--num_threads", "1"]
+    train_unconditional.main([*again, "--prediction_type", "flow"])
+    settings = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert (settings["prediction_type"], settings["ddpm_beta_schedule"]) == ("flow", None)
+
+
 def test_the_timestep_distribution_is_saved_with_the_model(train):
     for flags, expected in (((), "mixed"), (("--timestep_distribution", "uniform"), "uniform")):
         folder = train("--prediction_type", "flow", *flags, "--overwrite_output_dir", steps=1)

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from .shared import (
     add_output_argument,
     add_sampling_arguments,
     call_options,
-    comma_separated,
     load_pipeline,
     make_parser,
     positive_number,
@@ -55,7 +55,7 @@ def edit_parser() -> argparse.ArgumentParser:
         "SIGMA pixels; the picture is what is observed",
     )
     parser.add_argument(
-        "--degrade", action="store_true", help="restoration: the picture is a whole one, degrade it by --task first"
+        "--degrade", action="store_true", help="restoration: the picture is intact: apply --task to it first"
     )
     parser.add_argument("--method", choices=("ddnm", "pigdm"), help="restoration: how (default: ddnm)")
     parser.add_argument(
@@ -70,10 +70,9 @@ def edit_parser() -> argparse.ArgumentParser:
         "--jump_n_sample", type=positive_number, help="inpainting, restoration: how often each step is taken"
     )
     parser.add_argument("--num_images", type=positive_number, default=4, help="results for each picture (default: 4)")
-    parser.add_argument("--class_labels", type=comma_separated, help="the class of all results, a name or id")
+    parser.add_argument("--class_labels", help="the class of all results, a name or id")
     parser.add_argument(
         "--source_class_labels",
-        type=comma_separated,
         help="with --inversion: the class of the pictures (default: none)",
     )
     add_guidance_interval(parser)
@@ -96,18 +95,22 @@ def edit(args: argparse.Namespace) -> None:
 
     output = prepare_output(args.output)
     _check_flags(args)
-    pictures = _read_pictures(args.image)
+    pictures = _find_pictures(args.image)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
         raise UserError(f"'{args.image}' has {len(pictures)} pictures, too many for one: give a folder as --output.")
-    if output.is_dir() and args.image.is_dir() and output.samefile(args.image):
-        raise UserError(f"--output '{output}' is the folder of the pictures: give another one.")
+    targets = [output / name for name in _result_names(pictures, args.num_images)] if output.is_dir() else [output]
+    sources = [*pictures.values(), *([args.mask] if args.mask is not None else [])]
+    for target in targets:
+        if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
+            raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
+    pictures = {name: _read_picture("--image", file) for name, file in pictures.items()}
     pipe = _editing_pipeline(load_pipeline(args), args)
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
     options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
     if args.inversion:
         options["inversion"] = True
-    if pipe._image_shape[0] == 3 and any(picture.mode in ("1", "L", "LA", "I;16") for picture in pictures.values()):
+    if pipe._image_shape[0] == 3 and any(picture.mode == "L" for picture in pictures.values()):
         if not (args.task == "colorize" and not args.degrade):
             say("grey pictures are converted to RGB, as the network draws in colour", sys.stderr)
 
@@ -119,7 +122,7 @@ def edit(args: argparse.Namespace) -> None:
         part = [picture for _, picture in given[start : start + at_once]]
         pipe.set_progress_bar_config(desc=f"pictures {start + 1} to {start + len(part)}", **bar_options())
         with refusals():
-            observed = _observe(pipe, part, args, options) if args.degrade else part
+            observed = _observe(pipe, part, args, options, start, len(given)) if args.degrade else part
             num_results = len(part) * args.num_images
             generator = image_generators(args.seed, num_results, first=start * args.num_images)
             results = pipe(observed, num_images=args.num_images, generator=generator, output_type="pt", **options)[0]
@@ -128,10 +131,9 @@ def edit(args: argparse.Namespace) -> None:
 
     num_images = len(given) * args.num_images
     if output.is_dir():
-        digits = len(str(args.num_images - 1))
-        for (name, _), row in zip(given, rows, strict=True):
-            for i, image in enumerate(row["results"]):
-                image.save(output / (f"{name}.png" if args.num_images == 1 else f"{name}-{i:0{digits}}.png"))
+        images = [image for row in rows for image in row["results"]]
+        for target, image in zip(targets, images, strict=True):
+            image.save(target)
     else:
         columns = ["given"] + [name for name in ("mask", "observed") if name in rows[0]]
         labels = columns + [str(i + 1) for i in range(args.num_images)]
@@ -156,14 +158,23 @@ def _check_flags(args: argparse.Namespace) -> None:
         kind, allowed = "variations (no --mask, no --task)", {"strength", "inversion", "source_class_labels"}
     every = ("strength", "inversion", "source_class_labels", "method", "noise_std", "degrade", "jump_length")
     for name in (*every, "jump_n_sample"):
-        if getattr(args, name) not in (None, False) and name not in allowed:
+        given = getattr(args, name)
+        if given is not None and given is not False and name not in allowed:
             raise UserError(f"--{name} means nothing with {kind}: leave it out.")
-    if args.task is not None and (args.mask is not None) != (args.task == "inpaint"):
+    if args.task is not None and (args.mask is not None) != (args.task.partition(":")[0] == "inpaint"):
         raise UserError("--task inpaint takes a --mask, and the other tasks take none.")
 
 
-def _read_pictures(path: Path) -> dict[str, "Image.Image"]:
-    """Reads a picture, or those of a folder: name without suffix -> picture."""
+def _result_names(pictures: Iterable[str], num_images: int) -> list[str]:
+    """Returns the file names of the results, `num_images` for each picture's name."""
+    if num_images == 1:
+        return [f"{name}.png" for name in pictures]
+    digits = len(str(num_images - 1))
+    return [f"{name}-{i:0{digits}}.png" for name in pictures for i in range(num_images)]
+
+
+def _find_pictures(path: Path) -> dict[str, Path]:
+    """Finds a picture, or those of a folder: name without suffix -> file."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
         if not files:
@@ -174,17 +185,17 @@ def _read_pictures(path: Path) -> dict[str, "Image.Image"]:
     for file in files:
         if file.stem in pictures:
             raise UserError(f"--image '{path}' has two pictures of the name {file.stem}: rename one.")
-        pictures[file.stem] = _read_picture("--image", file)
+        pictures[file.stem] = file
     return pictures
 
 
 def _read_picture(flag: str, path: Path) -> "Image.Image":
     from PIL import Image
 
+    from ..data.decoding import read_picture
+
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture if picture.mode in ("L", "RGB") else picture.convert("L" if picture.mode == "1" else "RGB")
+        return read_picture(path)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
 
@@ -236,13 +247,20 @@ def _gaussian_kernel(sigma: float) -> "torch.Tensor":
 
 
 def _observe(
-    pipe: "DiffusionPipeline", pictures: list["Image.Image"], args: argparse.Namespace, options: dict
+    pipe: "DiffusionPipeline",
+    pictures: list["Image.Image"],
+    args: argparse.Namespace,
+    options: dict,
+    start: int,
+    num_given: int,
 ) -> "torch.Tensor":
+    """Computes what is observed of some of the pictures, from the one at `start` on, with noise of seeds of its own."""
     from ..pipelines.pipeline_tiny import image_generators
 
     names = ("operator", "mask_image", "factor", "kernel", "noise_std")
     known = {name: options[name] for name in names if name in options}
-    return pipe.observe(pictures, generator=image_generators(args.seed, len(pictures)), **known)
+    generator = image_generators(args.seed + num_given * args.num_images, len(pictures), first=start)
+    return pipe.observe(pictures, generator=generator, **known)
 
 
 def _rows(

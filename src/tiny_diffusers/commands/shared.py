@@ -82,7 +82,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--eta",
         type=float,
         help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 1; 0 with heun, "
-        "and between two samples)",
+        "for interpolation and with --inversion)",
     )
     parser.add_argument(
         "--timestep_spacing",

@@ -203,6 +203,11 @@ def _decode_image(
     return np.asarray(image).transpose(2, 0, 1), changes  # (H, W, C) -> (C, H, W)
 
 
+def read_picture(path: Path) -> Image.Image:
+    """Reads a picture as training images are read: upright, "L" or "RGB", laid on white, and of 8 bits."""
+    return _to_grey_or_rgb(ImageOps.exif_transpose(open_image(io.BytesIO(path.read_bytes()))), 8)[0]
+
+
 def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[str | int]]:
     """Converts an image of any mode to "L" or "RGB". Also returns what was changed, as [`_decode_image`] does."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:

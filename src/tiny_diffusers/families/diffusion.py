@@ -91,6 +91,7 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of "
         "rectified flow; edm: the output F of EDM's preconditioned network. If not given: that of the checkpoint to "
         "start from, v_prediction with a flag of beta schedules, or else flow.",
+        decides=(*_BETA_FLAGS, "timestep_distribution"),
     )
     timestep_distribution: Literal[CHOICES["timestep_distribution"]] | None = flag(
         None,
@@ -112,6 +113,11 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         within="(0, 1]",
     )
 
+    pretrained_model_name_or_path: str | None = flag(
+        None,
+        "Checkpoint or Hub id to start from.",
+        decides=("network", "prediction_type", *_BETA_FLAGS, "timestep_distribution"),
+    )
     optimizer: Optimizer | None = flag(
         None, "Optimizer; if not given muon, or adamw under FSDP.", decides=("learning_rate",)
     )
@@ -203,10 +209,10 @@ def resolve_diffusion(arguments: DiffusionArguments, state: PartialState) -> dic
             elif not asked:
                 prediction_type = objective
         dataclasses.replace(arguments, prediction_type=prediction_type)  # checks the other flags against it
-    resolved = {"prediction_type": prediction_type, "optimizer": optimizer, "learning_rate": learning_rate}
-    if prediction_type not in _MEANINGLESS:
-        resolved |= {name: value for name, value in _BETA_FLAGS.items() if getattr(arguments, name) is None}
-    return resolved
+    is_on_betas = prediction_type not in _MEANINGLESS
+    betas = {name: value if is_on_betas else None for name, value in _BETA_FLAGS.items()}
+    betas |= {name: getattr(arguments, name) for name in betas if getattr(arguments, name) is not None}
+    return {"prediction_type": prediction_type, "optimizer": optimizer, "learning_rate": learning_rate, **betas}
 
 
 def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler:

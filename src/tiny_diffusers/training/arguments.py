@@ -131,9 +131,7 @@ class TrainingArguments(DataArguments):
         within="(0, inf)",
         **_LENGTH,
     )
-    pretrained_model_name_or_path: str | None = flag(
-        None, "Checkpoint or Hub id to start from.", decides=(_NETWORK, "prediction_type")
-    )
+    pretrained_model_name_or_path: str | None = flag(None, "Checkpoint or Hub id to start from.", decides=(_NETWORK,))
 
     learning_rate: float = flag(1e-3, "Peak learning rate.", within="[0, inf)")
     scale_lr: bool = flag(False, "Multiply the learning rate by the number of images a step.")
