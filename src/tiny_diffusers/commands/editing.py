@@ -126,7 +126,7 @@ def edit(args: argparse.Namespace) -> None:
             num_results = len(part) * args.num_images
             generator = image_generators(args.seed, num_results, first=start * args.num_images)
             results = pipe(observed, num_images=args.num_images, generator=generator, output_type="pt", **options)[0]
-            rows += _rows(pipe, part, observed, results.cpu(), args)
+            rows += _rows(pipe, part, observed, results.cpu(), args, options.get("mask_image"))
     seconds = time.perf_counter() - began
 
     num_images = len(given) * args.num_images
@@ -214,13 +214,14 @@ def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "D
 
 def _task_options(args: argparse.Namespace) -> dict:
     """Returns the arguments of the pipeline that --mask and --task stand for."""
+    from ..pipelines.pipeline_tiny_restoration import TASKS
+
     options = {} if args.mask is None else {"mask_image": _read_picture("--mask", args.mask)}
     if args.task is None:
         return options
     name, _, value = args.task.partition(":")
-    tasks = ("inpaint", "super_resolution", "colorize", "deblur")
-    if name not in tasks:
-        raise unknown("--task", name, tasks)
+    if name not in TASKS:
+        raise unknown("--task", name, TASKS)
     options["operator"] = name
     if name in ("inpaint", "colorize"):
         if value:
@@ -269,6 +270,7 @@ def _rows(
     observed: "list[Image.Image] | torch.Tensor",
     results: "torch.Tensor",
     args: argparse.Namespace,
+    mask: "Image.Image | None",
 ) -> list[dict]:
     """Returns what is shown of each given picture, in the network's size and mode."""
     from PIL import Image
@@ -287,10 +289,9 @@ def _rows(
     per_picture = results.unflatten(0, (len(pictures), args.num_images))
     for row, images in zip(rows, per_picture, strict=True):
         row["results"] = to_pil(images)
-    if args.mask is not None:
-        mask = shown(_read_picture("--mask", args.mask))
+    if mask is not None:
         for row in rows:
-            row["mask"] = mask
+            row["mask"] = shown(mask)
     elif args.degrade:
         for row, image in zip(rows, to_pil(observed.cpu()), strict=True):
             row["observed"] = shown(image)
