@@ -68,6 +68,13 @@ class LinearOperator:
                 setattr(self, f"{name}_svd", tuple(part.to(device, dtype) for part in svd))
         return self
 
+    def is_of(self, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Checks on a random image that a function of images still gives what its matrix gives: it may have a state."""
+        probe = _probes(self.image_shape)[0]
+        values = torch.as_tensor(function(probe)).float().cpu()
+        expected = self(probe.to(self.singular_values)).float().cpu()
+        return values.shape == expected.shape and torch.allclose(values, expected, rtol=1e-3, atol=1e-3)
+
     # 1. Images, observations and coordinates
 
     def __call__(self, sample: torch.Tensor) -> torch.Tensor:
@@ -153,8 +160,7 @@ class LinearOperator:
             `ValueError`: If its values are not finite or not one for each image, or it is not linear.
         """
         size = image_shape[0] * image_shape[1] * image_shape[2]
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.randn((2, 1, *image_shape), generator=generator)
+        x, y = _probes(image_shape)
         a, b = 0.7, -1.3
         outputs = [torch.as_tensor(function(image)).float().cpu() for image in (x, y, a * x + b * y)]
         if any(len(output.shape) < 2 or len(output) != 1 for output in outputs):
@@ -173,6 +179,11 @@ class LinearOperator:
         images = torch.eye(size).view(-1, *image_shape)
         columns = [torch.as_tensor(function(part)).float().cpu().flatten(1) for part in images.split(256)]
         return cls(image_shape, outputs[0].shape[1:], values=torch.cat(columns).T.contiguous())
+
+
+def _probes(image_shape: tuple[int, int, int]) -> torch.Tensor:
+    """Draws two random images, always the same ones: (2, 1, C, H, W)"""
+    return torch.randn((2, 1, *image_shape), generator=torch.Generator().manual_seed(0))
 
 
 def _svd(matrix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -148,7 +148,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             operator (`str` or `Callable`):
                 A: `"inpaint"`, `"super_resolution"`, `"colorize"`, `"deblur"`, or a linear function of images in [-1, 1],
                 `(B, C, H, W)` -> `(B, ...)`. The function's matrix is built and decomposed once, and kept until another
-                one is given: it gets float32 on the CPU. For 32x32x3 values this takes seconds, for 64x64x3 minutes and 5 GB.
+                function is given or its values change: it gets float32 on the CPU. For 32x32x3 values this takes seconds,
+                for 64x64x3 minutes and 5 GB.
             mask_image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
                 The mask of `inpaint`, of the size of the images: white (from 0.5 on) is painted, black is kept.
             factor (`int`, *optional*):
@@ -279,7 +280,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
         shape = self._image_shape
         if callable(operator):
             function, built = getattr(self, "_last_operator", (None, None))
-            if function is not operator or built.image_shape != shape:
+            if function is not operator or built.image_shape != shape or not built.is_of(operator):
                 built = LinearOperator.from_callable(operator, shape)
                 self._last_operator = (operator, built)
         elif operator == "inpaint":

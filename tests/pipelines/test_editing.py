@@ -343,19 +343,23 @@ def test_statistics_are_those_of_the_samples(make_unet, quiet):
     assert [image.size for image in output.mean + output.std] == [(8, 8)] * 4
 
 
-def test_the_matrix_of_a_function_is_built_once(make_unet, quiet):
+def test_the_matrix_of_a_function_is_built_anew_only_if_its_values_change(make_unet, quiet):
     pipe = quiet(TinyRestorationPipeline(make_unet(), TinyDDIMScheduler()))
-    calls = []
+    calls, weights = [], torch.ones(8, 8)
 
     def total(x):
         calls.append(len(x))
-        return x.sum(dim=(1, 2, 3))[:, None]
+        return (weights * x).sum(dim=(1, 2, 3))[:, None]
 
     y = torch.zeros(1, 1)
     pipe(y, total, **QUICK)
-    built = len(calls)
+    assert sum(calls) == 64 + 3  # all pixels, and whether it is linear
     pipe(y, total, **QUICK)
-    assert len(calls) == built and sum(calls) == 64 + 3
+    assert sum(calls) == 64 + 4  # whether it is still the same
+    weights[0] = 2
+    x = pipe(y, total, **QUICK | {"output_type": "latent"}).images
+    assert sum(calls) == 2 * (64 + 3) + 2
+    torch.testing.assert_close(total(x), y, atol=1e-3, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -93,9 +93,9 @@ def edit(args: argparse.Namespace) -> None:
     from ..plots import image_grid
     from ..progress import bar_options
 
-    output = prepare_output(args.output)
     _check_flags(args)
     pictures = _find_pictures(args.image)
+    output = prepare_output(args.output)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
         raise UserError(f"'{args.image}' has {len(pictures)} pictures, too many for one: give a folder as --output.")
     targets = [output / name for name in _result_names(pictures, args.num_images)] if output.is_dir() else [output]
