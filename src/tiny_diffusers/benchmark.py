@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -218,7 +217,7 @@ def machine(settings: Settings) -> dict[str, Any]:
 
     device = hardware.default_device()
     return {
-        "processor": _processor(),
+        "processor": hardware.processor_name(),
         "physical_cores": hardware.physical_cores(),
         "threads": settings.num_threads or hardware.physical_cores(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
@@ -229,19 +228,6 @@ def machine(settings: Settings) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
         "tiny-diffusers": __version__,
     }
-
-
-def _processor() -> str:
-    """Returns the name of the processor, if the system tells."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            return next(
-                line.partition(":")[2].strip() for line in [*lines, ":"] if line.startswith(("model name", ":"))
-            )
-        if sys.platform == "darwin":
-            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    return platform.processor()
 
 
 # How it is measured

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import __version__
 from .commands.averages import ema, ema_parser
+from .commands.doctor import doctor, doctor_parser
 from .commands.editing import edit, edit_parser
 from .commands.evaluation import compare, compare_parser, evaluate, evaluate_parser
 from .commands.sampling import interpolate, interpolate_parser, sample, sample_parser
@@ -188,6 +189,9 @@ COMMANDS = {
     "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
     "export": Command("save a checkpoint with the code that it needs", export_parser, export),
     "push": Command("push a checkpoint's folder to the Hub", push_parser, push),
+    "doctor": Command(
+        "print versions, the machine and what is missing, for a report of a fault", doctor_parser, doctor
+    ),
 }
 
 

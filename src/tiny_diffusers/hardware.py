@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,19 @@ def default_device() -> torch.device:
     if torch.accelerator.is_available():
         return torch.device(torch.accelerator.current_accelerator().type)
     return torch.device("cpu")
+
+
+def processor_name() -> str:
+    """Returns the name of the processor, if the system tells."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            return next(
+                line.partition(":")[2].strip() for line in [*lines, ":"] if line.startswith(("model name", ":"))
+            )
+        if sys.platform == "darwin":
+            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    return platform.processor()
 
 
 def physical_cores() -> int:

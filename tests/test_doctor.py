@@ -1,0 +1,42 @@
+import importlib.metadata
+
+import pytest
+
+from tiny_diffusers.cli import main
+
+
+REQUIREMENTS = [
+    "numpy>=1.26",
+    'torch>=2.6; python_version >= "3.10"',
+    'no-such-package>=2; extra == "eval"',
+    'pillow>=1; extra == "onnx"',
+    'tiny-diffusers[eval]; extra == "onnx"',
+]
+
+
+@pytest.fixture
+def requirements(monkeypatch):
+    found = list(REQUIREMENTS)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: found)
+    return found
+
+
+def rows(capsys) -> dict[str, str]:
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| | |", "| --- | --- |"]
+    return {name.strip(): value.strip() for _, name, value, _ in (line.split("|") for line in lines[2:])}
+
+
+def test_it_tells_the_versions_and_what_an_extra_lacks(requirements, capsys):
+    assert main(["doctor"]) == 0
+    told = rows(capsys)
+    assert told["numpy"] == importlib.metadata.version("numpy")
+    assert told["extra [eval]"].startswith("no-such-package is missing (>=2 is needed); pip install")
+    assert told["extra [onnx]"] == "installed"
+    assert "threads" in told["device"] and "GiB" in told["processor"]
+
+
+def test_a_version_that_is_too_low_is_named(requirements, capsys):
+    requirements.append("torch>=99")
+    assert main(["doctor"]) == 1
+    assert rows(capsys)["torch"].endswith("(>=99 is needed)")
