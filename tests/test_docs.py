@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiny_diffusers
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_each_public_name_has_its_place_in_the_api_reference():
+    pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^::: tiny_diffusers\.(\w+)$", pages, flags=re.MULTILINE)
+    assert sorted(documented) == tiny_diffusers.__all__
+
+
+def test_each_page_is_in_the_navigation():
+    def files(entries):
+        for entry in entries:
+            if isinstance(entry, str):
+                yield entry
+            else:
+                yield from files(next(iter(entry.values())))
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(files(nav)) == sorted(pages)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_links_of_a_page_lead_to_files(page):
+    """`mkdocs build` checks those of the docs."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+    local = [link for link in links if not link.startswith("http")]
+    assert local and [link for link in local if not (ROOT / link).exists()] == []
