@@ -134,6 +134,11 @@ class TestReport:
         assert (described["images"], described["fingerprint"]) == (60, bars().fingerprint)
         text = report.markdown()
         assert "Classifier score (the data's classes)" in text and "Inception" not in text
+        names = {result["metric_name"] for result in report.card_results()}
+        assert names > {
+            f"{name} (60 images)"
+            for name in ("Classifier score (the data's classes)", "Agreement by the data's classifier")
+        }
         assert "trained on 60 images of bars (part 0), and finds the class of 100.0 % of 60 held-out images" in text
 
     def test_of_images_without_classes_has_no_agreement(self, short):

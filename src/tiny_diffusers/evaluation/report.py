@@ -77,7 +77,7 @@ FIGURES = {
     "near_copies": ("Nearer to it than 99 % of real images", "Nearer to it than 99 % of real images", True),
     "bits_per_dim": ("Bits/dim", "Bits/dim", True),
     "classifier_score": (*2 * ("Classifier score (the data's classes)",), False),
-    "classifier_agreement": (*2 * ("Agreement by the same classifier",), False),
+    "classifier_agreement": (*2 * ("Agreement by the data's classifier",), False),
     "feature_distance": (*2 * ("Perceptual distance of pairs (unweighted)",), None),
 }
 BASELINE_NAMES = {
@@ -331,12 +331,16 @@ class Report:
                 "dataset_name": reference["name"],
                 "dataset_split": reference["split"],
                 "metric_type": figure,
-                "metric_name": f"{self.label(figure)} ({self.protocol['features']}, {self.images})",
+                "metric_name": f"{self.label(figure)} ({self._features_of(figure)}{self.images})",
                 "metric_value": round(entry["value"], 6),
                 "metric_args": {key: entry[key] for key in ("error", "error_kind") if entry[key] is not None} or None,
             }
             for figure, entry in self.figures.items()
         ]
+
+    def _features_of(self, figure: str) -> str:
+        """Returns the features of a metric, with a comma; none of those by the data's own classifier."""
+        return "" if figure.startswith("classifier_") else f"{self.protocol['features']}, "
 
 
 # The parts of a report that are read, with their types; those after "?" may be missing.
