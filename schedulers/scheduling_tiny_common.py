@@ -28,7 +28,7 @@ CHOICES = {
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
-    "loss_type": ("l2", "l1", "huber", "pseudo_huber"),
+    "loss_type": ("l2", "l1", "huber", "pseudo_huber", "vlb"),
     "huber_schedule": ("constant", "exponential", "snr"),
     "timestep_distribution": ("uniform", "logit_normal", "mixed"),
     "solver": ("euler", "heun"),
@@ -38,6 +38,8 @@ TERMINAL_SIGNAL = 2.0**-12  # sqrt of the last alpha_cumprod, at a terminal SNR 
 SCHEDULE_ARGUMENTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 # The arguments that no stock scheduler takes.
 TRAINING_ARGUMENTS = ("loss_type", "huber_delta", "huber_schedule", "snr_gamma")
+# Those that weight or shape other losses than the variational bound, with the values that leave it as it is.
+_UNUSED_BY_BOUND = {"huber_delta": (None, 1.0), "huber_schedule": ("constant",), "snr_gamma": (None,)}
 
 # The half-log-SNR at which DPM-Solver's authors start on the cosine schedule. Its own first value, -9.9, is too low.
 COSINE_LAMBDA_MIN = -5.1
@@ -188,6 +190,12 @@ class TinySchedulerMixin(TinyObjectiveMixin):
         self._check_clipping()
         if config.snr_gamma is not None and not config.snr_gamma > 0:
             raise ValueError(f"snr_gamma must be above 0, such as 5.0, or None, got {config.snr_gamma}.")
+        for name, unused in _UNUSED_BY_BOUND.items():
+            if config.loss_type == "vlb" and config[name] not in unused:
+                raise ValueError(
+                    f"{name}={config[name]!r} means nothing to loss_type='vlb', whose weights are those of the variational "
+                    "bound: leave it out."
+                )
 
         scheduled = config.huber_schedule != "constant"
         huber_delta = config.huber_delta if config.huber_delta is not None else (0.1 if scheduled else 1.0)
@@ -368,6 +376,10 @@ class TinySchedulerMixin(TinyObjectiveMixin):
         trains the variance: L_t is the term of the variational bound in bits per dimension, with the predicted mean
         detached (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, equation 16).
 
+        `loss_type="vlb"` is the bound itself, T L_t (Ho et al. 2020, equation 5): its mean over uniform timesteps is the
+        bound in bits per dimension, without the constant L_T. x_0 is not clipped, as that would stop the gradient, so
+        with `clip_sample` or `thresholding` [`~TinySchedulerMixin.variational_bound`] is of another x_0.
+
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
                 The network's output, with twice the channels for `variance_type="learned_range"`.
@@ -390,6 +402,9 @@ class TinySchedulerMixin(TinyObjectiveMixin):
         sample, noise, timesteps = sample.float(), noise.float(), timesteps.to(sample.device)
         prediction, predicted_variance = self._split_variance(model_output.float(), sample)
 
+        if self.config.loss_type == "vlb":
+            return self._reduce(self._bound_loss(prediction, predicted_variance, sample, noise, timesteps), reduction)
+
         target = {"epsilon": noise, "sample": sample}.get(self.config.prediction_type)
         if target is None:
             target = self.get_velocity(sample, noise, timesteps)
@@ -399,11 +414,8 @@ class TinySchedulerMixin(TinyObjectiveMixin):
             loss = loss * self._gather(self._min_snr_weights, timesteps, like=loss)
 
         if self.config.variance_type == "learned_range":
-            noisy_sample = self.add_noise(sample, noise, timesteps)
-            alpha_bar = self._gather(self._alpha_bars, timesteps, like=sample)
-            pred_original_sample, _ = self._predict(prediction.detach(), noisy_sample, alpha_bar)
-            bound = self._bound_terms(sample, pred_original_sample, predicted_variance, timesteps)
-            loss = loss + 0.001 * self.config.num_train_timesteps * bound
+            bound = self._bound_loss(prediction.detach(), predicted_variance, sample, noise, timesteps)
+            loss = loss + 0.001 * bound
         return self._reduce(loss, reduction)
 
     @property
@@ -451,6 +463,19 @@ class TinySchedulerMixin(TinyObjectiveMixin):
         return snr.clamp(max=gamma) / (snr + 1)
 
     # 4. Variational bound
+
+    def _bound_loss(
+        self,
+        prediction: torch.Tensor,
+        pred_variance: torch.Tensor | None,
+        sample: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Computes T L_t of each image in bits per dimension, an estimate of the sum of all L_t from one of them."""
+        alpha_bar = self._gather(self._alpha_bars, timesteps, like=sample)
+        pred_x_0, _ = self._predict(prediction, self.add_noise(sample, noise, timesteps), alpha_bar)
+        return self.config.num_train_timesteps * self._bound_terms(sample, pred_x_0, pred_variance, timesteps)
 
     def _bound_terms(
         self, x_0: torch.Tensor, pred_x_0: torch.Tensor, pred_variance: torch.Tensor | None, timesteps: torch.Tensor

@@ -49,7 +49,8 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         variance_type (`str`, defaults to `"fixed_small"`):
             As in [`TinyDDPMScheduler`], for training and the bound. `step` drops a predicted variance, as eta
             determines the variance of DDIM.
-        loss_type (`str`, defaults to `"l2"`): `l2`, `l1`, `huber` or `pseudo_huber`.
+        loss_type (`str`, defaults to `"l2"`):
+            `l2`, `l1`, `huber`, `pseudo_huber`, or `vlb`, the variational bound (Ho et al. 2020, equation 5).
         huber_delta (`float`, *optional*):
             delta of the Huber losses. Defaults to 1.0, or to 0.1 if `huber_schedule` is not `constant`.
         huber_schedule (`str`, defaults to `"constant"`):
@@ -82,7 +83,7 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
         rescale_betas_zero_snr: bool = False,
         *,
         variance_type: str = "fixed_small",
-        loss_type: Literal["l2", "l1", "huber", "pseudo_huber"] = "l2",
+        loss_type: Literal["l2", "l1", "huber", "pseudo_huber", "vlb"] = "l2",
         huber_delta: float | None = None,
         huber_schedule: Literal["constant", "exponential", "snr"] = "constant",
         snr_gamma: float | None = None,

@@ -48,7 +48,8 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Whether to rescale the betas to a terminal SNR of 0. The config then has them as `trained_betas`, as many stock
             solvers do not rescale.
-        loss_type (`str`, defaults to `"l2"`): `l2`, `l1`, `huber` or `pseudo_huber`.
+        loss_type (`str`, defaults to `"l2"`):
+            `l2`, `l1`, `huber`, `pseudo_huber`, or `vlb`, the variational bound (Ho et al. 2020, equation 5).
         huber_delta (`float`, *optional*):
             delta of the Huber losses. Defaults to 1.0, or to 0.1 if `huber_schedule` is not `constant`.
         huber_schedule (`str`, defaults to `"constant"`):
@@ -80,7 +81,7 @@ class TinyDDPMScheduler(TinySchedulerMixin, DDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         *,
-        loss_type: Literal["l2", "l1", "huber", "pseudo_huber"] = "l2",
+        loss_type: Literal["l2", "l1", "huber", "pseudo_huber", "vlb"] = "l2",
         huber_delta: float | None = None,
         huber_schedule: Literal["constant", "exponential", "snr"] = "constant",
         snr_gamma: float | None = None,

@@ -132,7 +132,8 @@ class TestProtocol:
         )
 
     def test_the_slow_metrics_are_not_measured_by_default(self):
-        assert set(METRICS) - set(Protocol().metrics) == {"nearest_neighbour", "bits_per_dim"}
+        slow = {"nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance"}
+        assert set(METRICS) - set(Protocol().metrics) == slow
         assert Protocol().baselines == list(BASELINES)
 
     def test_is_frozen(self):

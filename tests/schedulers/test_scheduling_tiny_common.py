@@ -2,6 +2,7 @@ import inspect
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -652,6 +653,59 @@ def test_the_decoders_probabilities_of_256_levels_sum_to_1():
         assert torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-6)
 
 
+@BOTH
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_mean_of_the_loss_vlb_over_t_is_the_bound_of_the_same_noise(cls, variance_type, prediction_type, tmp_path):
+    T, (_, sample, _) = 20, random_batch(batch=2)
+    options = {"variance_type": variance_type, "prediction_type": prediction_type, "clip_sample": False}
+    cls(T, beta_schedule="cosine", loss_type="vlb", **options).save_pretrained(tmp_path)
+    scheduler = cls.from_pretrained(tmp_path)
+    assert scheduler.config.loss_type == "vlb"
+    out_channels = 6 if variance_type == "learned_range" else 3
+    convolution = torch.nn.Conv2d(3, out_channels, 3, padding=1).requires_grad_(False)
+
+    def network(x, timesteps):
+        return SimpleNamespace(sample=convolution(x))
+
+    bound = scheduler.variational_bound(network, sample, generator=torch.manual_seed(1))
+    generator, losses = torch.manual_seed(1), []
+    for t in range(T):
+        noise = torch.randn(sample.shape, generator=generator)
+        timesteps = torch.full((2,), t)
+        output = network(scheduler.add_noise(sample, noise, timesteps), timesteps).sample
+        losses.append(scheduler.training_loss(output, sample, noise, timesteps, reduction="none"))
+    torch.testing.assert_close(torch.stack(losses).mean(dim=0), bound.total - bound.prior, rtol=1e-4, atol=0)
+
+
+@BOTH
+def test_the_loss_vlb_weights_each_timestep_by_the_papers_factor(cls, chain, bits_of_levels):
+    """Ho et al. 2020, equation 12 with sigma_t^2 = tilde beta_t, and equation 13 at t = 0."""
+    scheduler = cls(loss_type="vlb")
+    c, (output, sample, noise) = chain(scheduler), random_batch()
+    timesteps = torch.tensor([0, 1, 500, 999])
+    loss = scheduler.training_loss(output, sample, noise, timesteps, reduction="none")
+    assert torch.equal(scheduler.training_loss(output, sample, noise, timesteps), loss.mean())
+    for i, t in enumerate(timesteps[1:].tolist(), start=1):
+        factor = c.beta[t] ** 2 / (2 * c.posterior_variance[t] * (1 - c.beta[t]) * (1 - c.alpha_bar[t]))
+        expected = 1000 * factor * (noise[i] - output[i]).square().mean() / math.log(2)
+        torch.testing.assert_close(loss[i].double(), expected, rtol=1e-3, atol=0)
+    x_0 = sample[0] + ((1 - c.alpha_bar[0]) / c.alpha_bar[0]).sqrt() * (noise[0] - output[0])
+    decoder = bits_of_levels(sample[0], x_0.double(), c.decoder_posterior_variance[0].sqrt())
+    assert loss[0].item() == pytest.approx(1000 * decoder.clamp(max=-math.log2(1e-12)).mean().item(), rel=1e-2)
+
+
+@BOTH
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_loss_vlb_trains_the_mean_and_the_variance(cls, prediction_type):
+    scheduler = cls(loss_type="vlb", variance_type="learned_range", prediction_type=prediction_type)
+    _, sample, noise = random_batch()
+    output = torch.randn(4, 6, 8, 8, generator=torch.manual_seed(0), requires_grad=True)
+    scheduler.training_loss(output, sample, noise, torch.tensor([1, 50, 500, 999])).backward()
+    assert torch.isfinite(output.grad).all()
+    assert (output.grad.unflatten(1, (2, 3)).abs().amax(dim=(2, 3, 4)) > 0).all()  # of each image, both halves
+
+
 def test_the_bound_passes_labels_and_is_deterministic_with_a_generator(gaussian):
     scheduler = TinyDDIMScheduler(num_train_timesteps=4)
     ideal, seen = gaussian(0.0, 0.3).network(scheduler), []
@@ -687,6 +741,9 @@ def test_the_bound_passes_labels_and_is_deterministic_with_a_generator(gaussian)
         ({"huber_delta": float("nan")}, "huber_delta"),
         ({"huber_schedule": "snr", "huber_delta": 1.0}, "huber_delta must be below 1"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
+        ({"loss_type": "vlb", "snr_gamma": 5.0}, "snr_gamma=5.0 means nothing to loss_type='vlb'"),
+        ({"loss_type": "vlb", "huber_delta": 0.1}, "huber_delta=0.1 means nothing to loss_type='vlb'"),
+        ({"loss_type": "vlb", "huber_schedule": "snr"}, "huber_schedule='snr' means nothing to loss_type='vlb'"),
         ({"clip_sample_range": -1.0}, "clip_sample_range"),
         ({"dynamic_thresholding_ratio": 0.0}, "dynamic_thresholding_ratio"),
         ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio"),

@@ -424,6 +424,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_stop_the_run(trai
     [
         (["--ddpm_beta_schedule", "cosin"], ["cosin", "cosine"]),
         (["--loss_type", "hubert"], ["hubert", "huber"]),
+        (["--loss_type", "vlb", "--snr_gamma", "5"], ["snr_gamma=5.0", "loss_type='vlb'", "leave it out"]),
         (["--prediction_type", "epsilom"], ["epsilom", "epsilon"]),
         (["--lr_scheduler", "cosin"], ["cosin", "cosine"]),
         (["--mixed_precision", "bf61"], ["bf61", "bf16"]),

@@ -8,14 +8,13 @@ by the hashes of its images: "the first thousand" or "a random half" depends on 
 import inspect
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import accelerate
-import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -23,27 +22,33 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .. import __version__, hardware
+from .. import hardware
 from ..data import ImageData, cache_root
 from ..data.folders import abbreviate
 from ..errors import UserError
 from ..files import replacing
 from ..paths import public_name
 from ..plots import image_grid
+from . import classifier as classifiers
 from . import features as extractors
 from . import images as image_sets
-from .features import Extractor
+from . import perceptual
+from .classifier import Classifier
+from .extraction import CACHE_FORMAT, FEATURE_BATCH, FeatureFiles, libraries
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
-from .measurement import FeatureSet, FeatureSets, ImageSet, Measurement
+from .measurement import FeatureSets, ImageSet, Measurement, OtherFigures, are_mostly_other, score_classes
 from .metrics import Estimate
 from .report import Protocol, Report
 
 
 Images = ImageData | np.ndarray | torch.Tensor | list[Image.Image]
 
-FEATURE_BATCH = 64
-_CACHE_FORMAT = 3  # raised when the same key would get other values
 _ENOUGH_IMAGES = 10_000  # the bias of a Frechet distance is small from here on, with any features
+_NAMES_OF_LEFT_OUT = {
+    "bits_per_dim": "Bits/dim were",
+    "classifier_score": "The score by a classifier of the data's classes was",
+    "feature_distance": "The perceptual distance was",
+}
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
 
 
@@ -94,7 +99,12 @@ def evaluate(
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")
-    no_likelihood = why_unavailable(pipe_or_images, reference, protocol)
+    left_out = {
+        "bits_per_dim": why_unavailable(pipe_or_images, reference, protocol),
+        "classifier_score": protocol.leave_out("classifier_score", classifiers.why_impossible(reference)),
+        "feature_distance": protocol.leave_out("feature_distance", perceptual.why_impossible(extractor)),
+    }
+    measured_metrics = [metric for metric in protocol.metrics if left_out.get(metric) is None]
     samples = cache_root() / "samples"
 
     # 1. Images
@@ -110,7 +120,7 @@ def evaluate(
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
-    files = _FeatureFiles(extractor, shape, state)
+    files = FeatureFiles(extractor, shape, state)
     generated = files.of_images(data, "the images", limit=protocol.num_images)
     real = files.of_images(reference, "the reference")
     seen = None
@@ -123,21 +133,30 @@ def evaluate(
     shared = 0 if training is None else image_sets.count_shared(reference.images.numpy(), training.images.numpy())
     sets = FeatureSets(generated, real, seen, baselines, shared)
 
-    # 3. Bits/dim
-    likelihood = None
-    if "bits_per_dim" in protocol.metrics and no_likelihood is None:
+    # 3. What is not computed from these features
+    others, likelihood, classifier = [], None, None
+    if "bits_per_dim" in measured_metrics:
         likelihood = measure_likelihood(pipe_or_images, real, protocol, samples, source["key"], state)
         source["likelihood"] = likelihood.describe()
+        others.append(OtherFigures({"bits_per_dim": likelihood.mean()}))
+    if "classifier_score" in measured_metrics:
+        is_other = training is not None and are_mostly_other(shared, len(reference))
+        with state.main_process_first():
+            classifier = classifiers.load_classifier(
+                *classifiers.split_real_images(reference, _with_labels_of(reference, training) if is_other else None)
+            )
+        others.append(_classify(classifier, data, base, sets, protocol, state))
+    if "feature_distance" in measured_metrics:
+        others.append(perceptual.measure_distances(files, generated, real))
 
     # 4. Metrics and report
     report = None
     if state.is_main_process:
-        bits_per_dim = None if likelihood is None else likelihood.mean()
-        measured = Measurement(protocol, extractor, sets, bits_per_dim)
+        measured = Measurement(protocol, extractor, sets, others)
         names = reference.id2label or {}
         report = Report(
             protocol=protocol.describe(),
-            measured_by=_measured_by(measured, training, likelihood, load),
+            measured_by=_measured_by(measured, training, likelihood, classifier, load),
             source=source,
             figures=_as_json(measured.figures),
             per_class={names.get(i, str(i)): _as_json(figures) for i, figures in measured.per_class.items()},
@@ -145,7 +164,7 @@ def evaluate(
                 kind: {"images": len(sets.compared(kind)[0]), "figures": _as_json(figures)}
                 for kind, figures in measured.baselines.items()
             },
-            warnings=[*notes, *_warnings(measured, training, likelihood, no_likelihood)],
+            warnings=[*notes, *_warnings(measured, training, likelihood, classifier, left_out)],
             versions=_versions(),
             command=command,
         )
@@ -209,14 +228,14 @@ def _draw_images(
     labels, id2label = _labels_to_draw(pipe, real, protocol)
     source = describe_pipeline(pipe, protocol, name)
     # The name decides no image; configs, libraries and the hardware do.
-    described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), _libraries()]
+    described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), libraries()]
     described += [state.device.type, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
     originals = None
     if reconstructs:
         described += [protocol.kind, real.fingerprint]
         originals = real.images.numpy()
         originals = originals[image_sets.order_of(originals)[: protocol.num_images]]
-    source["key"] = image_sets.digest(_CACHE_FORMAT, described)
+    source["key"] = image_sets.digest(CACHE_FORMAT, described)
 
     images = image_sets.sample(
         pipe,
@@ -300,62 +319,30 @@ def _labels_to_draw(
     return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
 
 
-# Features
+# A classifier of the data's classes
 
 
-class _FeatureFiles:
-    """
-    Features on disk, extracted once by all processes together.
-
-    They are in the package's cache, and a file's name is a hash of everything that its features depend on.
-    """
-
-    def __init__(self, extractor: Extractor, shape: tuple[int, int, int], state: PartialState):
-        self.extractor, self.state = extractor, state
-        self.dim = extractor(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
-        self.cache = cache_root() / "features"
-
-    def of_images(self, data: ImageData, desc: str, limit: int | None = None) -> ImageSet:
-        """Returns the features of images in the order of their hashes; of the first `limit` if given."""
-        images = data.images.numpy()
-        order = image_sets.order_of(images)[:limit]
-        labels = None if data.labels is None else data.labels.numpy()[order]
-        fingerprint = image_sets.fingerprint(images)
-        entry = self._entry(fingerprint, len(order))
-        features = self._extract(entry, len(order), lambda start, stop: images[order[start:stop]], desc)
-        return ImageSet(features, labels, data, order, fingerprint)
-
-    def of_baseline(self, kind: str, base: ImageSet, count: int) -> FeatureSet:
-        """Returns the features of `count` images of a baseline that is made from real images."""
-        labels = None
-        if kind == "blurred":  # real images, of which there may be fewer
-            count = min(count, len(base))
-            labels = None if base.labels is None else base.labels[:count]
-        entry = self._entry(base.fingerprint, kind, image_sets.BLUR_SIGMA, count)
-        draw = image_sets.BASELINES[kind](base.data.images.numpy(), base.order)
-        return FeatureSet(self._extract(entry, count, draw, kind), labels)
-
-    def _entry(self, *key: object) -> Path:
-        described = [self.extractor.name, self.extractor.preprocessing, self.state.device.type, _libraries()]
-        return self.cache / image_sets.digest(_CACHE_FORMAT, described, FEATURE_BATCH, *key)
-
-    def _extract(self, entry: Path, rows: int, read: Callable[[int, int], np.ndarray], desc: str) -> np.ndarray:
-        """Extracts the features (rows, D) of the images that `read(start, stop)` returns."""
-
-        def compute(start: int, stop: int) -> np.ndarray:
-            return self.extractor(torch.from_numpy(read(start, stop))).numpy()
-
-        shape, desc = (rows, self.dim), f"Features: {desc}"
-        return image_sets.fill(
-            entry, shape, np.float32, compute, batch_size=FEATURE_BATCH, state=self.state, desc=desc
-        )
+def _classify(
+    classifier: Classifier, data: ImageData, base: ImageSet, sets: FeatureSets, protocol: Protocol, state: PartialState
+) -> OtherFigures:
+    """Scores the images, and beside them held-out real images and the baselines that are made from `base`."""
+    files = FeatureFiles(classifier.extractor, tuple(data.images.shape[1:]), state)
+    count = len(sets.generated)
+    generated = files.of_images(data, "the images, by the classifier", limit=protocol.num_images)
+    baselines = {kind: files.of_baseline(kind, base, count) for kind in sets.baselines}
+    baselines["real"] = files.of_images(classifier.held_out, "held-out images, by the classifier", limit=count)
+    return score_classes(classifier.extractor, generated, baselines, protocol.num_jackknife)
 
 
 # Report
 
 
 def _measured_by(
-    measured: Measurement, training: ImageData | None, likelihood: Likelihood | None, load: dict[str, Any] | None
+    measured: Measurement,
+    training: ImageData | None,
+    likelihood: Likelihood | None,
+    classifier: Classifier | None,
+    load: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Returns everything that must agree before two reports can be compared."""
 
@@ -379,15 +366,21 @@ def _measured_by(
     if likelihood is not None:
         measured_by["likelihood_images"] = measured.protocol.likelihood_images
         measured_by["likelihood_levels"] = likelihood.levels
+    if classifier is not None:
+        measured_by["classifier"] = classifier.describe()
     if training is not None:
         measured_by["training"] = describe(training)
     return measured_by
 
 
 def _warnings(
-    measured: Measurement, training: ImageData | None, likelihood: Likelihood | None, no_likelihood: str | None
+    measured: Measurement,
+    training: ImageData | None,
+    likelihood: Likelihood | None,
+    classifier: Classifier | None,
+    left_out: dict[str, str | None],
 ) -> list[str]:
-    """Returns the caveats of the metrics."""
+    """Returns the caveats of the metrics; `left_out` has a reason for each metric that could not be measured."""
     protocol, sets = measured.protocol, measured.sets
     warnings = []
     if protocol.kind == "reconstructions":
@@ -425,10 +418,13 @@ def _warnings(
         warnings.append("The distance to the training set was not measured: no training set was given.")
     if "inception_score" in protocol.metrics and measured.extractor.classifier is None:
         warnings.append(f"The classifier score was not measured: '{protocol.features}' has no classifier.")
-    if no_likelihood is not None:
-        warnings.append(f"Bits/dim were not measured: {no_likelihood}.")
+    for metric, reason in left_out.items():
+        if reason is not None:
+            warnings.append(f"{_NAMES_OF_LEFT_OUT[metric]} not measured: {reason}.")
     if likelihood is not None:
         warnings.append(f"Bits/dim are {likelihood.describe()}.")
+    if classifier is not None:
+        warnings.append(classifier.summary())
     reference = sets.real.data
     if sets.shared == len(reference):
         warnings.append(
@@ -447,13 +443,8 @@ def _as_json(figures: dict[str, Estimate]) -> dict[str, dict]:
 
 
 def _versions() -> dict[str, str]:
-    libraries = {module.__name__: module.__version__ for module in (accelerate, np)}
-    return {"python": platform.python_version(), **_libraries(), **libraries}
-
-
-def _libraries() -> dict[str, str]:
-    """Returns the versions of what draws images and computes features."""
-    return {"tiny-diffusers": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    others = {module.__name__: module.__version__ for module in (accelerate, np)}
+    return {"python": platform.python_version(), **libraries(), **others}
 
 
 def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:

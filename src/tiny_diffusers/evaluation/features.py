@@ -39,6 +39,8 @@ INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, the network of Stein et al. 2023, arXiv 2306.04675
 EFFICIENTNET_SIZE = 128
 
+# The blocks of EfficientNet-Lite0 before its resolution is halved, and the last
+_EFFICIENTNET_LAYERS = (0, 2, 4, 10, 15)
 _PIXELS_SIDE = 32  # larger images are reduced to this: a 64x64 colour image would have 12,288 features
 
 
@@ -54,6 +56,8 @@ class Extractor:
             part of reports and of the keys of cached features: rewording one makes earlier reports incomparable.
         device (`torch.device`): Device of the network.
         classifier (`nn.Linear`, *optional*): Maps features to the network's logits, for the Inception Score.
+        layers (`Callable`, *optional*): uint8 (B, C, H, W) on the device -> the outputs of several layers, (B, channels,
+            height, width) each, for the perceptual distance.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Extractor:
     preprocessing: dict
     device: torch.device
     classifier: nn.Linear | None = None
+    layers: Callable[[torch.Tensor], list[torch.Tensor]] | None = None
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -148,6 +153,36 @@ def register(
 _REGISTERED: dict[str, Callable[[str, torch.device], Extractor]] = {}
 
 
+@torch.inference_mode()
+def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """
+    Computes the distance of each image to another one, from 0 for the same image to 4.
+
+    It is that of LPIPS (Zhang et al. 2018, arXiv 1801.03924, equation 1) with all channels' weights equal: at each position
+    of a layer the channels are scaled to unit length; the squared distances of these vectors are averaged over the
+    positions, and then over the layers.
+
+    Args:
+        extractor ([`Extractor`]): A network with layers: `efficientnet-lite0`, or a [`Classifier`]'s.
+        images, others (`torch.Tensor` of shape `(B, C, H, W)`): uint8 images, compared one by one.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: The distances, on the CPU.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If the extractor has no layers.
+    """
+    if extractor.layers is None:
+        raise UserError(
+            f"'{extractor.name}' has no layers, which the perceptual distance needs: use efficientnet-lite0."
+        )
+    distances = []
+    for a, b in zip(*(extractor.layers(x.to(extractor.device)) for x in (images, others)), strict=True):
+        a, b = (F.normalize(x.float(), dim=1) for x in (a, b))
+        distances.append((a - b).square().sum(1).mean((1, 2)))  # (B, channels, H, W) -> (B,)
+    return torch.stack(distances).mean(0).cpu()
+
+
 # Preprocessing
 
 
@@ -207,22 +242,29 @@ def _network_extractor(
     device: torch.device,
     call: Callable[[torch.Tensor], torch.Tensor] | None = None,
     classifier: nn.Linear | None = None,
+    layers: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
 ) -> Extractor:
-    """Returns an extractor around a network. `call` maps the inputs to features, if it is not the network itself."""
+    """
+    Returns an extractor around a network. `call` maps the inputs to features, if it is not the network itself, and
+    `layers` to the outputs of several layers.
+    """
     dtype = getattr(torch, preprocessing["dtype"])
     network = network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
     call = call or network
     mean, std = (255 * torch.tensor(v, device=device).reshape(-1, 1, 1) for v in (inputs.mean, inputs.std))
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
+    def prepare(images: torch.Tensor) -> torch.Tensor:
         images = images.float() if inputs.size is None else resize(images, inputs.size)  # one channel, if grey
-        images = (to_rgb(images) - mean) / std
-        output = call(images.to(dtype, memory_format=torch.channels_last))
+        return ((to_rgb(images) - mean) / std).to(dtype, memory_format=torch.channels_last)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        output = call(prepare(images))
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             raise UserError(f"The network of '{name}' must return features (B, D), a tensor of two dimensions.")
         return output
 
-    return Extractor(name, forward, preprocessing, device, classifier)
+    prepared_layers = None if layers is None else lambda images: layers(prepare(images))
+    return Extractor(name, forward, preprocessing, device, classifier, prepared_layers)
 
 
 # The built-in extractors
@@ -252,7 +294,14 @@ def _load_efficientnet(weights: None, dtype: str, device: torch.device) -> Extra
     def call(images: torch.Tensor) -> torch.Tensor:
         return network.extract_features(images).float().mean((2, 3))
 
-    extractor = _network_extractor("efficientnet-lite0", network, inputs, preprocessing, device, call)
+    def layers(images: torch.Tensor) -> list[torch.Tensor]:
+        outputs, hidden = [], network._swish(network._bn0(network._conv_stem(images)))
+        for block in network._blocks:
+            hidden = block(hidden)
+            outputs.append(hidden)
+        return [outputs[i] for i in _EFFICIENTNET_LAYERS]
+
+    extractor = _network_extractor("efficientnet-lite0", network, inputs, preprocessing, device, call, layers=layers)
     extractor.classifier = copy.deepcopy(network._fc).float().cpu()  # of features, which are float32 on the CPU
     return extractor
 

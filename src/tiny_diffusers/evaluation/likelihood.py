@@ -10,13 +10,12 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..data import ImageData, normalize
-from ..errors import UserError
 from ..pipelines.pipeline_tiny import image_generators, objective_of
 from ..schedulers.scheduling_tiny_continuous import MAX_EXACT_DIMENSIONS
 from .images import IMAGE_TYPES, digest, fill
 from .measurement import ImageSet
 from .metrics import Estimate
-from .report import METRICS, Protocol
+from .report import Protocol
 
 
 # pipelines with their own `bits_per_dim` -> its kind
@@ -71,9 +70,7 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):
         reason = f"a {type(scheduler).__name__} has no likelihood; use {_SCHEDULERS[objective_of(scheduler)]}"
-    if reason is not None and set(protocol.metrics) != set(METRICS):
-        raise UserError(f"Leave out the metric bits_per_dim: {reason}.")
-    return reason
+    return protocol.leave_out("bits_per_dim", reason)
 
 
 def measure_likelihood(

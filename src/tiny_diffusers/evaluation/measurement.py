@@ -1,6 +1,6 @@
 """All metrics of a protocol, computed from features: of the images, of each class, and of the baselines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -60,7 +60,7 @@ class FeatureSets:
     @property
     def has_other_real_images(self) -> bool:
         """True if there are real images beside the reference: a training set that shares less than half of its images."""
-        return self.training is not None and 2 * self.shared < len(self.real)
+        return self.training is not None and are_mostly_other(self.shared, len(self.real))
 
     @cached_property
     def real_against_real(self) -> tuple[FeatureSet, FeatureSet]:
@@ -79,6 +79,15 @@ class FeatureSets:
         return metrics.nearest_neighbours(self.generated.features, self.training.features)
 
 
+@dataclass
+class OtherFigures:
+    """Metrics that are not computed from the protocol's features."""
+
+    generated: dict[str, Estimate]
+    baselines: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    per_class: dict[int, dict[str, Estimate]] = field(default_factory=dict)
+
+
 class Measurement:
     """
     Metrics of a protocol.
@@ -87,7 +96,7 @@ class Measurement:
         protocol ([`Protocol`]): The protocol.
         extractor ([`Extractor`]): The extractor of the features, for its classifier.
         sets ([`FeatureSets`]): The features.
-        bits_per_dim ([`Estimate`] or None): Bits/dim of real images, which do not depend on features.
+        others (list of [`OtherFigures`]): Metrics that do not depend on these features.
 
     Attributes:
         figures (`dict[str, Estimate]`): metric -> value.
@@ -95,13 +104,11 @@ class Measurement:
         baselines (`dict[str, dict[str, Estimate]]`): baseline -> metric -> value.
     """
 
-    def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, bits_per_dim: Estimate | None):
+    def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, others: list[OtherFigures]):
         self.protocol, self.extractor, self.sets = protocol, extractor, sets
         self.figures = self._compare(sets.generated, sets.real)
         if protocol.num_jackknife:
             self._add_frechet_errors(protocol.num_jackknife)
-        if bits_per_dim is not None:
-            self.figures["bits_per_dim"] = bits_per_dim
         self.baselines = {
             name: self._compare(*sets.compared(name), extrapolate=name == "real") for name in protocol.baselines
         }
@@ -111,6 +118,11 @@ class Measurement:
             self._measure_classes()
         if "nearest_neighbour" in protocol.metrics and sets.training is not None:
             self._measure_neighbours()
+        for other in others:
+            self.figures |= other.generated
+            for ours, theirs in ((self.baselines, other.baselines), (self.per_class, other.per_class)):
+                for name in ours.keys() & theirs.keys():
+                    ours[name] |= theirs[name]
 
     def _compare(self, judged: FeatureSet, real: FeatureSet, extrapolate: bool = True) -> dict[str, Estimate]:
         """Computes the metrics of one set against real images. Sets that are too small for a metric go without it."""
@@ -177,6 +189,39 @@ class Measurement:
         if "real" in self.baselines:
             self.baselines["real"]["nearest_neighbour"] = Estimate(float(np.median(unseen)))
             self.baselines["real"]["near_copies"] = Estimate(0.01)
+
+
+def are_mostly_other(shared: int, count: int) -> bool:
+    """Checks that less than half of `count` images are shared with another set."""
+    return 2 * shared < count
+
+
+def score_classes(
+    extractor: Extractor, generated: FeatureSet, baselines: dict[str, FeatureSet], num_groups: int
+) -> OtherFigures:
+    """
+    Computes the scores of a classifier of the data's own classes.
+
+    Args:
+        extractor ([`Extractor`]): The classifier.
+        generated ([`FeatureSet`]): Its features of the images. With labels, the share of images that the classifier
+            assigns to their class is computed too.
+        baselines (`dict[str, FeatureSet]`): Its features of the baselines' images.
+        num_groups (`int`): Groups of the jackknife for the standard error of the score.
+    """
+
+    def score(images: FeatureSet) -> tuple[dict[str, Estimate], np.ndarray | None]:
+        probabilities = extractor.probabilities(images.features)
+        figures, agrees = {"classifier_score": metrics.classifier_score(probabilities, num_groups)}, None
+        if generated.labels is not None and images.labels is not None:
+            agrees = probabilities.argmax(1) == images.labels
+            figures["classifier_agreement"] = _share(agrees)
+        return figures, agrees
+
+    figures, agrees = score(generated)
+    classes = [] if agrees is None else np.unique(generated.labels)
+    per_class = {int(k): {"classifier_agreement": _share(agrees[generated.labels == k])} for k in classes}
+    return OtherFigures(figures, {name: score(images)[0] for name, images in baselines.items()}, per_class)
 
 
 def _diversity(judged: FeatureSet, real: FeatureSet) -> dict[str, Estimate]:

@@ -377,14 +377,44 @@ def inception_score(probabilities: np.ndarray, num_splits: int = 10) -> Estimate
     Returns:
         [`Estimate`]: The mean over the parts, and their standard deviation.
     """
-    scores = []
-    for part in np.array_split(probabilities.astype(np.float64), min(num_splits, len(probabilities))):
-        marginal = part.mean(0)
-        terms = part * (np.log(np.maximum(part, 1e-300)) - np.log(np.maximum(marginal, 1e-300)))
-        scores.append(np.exp(terms.sum(1).mean()))
+    parts = np.array_split(probabilities, min(num_splits, len(probabilities)))
+    scores = [np.exp(_mutual_information(part)) for part in parts]
     if num_splits == 1:
         return Estimate(float(scores[0]))
     return Estimate(float(np.mean(scores)), float(np.std(scores)), f"standard deviation over {len(scores)} parts")
+
+
+def classifier_score(probabilities: np.ndarray, num_groups: int) -> Estimate:
+    """
+    Computes the formula of the Inception Score, with any classifier, over all images at once.
+
+    Args:
+        probabilities (`np.ndarray` of shape `(N, K)`): Probabilities of the classifier.
+        num_groups (`int`): Groups of the jackknife for the standard error; 0 for none.
+
+    Returns:
+        [`Estimate`]: The score, from 1 to K.
+    """
+    score = float(np.exp(_mutual_information(probabilities)))
+    num_groups = min(num_groups, len(probabilities))
+    if num_groups < 4:
+        return Estimate(score)
+    groups = np.arange(len(probabilities)) % num_groups
+    errors = jackknife(
+        lambda *left_out: np.exp(_mutual_information(probabilities[~np.isin(groups, left_out)])), num_groups
+    )
+    return Estimate(score, errors.statistic, f"standard error over images: jackknife of {num_groups} groups")
+
+
+def _mutual_information(probabilities: np.ndarray) -> float:
+    """Computes E KL(p(y | x) || p(y)) in nats, the information that an image gives of its class."""
+    probabilities = probabilities.astype(np.float64)
+    marginal = probabilities.mean(0)
+
+    def negentropy(p: np.ndarray) -> np.ndarray:
+        return (p * np.log(np.maximum(p, 1e-300))).sum(-1)
+
+    return float(negentropy(probabilities).mean() - negentropy(marginal))
 
 
 def nearest_neighbours(features: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

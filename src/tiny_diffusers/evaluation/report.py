@@ -32,12 +32,14 @@ Metric = Literal[
     "diversity",
     "nearest_neighbour",
     "bits_per_dim",
+    "classifier_score",
+    "feature_distance",
 ]
 Baseline = Literal["real", "blurred", "pixel_gaussian", "noise"]
 
 METRICS: tuple[str, ...] = get_args(Metric)
 BASELINES: tuple[str, ...] = get_args(Baseline)
-_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim")  # not measured by default
+_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance")  # not by default
 # names that these metrics have elsewhere -> what gives them here
 _MEANT = {
     "fid": "frechet_distance with --features inception",
@@ -46,6 +48,7 @@ _MEANT = {
     "nll": "bits_per_dim",
     "bpd": "bits_per_dim",
     "likelihood": "bits_per_dim",
+    "lpips": "feature_distance",
     **dict.fromkeys(("precision", "recall"), "precision_recall"),
     **dict.fromkeys(("density", "coverage"), "density_coverage"),
     **dict.fromkeys(("memorization", "near_copies"), "nearest_neighbour"),
@@ -63,7 +66,7 @@ FIGURES = {
     "frechet_distance": ("Frechet distance", "FID", True),
     "frechet_infinity": ("Frechet distance at infinity", "FID at infinity", True),
     "kernel_distance": ("Kernel distance", "KID", True),
-    "inception_score": ("Classifier score", "Inception Score", False),
+    "inception_score": ("Classifier score (the features' classes)", "Inception Score", False),
     "precision": ("Precision", "Precision", False),
     "recall": ("Recall", "Recall", False),
     "density": ("Density", "Density", False),
@@ -73,6 +76,9 @@ FIGURES = {
     "nearest_neighbour": ("Median distance to the training set", "Median distance to the training set", None),
     "near_copies": ("Nearer to it than 99 % of real images", "Nearer to it than 99 % of real images", True),
     "bits_per_dim": ("Bits/dim", "Bits/dim", True),
+    "classifier_score": (*2 * ("Classifier score (the data's classes)",), False),
+    "classifier_agreement": (*2 * ("Agreement by the data's classifier",), False),
+    "feature_distance": (*2 * ("Perceptual distance of pairs (unweighted)",), None),
 }
 BASELINE_NAMES = {
     "real": "real against real",
@@ -112,7 +118,9 @@ class Protocol(Flags):
         10_000, "Number of images to draw, reconstruct, or take from a folder.", within="[2, 10000000]"
     )
     num_jackknife: int = flag(
-        20, "Groups of the jackknife for the Frechet distances' standard errors; 0 for none.", within="[0, inf)"
+        20,
+        "Groups of the jackknife for the standard errors of Frechet distances and classifier_score; 0 for none.",
+        within="[0, inf)",
     )
     baselines: list[Literal[Baseline, "none"]] = flag(list(BASELINES), f"Baselines: {', '.join(BASELINES)}, or none.")
     max_neighbours: int = flag(
@@ -141,6 +149,19 @@ class Protocol(Flags):
                     raise unknown(what, name, allowed, _MEANT if what == "metric" else None)
         if 0 < self.num_jackknife < 4:
             raise UserError(f"num_jackknife {self.num_jackknife}: it must be 0, or 4 or more.")
+
+    def leave_out(self, metric: str, reason: str | None) -> str | None:
+        """
+        Returns the reason why a metric cannot be measured if it is asked for by "all"; None if it is not asked for.
+
+        Raises:
+            [`~tiny_diffusers.errors.UserError`]: If there is a reason and the metric is asked for by its name.
+        """
+        if reason is None or metric not in self.metrics:
+            return None
+        if set(self.metrics) != set(METRICS):
+            raise UserError(f"Leave out the metric {metric}: {reason}.")
+        return reason
 
     def describe(self) -> dict[str, Any]:
         """Returns the fields as a report holds them, with the feature weights by their last name."""
@@ -310,12 +331,16 @@ class Report:
                 "dataset_name": reference["name"],
                 "dataset_split": reference["split"],
                 "metric_type": figure,
-                "metric_name": f"{self.label(figure)} ({self.protocol['features']}, {self.images})",
+                "metric_name": f"{self.label(figure)} ({self._features_of(figure)}{self.images})",
                 "metric_value": round(entry["value"], 6),
                 "metric_args": {key: entry[key] for key in ("error", "error_kind") if entry[key] is not None} or None,
             }
             for figure, entry in self.figures.items()
         ]
+
+    def _features_of(self, figure: str) -> str:
+        """Returns the features of a metric, with a comma; none of those by the data's own classifier."""
+        return "" if figure.startswith("classifier_") else f"{self.protocol['features']}, "
 
 
 # The parts of a report that are read, with their types; those after "?" may be missing.
@@ -427,11 +452,14 @@ def compare(reports: dict[str, Report]) -> str:
         [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
     """
     for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
-        ignored = {"load", "file", "name"}  # the same images and weights may come from different places
+        # The same images and weights may come from different places, and the same training may round differently.
+        ignored = {"load", "file", "name", "accuracy"}
         if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
             ignored |= {"likelihood_images", "likelihood_levels"}
+        if not ("classifier_score" in first.figures and "classifier_score" in other.figures):
+            ignored.add("classifier")
         one, two = (
             {"report version": report.format, "kind": report.kind, **report.measured_by} for report in (first, other)
         )

@@ -101,7 +101,9 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
     variance_type: (
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"] | None
     ) = flag(None, "Variance of the reverse process; fixed_small if not given.", **_OF_BETAS)
-    loss_type: Literal[CHOICES["loss_type"]] | None = flag(None, "Loss of a pixel; l2 if not given.", **_OF_BETAS)
+    loss_type: Literal[CHOICES["loss_type"]] | None = flag(
+        None, "Loss of a pixel, or vlb: the variational bound in bits/dim; l2 if not given.", **_OF_BETAS
+    )
     huber_delta: float | None = flag(None, "Delta of the Huber losses.", within="(0, inf)", **_OF_BETAS)
     huber_schedule: Literal[CHOICES["huber_schedule"]] | None = flag(
         None, "Delta over the timesteps; constant if not given.", **_OF_BETAS
