@@ -31,7 +31,7 @@ V = ["--prediction_type", "v_prediction", "--learning_rate", "1e-3"]
 FLOW = ["--prediction_type", "flow", "--learning_rate", "1e-3"]
 EDM = ["--prediction_type", "edm"]
 ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
-NARROW = ["--block_out_channels", "64", "64", "128", "--attention", "none", "full", "none"]
+WIDE = ["--block_out_channels", "64", "128", "128", "--attention", "none", "full", "none"]
 PATCH_4 = ["--patch_size", "4", "--block_out_channels", "128", "128", "--attention", "full", "none"]
 LEVERS = {
     "the defaults": [],
@@ -46,7 +46,7 @@ LEVERS = {
     "warm-up stable decay": ["--lr_scheduler", "warmup_stable_decay"],
     "batch 16": ["--train_batch_size", "16"],
     "batch 64": ["--train_batch_size", "64"],
-    "widths 64, 64, 128": NARROW,
+    "widths 64, 128, 128": WIDE,
     "patch 4": PATCH_4,
 }
 

@@ -80,8 +80,9 @@ def default_network(resolution: int) -> dict[str, Any]:
         network["patch_size"] = 2
     if resolution % 8:  # such as 28 or 30, which cannot be halved once more
         return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
-    attention = ["none", "none", "full"] if resolution >= 48 else ["none", "full", "none"]
-    return network | {"block_out_channels": [64, 128, 128], "attention": attention}
+    if resolution < 48:
+        return network | {"block_out_channels": [64, 64, 128], "attention": ["none", "full", "none"]}
+    return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"]}
 
 
 def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
