@@ -26,6 +26,7 @@ _MODULES = {
     "TinyFlowMatchScheduler": "schedulers.scheduling_tiny_flow_match",
     "TinyEDMScheduler": "schedulers.scheduling_tiny_edm",
     "TinyUNet2DModel": "models.unet_tiny",
+    "TinyTransformer2DModel": "models.transformer_tiny",
     "TinyPixelCNNModel": "models.pixelcnn_tiny",
     "TinyVAEModel": "models.vae_tiny",
     "TinyDCGANGenerator": "models.dcgan_tiny",
@@ -48,6 +49,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
     from .models.pixelcnn_tiny import TinyPixelCNNModel
+    from .models.transformer_tiny import TinyTransformer2DModel
     from .models.unet_tiny import TinyUNet2DModel
     from .models.vae_tiny import TinyVAEModel
     from .pipelines.pipeline_tiny import TinyPipeline

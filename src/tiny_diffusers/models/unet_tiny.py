@@ -10,10 +10,9 @@ compute their gradient two to five times faster than torch does. Additions are i
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
+    TimeEmbedding,
     check_choice,
     check_dropout,
     check_levels,
     check_parameters,
-    check_range,
     check_shape,
     check_sizes,
     embed_classes,
+    self_attention,
 )
 
 
@@ -244,43 +243,6 @@ class ResidualBlock(nn.Module):
         return h.mul_(math.sqrt(0.5)) if self.skip_rescale else h
 
 
-class _CPUAttention(torch.autograd.Function):
-    """
-    Computes `softmax(q k^T / sqrt(d)) v` on a CPU. Its gradient takes a fifth to a half of the time of
-    `scaled_dot_product_attention`'s: it recomputes the probabilities, a few images at a time to fit the cache.
-    """
-
-    ELEMENTS_AT_ONCE = 2**20  # elements of the probabilities that are held at a time
-
-    @staticmethod
-    def forward(ctx, qkv: torch.Tensor) -> torch.Tensor:
-        """(B, L, 3, heads, d) -> (B, L, heads, d)"""
-        ctx.save_for_backward(qkv)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        (qkv,) = ctx.saved_tensors
-        B, L, _, heads, d = qkv.shape
-        images = max(1, _CPUAttention.ELEMENTS_AT_ONCE // (heads * L * L))
-        grads = torch.empty_like(qkv)
-        for qkv_part, grad_part, out in zip(*(t.split(images) for t in (qkv, grad, grads)), strict=True):
-            q, k, v = qkv_part.permute(2, 0, 3, 1, 4).reshape(3, -1, L, d)  # (images * heads, L, d) each
-            do = grad_part.transpose(1, 2).reshape(-1, L, d)
-            q = q * d**-0.5
-            p = torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1)  # (images * heads, L, L)
-            dp = torch.bmm(do, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dv = torch.bmm(p.transpose(1, 2), do)
-            dq = torch.bmm(ds, k) * d**-0.5
-            dk = torch.bmm(ds.transpose(1, 2), q)
-            for i, g in enumerate((dq, dk, dv)):
-                out[:, :, i] = g.view(-1, heads, L, d).transpose(1, 2)
-        return grads
-
-
 class AttentionBlock(nn.Module):
     """
     Self-attention over the positions of the feature map, with a residual connection. It starts as the identity.
@@ -315,13 +277,10 @@ class AttentionBlock(nn.Module):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """(B, L, 3, heads, d) -> (B, L, heads, d)"""
-        if self.kind == "full" and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _CPUAttention.apply(qkv)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
         if self.kind == "full":
-            h = F.scaled_dot_product_attention(q, k, v)
-        else:
-            h = q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-1, -2) @ v)
+            return self_attention(qkv)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
+        h = q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-1, -2) @ v)
         return h.transpose(1, 2)
 
 
@@ -360,61 +319,6 @@ def _upsample(channels: int, kind: str) -> nn.Module:
     if kind == "bilinear":
         return nn.Upsample(scale_factor=2.0, mode="bilinear")
     return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-
-
-class TimeEmbedding(nn.Module):
-    """
-    Embedding of the timestep: features, linear, activation, linear.
-
-    Args:
-        kind (`str`):
-            `"sinusoidal"` (arXiv 1706.03762), `"fourier"` (Gaussian Fourier features of t / T, arXiv 2006.10739), or
-            `"learned"` (a vector for each timestep, which is rounded to an integer).
-        num_features (`int`): Number of features, even.
-        embedding_dim (`int`): Size `D` of the embedding.
-        act_fn (`str`): `"silu"` or `"gelu"`.
-        num_train_timesteps (`int`): Number `T` of timesteps.
-    """
-
-    FOURIER_SCALE = 16.0  # standard deviation of the frequencies, as in arXiv 2011.13456
-
-    def __init__(self, kind: str, num_features: int, embedding_dim: int, act_fn: str, num_train_timesteps: int):
-        super().__init__()
-        self.kind = kind
-        self.num_train_timesteps = num_train_timesteps
-        self.table = nn.Embedding(num_train_timesteps, num_features) if kind == "learned" else None
-        self.linear1 = nn.Linear(num_features, embedding_dim)
-        self.act = ACTIVATIONS[act_fn]()
-        self.linear2 = nn.Linear(embedding_dim, embedding_dim)
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B,) -> (B, D)"""
-        if self.table is not None:
-            index = timesteps.round().long()
-            check_range("timestep", index, self.num_train_timesteps)
-            features = self.table(index)
-        else:
-            features = self.features(timesteps.float()).to(self.linear1.weight.dtype)
-        return self.linear2(self.act(self.linear1(features)))
-
-    def features(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Computes cosines and sines in float32, whatever the dtype of the weights: (B,) -> (B, num_features)"""
-        half = self.linear1.in_features // 2
-        i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        if self.kind == "sinusoidal":
-            frequencies = torch.exp(-math.log(10000) / half * i)
-        else:
-            # quantiles of |N(0, scale^2)| instead of random draws, which would have to be stored and could be rounded
-            quantiles = torch.tensor(_half_normal_quantiles(half), device=timesteps.device)
-            frequencies = 2 * math.pi * self.FOURIER_SCALE * quantiles / self.num_train_timesteps
-        angles = timesteps[:, None] * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-@cache
-def _half_normal_quantiles(count: int) -> list[float]:
-    """Returns the quantiles (i + 1/2) / count of |N(0, 1)|."""
-    return [statistics.NormalDist().inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]
 
 
 @dataclass
