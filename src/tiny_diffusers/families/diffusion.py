@@ -22,6 +22,7 @@ from ..schedulers.scheduling_tiny_edm import TinyEDMScheduler
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
 from ..training.arguments import Optimizer, TrainingArguments
 from ..training.family import Batch, Family, class_grid, load_pretrained
+from .transformers import TransformerArguments
 from .unets import ConditionalUNetArguments, UNetArguments
 
 
@@ -54,7 +55,7 @@ TinyScheduler = TinyDDIMScheduler | TinyDDPMScheduler | TinyFlowMatchScheduler |
 
 
 @dataclass(frozen=True)
-class DiffusionArguments(UNetArguments, TrainingArguments):
+class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments):
     """The forward process, the loss and the network."""
 
     SCRIPT: ClassVar[str] = "unconditional"
@@ -67,6 +68,8 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         "norm_num_groups": 4,
         "attention": ["linear"],
         "mid_attention": "linear",
+        "num_layers": 1,
+        "num_attention_heads": 1,
     }
 
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process (not used by edm).", within="[1, 100000]")
@@ -129,11 +132,16 @@ class DiffusionArguments(UNetArguments, TrainingArguments):
         within="[0, inf)",
     )
 
+    network: Literal["unet", "transformer"] | None = flag(
+        None, "The network, unless it is loaded; if not given, that of the preset, or unet.", decides=("network",)
+    )
     model_config_name_or_path: str | None = flag(
         None, "JSON file or folder of a network's configuration, with its class in it.", decides=("network",)
     )
     preset: str | None = flag(
-        None, "One of the reports' networks by its name, such as self-attention-2-levels.", decides=("network",)
+        None,
+        "A network by its name: one of the reports', such as self-attention-2-levels, or of DiT, such as dit-s-2.",
+        decides=("network",),
     )
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """The network of the diffusion families: its options, its defaults by resolution, and where it comes from."""
 
 import dataclasses
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from ..errors import UserError, refusals, unknown
 from ..files import load_json
 from ..flags import flag
 from ..hardware import default_device
-from ..models.unet_tiny import CHOICES, PRESETS, TinyUNet2DModel
+from ..models import transformer_tiny, unet_tiny
+from ..models.transformer_tiny import TinyTransformer2DModel
+from ..models.unet_tiny import CHOICES, TinyUNet2DModel
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, objective_of, try_stock_network
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
+from .transformers import TransformerArguments, default_transformer, warn_of_costly_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -87,27 +91,54 @@ def default_network(resolution: int) -> dict[str, Any]:
 
 def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     """
-    Resolves the options of the network that the arguments leave open. A preset and a loaded network have theirs: there
-    only what was asked for stays.
+    Resolves which network it is, and the options that the arguments leave open. A preset and a loaded network have theirs:
+    there only what was asked for stays.
+
+    Raises:
+        UserError: If an option of the other network is asked for.
     """
+    nothing = dict.fromkeys(network_options(arguments))
     if arguments.pretrained_model_name_or_path or arguments.model_config_name_or_path:
-        asked = asked_options(arguments)
-        return {name: asked.get(name) for name in network_options(arguments)}
-    options = network_options(arguments)
+        return nothing | asked_options(arguments)
+    network = _network_name(arguments)
+    given = {name: value for name, value in network_options(arguments).items() if value is not None}
+    for name in given.keys() & _foreign_options(arguments, network):
+        del given[name]
+        if name in asked_options(arguments):  # --smoke has options of both
+            other = "transformer" if network == "unet" else "unet"
+            raise UserError(
+                f"--{name}: the network is a {network}, which has no such option: leave it out, or give --network {other}."
+            )
     if arguments.preset:
-        return options
-    given = {name: value for name, value in options.items() if value is not None}
-    if "block_out_channels" in given and "attention" not in given:
-        given["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
-    return options | default_network(data.images.shape[-1]) | given
+        defaults = {}
+    elif network == "transformer":
+        defaults = default_transformer(data.images.shape[-1])
+    else:
+        defaults = default_network(data.images.shape[-1])
+        if "block_out_channels" in given:
+            defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
+    return {"network": network} | nothing | defaults | given
+
+
+def _network_name(arguments: UNetArguments) -> str:
+    """Returns the network that is asked for: by its name, or by a preset of it."""
+    return arguments.network or ("transformer" if arguments.preset in transformer_tiny.PRESETS else "unet")
+
+
+def _foreign_options(arguments: UNetArguments, network: str) -> set[str]:
+    """Returns the names of the options that belong to the other network alone."""
+    if network == "unet":
+        return {field.name for field in dataclasses.fields(TransformerArguments)}
+    return network_options(arguments).keys() - inspect.signature(TinyTransformer2DModel).parameters.keys()
 
 
 def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: int | None = None) -> nn.Module:
     """
-    Builds the network: a checkpoint's, a configuration's, or [`TinyUNet2DModel`] by its options.
+    Builds the network: a checkpoint's, a configuration's, or a [`TinyUNet2DModel`] or [`TinyTransformer2DModel`] by its
+    options.
 
     Args:
-        settings ([`TrainingArguments`]): With the fields of [`UNetArguments`].
+        settings ([`TrainingArguments`]): With the fields of [`UNetArguments`] and [`TransformerArguments`].
         data ([`ImageData`]): The images, for their size and channels and, with classes, their names.
         num_class_embeds (`int`, *optional*): Number of classes.
 
@@ -135,10 +166,14 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
             unet = _apply_flags(_configured_unet(settings, fixed), settings)
         else:
             torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-            unet = TinyUNet2DModel(**{**_unet_options(settings, data), **fixed})
+            network_class = TinyTransformer2DModel if _network_name(settings) == "transformer" else TinyUNet2DModel
+            unet = network_class(**{**_unet_options(settings, data), **fixed})
     _check_time_embedding(unet, settings)
-    if isinstance(unet, TinyUNet2DModel) and default_device().type == "cpu":
-        _warn_of_costly_attention(unet)
+    if default_device().type == "cpu":
+        if isinstance(unet, TinyUNet2DModel):
+            _warn_of_costly_attention(unet)
+        elif isinstance(unet, TinyTransformer2DModel):
+            warn_of_costly_tokens(unet, _COSTLY_POSITIONS)
     return unet
 
 
@@ -158,16 +193,23 @@ def _check_time_embedding(unet: nn.Module, settings: TrainingArguments) -> None:
 
 def _unet_options(settings: UNetArguments, data: ImageData) -> dict[str, Any]:
     """Returns the options of a new network: a preset's, or the resolved ones, and over them what was given."""
-    if settings.preset is not None and settings.preset not in PRESETS:
-        raise unknown("--preset", settings.preset, PRESETS)
     options = {name: value for name, value in resolve_unet(settings, data).items() if value is not None}
+    presets = (transformer_tiny if options.pop("network") == "transformer" else unet_tiny).PRESETS
+    if settings.preset is not None and settings.preset not in presets:
+        raise unknown("--preset", settings.preset, presets)
     if len(options.get("attention", ())) == 1:
         options["attention"] = options["attention"][0]  # one name for all levels
-    return {**PRESETS[settings.preset], **options} if settings.preset else options
+    return {**presets[settings.preset], **options} if settings.preset else options
 
 
 def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
     """Applies `--dropout` to a loaded network of ours, as it has no weights; any other flag must fit the network."""
+    network_class = {"unet": TinyUNet2DModel, "transformer": TinyTransformer2DModel}.get(settings.network)
+    if network_class is not None and not isinstance(unet, network_class):
+        source = settings.pretrained_model_name_or_path or settings.model_config_name_or_path
+        raise UserError(
+            f"--network {settings.network}: the network of {source} is a {type(unet).__name__}: leave it out."
+        )
     config = dict(unet.config)
     if isinstance(unet, TinyUNet2DModel):
         levels = len(config["block_out_channels"])
@@ -176,10 +218,11 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
         if settings.attention is not None and len(settings.attention) == 1:
             settings = dataclasses.replace(settings, attention=settings.attention * levels)
         config["time_embedding_dim"] = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
-        if settings.dropout is not None and settings.dropout != config["dropout"]:
-            dropping = TinyUNet2DModel.from_config(unet.config, dropout=settings.dropout)
-            dropping.load_state_dict(unet.state_dict())
-            unet, config["dropout"] = dropping, settings.dropout
+    is_stock = isinstance(unet, UNet2DModel)
+    if not is_stock and settings.dropout is not None and settings.dropout != config["dropout"]:
+        dropping = type(unet).from_config(unet.config, dropout=settings.dropout)
+        dropping.load_state_dict(unet.state_dict())
+        unet, config["dropout"] = dropping, settings.dropout
     check_network_flags(settings, config)
     return unet
 
@@ -284,7 +327,7 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
         class_name = str(config.get("_class_name"))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--model_config_name_or_path: {path} is not a network's config.json ({error}).") from error
-    classes = {"TinyUNet2DModel": TinyUNet2DModel, "UNet2DModel": UNet2DModel}
+    classes = {each.__name__: each for each in (TinyUNet2DModel, TinyTransformer2DModel, UNet2DModel)}
     if class_name not in classes:
         raise unknown(f"_class_name in {path}", class_name, classes)
     config |= fixed

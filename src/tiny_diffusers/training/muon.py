@@ -1,4 +1,7 @@
-"""The Muon optimizer (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for convolutional networks."""
+"""
+The Muon optimizer (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for convolutional networks and
+transformers.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -109,12 +112,19 @@ class Muon(torch.optim.Optimizer):
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """
-    Splits a network's parameters into those that Muon trains, the weights of all convolutions but the first and the last,
-    and the others: these two, linear layers, embeddings, norms and biases.
+    Splits a network's parameters into those that Muon trains and the others. Muon trains the weights of all convolutions
+    but the first and the last or, in a network without convolutions, of the linear layers in its repeated blocks. Others
+    are first and last layers, embeddings, norms, biases, and linear layers beside convolutions.
     """
     parameters = list(module.parameters())
-    convolutions = [parameter for parameter in parameters if parameter.ndim == 4]
-    matrices = dict.fromkeys(convolutions[1:-1])
+    matrices = [parameter for parameter in parameters if parameter.ndim == 4]
+    if matrices:
+        matrices = matrices[1:-1]
+    else:
+        names = getattr(module, "_repeated_blocks", None) or ()
+        blocks = [block for block in module.modules() if type(block).__name__ in names]
+        matrices = [parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2]
+    matrices = dict.fromkeys(matrices)
     return list(matrices), [parameter for parameter in parameters if parameter not in matrices]
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..data import ImageData
 from ..runs import RunFolder
-from .arguments import Arguments, TrainingArguments, is_open, read_settings, saved_settings
+from .arguments import Arguments, TrainingArguments, is_open, network_options, read_settings, saved_settings
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     earlier = read_settings(RunFolder(settings.output_dir).config, type(settings))
     open_options = [name for name in options if getattr(arguments, name) is None and earlier.get(name) is not None]
     values = {name: earlier[name] for name in open_options}
+    if "network" in open_options:  # with its options: those of the other network stay None
+        left_open = [name for name, value in network_options(arguments).items() if value is None]
+        values |= {name: earlier.get(name) for name in left_open}
     minutes = settings.max_train_minutes
     if settings.max_train_steps is None and minutes is not None and minutes == earlier.get("max_train_minutes"):
         values |= {name: earlier[name] for name in MEASURED if name in earlier and is_open(settings, name)}
