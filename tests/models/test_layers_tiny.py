@@ -1,13 +1,24 @@
-"""The class weights, the checks and the limits that the networks share."""
+"""The embeddings, the attention, the class weights, the checks and the limits that the networks share."""
 
 import inspect
+import math
 import typing
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tiny_diffusers import models
-from tiny_diffusers.models.layers_tiny import SIZES, check_choice, check_shape, check_sizes, class_weights
+from tiny_diffusers.models.layers_tiny import (
+    SIZES,
+    TimeEmbedding,
+    _CPUAttention,
+    check_choice,
+    check_shape,
+    check_sizes,
+    class_weights,
+    self_attention,
+)
 
 
 K = 3
@@ -40,6 +51,41 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         class_weights(labels, 2, K, TABLE)
 
 
+def test_attention_has_the_gradient_of_its_equation():
+    qkv = torch.randn(3, 7, 3, 2, 5, dtype=torch.float64, requires_grad=True)  # (B, L, 3, heads, d)
+    assert torch.autograd.gradcheck(_CPUAttention.apply, (qkv,))
+
+
+def test_attention_is_the_same_for_a_few_images_at_a_time(monkeypatch):
+    qkv = torch.randn(5, 16, 3, 2, 8, requires_grad=True)
+    direction = torch.randn(5, 16, 2, 8)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(self_attention(qkv), expected)
+    (expected,) = torch.autograd.grad(expected, qkv, direction)
+    monkeypatch.setattr(_CPUAttention, "ELEMENTS_AT_ONCE", 2 * 2 * 16 * 16)  # two images at a time, and one left over
+    (gradient,) = torch.autograd.grad(self_attention(qkv), qkv, direction)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_sinusoidal_features_are_those_of_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    embedding = TimeEmbedding("sinusoidal", 16, 4, "silu", 1000)
+    timesteps = torch.tensor([0.0, 1.0, 499.5, 999.0])
+    expected = get_timestep_embedding(timesteps, 16, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(embedding.features(timesteps), expected, atol=1e-4, rtol=0)
+
+
+def test_fourier_frequencies_are_gaussian_and_survive_a_cast():
+    embedding = TimeEmbedding("fourier", 2000, 4, "silu", 1000)
+    t = 1e-3  # small enough that the sine is its angle
+    frequencies = embedding.features(torch.tensor([t]))[0, 1000:] / t * 1000 / (2 * math.pi)
+    assert frequencies.square().mean().sqrt() == pytest.approx(embedding.FOURIER_SCALE, rel=0.01)
+    kept = embedding.features(torch.tensor([999.0]))
+    assert torch.equal(embedding.to(torch.bfloat16).features(torch.tensor([999.0])), kept)
+
+
 @pytest.mark.parametrize("name", models.__all__)
 def test_every_integer_option_of_a_network_has_a_limit(name):
     for option, parameter in inspect.signature(getattr(models, name)).parameters.items():
@@ -50,6 +96,8 @@ def test_every_integer_option_of_a_network_has_a_limit(name):
 def test_sizes_are_integers_within_their_limits():
     check_sizes({"sample_size": 1024, "block_out_channels": (1, 4096), "num_class_embeds": None, "other": "any"})
     check_sizes({"in_channels": 17})
+    with pytest.raises(ValueError, match="num_layers None is not possible: it must be an integer from 1 to 8"):
+        check_sizes({"num_layers": None}, num_layers=(1, 8))
     refused = {
         "sample_size 0 is not possible: it must be an integer from 1 to 1024": {"sample_size": 0},
         "sample_size None": {"sample_size": None},

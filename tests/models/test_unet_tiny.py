@@ -19,8 +19,6 @@ from tiny_diffusers.models.unet_tiny import (
     Layer,
     ResidualBlock,
     StandardizedConv2d,
-    TimeEmbedding,
-    _CPUAttention,
 )
 
 
@@ -402,23 +400,6 @@ def test_norm_is_group_norm_and_activation_to_the_rounding_of_its_type(
     torch.testing.assert_close(gradient.double() / scale, expected / scale, rtol=0, atol=2 * tolerance)
 
 
-def test_attention_has_the_gradient_of_its_equation():
-    qkv = torch.randn(3, 7, 3, 2, 5, dtype=torch.float64, requires_grad=True)  # (B, L, 3, heads, d)
-    assert torch.autograd.gradcheck(_CPUAttention.apply, (qkv,))
-
-
-def test_attention_is_the_same_for_a_few_images_at_a_time(monkeypatch):
-    qkv = torch.randn(5, 16, 3, 2, 8, requires_grad=True)
-    direction = torch.randn(5, 16, 2, 8)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    torch.testing.assert_close(_CPUAttention.apply(qkv), expected)
-    (expected,) = torch.autograd.grad(expected, qkv, direction)
-    monkeypatch.setattr(_CPUAttention, "ELEMENTS_AT_ONCE", 2 * 2 * 16 * 16)  # two images at a time, and one left over
-    (gradient,) = torch.autograd.grad(_CPUAttention.apply(qkv), qkv, direction)
-    torch.testing.assert_close(gradient, expected)
-
-
 def test_linear_attention_is_its_equation_and_ignores_the_order_of_the_positions():
     block = AttentionBlock(8, "linear", block_config(norm_num_groups=2))
     qkv = torch.randn(2, 9, 3, 2, 4)
@@ -469,24 +450,6 @@ def test_a_config_from_before_the_eps_of_weight_standardization_means_the_eps_of
     loaded = TinyUNet2DModel.from_pretrained(tmp_path)
     assert loaded.config.weight_standardization_eps == 1e-5
     torch.testing.assert_close(loaded(images(unet), 3).sample, unet(images(unet), 3).sample)
-
-
-def test_sinusoidal_features_are_those_of_diffusers():
-    from diffusers.models.embeddings import get_timestep_embedding
-
-    embedding = TimeEmbedding("sinusoidal", 16, 4, "silu", 1000)
-    timesteps = torch.tensor([0.0, 1.0, 499.5, 999.0])
-    expected = get_timestep_embedding(timesteps, 16, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(embedding.features(timesteps), expected, atol=1e-4, rtol=0)
-
-
-def test_fourier_frequencies_are_gaussian_and_survive_a_cast():
-    embedding = TimeEmbedding("fourier", 2000, 4, "silu", 1000)
-    t = 1e-3  # small enough that the sine is its angle
-    frequencies = embedding.features(torch.tensor([t]))[0, 1000:] / t * 1000 / (2 * math.pi)
-    assert frequencies.square().mean().sqrt() == pytest.approx(embedding.FOURIER_SCALE, rel=0.01)
-    kept = embedding.features(torch.tensor([999.0]))
-    assert torch.equal(embedding.to(torch.bfloat16).features(torch.tensor([999.0])), kept)
 
 
 def test_patches_are_pixel_unshuffle_and_back():
