@@ -147,8 +147,9 @@ class TinyPipeline(DiffusionPipeline):
 
     Parameters:
         unet ([`ModelMixin`]):
-            The network, called as `unet(sample, timestep).sample`, such as a `TinyUNet2DModel` or a stock
-            [`UNet2DModel`]. With twice as many output channels as input channels, it also predicts the variance.
+            The network, called as `unet(sample, timestep).sample`, such as a `TinyUNet2DModel`, a
+            `TinyTransformer2DModel` or a stock [`UNet2DModel`]. With twice as many output channels as input channels, it
+            also predicts the variance.
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
 

@@ -17,8 +17,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
 
     Parameters:
         unet ([`ModelMixin`]):
-            The network, called as `unet(sample, timestep, class_labels=labels).sample`: a `TinyUNet2DModel` with
-            `num_class_embeds` = K, or a stock [`UNet2DModel`] with K + 1.
+            The network, called as `unet(sample, timestep, class_labels=labels).sample`: a `TinyUNet2DModel` or
+            `TinyTransformer2DModel` with `num_class_embeds` = K, or a stock [`UNet2DModel`] with K + 1.
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
         id2label (`dict[int, str]`, *optional*):

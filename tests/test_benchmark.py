@@ -256,6 +256,12 @@ def test_optimizer():
     assert all(part[0] > 0 for row in rows for part in row.figures.values())
 
 
+def test_networks():
+    (row,) = measure(TINY, ["networks"], details.ROWS)
+    assert list(row.figures) == ["transformer", "unet"] and list(row.ratios()) == ["transformer / unet"]
+    assert "parameters: transformer " in row.notes[0]
+
+
 def test_scaling(monkeypatch):
     monkeypatch.setattr(details, "_SIDES", (8, 16))
     monkeypatch.setattr(details, "_BATCH_SIZES", (1, 2))

@@ -10,6 +10,7 @@ from tiny_diffusers import (
     TinyDDIMScheduler,
     TinyPixelCNNModel,
     TinyPixelCNNPipeline,
+    TinyTransformer2DModel,
     TinyVAEModel,
     TinyVAEPipeline,
     cli,
@@ -25,6 +26,17 @@ LATENTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 def diffusion(tiny_unet):
     pipe = TinyConditionalPipeline(tiny_unet(num_class_embeds=3), TinyDDIMScheduler())
     inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "class_labels": LABELS}
+    return pipe, inputs, lambda *inputs: pipe.unet(*inputs).sample
+
+
+def transformer(tiny_unet):
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_class_embeds": 3}
+    layers = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "position_embedding": "relative"}
+    network = TinyTransformer2DModel(**sizes, **layers, long_skips=True)
+    for parameter in network.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipe = TinyConditionalPipeline(network, TinyDDIMScheduler())
+    _, inputs, _ = diffusion(tiny_unet)
     return pipe, inputs, lambda *inputs: pipe.unet(*inputs).sample
 
 
@@ -56,6 +68,7 @@ slow = pytest.mark.slow
     "build",
     [
         pytest.param(diffusion, marks=slow),
+        pytest.param(transformer, marks=slow),
         vae,
         dcgan,
         pytest.param(pixelcnn("gated"), marks=slow),
@@ -75,7 +88,7 @@ def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
 
 
 @pytest.mark.parametrize(
-    "build", [diffusion, dcgan, pixelcnn("gated"), pytest.param(pixelcnn("plusplus"), marks=slow)]
+    "build", [diffusion, transformer, dcgan, pixelcnn("gated"), pytest.param(pixelcnn("plusplus"), marks=slow)]
 )
 def test_torch_exports_a_network_with_any_batch_size(tiny_unet, build):
     pipe, inputs, function = build(tiny_unet)

@@ -1,11 +1,13 @@
 """
 Measures more rows in the way of `tiny-diffusers benchmark`: the wait for images, the time to the first step, the
-features of the evaluation, quality with few network evaluations, compiled blocks, scaling with size, and the optimizers.
+features of the evaluation, quality with few network evaluations, compiled blocks, scaling with size, the optimizers, and
+the default networks.
 
     python tests/benchmarks/benchmark_details.py                               # data, start, evaluation
     python tests/benchmarks/benchmark_details.py --rows quality --checkpoint model_cards/mnist-32 --dataset_name ylecun/mnist
     python tests/benchmarks/benchmark_details.py --rows compile scaling
     python tests/benchmarks/benchmark_details.py --rows optimizer --batch_size 32
+    taskset -c 1 python tests/benchmarks/benchmark_details.py --rows networks --batch_size 16 --rounds 3 --num_threads 1
 """
 
 import contextlib
@@ -50,6 +52,7 @@ from tiny_diffusers.benchmark import (
 from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.flags import FlagParser, flag
+from tiny_diffusers.training.outputs import count_parameters
 from tiny_diffusers.training.trainer import Trainer
 
 
@@ -316,6 +319,22 @@ def _optimizer(settings: DetailSettings) -> Iterator[Row]:
             yield Row(f"{what}, batch {settings.batch_size}", "ms", figures, [("muon", "adamw")])
 
 
+def _networks(settings: DetailSettings) -> Iterator[Row]:
+    """Measures a training step of the default transformer and of the default U-Net on grey images."""
+    data, batch_size = noise_images(settings, 4 * settings.batch_size, channels=1), settings.batch_size
+    with contextlib.ExitStack() as stack:
+        names = ("transformer", "unet")
+        trainers = {name: stack.enter_context(tiny_trainer(settings, data, network=name)) for name in names}
+        for trainer in trainers.values():
+            warm_up(trainer.train_step)
+        steps = {name: lambda t=trainer: batch_size / seconds_of(t.train_step) for name, trainer in trainers.items()}
+        figures = in_turns(steps, settings.rounds)
+        parameters = [f"{name} {count_parameters(t.family.modules['unet']):,}" for name, t in trainers.items()]
+    side = settings.resolution
+    what = f"training of the default networks, {side}x{side}, batch {batch_size}"
+    yield Row(what, "images/s", figures, [names], ["parameters: " + ", ".join(parameters)])
+
+
 def _optimizer_step(trainer: Trainer) -> Callable[[], None]:
     """Returns a step of the optimizer, on gradients that stay."""
     gradients = {parameter: torch.randn_like(parameter) for parameter in trainer.modules["unet"].parameters()}
@@ -336,6 +355,7 @@ ROWS = {
     "compile": _compile,
     "scaling": _scaling,
     "optimizer": _optimizer,
+    "networks": _networks,
 }
 DEFAULT_ROWS = ("data", "start", "evaluation")
 

@@ -33,6 +33,7 @@ EDM = ["--prediction_type", "edm"]
 ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
 WIDE = ["--block_out_channels", "64", "128", "128", "--attention", "none", "full", "none"]
 PATCH_4 = ["--patch_size", "4", "--block_out_channels", "128", "128", "--attention", "full", "none"]
+TRANSFORMER = ["--network", "transformer"]
 LEVERS = {
     "the defaults": [],
     "v, AdamW": [*V, *ADAMW],
@@ -48,6 +49,10 @@ LEVERS = {
     "batch 64": ["--train_batch_size", "64"],
     "widths 64, 128, 128": WIDE,
     "patch 4": PATCH_4,
+    "transformer": TRANSFORMER,
+    "transformer, rotary": [*TRANSFORMER, "--position_embedding", "relative"],
+    "transformer, long skips": [*TRANSFORMER, "--long_skips", "True"],
+    "transformer, patch 2": [*TRANSFORMER, "--patch_size", "2", "--num_attention_heads", "2", "--num_layers", "4"],
 }
 
 

@@ -124,6 +124,10 @@ RUN = [
 ]
 DIFFUSION = ["--layers_per_block", "1", "--norm_num_groups", "4", "--ddpm_num_inference_steps", "2"]
 UNET = [*DIFFUSION, "--block_out_channels", "8", "8", "--attention", "none", "--mid_attention", "none"]
+TRANSFORMER = [
+    *("--network", "transformer", "--patch_size", "2", "--num_layers", "2", "--num_attention_heads", "1"),
+    *("--attention_head_dim", "8", "--position_embedding", "learned", "--ddpm_num_inference_steps", "2"),
+]
 SCRIPTS = {
     "unconditional": (DiffusionArguments, UNET),
     "conditional": (ConditionalArguments, UNET),
@@ -148,6 +152,8 @@ NETWORKS = (
     {"_class_name": "UNet2DModel", **STOCK, "dropout": 0.0, "norm_eps": 1e-5, "attention_head_dim": 4},
     {"_class_name": "TinyUNet2DModel", "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
      "attention": ["none", "full"], "mid_attention": "none", "attention_head_dim": 4, "patch_size": 1, "dropout": 0.1},
+    {"_class_name": "TinyTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4,
+     "patch_size": 2, "position_embedding": "relative", "mlp_ratio": 2.0, "long_skips": True, "dropout": 0.1},
 )  # fmt: skip
 SAMPLING = ["--num_images", "2", "--num_inference_steps", "2", "--output", "out.png"]
 EVALUATION = ["--num_images", "8", "--features", "pixels", "--num_jackknife", "4", "--baselines", "noise"]
@@ -185,6 +191,7 @@ class Fuzzer:
 
     def _configs(self, rng: random.Random) -> tuple[str, Callable]:
         variants = ("unconditional-stock", "conditional-stock", "unconditional-flow", "conditional-edm")
+        variants += ("conditional-transformer",)
         name = rng.choice([*SCRIPTS, *variants])
         checkpoint = Path(shutil.copytree(self.run_of(name), "checkpoint", ignore=_not_the_pipeline))
         files = sorted(checkpoint.rglob("*.json"))
@@ -300,6 +307,8 @@ class Fuzzer:
             network = SCRIPTS[script][1]
             if variant in ("flow", "edm"):
                 network = [*network, "--prediction_type", variant]
+            elif variant == "transformer":
+                network = TRANSFORMER
             elif variant == "stock":
                 config = self.folder / "stock.json"
                 config.write_text(json.dumps({"_class_name": UNet2DModel.__name__, **STOCK}))

@@ -325,6 +325,10 @@ def test_the_last_row_is_no_class_and_floats_mix_the_rows():
         ({"num_class_embeds": 0}, "num_class_embeds 0"),
         ({"num_layers": 64, "num_attention_heads": 256, "attention_head_dim": 64}, "parameters"),
         ({"position_embedding": "learned", "sample_size": 10**8}, "sample_size 100000000"),
+        (
+            {"position_embedding": "learned", "sample_size": 1024, "patch_size": 1, "attention_head_dim": 2048},
+            "parameters",
+        ),
         ({"time_embedding": "learned", "num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000"),
     ],
 )

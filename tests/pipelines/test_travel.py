@@ -96,6 +96,10 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     generator = models.TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
     discriminator = models.TinyDCGANDiscriminator(in_channels=1, **sizes)
     vae = models.TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
+    transformer = models.TinyTransformer2DModel(**sizes, num_layers=2, num_attention_heads=1, attention_head_dim=8)
+    for parameter in transformer.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     pixelcnn = models.TinyPixelCNNModel(4, 1, 4, hidden_channels=8, num_layers=1).eval()
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
@@ -122,6 +126,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
             pipelines.TinyRestorationPipeline(unets["tiny"], ddim),
             {"image": image[:, ::2, ::2], "operator": "super_resolution", "factor": 2, "class_labels": 1, **steps},
         ),
+        "transformer": (TinyConditionalPipeline(transformer, schedulers.TinyFlowMatchScheduler(), labels), guided),
         "vae": (pipelines.TinyVAEPipeline(vae), {"batch_size": 2}),
         "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
         "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels), {"class_labels": ["cat", "dog"]}),

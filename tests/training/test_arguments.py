@@ -271,14 +271,15 @@ def test_a_new_option_of_a_network_is_its_field_and_its_use(monkeypatch):
         check_network_flags(arguments, {"widening": 2})
 
 
-@pytest.mark.parametrize("network", ["unet", "conditional unet", "vae", "pixelcnn"])
+@pytest.mark.parametrize("network", ["unet", "conditional unet", "transformer", "vae", "pixelcnn"])
 def test_every_option_is_an_argument_of_its_network(network):
-    from tiny_diffusers import TinyPixelCNNModel, TinyUNet2DModel, TinyVAEModel
-    from tiny_diffusers.families import pixelcnn, unets, vae
+    from tiny_diffusers import TinyPixelCNNModel, TinyTransformer2DModel, TinyUNet2DModel, TinyVAEModel
+    from tiny_diffusers.families import pixelcnn, transformers, unets, vae
 
     options, network_class = {
         "unet": (unets.UNetArguments, TinyUNet2DModel),
         "conditional unet": (unets.ConditionalUNetArguments, TinyUNet2DModel),
+        "transformer": (transformers.TransformerArguments, TinyTransformer2DModel),
         "vae": (vae.VAENetworkArguments, TinyVAEModel),
         "pixelcnn": (pixelcnn.PixelCNNNetworkArguments, TinyPixelCNNModel),
     }[network]

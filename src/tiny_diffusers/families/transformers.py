@@ -39,10 +39,10 @@ class TransformerArguments(NetworkArguments):
 def default_transformer(resolution: int) -> dict[str, Any]:
     """
     Returns the transformer's defaults by resolution: the largest patches that leave seven a side, and a width and depth
-    that cost about as much as the default U-Net.
+    with about as many multiplications as the default U-Net's.
     """
     patch_size = next(p for p in (4, 2, 1) if p == 1 or (resolution % p == 0 and resolution // p >= _PATCHES_PER_SIDE))
-    heads, layers = (2, 3) if resolution < 16 else (4, 5)
+    heads, layers = (2, 3) if resolution < 16 else (3, 4) if resolution < 24 else (4, 5)
     return {
         "patch_size": patch_size,
         "num_layers": layers,
@@ -57,9 +57,8 @@ def warn_of_costly_tokens(transformer: TinyTransformer2DModel, costly: int) -> N
     config = transformer.config
     side, width = config.sample_size // config.patch_size, config.num_attention_heads * config.attention_head_dim
     if side**2 >= costly:
-        attention = (
-            4 * side**4 * width * config.num_layers
-        )  # two matrix products, a multiplication and an addition each
+        # two matrix products a layer, a multiplication and an addition each
+        attention = 4 * side**4 * width * config.num_layers
         logger.warning(
             f"attention over {side}x{side} patches costs {attention / 1e9:.1f} GFLOP an image and pass: on a CPU give a "
             "larger --patch_size."

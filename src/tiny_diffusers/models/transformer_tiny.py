@@ -72,8 +72,9 @@ def _check_config(config: dict) -> None:
         )
     width = heads * head_dim
     block = 4 * width**2 + 2 * ratio * width**2 + 6 * width * (config["time_embedding_dim"] or width)
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio")
-    check_parameters(config["num_layers"] * block, config, names, "Make it narrower.")
+    positions = (size // patch_size) ** 2 * width if kind == "learned" else 0
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "sample_size")
+    check_parameters(config["num_layers"] * block + positions, config, names, "Make it narrower.")
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
