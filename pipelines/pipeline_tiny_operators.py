@@ -93,7 +93,7 @@ class Conditioning:
         """Makes the condition from images: (B, C, H, W) -> (B, K, h, w)"""
         if not self.is_made:
             raise ValueError(
-                "The network is conditioned on images of their own kind, which nothing makes from others."
+                f"The condition is another image ({self.kind}), which can't be made from the image itself."
             )
         if self.kind == "grayscale":
             luma = torch.tensor(_LUMA, device=sample.device, dtype=sample.dtype)

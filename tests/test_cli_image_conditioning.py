@@ -15,7 +15,7 @@ from tiny_diffusers.train_scripts import train_conditional
 
 
 FAST = {"num_inference_steps": 2, "dtype": "float32", "device": "cpu"}
-MEASURED = {"features": "pixels", "num_images": 24, "num_jackknife": 0, "baselines": [], "batch_size": 8}
+MEASURED = {"features": "pixels", "num_images": 64, "num_jackknife": 0, "baselines": [], "batch_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_each_mistake_is_one_line(checkpoint, tiny_unet, pictures, capsys):
 @pytest.mark.parametrize("kind", ["low_resolution:2", "image:1"])
 @pytest.mark.parametrize("classes", [None, 10])
 def test_evaluate_draws_from_what_the_references_images_show(make_pipe, monkeypatch, kind, classes):
-    data = load_images("digits", max_samples=10)
+    data = load_images("digits", max_samples=60)
     data.conditioning_images = 255 - data.images
     drawn = {}
     sample = image_sets.sample
@@ -118,15 +118,15 @@ def test_evaluate_draws_from_what_the_references_images_show(make_pipe, monkeypa
     report = evaluate(pipe, data, Protocol(**MEASURED, sampling={"num_inference_steps": 2}))
     assert report.source["conditioning"] == kind
     assert any(f"({kind})" in warning for warning in report.warnings)
-    rows = np.resize(image_sets.order_of(data.images.numpy()), 24)  # of ten images again and again
+    rows = np.resize(image_sets.order_of(data.images.numpy()), 64)  # of 60 images, and again
     expected = data.conditioning_images[rows] / 255 if kind == "image:1" else pipe.observe(data.images[rows] / 255)
-    torch.testing.assert_close(drawn["conditioning_images"](5, 24), expected[5:])
+    torch.testing.assert_close(drawn["conditioning_images"](5, 64), expected[5:])
     if classes:
         assert (drawn["class_labels"] == data.labels[rows].numpy()).all()
 
 
 def test_evaluate_names_what_the_reference_lacks(make_pipe):
-    data = load_images("digits", max_samples=10)
+    data = load_images("digits", max_samples=60)
     unlabelled = ImageData(data.images, None, None, "digits", "test", "")
     protocol = Protocol(**MEASURED, sampling={"num_inference_steps": 2})
     with pytest.raises(UserError, match="--conditioning_column"):

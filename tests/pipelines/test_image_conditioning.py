@@ -160,7 +160,7 @@ def test_the_condition_of_a_whole_image_is_made_on_request(make_pipe):
     observed = make_pipe().observe(picture)
     np.testing.assert_allclose(observed[0, 0] * 255, np.asarray(picture.reduce(2)), atol=0.51)
     assert make_pipe("grayscale", 3).observe(Image.new("RGB", (8, 8), "white")).eq(1).all()
-    with pytest.raises(ValueError, match="nothing makes from others"):
+    with pytest.raises(ValueError, match="another image .image:3., which can't be made"):
         make_pipe("image:3").observe(picture)
 
 

@@ -6,13 +6,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..data import ImageData, denormalize
+from ..data import ImageData
 from ..errors import UserError, refusals, unknown
 from ..flags import flag
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..pipelines.pipeline_tiny_operators import Conditioning
-from ..plots import to_pil
 from ..training.family import class_grid
 from .diffusion import NUM_INFERENCE_STEPS, Diffusion, DiffusionArguments, TinyScheduler
 from .unets import ConditionalUNetArguments
@@ -160,7 +159,7 @@ class ConditionalDiffusion(Diffusion):
         if self.examples.labels is not None:
             conditions["class_labels"] = self.examples.labels[:count].repeat_interleave(each)
         rows, names = self._draw_rows(pipeline, each, count * each, seed, steps, **conditions)
-        given, images = (to_pil(denormalize(tensor)) for tensor in (given, images))
+        given, images = (pipeline._to_images(tensor, "pil") for tensor in (given, images))
         rows = [[first, *row, last] for first, row, last in zip(given, rows, images, strict=True)]
         names = ["given", *names, "image"]
         return sum(rows, []), {"columns": len(names), "column_labels": names}
