@@ -378,8 +378,14 @@ class TinyPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Draws the initial noise, or checks the given one, and returns it on the device in `_sample_dtype`."""
         self._check_generator(generator, batch_size)
-        latent_dim = self._network.config.get("latent_dim")  # of a network whose latents are vectors
+        config = self._network.config
+        latent_dim = config.get("latent_dim")  # of a network whose latents are vectors
         shape = (batch_size, *(self._image_shape if latent_dim is None else (latent_dim,)))
+        if latent_dim is None and "out_channels" in config and config.out_channels < shape[1]:
+            raise ValueError(
+                f"The network takes {shape[1]} channels and gives {config.out_channels}, so it needs an image as a "
+                "condition: sample with `TinyConditionalPipeline` and its `conditioning`."
+            )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._sample_dtype)
         if tuple(latents.shape) != shape:

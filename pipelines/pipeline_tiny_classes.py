@@ -1,4 +1,4 @@
-"""`ClassConditioningMixin`: class labels in any form, and classifier-free guidance."""
+"""`ClassConditioningMixin`: class labels in any form, and classifier-free guidance, also by an image."""
 
 import contextlib
 import difflib
@@ -18,7 +18,7 @@ ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Ten
 class ClassConditioningMixin:
     """
     Mixin with class labels and classifier-free guidance, for a [`DiffusionPipeline`] with a class-conditional network. A
-    pipeline of diffusion takes its arguments; others have their own.
+    pipeline of diffusion takes its arguments; others have their own. An image may be a condition as well, or instead.
 
     A network has an embedding table with one row per class. The networks of this package have `num_class_embeds` = K
     classes and K + 1 rows, where row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all.
@@ -32,9 +32,19 @@ class ClassConditioningMixin:
         id2label: Optional[dict] = None,
         null_class_id: Optional[int] = -1,
         class_dropout_prob: Optional[float] = None,
+        conditioning: Optional[str] = None,
     ):
         super().__init__(unet, scheduler)
         self._register_classes(id2label, null_class_id, class_dropout_prob)
+        self._register_conditioning(conditioning)
+
+    def _register_conditioning(self, conditioning: str | None):
+        """Refuses a network that takes an image as a condition; a pipeline with an argument for it overrides this."""
+        if conditioning is not None:
+            raise ValueError(
+                f"The network takes an image as a condition ({conditioning}), which {type(self).__name__} can't give: "
+                "sample with `TinyConditionalPipeline`."
+            )
 
     def _register_classes(self, id2label: dict | None, null_class_id: int | None, class_dropout_prob: float | None):
         """Checks the arguments against the network and saves them in the pipeline's config."""
@@ -71,6 +81,11 @@ class ClassConditioningMixin:
         return self._guidance_scale
 
     @property
+    def _has_condition(self) -> bool:
+        """Returns whether the network takes a class or an image as a condition, and so can be guided."""
+        return self._num_rows > 0 or self.config.get("conditioning") is not None
+
+    @property
     def _num_rows(self) -> int:
         """Returns the number of rows of the class embedding, null class included, or 0 without classes."""
         num_class_embeds = self._network.config.get("num_class_embeds")
@@ -102,10 +117,11 @@ class ClassConditioningMixin:
                 f"`guidance_scale` must be 1 for a network without a null class, got {guidance_scale}: train one with "
                 "label dropout for guidance."
             )
-        if self._num_rows and guidance_scale != 1 and self.config.class_dropout_prob == 0:
+        if self._has_condition and guidance_scale != 1 and self.config.class_dropout_prob == 0:
             warnings.warn(
-                f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, so its "
-                "null class was never trained. Use 1, or train with `--class_dropout_prob 0.1`.",
+                f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, which drops "
+                "conditioning images as well, and so never without its condition. Use 1, or train with "
+                "`--class_dropout_prob 0.1`.",
                 stacklevel=4,
             )
         start, end = guidance_interval
@@ -209,41 +225,55 @@ class ClassConditioningMixin:
         longer converge to the class.
         """
         start, end = guidance_interval
-        guided = self._num_rows and guidance_scale not in (0, 1) and start < end
+        guided = self._has_condition and guidance_scale not in (0, 1) and start < end
         return True if clip_sample is None and guided and self._can_clip else clip_sample
 
     def _guided_predict(
-        self, labels: torch.Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
+        self,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        image: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         """
         Returns the guided network as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null). This
         is eq. 6 of [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. Outside the
-        interval, w = 1.
+        interval, w = 1. The condition c is the class, the image (B, K, H, W), or both; without an image it is zeros.
         """
         self._guidance_scale, (start, end) = guidance_scale, guidance_interval
         num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
+        null_labels, null_image = None, None if image is None else torch.zeros_like(image)
         if labels is not None and self._null_class_id is not None:
-            null = torch.full((len(labels),), self._null_class_id, device=labels.device)
+            null_labels = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
-                null = torch.nn.functional.one_hot(null, self._num_rows).to(labels.dtype)
-            both = torch.cat([labels, null])
-        else:  # without a null class, w = 1 throughout
+                null_labels = torch.nn.functional.one_hot(null_labels, self._num_rows).to(labels.dtype)
+        elif labels is not None or image is None:  # without a null class, w = 1 throughout
             start = end = 0.0
+        condition, null = (labels, image), (null_labels, null_image)
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
             w = self.guidance_scale if start <= step / num_timesteps < end else 1.0
             if w == 1:
-                return self._predict(sample, timestep, labels)
+                return self._predict(sample, timestep, *condition)
             if w == 0:
-                return self._predict(sample, timestep, null)
+                return self._predict(sample, timestep, *null)
             channels = sample.shape[1]
-            conditional, unconditional = self._predict(torch.cat([sample, sample]), timestep, both).chunk(2)
+            both = (None if c is None else torch.cat([c, n]) for c, n in zip(condition, null, strict=True))
+            conditional, unconditional = self._predict(torch.cat([sample, sample]), timestep, *both).chunk(2)
             mean = w * conditional[:, :channels] + (1 - w) * unconditional[:, :channels]
             return torch.cat([mean, conditional[:, channels:]], dim=1)
 
         return predict
 
-    def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def _predict(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if image is not None:
+            x_t = torch.cat([x_t, image.to(x_t.dtype)], dim=1)  # (B, C, H, W), (B, K, H, W) -> (B, C + K, H, W)
         is_mixture = labels is not None and labels.is_floating_point()
         if is_mixture and isinstance(self._network, UNet2DModel):
             with _mix_embeddings(self._network.class_embedding):

@@ -1,15 +1,17 @@
-"""`TinyConditionalPipeline`: class-conditional sampling with classifier-free guidance."""
+"""`TinyConditionalPipeline`: sampling by a class, an image or both, with classifier-free guidance."""
 
+import PIL.Image
 import torch
 from diffusers import SchedulerMixin
 
-from .pipeline_tiny import Generators, StepCallback, TinyPipeline, TinyPipelineOutput, takes
+from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput, takes
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_operators import Conditioning
 
 
 class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
     r"""
-    Pipeline for class-conditional generation of small images with
+    Pipeline for generation of small images by their class, by an image as a condition, or by both, with
     [classifier-free guidance](https://huggingface.co/papers/2207.12598).
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
@@ -18,7 +20,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
     Parameters:
         unet ([`ModelMixin`]):
             The network, called as `unet(sample, timestep, class_labels=labels).sample`: a `TinyUNet2DModel` or
-            `TinyTransformer2DModel` with `num_class_embeds` = K, or a stock [`UNet2DModel`] with K + 1.
+            `TinyTransformer2DModel` with `num_class_embeds` = K, or a stock [`UNet2DModel`] with K + 1. With an image as a
+            condition it takes `sample` and that image, concatenated, and may have no classes.
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
         id2label (`dict[int, str]`, *optional*):
@@ -27,8 +30,11 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             The row of the network's null class, by default the last one. None if the network has no null class: only
             `guidance_scale=1` is possible then.
         class_dropout_prob (`float`, *optional*):
-            The share of labels that training replaced by the null class, or None if unknown. With 0, the null class
-            was never trained, and guidance warns.
+            The share of labels that training replaced by the null class, and of images that it dropped with them, or
+            None if unknown. With 0, the network without its condition was never trained, and guidance warns.
+        conditioning (`str`, *optional*):
+            The image that the network takes as a condition: `"grayscale"`, the grey image; `"low_resolution:F"`, an
+            image F times smaller; `"image:K"`, another image with K channels. None for a network that takes none.
 
     Example:
 
@@ -37,6 +43,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
 
     >>> pipe = TinyPipeline.from_pretrained("path/or/hub-id-of-a-conditional-checkpoint")
     >>> images = pipe(["cat", "frog"], guidance_scale=3.0).images
+
+    >>> pipe = TinyPipeline.from_pretrained("path/or/hub-id-of-a-checkpoint-with-a-conditioning-image")
+    >>> images = pipe(image=PIL.Image.open("picture.png"), batch_size=4).images
     ```
     """
 
@@ -59,17 +68,18 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
+        image: Images | PIL.Image.Image | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
-        Samples one image for each label.
+        Samples one image for each label, or for each conditioning image.
 
         Args:
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, rows)` are weights of the
                 rows of the network's class embedding, null class included: they can interpolate between classes.
-                Required unless `guidance_scale` is 0.
+                Required for a network with classes unless `guidance_scale` is 0.
             batch_size (`int`, *optional*):
-                The number of images. Defaults to the number of labels.
+                The number of images. Defaults to the number of labels, or of conditioning images.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 w in eps = w eps(x, c) + (1 - w) eps(x, null). 1 is plain conditional sampling and 0 unconditional
                 sampling, each with one pass of the network per step. Values above 1 exaggerate the class.
@@ -111,6 +121,11 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
+            image (`PIL.Image.Image`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditioning images, one for each sample, or one for all. They have the size and channels that
+                `conditioning` says; [`~TinyConditionalPipeline.observe`] makes them from whole images. Arrays
+                `(B, h, w, K)` and tensors `(B, K, h, w)` must lie in [0, 1]. Required for a network with a conditioning
+                image unless `guidance_scale` is 0.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images, and the intermediates if `return_intermediates` is given.
@@ -126,14 +141,81 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         if dynamic_thresholding is not None:
             scheduler = _thresholding(scheduler, dynamic_thresholding)
+        image = self._encode_image(image, guidance_scale)
+        if batch_size is None and image is not None and len(image) > 1:
+            batch_size = len(image)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
+        if image is not None:
+            if len(image) not in (1, batch_size):
+                raise ValueError(f"`image` must be one, or one for each of {batch_size} samples, got {len(image)}.")
+            image = image.expand(batch_size, -1, -1, -1)
         latents = self._prepare_latents(batch_size, generator, latents)
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, image)
         latents, intermediates = self._denoise(
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
+
+    @torch.no_grad()
+    def observe(self, image: Images | PIL.Image.Image) -> torch.Tensor:
+        """
+        Makes the conditioning images of whole images.
+
+        Args:
+            image (`PIL.Image.Image`, a list of them, `np.ndarray` or `torch.Tensor`):
+                The images. PIL images are converted and resized as the network needs them. Arrays `(B, H, W, C)` and
+                tensors `(B, C, H, W)` must lie in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, K, h, w)`: The conditioning images in [0, 1], for `image` of the call.
+
+        Raises:
+            `ValueError`: If the network takes no image as a condition, or one that no other image shows.
+        """
+        if self._conditioning is None:
+            raise ValueError("The network takes no image as a condition.")
+        return (self._conditioning.observe(self._preprocess(image, None)) / 2 + 0.5).clamp(0, 1)
+
+    def _register_conditioning(self, conditioning: str | None):
+        self._conditioning = None
+        if conditioning is not None:
+            in_channels, *size = self._image_shape
+            self._conditioning = Conditioning.of_network(conditioning, in_channels, *size)
+        self.register_to_config(conditioning=conditioning)
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return super()._image_shape if self._conditioning is None else self._conditioning.image_shape
+
+    def _encode_image(self, image: Images | PIL.Image.Image | None, guidance_scale: float) -> torch.Tensor | None:
+        """Converts conditioning images to the network's further channels (B, K, H, W), or None if it has none."""
+        conditioning = self._conditioning
+        if conditioning is None:
+            if image is not None:
+                raise ValueError(
+                    "The network takes no image as a condition: leave out `image`. `TinyImg2ImgPipeline`, "
+                    "`TinyInpaintPipeline` and `TinyRestorationPipeline` edit images with such a network."
+                )
+            return None
+        if image is None:
+            if guidance_scale == 0:
+                return conditioning.enlarge(torch.zeros(1, *conditioning.shape, device=self._execution_device))
+            raise ValueError(
+                f"The network needs `image`: give {conditioning.description}, or `guidance_scale=0` for unconditional "
+                "samples."
+            )
+        needed = f"`image` must be {conditioning.description}"
+        if conditioning.is_made:
+            needed += ", which `pipe.observe(image)` (`--degrade`) makes from a whole one"
+        given = image if isinstance(image, (list, tuple)) else [image]
+        modes = {each.mode for each in given if isinstance(each, PIL.Image.Image)}
+        if conditioning.shape[0] == 1 and modes - {"1", "L"}:
+            raise ValueError(f"{needed}, got one of mode {max(modes)}.")
+        try:
+            return conditioning.enlarge(self._preprocess(image, None, image_shape=conditioning.shape))
+        except ValueError as error:
+            raise ValueError(f"{needed}: {error}") from error
 
 
 def _thresholding(scheduler: SchedulerMixin, ratio: float) -> SchedulerMixin:

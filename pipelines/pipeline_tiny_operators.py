@@ -1,6 +1,10 @@
-"""`LinearOperator`: what an observation shows of an image, y = A x, by the exact singular value decomposition of A."""
+"""
+`LinearOperator`: what an observation shows of an image, y = A x, by the exact singular value decomposition of A.
+`Conditioning`: what a network is shown of an image, as further channels of its input.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +14,95 @@ RELATIVE_TOLERANCE = 1e-4
 
 # The share of each colour in the grey of an image, as in PIL's conversion to mode "L" (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    r"""
+    The image that a network is given as a condition: further channels of its input, of the size of its images. Zeros,
+    which are mid-grey, stand for no image.
+
+    Args:
+        kind (`str`):
+            `"grayscale"`, the grey values of the image, as PIL computes them; `"low_resolution:F"`, the means of squares
+            of F x F pixels; or `"image:K"`, an image of its own with K channels.
+        image_shape (`tuple[int, int, int]`): The shape (C, H, W) of the images that the network generates.
+
+    Raises:
+        `ValueError`: If the kind is unknown, or images of this shape have no such condition.
+    """
+
+    kind: str
+    image_shape: tuple[int, int, int]
+
+    def __post_init__(self):
+        name, _, number = str(self.kind).partition(":")
+        channels, height, width = self.image_shape
+        if name not in ("grayscale", "low_resolution", "image") or (name == "grayscale") != (number == ""):
+            raise ValueError(
+                f"{self.kind!r} is not grayscale, low_resolution:FACTOR such as low_resolution:2, or image:CHANNELS."
+            )
+        if number and (not number.isdecimal() or int(number) < 1):
+            raise ValueError(f"{self.kind!r} must end in a positive integer, such as {name}:3.")
+        if name == "grayscale" and channels != 3:
+            raise ValueError(
+                f"{self.kind!r} is for images of 3 channels, but these have {channels}: it would be the image itself."
+            )
+        if name == "low_resolution" and (int(number) < 2 or height % int(number) or width % int(number)):
+            raise ValueError(
+                f"{self.kind!r} must have a factor of at least 2 that divides the image's size {(height, width)}."
+            )
+
+    @classmethod
+    def of_network(cls, kind: str, in_channels: int, height: int, width: int) -> "Conditioning":
+        """Creates the conditioning of a network, from the channels of image and condition together."""
+        name, _, number = str(kind).partition(":")
+        further = {"low_resolution": in_channels // 2, "image": int(number) if number.isdecimal() else 0}.get(name, 1)
+        conditioning = cls(kind, (in_channels - further, height, width))
+        if further >= in_channels or further != conditioning.shape[0]:
+            raise ValueError(f"{kind!r} does not fit a network that takes {in_channels} channels.")
+        return conditioning
+
+    @property
+    def is_made(self) -> bool:
+        """Returns whether the condition is made from the image itself."""
+        return not self.kind.startswith("image")
+
+    @property
+    def factor(self) -> int:
+        """Returns how many times smaller the condition is than the image."""
+        return int(self.kind.partition(":")[2]) if self.kind.startswith("low_resolution") else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns the shape (K, h, w) of the condition: of low resolution, the small image."""
+        channels, height, width = self.image_shape
+        if self.kind == "grayscale":
+            channels = 1
+        elif not self.is_made:
+            channels = int(self.kind.partition(":")[2])
+        return channels, height // self.factor, width // self.factor
+
+    @property
+    def description(self) -> str:
+        """Returns what the condition is, in words."""
+        channels, height, width = self.shape
+        return f"a {'grey' if channels == 1 else 'colour'} image of {width}x{height} pixels ({self.kind})"
+
+    def observe(self, sample: torch.Tensor) -> torch.Tensor:
+        """Makes the condition from images: (B, C, H, W) -> (B, K, h, w)"""
+        if not self.is_made:
+            raise ValueError(
+                f"The condition is another image ({self.kind}), which can't be made from the image itself."
+            )
+        if self.kind == "grayscale":
+            luma = torch.tensor(_LUMA, device=sample.device, dtype=sample.dtype)
+            return (luma.view(-1, 1, 1) * sample).sum(dim=1, keepdim=True)
+        return torch.nn.functional.avg_pool2d(sample, self.factor)
+
+    def enlarge(self, image: torch.Tensor) -> torch.Tensor:
+        """Repeats each pixel of a condition of low resolution, to the images' size: (B, K, h, w) -> (B, K, H, W)"""
+        return image.repeat_interleave(self.factor, dim=-2).repeat_interleave(self.factor, dim=-1)
 
 
 class LinearOperator:

@@ -20,8 +20,8 @@ def tiny_unet():
 
     def build(attention=("none", "full"), **options):
         torch.manual_seed(0)
-        sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8)}
-        unet = TinyUNet2DModel(**sizes, layers_per_block=1, norm_num_groups=4, attention=attention, **options)
+        options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8)} | options
+        unet = TinyUNet2DModel(layers_per_block=1, norm_num_groups=4, attention=attention, **options)
         for parameter in unet.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return unet

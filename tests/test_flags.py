@@ -9,8 +9,9 @@ import pytest
 from tiny_diffusers.benchmark import Settings
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation.report import Protocol
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
 from tiny_diffusers.families.dcgan import DCGANArguments
-from tiny_diffusers.families.diffusion import ConditionalArguments, DiffusionArguments
+from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.families.pixelcnn import PixelCNNArguments
 from tiny_diffusers.families.vae import VAEArguments
 from tiny_diffusers.flags import FlagParser, Flags, flag

@@ -1,18 +1,19 @@
 """
-Train a class-conditional diffusion model on small images, for classifier-free guidance.
+Train a diffusion model of small images with classes, an image as a condition, or both, for classifier-free guidance.
 
     accelerate launch train_scripts/train_conditional.py                                    # the embedded 8x8 digits
     tiny-diffusers train conditional --dataset_name uoft-cs/cifar10 --random_flip --max_train_minutes 60
+    tiny-diffusers train conditional --dataset_name path/to/images --resolution 32 --conditioning low_resolution:2
 """
 
 import sys
 
-from tiny_diffusers.families.diffusion import (
+from tiny_diffusers.families.conditional_diffusion import (
     ConditionalArguments,
     ConditionalDiffusion,
-    build_scheduler,
-    resolve_diffusion,
+    build_conditioning,
 )
+from tiny_diffusers.families.diffusion import build_scheduler, resolve_diffusion
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch, load_data, setup_process
@@ -23,12 +24,14 @@ from tiny_diffusers.training.trainer import Trainer
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConditionalArguments, argv)
     accelerator = setup_process(arguments)
-    data = load_data(arguments, accelerator, require_labels=True)
+    data = load_data(arguments, accelerator, require_labels=not arguments.has_conditioning)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)
-    unet = build_unet(settings, data, num_class_embeds=len(data.id2label))
+    conditioning = build_conditioning(settings, data)
+    num_class_embeds = None if data.id2label is None else len(data.id2label)
+    unet = build_unet(settings, data, num_class_embeds, conditioning)
     family = ConditionalDiffusion(
         unet,
         scheduler,
@@ -37,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scales=settings.guidance_scales,
         num_inference_steps=settings.num_inference_steps,
         num_preview_steps=settings.num_preview_steps,
+        conditioning=conditioning,
     )
 
     Trainer(settings, accelerator, data, family).run()

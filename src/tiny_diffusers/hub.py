@@ -178,7 +178,7 @@ def write_card(
     model_id = hub_model_id or THIS_FOLDER
     metadata = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="image-to-image" if facts["conditioning"] else "unconditional-image-generation",
         tags=["tiny-diffusers", "image-generation", "small-images", *(["diffusion"] if facts["scheduler"] else [])],
         datasets=[data["name"]] if _is_hub_id(data.get("name")) else None,
         license=license,
@@ -269,6 +269,8 @@ def _describe(folder: Path) -> dict[str, object]:
     """Returns the template's facts about the checkpoint in `folder`, from its configs and the headers of its weights."""
     from safetensors import safe_open
 
+    from .pipelines.pipeline_tiny_operators import Conditioning
+
     index_path = folder / MODEL_INDEX
     if not index_path.is_file():
         raise UserError(f"'{folder}' has no {MODEL_INDEX}: save a pipeline in it before its card is written.")
@@ -292,6 +294,11 @@ def _describe(folder: Path) -> dict[str, object]:
 
     size = network["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
+    channels = network.get("in_channels", network.get("out_channels"))
+    conditioning = None
+    if index.get("conditioning") is not None:
+        conditioning = Conditioning.of_network(index["conditioning"], channels, height, width)
+        channels = conditioning.image_shape[0]
     classes = []
     if network.get("num_class_embeds") is not None and "id2label" in index:
         names = list((index["id2label"] or {0: "0"}).items())[:4]
@@ -301,7 +308,9 @@ def _describe(folder: Path) -> dict[str, object]:
         "network": markdown(network["_class_name"]),
         "parameters": f"{parameters / 1e6:.2f} M",
         "image_size": f"{width}x{height}",
-        "colour": "grey" if network.get("in_channels", network.get("out_channels")) == 1 else "colour",
+        "colour": "grey" if channels == 1 else "colour",
+        "conditioning": conditioning and conditioning.description,
+        "channels": (network.get("in_channels"), network.get("out_channels")),
         "scheduler": {name: markdown(str(value)) for name, value in configs.get("scheduler", {}).items()},
         "classes": classes,  # some of them, for the examples
         "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,

@@ -31,7 +31,8 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     config and that of the scheduler lie beside it, as `pipe.save_pretrained` lays them.
 
     Inputs, as far as the network has them, and the output `out_sample`:
-    - `sample`: float32 `(B, C, H, W)`; a U-Net's x_t, a PixelCNN's image in [0, 1];
+    - `sample`: float32 `(B, C, H, W)`; a U-Net's x_t, followed by the channels of a conditioning image if it takes one; a
+      PixelCNN's image in [0, 1];
     - `timestep`: int64 `(B,)`, or float32 for rectified flow and EDM;
     - `latents`: float32 `(B, latent_dim)`, of a DCGAN or of a VAE, whose decoder it is that is saved;
     - `class_labels`: int64 `(B,)`, the null class included.
@@ -57,8 +58,9 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     num_classes = config.get("num_class_embeds")
     scheduler = getattr(pipe, "scheduler", None)
     is_continuous = scheduler is not None and objective_of(scheduler) != "betas"
+    channels, *size = pipe._image_shape
     examples = {
-        "sample": torch.zeros(2, *pipe._image_shape) if "latent_dim" not in config else None,
+        "sample": torch.zeros(2, config.get("in_channels", channels), *size) if "latent_dim" not in config else None,
         "timestep": torch.zeros(2, dtype=torch.float32 if is_continuous else torch.int64),
         "latents": torch.zeros(2, config.get("latent_dim", 0)),
         "class_labels": None if num_classes is None else torch.zeros(2, dtype=torch.int64),

@@ -43,8 +43,9 @@ from diffusers import UNet2DModel
 from tiny_diffusers import cli
 from tiny_diffusers.commands.shared import load_checkpoint
 from tiny_diffusers.errors import UserError, refusals, say
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
 from tiny_diffusers.families.dcgan import DCGANArguments
-from tiny_diffusers.families.diffusion import ConditionalArguments, DiffusionArguments
+from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.families.pixelcnn import PixelCNNArguments
 from tiny_diffusers.families.vae import VAEArguments
 from tiny_diffusers.files import seal

@@ -104,6 +104,16 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
         "conditional": (TinyConditionalPipeline(unets["tiny"], ddim, labels), guided),
+        "by_image": (
+            TinyConditionalPipeline(
+                make_unet(stock=False, classes=3, in_channels=2), ddim, labels, conditioning="low_resolution:2"
+            ),
+            {"image": image[:, ::2, ::2], **guided},
+        ),
+        "by_image_around_stock": (
+            TinyConditionalPipeline(make_unet(in_channels=2), ddim, conditioning="image:1"),
+            {"image": image, **steps},
+        ),
         "around_stock": (TinyConditionalPipeline(unets["stock"], ddim, labels), guided),
         "flow": (
             TinyPipeline(make_unet(stock=False), schedulers.TinyFlowMatchScheduler(solver="heun")),

@@ -14,7 +14,7 @@ from tiny_diffusers import TinyConditionalPipeline, TinyPipeline
 from tiny_diffusers.data import ImageData
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families import unets
-from tiny_diffusers.families.diffusion import ConditionalArguments, ConditionalDiffusion
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments, ConditionalDiffusion
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.train_scripts import train_conditional, train_unconditional
 from tiny_diffusers.training.arguments import parse_arguments

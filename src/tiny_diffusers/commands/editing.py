@@ -8,18 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, first_line, refusals, say, unknown
+from ..errors import UserError, refusals, say, unknown
 from .shared import (
-    PICTURE_SUFFIXES,
     add_checkpoint_argument,
     add_guidance_interval,
     add_output_argument,
     add_sampling_arguments,
     call_options,
+    find_pictures,
     load_pipeline,
     make_parser,
     positive_number,
     prepare_output,
+    read_given_picture,
     seed_number,
 )
 
@@ -94,7 +95,7 @@ def edit(args: argparse.Namespace) -> None:
     from ..progress import bar_options
 
     _check_flags(args)
-    pictures = _find_pictures(args.image)
+    pictures = find_pictures(args.image)
     output = prepare_output(args.output)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
         raise UserError(f"'{args.image}' has {len(pictures)} pictures, too many for one: give a folder as --output.")
@@ -103,7 +104,7 @@ def edit(args: argparse.Namespace) -> None:
     for target in targets:
         if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
-    pictures = {name: _read_picture("--image", file) for name, file in pictures.items()}
+    pictures = {name: read_given_picture("--image", file) for name, file in pictures.items()}
     pipe = _editing_pipeline(load_pipeline(args), args)
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
@@ -173,33 +174,6 @@ def _result_names(pictures: Iterable[str], num_images: int) -> list[str]:
     return [f"{name}-{i:0{digits}}.png" for name in pictures for i in range(num_images)]
 
 
-def _find_pictures(path: Path) -> dict[str, Path]:
-    """Finds a picture, or those of a folder: name without suffix -> file."""
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"--image '{path}' has no pictures: {', '.join(PICTURE_SUFFIXES)}.")
-    else:
-        files = [path]
-    pictures = {}
-    for file in files:
-        if file.stem in pictures:
-            raise UserError(f"--image '{path}' has two pictures of the name {file.stem}: rename one.")
-        pictures[file.stem] = file
-    return pictures
-
-
-def _read_picture(flag: str, path: Path) -> "Image.Image":
-    from PIL import Image
-
-    from ..data.decoding import read_picture
-
-    try:
-        return read_picture(path)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
-
-
 def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
     from .. import TinyImg2ImgPipeline, TinyInpaintPipeline, TinyRestorationPipeline
 
@@ -207,16 +181,16 @@ def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "D
         raise UserError(
             f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't edit images here: give a checkpoint of diffusion."
         )
-    if args.task is not None:
-        return TinyRestorationPipeline.from_pipe(pipe)
-    return (TinyInpaintPipeline if args.mask is not None else TinyImg2ImgPipeline).from_pipe(pipe)
+    editing = TinyInpaintPipeline if args.mask is not None else TinyImg2ImgPipeline
+    with refusals():
+        return (editing if args.task is None else TinyRestorationPipeline).from_pipe(pipe)
 
 
 def _task_options(args: argparse.Namespace) -> dict:
     """Returns the arguments of the pipeline that --mask and --task stand for."""
     from ..pipelines.pipeline_tiny_restoration import TASKS
 
-    options = {} if args.mask is None else {"mask_image": _read_picture("--mask", args.mask)}
+    options = {} if args.mask is None else {"mask_image": read_given_picture("--mask", args.mask)}
     if args.task is None:
         return options
     name, _, value = args.task.partition(":")

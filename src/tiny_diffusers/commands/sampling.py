@@ -5,6 +5,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say
@@ -19,11 +20,13 @@ from .shared import (
     call_options,
     check_numbered,
     comma_separated,
+    find_pictures,
     load_pipeline,
     make_parser,
     picture_file,
     positive_number,
     prepare_output,
+    read_given_picture,
     save_numbered,
     seed_number,
     two_seeds,
@@ -32,9 +35,10 @@ from .shared import (
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
 
-NUM_IMAGES, MAX_CLASSES = 64, 10  # that `sample` draws by default
+NUM_IMAGES, MAX_CLASSES, PER_PICTURE = 64, 10, 4  # that `sample` draws by default
 FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
 
 
@@ -58,6 +62,16 @@ def sample_parser() -> argparse.ArgumentParser:
         help="names or ids, such as cat,frog: each gets an equal share of the images, in this order (default: all, or the "
         f"first {MAX_CLASSES})",
     )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="PATH",
+        help="the conditioning image of a network that takes one, or a folder of them: each gets an equal share of the "
+        f"images, {PER_PICTURE} if --num_images is not given",
+    )
+    parser.add_argument(
+        "--degrade", action="store_true", help="--image is whole: make the conditioning image from it, as in training"
+    )
     add_guidance_interval(parser)
     add_dynamic_thresholding(parser)
     add_temperature(parser)
@@ -78,6 +92,8 @@ def sample(args: argparse.Namespace) -> None:
     from ..progress import bar_options
 
     output = prepare_output(args.output)
+    if args.degrade and args.image is None:
+        raise UserError("--degrade is for the picture of --image: give one, or leave it out.")
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
     pipe = load_pipeline(args)
@@ -86,7 +102,12 @@ def sample(args: argparse.Namespace) -> None:
         pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
     )
     num_images, labels = args.num_images, options.pop("class_labels", None)
-    if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
+    pictures = None if args.image is None else _conditioning_images(pipe, args)
+    if pictures is not None:
+        num_images = num_images or PER_PICTURE * len(pictures)
+        if num_images % len(pictures):
+            raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
+    elif labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
         labels = _first_classes(pipe)[:num_images] or None
         if labels is not None and num_images is None:
             num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
@@ -105,6 +126,8 @@ def sample(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
         if labels is not None:
             options["class_labels"] = labels[start:stop]
+        if pictures is not None:
+            options["image"] = [pictures[i * len(pictures) // num_images] for i in range(start, stop)]
         generator = image_generators(args.seed, stop - start, first=start)
         with refusals():
             drawn = pipe(batch_size=stop - start, generator=generator, **options)
@@ -118,9 +141,39 @@ def sample(args: argparse.Namespace) -> None:
         save_numbered(images, output)
     elif states:
         strip([*states, images], row_labels=labels).save(output)
+    elif pictures is not None:
+        _picture_rows(pictures, images).save(output)
     else:
         image_grid(images, **_class_rows(labels)).save(output)
     say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+
+
+def _conditioning_images(pipe: "DiffusionPipeline", args: argparse.Namespace) -> list["Image.Image"]:
+    """Returns the conditioning images that --image and --degrade stand for."""
+    if pipe.config.get("conditioning") is None:
+        raise UserError(
+            f"--image: '{args.checkpoint}' takes no image as a condition: leave it out, or change the picture by "
+            "`tiny-diffusers edit`."
+        )
+    pictures = [read_given_picture("--image", file) for file in find_pictures(args.image).values()]
+    if args.degrade:
+        from ..plots import to_pil
+
+        with refusals():
+            return to_pil(pipe.observe(pictures))
+    return pictures
+
+
+def _picture_rows(pictures: list["Image.Image"], images: list["Image.Image"]) -> "Image.Image":
+    """Draws a row for each conditioning image: itself, enlarged to the size of the images, and what was drawn from it."""
+    from PIL import Image
+
+    from ..plots import image_grid
+
+    each = len(images) // len(pictures)
+    given = [picture.resize(images[0].size, Image.Resampling.NEAREST) for picture in pictures]
+    rows = [image for i, first in enumerate(given) for image in (first, *images[i * each : (i + 1) * each])]
+    return image_grid(rows, columns=each + 1, column_labels=["given", *[""] * each])
 
 
 def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
@@ -228,4 +281,5 @@ def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
             f"'{checkpoint}' is a {type(pipe).__name__}, which has no latents to interpolate between: give a checkpoint "
             "of diffusion, a VAE or a DCGAN."
         )
-    return TinyInterpolationPipeline.from_pipe(pipe)
+    with refusals():
+        return TinyInterpolationPipeline.from_pipe(pipe)

@@ -177,6 +177,34 @@ def picture_file(text: str) -> "Image.Image":
         raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({first_line(error)})") from None
 
 
+def find_pictures(path: Path) -> dict[str, Path]:
+    """Finds a picture, or those of a folder: name without suffix -> file."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"--image '{path}' has no pictures: {', '.join(PICTURE_SUFFIXES)}.")
+    else:
+        files = [path]
+    pictures = {}
+    for file in files:
+        if file.stem in pictures:
+            raise UserError(f"--image '{path}' has two pictures of the name {file.stem}: rename one.")
+        pictures[file.stem] = file
+    return pictures
+
+
+def read_given_picture(flag: str, path: Path) -> "Image.Image":
+    """Reads a picture that a flag names."""
+    from PIL import Image
+
+    from ..data.decoding import read_picture
+
+    try:
+        return read_picture(path)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
+
+
 def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
     if args.scheduler is not None and args.scheduler not in _BETA_SCHEDULERS:

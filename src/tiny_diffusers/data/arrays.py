@@ -2,6 +2,7 @@
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,14 @@ from .sources import (
 )
 
 
-def read_arrays(file: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
+def read_arrays(
+    file: Path,
+    name: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    conditioning_column: str | None,
+) -> Source:
     """
     Reads an .npy or .npz file of images, uint8 or other integers of up to 16 bits.
 
@@ -31,7 +39,8 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
     Args:
         file (`Path`): The file.
         name (`str`): The file as the user spelled it.
-        split, image_column, label_column (`str`): As in [`load_images`]. Columns are the names of arrays.
+        split, image_column, label_column, conditioning_column (`str`): As in [`load_images`]. Columns are the names of
+            arrays.
 
     Returns:
         [`Source`]: The images of the split, encoded as PGM or PPM.
@@ -49,18 +58,28 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
         raise unknown_split(name, split, by_split)
     arrays = by_split[wanted]
     shapes = ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
-    for kind, given in (("image_column", image_column), ("label_column", label_column)):
-        if given is not None and given not in arrays:
-            raise unknown(f"{kind} of '{name}'", given, arrays)
+    given = {"image_column": image_column, "label_column": label_column, "conditioning_column": conditioning_column}
+    for kind, column in given.items():
+        if column is not None and column not in arrays:
+            raise unknown(f"{kind} of '{name}'", column, arrays)
 
-    image_columns = [each for each, array in arrays.items() if _is_images(array) and image_column in (None, each)]
+    image_columns = [
+        each
+        for each, array in arrays.items()
+        if _is_images(array) and image_column in (None, each) and each != conditioning_column
+    ]
     if not image_columns:
         raise UserError(
             f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {shapes}. "
             "Images have shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3."
         )
     images = arrays[image_columns[0]]
-    largest = _find_largest_value(images, name, image_columns[0])
+    paired = None if conditioning_column is None else arrays[conditioning_column]
+    if paired is not None and not (_is_images(paired) and len(paired) == len(images)):
+        raise UserError(
+            f"conditioning_column '{conditioning_column}' of '{name}' holds no images, one for each of "
+            f"'{image_columns[0]}': its arrays are {shapes}."
+        )
 
     label_columns = [
         each for each, array in arrays.items() if _is_labels(array, images) and label_column in (None, each)
@@ -87,12 +106,19 @@ def read_arrays(file: Path, name: str, split: str, image_column: str | None, lab
         name=file.stem,
         split=split,
         columns=list(arrays),
-        read=lambda numbers: [{"bytes": _encode(images[row], largest), "path": None} for row in numbers],
+        read=_reader(images, name, image_columns[0]),
         rows=rows,
         labels=None if labels is None else labels[rows],
         class_names=class_names,
         notes=notes,
+        read_conditioning=None if paired is None else _reader(paired, name, conditioning_column),
     )
+
+
+def _reader(images: np.ndarray, name: str, column: str) -> Callable[[list[int]], list[dict]]:
+    """Returns what encodes the images of an array by their numbers."""
+    largest = _find_largest_value(images, name, column)
+    return lambda numbers: [{"bytes": _encode(images[row], largest), "path": None} for row in numbers]
 
 
 def _words(name: str) -> list[str]:

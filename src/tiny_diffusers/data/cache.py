@@ -1,4 +1,7 @@
-"""Cache of decoded images on disk: one folder for each dataset and request, with `images.npy` and `data.json`."""
+"""
+Cache of decoded images on disk: one folder for each dataset and request, with `images.npy`, `data.json` and, if there are
+conditioning images, `conditioning_images.npy`.
+"""
 
 import contextlib
 import hashlib
@@ -37,8 +40,8 @@ def read_cache(directory: Path) -> ImageData | None:
         record = load_json((directory / "data.json").read_text(encoding="utf-8"))
         if record.pop("checksum") != _checksum(record):
             return None
-        # Copy-on-write: torch expects writable memory, and the file must not change.
-        images = torch.from_numpy(np.load(directory / "images.npy", mmap_mode="c"))
+        images, paired = directory / "images.npy", directory / "conditioning_images.npy"
+        images, conditioning_images = _map(images), _map(paired) if paired.exists() else None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     labels, class_names = record.pop("labels"), record.pop("class_names")
@@ -46,9 +49,15 @@ def read_cache(directory: Path) -> ImageData | None:
         images=images,
         labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
         id2label=None if class_names is None else dict(enumerate(class_names)),
+        conditioning_images=conditioning_images,
         **record,
     )
-    return data if data.fingerprint == compute_fingerprint(data.images, data.labels) else None
+    return data if data.fingerprint == compute_fingerprint(images, data.labels, conditioning_images) else None
+
+
+def _map(file: Path) -> torch.Tensor:
+    """Maps an array into memory. Copy-on-write: torch expects writable memory, and the file must not change."""
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 def write_cache(directory: Path, data: ImageData) -> ImageData:
@@ -65,6 +74,8 @@ def write_cache(directory: Path, data: ImageData) -> ImageData:
 
     def write(staging: Path) -> None:
         np.save(staging / "images.npy", data.images.numpy())
+        if data.conditioning_images is not None:
+            np.save(staging / "conditioning_images.npy", data.conditioning_images.numpy())
         (staging / "data.json").write_text(json.dumps(record), encoding="utf-8")
 
     with contextlib.suppress(OSError):  # the disk is full, or another process has written the same files meanwhile

@@ -37,7 +37,8 @@ def decode_source(
     Decodes the selected rows of a source in parallel, keeps their order and skips broken images.
 
     Args:
-        source ([`Source`]): The encoded images.
+        source ([`Source`]): The encoded images. Those with conditioning images are cropped at their centre, so that both
+            show the same.
         resolution, center_crop, channels: As in [`load_images`].
         scratch (`Path`, *optional*): Folder for images that do not fit in memory. Defaults to the system's temporary
             folder.
@@ -49,6 +50,42 @@ def decode_source(
         [`~tiny_diffusers.errors.UserError`]: If the images are not square or differ in size and `resolution` is None,
             if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
     """
+    is_paired = source.read_conditioning is not None
+    options = (resolution, center_crop or is_paired)
+    images, kept, notes = _decode_images(source, "images", *options, channels, scratch)
+    conditioning_images = None
+    if is_paired:
+        pairs = replace(source, read=source.read_conditioning, rows=source.rows[kept])
+        what = "conditioning images"
+        conditioning_images, intact, notes_of_pairs = _decode_images(pairs, what, *options, None, scratch)
+        if len(intact) < len(kept):
+            images, kept = images[intact], [kept[index] for index in intact]
+        if conditioning_images.shape[2:] != images.shape[2:]:
+            sizes = [f"{array.shape[3]}x{array.shape[2]}" for array in (conditioning_images, images)]
+            raise UserError(
+                f"The conditioning images of '{source.name}' have {sizes[0]} pixels, and its images {sizes[1]}: make them "
+                "equally large, or set `resolution`."
+            )
+        notes += notes_of_pairs
+        conditioning_images = torch.from_numpy(conditioning_images)
+    images = torch.from_numpy(images)
+    labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
+    return ImageData(
+        images=images,
+        labels=labels,
+        id2label=None if labels is None else dict(enumerate(source.class_names)),
+        name=source.name,
+        split=source.split,
+        fingerprint=compute_fingerprint(images, labels, conditioning_images),
+        notes=source.notes + notes,
+        conditioning_images=conditioning_images,
+    )
+
+
+def _decode_images(
+    source: Source, what: str, resolution: int | None, center_crop: bool, channels: int | None, scratch: Path | None
+) -> tuple[np.ndarray, list[int], list[str]]:
+    """Decodes one image of each row: uint8 (N, C, H, W). Also returns the positions of the N rows, and the notes."""
     name, total = source.name, len(source.rows)
     storage = None
     kept, broken = [], []  # positions in `source.rows`; names of files
@@ -63,13 +100,13 @@ def decode_source(
         if storage is None:
             if height != width:
                 raise UserError(
-                    f"The images of '{name}' are not square ({width}x{height}): make them square, or set `resolution`."
+                    f"The {what} of '{name}' are not square ({width}x{height}): make them square, or set `resolution`."
                 )
             side = width
             storage = _allocate((total, channels or 3, side, side), scratch)
         if (height, width) != (side, side):
             raise UserError(
-                f"The images of '{name}' differ in size ({side}x{side}, {width}x{height}): resize them to one size, "
+                f"The {what} of '{name}' differ in size ({side}x{side}, {width}x{height}): resize them to one size, "
                 "or set `resolution`."
             )
         storage[len(kept)] = image  # a grey image is repeated over the channels
@@ -79,7 +116,7 @@ def decode_source(
 
     if len(broken) > _MAX_BROKEN_SHARE * total:
         raise UserError(
-            f"{len(broken):,} of {total:,} images of '{name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
+            f"{len(broken):,} of {total:,} {what} of '{name}' are broken, more than {_MAX_BROKEN_SHARE:.0%}: "
             f"{abbreviate(broken)}. Repair or remove them."
         )
 
@@ -102,20 +139,10 @@ def decode_source(
         if grey and channels != 1:
             changes["were grey, converted to RGB"] = grey
 
-    notes = [f"{count:,} of {len(kept):,} images {change}" for change, count in sorted(changes.items())]
+    notes = [f"{count:,} of {len(kept):,} {what} {change}" for change, count in sorted(changes.items())]
     if broken:
         notes.append(f"broken files skipped, {len(broken):,}: {abbreviate(broken)}")
-    images = torch.from_numpy(images)
-    labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
-    return ImageData(
-        images=images,
-        labels=labels,
-        id2label=None if labels is None else dict(enumerate(source.class_names)),
-        name=name,
-        split=source.split,
-        fingerprint=compute_fingerprint(images, labels),
-        notes=source.notes + notes,
-    )
+    return images, kept, notes
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray:

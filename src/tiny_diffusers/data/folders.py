@@ -81,7 +81,14 @@ def abbreviate(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def read_folder(folder: Path, name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
+def read_folder(
+    folder: Path,
+    name: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    conditioning_column: str | None,
+) -> Source:
     """
     Reads the classes, splits and metadata of a folder of images and prepares the reading of its images.
 
@@ -89,7 +96,8 @@ def read_folder(folder: Path, name: str, split: str, image_column: str | None, l
         folder (`Path`): The resolved folder, or a .zip archive.
         name (`str`): The folder as the user spelled it.
         split (`str`): The split, or a slice such as `"train[:1000]"`.
-        image_column, label_column (`str`, *optional*): As in [`load_images`]. The only image column is `"image"`.
+        image_column, label_column, conditioning_column (`str`, *optional*): As in [`load_images`]. The only image column
+            is `"image"`.
 
     Returns:
         [`Source`]: The images of the split, sorted by their names.
@@ -98,8 +106,15 @@ def read_folder(folder: Path, name: str, split: str, image_column: str | None, l
         [`~tiny_diffusers.errors.UserError`]: If there is no image, or if the split or a column does not exist.
     """
     images, tables, notes = _find_images(folder, name)
+    records, read = _read_tables(tables, conditioning_column, notes)
+    pairs = None
+    if conditioning_column is not None:
+        images, pairs = _take_conditioning_images(images, records, conditioning_column, name)
     _assign_splits_and_classes(images, notes)
-    columns = _read_columns(images, tables, notes)
+    if pairs is not None and len({image.label for image in images}) == 1:  # a folder apart from that of their pairs
+        for image in images:
+            image.label = None
+    columns = _read_columns(images, records, read, notes)
     classes = [image.label for image in images]
     column = _choose_label_column(columns, classes, label_column, name, notes)
     if image_column not in (None, "image"):
@@ -132,6 +147,7 @@ def read_folder(folder: Path, name: str, split: str, image_column: str | None, l
         class_names=class_names,
         folder=folder,
         notes=notes,
+        read_conditioning=None if pairs is None else lambda numbers: [pairs[images[row].name] for row in numbers],
     )
 
 
@@ -303,26 +319,70 @@ def _assign_splits_and_classes(images: list[_File], notes: list[str]) -> None:
                 image.is_stray = True
 
 
-def _read_columns(images: list[_File], tables: list[_File], notes: list[str]) -> dict[str, list]:
-    """Reads the tables into one list of values for each column, None for an image without a value. Adds to `notes`."""
-    records, read, columns = {}, [], {}
+def _read_tables(
+    tables: list[_File], conditioning_column: str | None, notes: list[str]
+) -> tuple[dict[str, dict], list[str]]:
+    """
+    Reads the rows of the tables by the names of their images, and the tables' own names. Adds to `notes`. The file names of
+    a conditioning column, which the Hub's image folders call `*_file_name`, are made relative to the folder as well.
+    """
+    records, read = {}, []
     for table in tables:
         content, reason = _read_table(table)
         if reason is not None:
             notes.append(f"{table.name}, left out: {reason}")
             continue
         place = posixpath.dirname(table.name)
-        records |= {posixpath.normpath(posixpath.join(place, name)): row for name, row in content.items()}
-        columns |= dict.fromkeys(column for row in content.values() for column in row)
-        if table.name.endswith(".json"):
-            for image in images:  # also without any label: StyleGAN's and EDM's sub-folders are no classes
-                image.label = None
+        for row in content.values():
+            for column in row.keys() & {conditioning_column, f"{conditioning_column}_file_name"}:
+                value = row.pop(column)
+                row[conditioning_column] = None if value is None else _join(place, str(value))
+        records |= {_join(place, name): row for name, row in content.items()}
         read.append(table.name)
+    return records, read
+
+
+def _join(place: str, name: str) -> str:
+    return posixpath.normpath(posixpath.join(place, name))
+
+
+def _take_conditioning_images(
+    images: list[_File], records: dict[str, dict], column: str, name: str
+) -> tuple[list[_File], dict[str, dict | None]]:
+    """
+    Takes the conditioning images out of the rows, and out of the images unless they have a row of their own. Returns the
+    other images, and the encoded conditioning image of each by its name, None if it has none.
+    """
+    columns = dict.fromkeys(each for row in records.values() for each in row)
+    if column not in columns:
+        raise unknown(
+            f"conditioning_column of '{name}'", column, columns or ["a column of file names in metadata.csv"]
+        )
+    paths = {image.name: image.path for image in images}
+    named = {image: row.pop(column, None) for image, row in records.items()}
+    used = paths.keys() & set(named.values())
+    if not used:
+        raise UserError(
+            f"conditioning_column '{column}' of '{name}' holds no images: it must hold the names of files in the folder."
+        )
+    images = [image for image in images if image.name in records or image.name not in used]
+    found = {image.name: paths.get(named.get(image.name)) for image in images}
+    return images, {each: path and {"bytes": None, "path": path} for each, path in found.items()}
+
+
+def _read_columns(
+    images: list[_File], records: dict[str, dict], tables: list[str], notes: list[str]
+) -> dict[str, list]:
+    """Turns rows into one list of values for each column, None for an image without a value. Adds to `notes`."""
+    if any(table.endswith(".json") for table in tables):
+        for image in images:  # also without any label: StyleGAN's and EDM's sub-folders are no classes
+            image.label = None
+    columns = dict.fromkeys(column for row in records.values() for column in row)
     listed = sum(image.name in records for image in images)
-    if read and listed < len(images):
-        notes.append(f"{abbreviate(read)} lists {listed:,} of {len(images):,} images: the others are kept")
+    if tables and listed < len(images):
+        notes.append(f"{abbreviate(tables)} lists {listed:,} of {len(images):,} images: the others are kept")
     if listed < len(records):
-        notes.append(f"{abbreviate(read)} lists {len(records) - listed:,} files that are no images here")
+        notes.append(f"{abbreviate(tables)} lists {len(records) - listed:,} files that are no images here")
     return {column: [records.get(image.name, {}).get(column) for image in images] for column in columns}
 
 

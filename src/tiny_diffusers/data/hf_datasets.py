@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,7 @@ def read_dataset(
     split: str,
     image_column: str | None,
     label_column: str | None,
+    conditioning_column: str | None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Source:
     """
@@ -121,6 +123,7 @@ def read_dataset(
         dataset (`datasets.Dataset`), splits (`list[str]`): As returned by [`open_dataset`].
         name (`str`), folder (`Path`, *optional*), split (`str`): As given to [`open_dataset`].
         image_column, label_column (`str`, *optional*): The columns to read; found by their features by default.
+        conditioning_column (`str`, *optional*): The column of conditioning images, if they are to be read.
         cache_dir (`str` or `os.PathLike`, *optional*): As given to [`open_dataset`].
 
     Returns:
@@ -131,9 +134,11 @@ def read_dataset(
     """
     import datasets
 
-    image_columns = _image_columns(dataset, image_column, name)
+    others = dataset
+    if conditioning_column is not None:
+        others = dataset.remove_columns(_image_columns(dataset, conditioning_column, name, "conditioning_column"))
+    image_columns = _image_columns(others, image_column, name)
     label_columns = _label_columns(dataset, label_column, name, splits)
-    encoded = dataset.select_columns(image_columns[:1]).cast_column(image_columns[0], datasets.Image(decode=False))
     labels, class_names = _read_labels(dataset, label_columns[0]) if label_columns else (None, None)
 
     if folder is not None:
@@ -141,6 +146,10 @@ def read_dataset(
     else:  # the files of a Hub dataset that is an image folder
         caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([cache_dir] if cache_dir else [])]
         roots = [Path(cache).expanduser().resolve() for cache in caches]
+
+    def reader(column: str) -> Callable[[list[int]], list[dict | None]]:
+        encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return lambda rows: [_confine(image, roots) for image in encoded[rows][column]]
 
     notes = []
     for kind, columns in (("image", image_columns), ("label", label_columns)):
@@ -156,12 +165,13 @@ def read_dataset(
         name=name if folder is None else folder.stem if folder.is_file() else folder.name,
         split=split,
         columns=dataset.column_names,
-        read=lambda rows: [_confine(image, roots) for image in encoded[rows][image_columns[0]]],
+        read=reader(image_columns[0]),
         rows=np.arange(len(dataset)),
         labels=labels,
         class_names=class_names,
         folder=folder,
         notes=notes,
+        read_conditioning=None if conditioning_column is None else reader(conditioning_column),
     )
 
 
@@ -178,15 +188,15 @@ def _confine(encoded: dict | None, roots: list[Path]) -> dict | None:
     return {"bytes": b"", "path": f"{encoded['path']} (no file of the dataset)"}
 
 
-def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str) -> list[str]:
+def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str, flag: str = "image_column") -> list[str]:
     """Returns the given column, or else all columns that hold images."""
     if given is not None and given not in dataset.column_names:
-        raise unknown(f"image_column of '{name}'", given, dataset.column_names)
+        raise unknown(f"{flag} of '{name}'", given, dataset.column_names)
     found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
     if not found:
         raise UserError(f"'{name}' has no image column: its columns are {', '.join(dataset.column_names)}.")
     if given is not None and given not in found:
-        raise UserError(f"image_column '{given}' of '{name}' holds no images: choose one of {', '.join(found)}.")
+        raise UserError(f"{flag} '{given}' of '{name}' holds no images: choose one of {', '.join(found)}.")
     return [given] if given is not None else found
 
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 @dataclass
 class ImageData:
     """
-    Decoded images, with labels if the dataset has them.
+    Decoded images, with labels if the dataset has them, and with conditioning images if they were asked for.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): uint8, C = 1 (grey) or 3 (RGB). Images read from the cache are
@@ -20,8 +20,10 @@ class ImageData:
         id2label (`dict[int, str]`, *optional*): Name of each of the K classes.
         name (`str`): The Hub id, the folder's name, or `"digits"`.
         split (`str`): The split that was read.
-        fingerprint (`str`): sha256 of images and labels. It depends only on their values, not on where they were read.
+        fingerprint (`str`): sha256 of all of these. It depends only on their values, not on where they were read.
         notes (`list[str]`): Messages to the user: what was converted, resized or skipped.
+        conditioning_images (`torch.Tensor` of shape `(N, K, H, W)`, *optional*): uint8, K = 1 or 3: of each image, the
+            one that a model is given to generate it from.
     """
 
     images: torch.Tensor
@@ -31,17 +33,22 @@ class ImageData:
     split: str
     fingerprint: str
     notes: list[str] = field(default_factory=list)
+    conditioning_images: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def compute_fingerprint(images: torch.Tensor, labels: torch.Tensor | None) -> str:
-    """Computes the sha256 of images and labels, as hexadecimal digits."""
+def compute_fingerprint(
+    images: torch.Tensor, labels: torch.Tensor | None, conditioning_images: torch.Tensor | None = None
+) -> str:
+    """Computes the sha256 of images, labels and conditioning images, as hexadecimal digits."""
     digest = hashlib.sha256(repr((tuple(images.shape), labels is not None)).encode())
     digest.update(images.numpy())
     if labels is not None:
         digest.update(labels.numpy())
+    if conditioning_images is not None:
+        digest.update(conditioning_images.numpy())
     return digest.hexdigest()
 
 

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..paths import local_path
 from .arrays import read_arrays
 from .cache import cache_key, cache_root, read_cache, write_cache
@@ -12,7 +13,7 @@ from .decoding import decode_source
 from .folders import is_repository, list_files, read_folder
 from .hf_datasets import open_dataset, read_dataset
 from .images import ImageData
-from .sources import read_digits, select
+from .sources import Source, read_digits, select
 
 
 def load_images(
@@ -23,6 +24,7 @@ def load_images(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    conditioning_column: str | None = None,
     resolution: int | None = None,
     center_crop: bool = False,
     classes: str | Sequence[str | int] | None = None,
@@ -50,7 +52,11 @@ def load_images(
         split (`str`, defaults to `"train"`): The split, or a slice in the syntax of `datasets`: `"train[:1000]"`.
         image_column, label_column (`str`, *optional*): By default columns are found by their features: an `Image` for
             the images; a `ClassLabel`, or else an integer or string column whose values repeat or whose name is
-            label, labels or y, for the labels.
+            label, labels or y, for the labels. `label_column="none"` reads no labels.
+        conditioning_column (`str`, *optional*): A second column of images, of the same size, that is read as
+            `conditioning_images`. In a folder it is a column of file names in its metadata, such as `conditioning_image`
+            or `conditioning_image_file_name`; these files are then no images of their own. Images that are not square
+            are cropped at their centre, as these are.
         resolution (`int`, *optional*): Side of the images in pixels. Not needed if all are squares of one size.
         center_crop (`bool`, defaults to `False`): Crop images that are not square at their centre. By default the
             position is pseudo-random and depends only on the bytes of the file.
@@ -79,11 +85,20 @@ def load_images(
 
     # The cache key depends on the order of these options.
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
+    has_labels = label_column != "none"
+
+    def decode(source: Source, scratch: Path | None = None) -> ImageData:
+        if not has_labels:
+            source = replace(source, labels=None, class_names=None)
+        return decode_source(select(source, classes, max_samples, require_labels), **options, scratch=scratch)
+
     if train_data_dir is None and dataset_name == "digits":
         source = read_digits(split)
+        if conditioning_column is not None:
+            raise unknown("conditioning_column of 'digits'", conditioning_column, source.columns)
         if Path("digits").exists():
             source.notes.append("'digits' is the embedded dataset: name the folder or file of this name ./digits")
-        return decode_source(select(source, classes, max_samples, require_labels), **options)
+        return decode(source)
 
     name = dataset_name if train_data_dir is None else os.fspath(train_data_dir)
     if not name:
@@ -100,10 +115,19 @@ def load_images(
         files = [Path(file["filename"]) for file in opened[0].cache_files]
     else:
         reader, files = _choose_reader(path, name, dataset_config_name)
-    columns = (image_column, label_column)
+    columns = (image_column, label_column if has_labels else None, conditioning_column)
     root = cache_root(cache_dir)
     # The folder is part of the key: its parent may hold the same files, in other classes.
-    request = (path and os.fspath(path), dataset_config_name, split, columns, classes, max_samples, options)
+    request = (
+        path and os.fspath(path),
+        dataset_config_name,
+        split,
+        columns,
+        has_labels,
+        classes,
+        max_samples,
+        options,
+    )
     directory = root / cache_key(files, *request)
     data = read_cache(directory)
     if data is not None and not (require_labels and data.labels is None):
@@ -114,8 +138,7 @@ def load_images(
         source = read_dataset(dataset, splits, name, path, split, *columns, cache_dir)
     else:
         source = reader(path, name, split, *columns)
-    data = decode_source(select(source, classes, max_samples, require_labels), **options, scratch=root)
-    return write_cache(directory, data)
+    return write_cache(directory, decode(source, root))
 
 
 def _choose_reader(path: Path, name: str, config: str | None) -> tuple[Callable | None, list[Path]]:

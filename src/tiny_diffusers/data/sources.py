@@ -45,6 +45,7 @@ class Source:
         class_names (`list[str]`, *optional*): Name of each class.
         folder (`Path`, *optional*): The local folder; broken files are named relative to it.
         notes (`list[str]`): Messages to the user.
+        read_conditioning (`Callable`, *optional*): The same as `read`, for the conditioning images.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source:
     class_names: list[str] | None
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+    read_conditioning: Callable[[list[int]], list[dict | None]] | None = None
 
 
 class UnknownSplitError(UserError):

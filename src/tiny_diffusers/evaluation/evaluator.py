@@ -8,7 +8,7 @@ by the hashes of its images: "the first thousand" or "a random half" depends on 
 import inspect
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -164,7 +164,10 @@ def evaluate(
                 kind: {"images": len(sets.compared(kind)[0]), "figures": _as_json(figures)}
                 for kind, figures in measured.baselines.items()
             },
-            warnings=[*notes, *_warnings(measured, training, likelihood, classifier, left_out)],
+            warnings=[
+                *notes,
+                *_warnings(measured, training, likelihood, classifier, source.get("conditioning"), left_out),
+            ],
             versions=_versions(),
             command=command,
         )
@@ -226,10 +229,15 @@ def _draw_images(
     if hasattr(pipe, "_image_shape"):
         image_sets.check_shape(tuple(pipe._image_shape), shape, "The model's images")
     labels, id2label = _labels_to_draw(pipe, real, protocol)
+    conditioning_images = None
+    if pipe.config.get("conditioning") is not None:
+        labels, conditioning_images = _conditions_of(pipe, real, protocol, labels)
     source = describe_pipeline(pipe, protocol, name)
     # The name decides no image; configs, libraries and the hardware do.
     described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), libraries()]
     described += [state.device.type, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
+    if conditioning_images is not None:
+        described.append(real.fingerprint)
     originals = None
     if reconstructs:
         described += [protocol.kind, real.fingerprint]
@@ -247,6 +255,7 @@ def _draw_images(
         options=protocol.sampling,
         state=state,
         class_labels=labels,
+        conditioning_images=conditioning_images,
         real=originals,
     )
     images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
@@ -278,6 +287,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "sampling": defaults | protocol.sampling,
     }
+    if pipe.config.get("conditioning") is not None:
+        source["conditioning"] = pipe.config.conditioning
     if "clip_sample" in parameters and "guidance_scale" in parameters:  # guidance decides it if nobody says
         sampling = source["sampling"]
         interval = sampling.get("guidance_interval", (0.0, 1.0))
@@ -317,6 +328,31 @@ def _labels_to_draw(
                 "that it was trained on."
             )
     return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
+
+
+def _conditions_of(
+    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None
+) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor]]:
+    """
+    Returns the labels (N,), and a function that returns the conditioning images `start` to `stop`, (B, K, h, w) in [0, 1].
+    Both are of the reference's images in the order of their hashes, again from the first on if there are fewer than N.
+    """
+    order = image_sets.order_of(real.images.numpy())
+    rows = torch.from_numpy(np.resize(order, protocol.num_images))
+    if labels is not None:
+        if real.labels is None:
+            raise UserError(
+                "The model has classes and a conditioning image, and the reference has no labels for both."
+            )
+        labels = real.labels[rows].numpy()
+    if not pipe._conditioning.is_made:
+        if real.conditioning_images is None:
+            raise UserError(
+                "The model draws images from conditioning images, and the reference has none: name their column by "
+                "--conditioning_column."
+            )
+        return labels, lambda start, stop: real.conditioning_images[rows[start:stop]] / 255
+    return labels, lambda start, stop: pipe.observe(real.images[rows[start:stop]] / 255)
 
 
 # A classifier of the data's classes
@@ -378,6 +414,7 @@ def _warnings(
     training: ImageData | None,
     likelihood: Likelihood | None,
     classifier: Classifier | None,
+    conditioning: str | None,
     left_out: dict[str, str | None],
 ) -> list[str]:
     """Returns the caveats of the metrics; `left_out` has a reason for each metric that could not be measured."""
@@ -387,6 +424,11 @@ def _warnings(
         warnings.append(
             "The images are reconstructions of the reference's own: the metrics show how much the latents preserve, "
             "and nothing about samples."
+        )
+    if conditioning is not None:
+        warnings.append(
+            f"Each image is drawn from what an image of the reference shows ({conditioning}): the metrics cannot be compared "
+            "with those of models that are shown nothing."
         )
     count, dim = len(sets.generated), sets.real.features.shape[1]
     for what, size in (("images", count), ("reference images", len(sets.real))):

@@ -112,6 +112,7 @@ def sample(
     options: dict,
     state: PartialState,
     class_labels: np.ndarray | None = None,
+    conditioning_images: Callable[[int, int], torch.Tensor] | None = None,
     real: np.ndarray | None = None,
 ) -> np.ndarray:
     """
@@ -128,6 +129,8 @@ def sample(
         options (`dict`): Further arguments of the call.
         state (`PartialState`): The processes.
         class_labels (`np.ndarray` of shape `(N,)`, *optional*): The class of each image.
+        conditioning_images (`Callable`, *optional*): `conditioning_images(start, stop)` returns those of these images,
+            (stop - start, K, h, w) in [0, 1].
         real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): uint8 images to reconstruct, instead of sampling.
 
     Returns:
@@ -137,9 +140,11 @@ def sample(
 
     def draw(start: int, stop: int) -> np.ndarray:
         generator = image_generators(seed, stop - start, first=start)
-        labels = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
+        conditions = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
+        if conditioning_images is not None:
+            conditions["image"] = conditioning_images(start, stop)
         if real is None:
-            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **labels, **options)
+            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **conditions, **options)
         else:
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)

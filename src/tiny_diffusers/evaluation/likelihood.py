@@ -66,6 +66,8 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
             _bits(given, reference.images[:1], labels, image_generators(0, 1))
         except ValueError as error:
             reason = str(error).removesuffix(".")
+    elif getattr(given, "_conditioning", None) is not None:
+        reason = "they depend on the conditioning image"
     elif scheduler is None:
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Flags of a run that say how its dataset is read
+_SHARED = (
+    "dataset_config_name",
+    "image_column",
+    "label_column",
+    "conditioning_column",
+    "classes",
+    "center_crop",
+)
+
 
 @dataclass(frozen=True)
 class RealImages(Flags):
@@ -32,7 +42,8 @@ class RealImages(Flags):
     dataset_name: str | None = flag(None, "Real images: a Hub id, a folder, or digits; of a run, its own.")
     dataset_config_name: str | None = flag(None, "Configuration of a dataset that has several.")
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
-    label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
+    label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
+    conditioning_column: str | None = flag(None, "Column of the conditioning images of a model that takes some.")
     classes: str | None = flag(None, "Names or ids, such as cat,frog, if the model has only these.")
     resolution: int | None = flag(
         None, "Side that images are resized to; the model's if not given.", within="[1, 1024]"
@@ -60,8 +71,7 @@ def flags_of_run(run: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
             none is given.
     """
     settings = restore_paths(run.path, run.read_config())
-    shared = ("dataset_config_name", "image_column", "label_column", "classes", "resolution", "center_crop")
-    found = {name: settings.get(name) for name in (*shared, "max_train_samples")}
+    found = {name: settings.get(name) for name in (*_SHARED, "resolution", "max_train_samples")}
     folder = settings.get("train_data_dir")
     if folder is not None and local_path(str(folder)) is None and "dataset_name" not in given:
         raise UserError(
@@ -117,8 +127,7 @@ def load_real_images(
     """
     from ..data import UnknownSplitError, load_images
 
-    names = ("dataset_name", "dataset_config_name", "image_column", "label_column", "classes", "center_crop")
-    options = {name: getattr(images, name) for name in names}
+    options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
     options |= {"resolution": images.resolution or side, "channels": channels}

@@ -1,4 +1,4 @@
-"""The diffusion families: their arguments, their scheduler, their loss. Both diffusion scripts share it."""
+"""Diffusion: its arguments, its scheduler, its loss. Both diffusion scripts share it."""
 
 import dataclasses
 import logging
@@ -14,22 +14,21 @@ from torch import nn
 from ..errors import UserError, refusals
 from ..flags import default_of, flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators, objective_of
-from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..schedulers.scheduling_tiny_common import CHOICES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
 from ..schedulers.scheduling_tiny_edm import TinyEDMScheduler
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
 from ..training.arguments import Optimizer, TrainingArguments
-from ..training.family import Batch, Family, class_grid, load_pretrained
+from ..training.family import Batch, Family, load_pretrained
 from .transformers import TransformerArguments
-from .unets import ConditionalUNetArguments, UNetArguments
+from .unets import UNetArguments
 
 
 logger = logging.getLogger(__name__)
 
 # If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
-_NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
+NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
 
 # By optimizer, if not given: see docs/training.md
 _LEARNING_RATE, _LEARNING_RATES = 1e-3, {"muon": 3e-3}
@@ -75,7 +74,7 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process (not used by edm).", within="[1, 100000]")
     ddpm_num_inference_steps: int | None = flag(
         None,
-        f"Sampling steps of the sample grids, T at most; if not given {_NUM_INFERENCE_STEPS}, and {_NUM_PREVIEW_STEPS} "
+        f"Sampling steps of the sample grids, T at most; if not given {NUM_INFERENCE_STEPS}, and {_NUM_PREVIEW_STEPS} "
         "during training.",
         within="[1, inf)",
         changes_run=False,
@@ -164,32 +163,12 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     @property
     def num_inference_steps(self) -> int:
         """Sampling steps of the last sample grid."""
-        return self.ddpm_num_inference_steps or min(_NUM_INFERENCE_STEPS, self.ddpm_num_steps)
+        return self.ddpm_num_inference_steps or min(NUM_INFERENCE_STEPS, self.ddpm_num_steps)
 
     @property
     def num_preview_steps(self) -> int:
         """Sampling steps of the sample grids during training."""
         return self.ddpm_num_inference_steps or min(_NUM_PREVIEW_STEPS, self.ddpm_num_steps)
-
-
-@dataclass(frozen=True)
-class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
-    """The classes, and how they guide."""
-
-    SCRIPT: ClassVar[str] = "conditional"
-    FAMILY: ClassVar[str] = "conditional-ddpm"
-
-    class_dropout_prob: float = flag(
-        0.1, "Share of the labels that are dropped; guidance needs some.", within="[0, 1)"
-    )
-    guidance_scales: list[float] | None = flag(
-        None, "Guidance scales of the sample grids; 1 and 3 if not given.", within="(-inf, inf)", changes_run=False
-    )
-    ema_start_step: int | None = flag(
-        None,
-        "The EMA starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
-        within="[0, inf)",
-    )
 
 
 def resolve_diffusion(arguments: DiffusionArguments, state: PartialState) -> dict[str, Any]:
@@ -286,7 +265,7 @@ class Diffusion(Family):
         self,
         unet: nn.Module,
         scheduler: TinyScheduler,
-        num_inference_steps: int = _NUM_INFERENCE_STEPS,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         num_preview_steps: int | None = None,
     ):
         self.modules = {"unet": unet}
@@ -309,7 +288,10 @@ class Diffusion(Family):
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
         labels = {} if batch.labels is None else {"class_labels": batch.labels}
-        output = unet(self.scheduler.scale_model_input(noisy, timesteps), timesteps, **labels).sample
+        sample = self.scheduler.scale_model_input(noisy, timesteps)
+        if batch.conditioning_images is not None:
+            sample = torch.cat([sample, batch.conditioning_images], dim=1)  # (B, C + K, H, W)
+        output = unet(sample, timesteps, **labels).sample
         return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:
@@ -324,65 +306,3 @@ class Diffusion(Family):
     def _draw(self, pipeline: TinyPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
         generator = image_generators(seed, num_images)
         return pipeline(batch_size=num_images, generator=generator, num_inference_steps=steps).images, {}
-
-
-class ConditionalDiffusion(Diffusion):
-    """
-    Class-conditional diffusion with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
-
-    Args:
-        unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
-            row K for no class.
-        scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
-        id2label (`dict[int, str]`): The names of the classes 0 to K - 1.
-        class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
-        guidance_scales (`list[float]`): Guidance scales of the sample grids.
-        num_inference_steps (`int`): Sampling steps of the last sample grid.
-        num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
-    """
-
-    def __init__(
-        self,
-        unet: nn.Module,
-        scheduler: TinyScheduler,
-        id2label: dict[int, str],
-        class_dropout_prob: float = 0.1,
-        guidance_scales: list[float] | None = None,
-        num_inference_steps: int = _NUM_INFERENCE_STEPS,
-        num_preview_steps: int | None = None,
-    ):
-        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps)
-        self.id2label = id2label
-        self.null_label, self.label_dropout = len(id2label), class_dropout_prob
-        self.guidance_scales = guidance_scales or ([1.0, 3.0] if class_dropout_prob else [1.0])
-        if class_dropout_prob == 0 and self.guidance_scales != [1.0]:
-            logger.warning(
-                "guidance won't help if no label is dropped: the null class stays as it was initialized, and guidance "
-                "leads away from nothing; use --class_dropout_prob 0.1, or --guidance_scales 1."
-            )
-
-    def pipeline(self, modules: dict[str, nn.Module]) -> TinyConditionalPipeline:
-        return TinyConditionalPipeline(
-            unet=modules["unet"],
-            scheduler=self.scheduler,
-            id2label=self.id2label,
-            class_dropout_prob=self.label_dropout,
-        )
-
-    def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
-        """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
-        scales = self.guidance_scales
-        labels, each, grid = class_grid(self.id2label, num_images // len(scales))
-        batches = [
-            pipeline(
-                class_labels=labels,
-                guidance_scale=scale,
-                generator=image_generators(seed, len(labels)),
-                num_inference_steps=steps,
-            ).images
-            for scale in scales
-        ]
-        starts = range(0, len(labels), each)
-        images = [image for start in starts for batch in batches for image in batch[start : start + each]]
-        scale_names = [text for scale in scales for text in [f"w = {scale:g}", *[""] * (each - 1)]]
-        return images, {**grid, "columns": each * len(scales), "column_labels": scale_names}

@@ -20,6 +20,7 @@ from ..models import transformer_tiny, unet_tiny
 from ..models.transformer_tiny import TinyTransformer2DModel
 from ..models.unet_tiny import CHOICES, TinyUNet2DModel
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, objective_of, try_stock_network
+from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
@@ -132,7 +133,12 @@ def _foreign_options(arguments: UNetArguments, network: str) -> set[str]:
     return network_options(arguments).keys() - inspect.signature(TinyTransformer2DModel).parameters.keys()
 
 
-def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: int | None = None) -> nn.Module:
+def build_unet(
+    settings: TrainingArguments,
+    data: ImageData,
+    num_class_embeds: int | None = None,
+    conditioning: Conditioning | None = None,
+) -> nn.Module:
     """
     Builds the network: a checkpoint's, a configuration's, or a [`TinyUNet2DModel`] or [`TinyTransformer2DModel`] by its
     options.
@@ -141,6 +147,7 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
         settings ([`TrainingArguments`]): With the fields of [`UNetArguments`] and [`TransformerArguments`].
         data ([`ImageData`]): The images, for their size and channels and, with classes, their names.
         num_class_embeds (`int`, *optional*): Number of classes.
+        conditioning ([`Conditioning`], *optional*): The conditioning image, whose channels the network takes as well.
 
     Raises:
         UserError: If it does not fit the data or the settings, or cannot be built.
@@ -152,7 +159,7 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
     channels, resolution = data.images.shape[1], data.images.shape[-1]
     fixed = {
         "sample_size": resolution,
-        "in_channels": channels,
+        "in_channels": channels if conditioning is None else channels + conditioning.shape[0],
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
         # of Fourier and learned embeddings; EDM's ln(sigma) / 4 is embedded as it is
@@ -160,7 +167,7 @@ def build_unet(settings: TrainingArguments, data: ImageData, num_class_embeds: i
     }
     with refusals():
         if settings.pretrained_model_name_or_path:
-            unet = _pretrained_unet(settings, data, data.id2label if num_class_embeds else None)
+            unet = _pretrained_unet(settings, data, data.id2label if num_class_embeds else None, conditioning)
             unet = _apply_flags(unet, settings)
         elif settings.model_config_name_or_path:
             unet = _apply_flags(_configured_unet(settings, fixed), settings)
@@ -227,7 +234,9 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
     return unet
 
 
-def _pretrained_unet(settings: TrainingArguments, data: ImageData, id2label: dict[int, str] | None) -> nn.Module:
+def _pretrained_unet(
+    settings: TrainingArguments, data: ImageData, id2label: dict[int, str] | None, conditioning: Conditioning | None
+) -> nn.Module:
     name = settings.pretrained_model_name_or_path
     pipeline = load_pretrained(settings, TinyPipeline)
     unet = getattr(pipeline, "unet", None)
@@ -235,25 +244,37 @@ def _pretrained_unet(settings: TrainingArguments, data: ImageData, id2label: dic
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
-    check_images(settings, data, unet.config.in_channels, unet.config.get("sample_size") or data.images.shape[-1])
-    _check_checkpoint(pipeline, settings)
+    kind, kind_asked = pipeline.config.get("conditioning"), conditioning and conditioning.kind
+    if kind != kind_asked:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} takes {_describe_condition(kind)}, and this run is to take "
+            f"{_describe_condition(kind_asked)}: start from a checkpoint of the same conditioning, or leave the flag out."
+        )
+    channels = unet.config.in_channels - (conditioning.shape[0] if conditioning is not None else 0)
+    check_images(settings, data, channels, unet.config.get("sample_size") or data.images.shape[-1])
+    _check_checkpoint(pipeline, settings, channels)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
         raise UserError(
-            f"--pretrained_model_name_or_path: {name} has classes: continue with `tiny-diffusers train conditional` (train_conditional.py)."
+            f"--pretrained_model_name_or_path: {name} has classes: continue with `tiny-diffusers train conditional` "
+            "(train_conditional.py), on images with labels."
         )
     return unet.float()
 
 
-def _check_checkpoint(pipeline: Any, settings: TrainingArguments) -> None:
+def _describe_condition(kind: str | None) -> str:
+    return "no conditioning image" if kind is None else f"a conditioning image ({kind})"
+
+
+def _check_checkpoint(pipeline: Any, settings: TrainingArguments, channels: int) -> None:
     """Refuses what the checkpoint's network cannot do, and warns of what it would have to learn again."""
     name, config = settings.pretrained_model_name_or_path, pipeline.unet.config
-    if config.out_channels != config.in_channels * (2 if settings.variance_type == "learned_range" else 1):
-        fitting = "learned_range" if config.out_channels > config.in_channels else "fixed_small"
+    if config.out_channels != channels * (2 if settings.variance_type == "learned_range" else 1):
+        fitting = "learned_range" if config.out_channels > channels else "fixed_small"
         raise UserError(
             f"--variance_type {settings.variance_type}: the network of {name} has {config.out_channels} channels of "
-            f"output for images of {config.in_channels}: give --variance_type {fitting}."
+            f"output for images of {channels}: give --variance_type {fitting}."
         )
     has_fixed_steps = config.get("time_embedding", config.get("time_embedding_type")) in ("learned", "fourier")
     steps = config.get("num_train_timesteps")

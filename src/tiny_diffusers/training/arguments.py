@@ -70,7 +70,7 @@ class DataArguments(Flags):
     )
     split: str = flag("train", "Split of the dataset to train on.")
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
-    label_column: str | None = flag(None, "Column of the labels; found by its type if not given.")
+    label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
     resolution: int | None = flag(
         None, "Resize images to this many pixels a side, if given.", within="[1, 1024]", decides=(_NETWORK,)
     )

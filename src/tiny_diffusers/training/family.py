@@ -11,13 +11,14 @@ from torch import nn
 from ..data import ImageData
 from ..errors import UserError, refusals
 from ..pipelines.pipeline_tiny import TinyPipeline
+from ..pipelines.pipeline_tiny_operators import Conditioning
 from .arguments import TrainingArguments, network_options
 from .draws import Draws
 
 
 Pipeline = TypeVar("Pipeline")
 
-MAX_GRID_CLASSES = 10  # rows of a sample grid
+MAX_GRID_CLASSES, MAX_EXAMPLES = 10, 8  # rows of a sample grid
 
 
 @dataclass
@@ -29,11 +30,14 @@ class Batch:
         images (`torch.Tensor` of shape `(B, C, H, W)`): float32 in [-1, 1], augmented.
         labels (`torch.Tensor` of shape `(B,)`, *optional*): int64; the null class where the label was dropped.
         draws ([`Draws`]): The random numbers of these images in this step.
+        conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
+            as the images; zeros where they were dropped.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     draws: Draws
+    conditioning_images: torch.Tensor | None = None
 
 
 class Family:
@@ -44,13 +48,18 @@ class Family:
         modules (`dict[str, nn.Module]`): The networks that are trained, each with an optimizer of its own, by the names
             of the pipeline's components.
         null_label (`int`, *optional*): The label that stands for no label.
-        label_dropout (`float`): Share of the labels that the loop replaces by `null_label`.
+        conditioning ([`Conditioning`], *optional*): The image that the network is given as a condition.
+        examples ([`Batch`], *optional*): Held-out images, from the loop, for sample grids with a conditioning image.
+        label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
+            images that it replaces by zeros with them.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
         preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
     """
 
     modules: dict[str, nn.Module]
     null_label: int | None = None
+    conditioning: Conditioning | None = None
+    examples: Batch | None = None
     label_dropout: float = 0.0
     phases: dict[str, int] = {}
     preview_share: float = 1.0

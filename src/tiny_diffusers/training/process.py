@@ -106,6 +106,7 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
             split=arguments.split,
             image_column=arguments.image_column,
             label_column=arguments.label_column,
+            conditioning_column=getattr(arguments, "conditioning_column", None),
             resolution=arguments.resolution,
             center_crop=arguments.center_crop,
             classes=arguments.classes,

@@ -34,7 +34,7 @@ from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA, PowerEMA
-from .family import Batch, Family
+from .family import MAX_EXAMPLES, Batch, Family
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
 from .settings import resolve_num_steps, warn_of_changes
@@ -44,7 +44,8 @@ from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE
 logger = logging.getLogger(__name__)
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
-_AUGMENTATIONS = ("random_flip", "random_crop_padding", "color_jitter", "cutout")
+_GEOMETRIC = ("random_flip", "random_crop_padding")  # of an image and of its conditioning image alike
+_AUGMENTATIONS = (*_GEOMETRIC, "color_jitter", "cutout")
 # Of sample grids that nobody asked for
 _MAX_GRIDS, _STEPS_PER_GRID = 10, 5  # fewer in a run of few steps
 _GRID_SHARE, _FREE_GRID_SECONDS = 0.1, 5.0  # of the time so far that they may take, and what they always may
@@ -86,6 +87,12 @@ class Trainer:
         self.stop_signal = 0  # by any process, agreed on once a step
         self.is_late = False  # `--max_train_minutes` are over
         self.grid_seconds: list[float] = []  # of each sample grid that this process has saved
+        if family.conditioning is not None:
+            shown = self.train_indices if self.validation_indices is None else self.validation_indices
+            rows = range(min(MAX_EXAMPLES, len(shown)))
+            family.examples = self._assemble(
+                shown[: len(rows)], Draws(settings.seed, "examples", rows), training=False
+            )
         self._build()
 
     @property
@@ -560,16 +567,29 @@ class Trainer:
 
     def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
         data, family = self.data, self.family
-        images = normalize(data.images[indices].to(self.device, non_blocking=True))
+        images, labels, conditioning_images = self._load(data.images, indices), None, None
+        if data.conditioning_images is not None:
+            conditioning_images = self._load(data.conditioning_images, indices)
         if training and self.augmentation:
-            images = augment(images, draws.uniform("augment", AUGMENT_DRAWS), **self.augmentation)
-        labels = None
+            uniform = draws.uniform("augment", AUGMENT_DRAWS)
+            images = augment(images, uniform, **self.augmentation)
+            if conditioning_images is not None:
+                geometric = {name: self.augmentation[name] for name in _GEOMETRIC if name in self.augmentation}
+                conditioning_images = augment(conditioning_images, uniform, **geometric)
+        if family.conditioning is not None and family.conditioning.is_made:
+            conditioning_images = family.conditioning.enlarge(family.conditioning.observe(images))
         if data.labels is not None and family.null_label is not None:
             labels = data.labels[indices].to(self.device, non_blocking=True)
-            if training and family.label_dropout > 0:
-                dropped = draws.uniform("label_dropout") < family.label_dropout
+        if training and family.label_dropout > 0:
+            dropped = draws.uniform("label_dropout") < family.label_dropout
+            if labels is not None:
                 labels = labels.masked_fill(dropped, family.null_label)
-        return Batch(images, labels, draws)
+            if conditioning_images is not None:
+                conditioning_images = conditioning_images.masked_fill(dropped[:, None, None, None], 0)
+        return Batch(images, labels, draws, conditioning_images)
+
+    def _load(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return normalize(images[indices].to(self.device, non_blocking=True))
 
     # --------------------------------------------------------------------------------------------- measurements
 

@@ -1,0 +1,182 @@
+"""Diffusion with conditions: classes, an image, or both, and classifier-free guidance."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..data import ImageData
+from ..errors import UserError, refusals, unknown
+from ..flags import flag
+from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+from ..pipelines.pipeline_tiny_operators import Conditioning
+from ..training.family import class_grid
+from .diffusion import NUM_INFERENCE_STEPS, Diffusion, DiffusionArguments, TinyScheduler
+from .unets import ConditionalUNetArguments
+
+
+logger = logging.getLogger(__name__)
+
+# The conditioning images that are made from the image itself, by their names, and how they are given
+_MADE_CONDITIONS = {"grayscale": "grayscale", "low_resolution": "low_resolution:2"}
+
+
+@dataclass(frozen=True)
+class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
+    """The classes and the conditioning image, and how they guide."""
+
+    SCRIPT: ClassVar[str] = "conditional"
+    FAMILY: ClassVar[str] = "conditional-ddpm"
+
+    conditioning: str | None = flag(
+        None,
+        "Give the network an image as a condition, made from the training image: grayscale, or low_resolution:2 (by any "
+        "factor that divides the size). Labels are then not required; those that the data have are conditions as well, "
+        "unless --label_column is none.",
+    )
+    conditioning_column: str | None = flag(
+        None, "The same, but the image is that of another column, such as conditioning_image."
+    )
+    class_dropout_prob: float = flag(
+        0.1,
+        "Share of the labels that are dropped, and of the conditioning images with them; guidance needs some.",
+        "--conditioning_dropout_prob",
+        within="[0, 1)",
+    )
+    guidance_scales: list[float] | None = flag(
+        None,
+        "Guidance scales of the sample grids; 1 and 3 if not given, and with a conditioning image 1.",
+        within="(-inf, inf)",
+        changes_run=False,
+    )
+    ema_start_step: int | None = flag(
+        None,
+        "The EMA starts as a copy of the weights after this step; a tenth of the run, 2,000 at most, if not given.",
+        within="[0, inf)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.conditioning is not None and self.conditioning_column is not None:
+            raise UserError(
+                f"--conditioning {self.conditioning} --conditioning_column {self.conditioning_column}: give one of them."
+            )
+        if self.conditioning is not None and self.conditioning.partition(":")[0] not in _MADE_CONDITIONS:
+            raise unknown("--conditioning", self.conditioning, [*_MADE_CONDITIONS.values()])
+
+    @property
+    def has_conditioning(self) -> bool:
+        """Returns whether the network is given an image as a condition."""
+        return self.conditioning is not None or self.conditioning_column is not None
+
+
+def build_conditioning(settings: ConditionalArguments, data: ImageData) -> Conditioning | None:
+    """
+    Returns the conditioning image that the settings ask for, for images like those of the data; None for none.
+
+    Raises:
+        UserError: If it is unknown, or such images have none.
+    """
+    if not settings.has_conditioning:
+        return None
+    kind = settings.conditioning
+    if kind is None:
+        kind = f"image:{data.conditioning_images.shape[1]}"
+    with refusals("--conditioning: "):
+        return Conditioning(kind, tuple(data.images.shape[1:]))
+
+
+class ConditionalDiffusion(Diffusion):
+    """
+    Diffusion with classes, an image as a condition, or both, and classifier-free guidance (Ho & Salimans 2022, arXiv
+    2207.12598).
+
+    Args:
+        unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
+            row K for no class. With a conditioning image, `sample` has its channels after those of the noisy image.
+        scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
+        id2label (`dict[int, str]`, *optional*): The names of the classes 0 to K - 1; None for a network without classes.
+        class_dropout_prob (`float`): Share of the labels that are replaced by the null class, and of the conditioning
+            images that are replaced by zeros with them.
+        guidance_scales (`list[float]`): Guidance scales of the sample grids.
+        num_inference_steps (`int`): Sampling steps of the last sample grid.
+        num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
+        conditioning ([`Conditioning`], *optional*): The conditioning image.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: TinyScheduler,
+        id2label: dict[int, str] | None,
+        class_dropout_prob: float = 0.1,
+        guidance_scales: list[float] | None = None,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_preview_steps: int | None = None,
+        conditioning: Conditioning | None = None,
+    ):
+        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps)
+        self.id2label, self.conditioning = id2label, conditioning
+        self.null_label = None if id2label is None else len(id2label)
+        self.label_dropout = class_dropout_prob
+        guides = class_dropout_prob > 0 and conditioning is None
+        self.guidance_scales = guidance_scales or ([1.0, 3.0] if guides else [1.0])
+        if class_dropout_prob == 0 and self.guidance_scales != [1.0]:
+            logger.warning(
+                "guidance won't help if no label is dropped: the null class stays as it was initialized, and guidance "
+                "leads away from nothing; use --class_dropout_prob 0.1, or --guidance_scales 1."
+            )
+
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyConditionalPipeline:
+        return TinyConditionalPipeline(
+            unet=modules["unet"],
+            scheduler=self.scheduler,
+            id2label=self.id2label,
+            class_dropout_prob=self.label_dropout,
+            conditioning=None if self.conditioning is None else self.conditioning.kind,
+        )
+
+    def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
+        """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
+        if self.conditioning is not None:
+            return self._draw_examples(pipeline, num_images, seed, steps)
+        labels, each, grid = class_grid(self.id2label, num_images // len(self.guidance_scales))
+        rows, names = self._draw_rows(pipeline, each, len(labels), seed, steps, class_labels=labels)
+        return sum(rows, []), {**grid, "columns": len(names), "column_labels": names}
+
+    def _draw_examples(
+        self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int
+    ) -> tuple[list, dict]:
+        """Draws a row for each held-out image: what is given of it, the samples, and the image itself."""
+        count = min(num_images, len(self.examples.images))
+        each = max(1, num_images // (count * len(self.guidance_scales)))
+        given, images = self.examples.conditioning_images[:count], self.examples.images[:count]
+        factor = self.conditioning.factor  # by which the given images were enlarged
+        observed = (given[:, :, ::factor, ::factor] / 2 + 0.5).clamp(0, 1)
+        conditions = {"image": observed.repeat_interleave(each, dim=0)}
+        if self.examples.labels is not None:
+            conditions["class_labels"] = self.examples.labels[:count].repeat_interleave(each)
+        rows, names = self._draw_rows(pipeline, each, count * each, seed, steps, **conditions)
+        given, images = (pipeline._to_images(tensor, "pil") for tensor in (given, images))
+        rows = [[first, *row, last] for first, row, last in zip(given, rows, images, strict=True)]
+        names = ["given", *names, "image"]
+        return sum(rows, []), {"columns": len(names), "column_labels": names}
+
+    def _draw_rows(
+        self, pipeline: TinyConditionalPipeline, each: int, num_images: int, seed: int, steps: int, **conditions: Any
+    ) -> tuple[list[list], list[str]]:
+        """Draws rows with `each` images of a guidance scale after another, and returns them with the columns' names."""
+        batches = [
+            pipeline(
+                guidance_scale=scale,
+                generator=image_generators(seed, num_images),
+                num_inference_steps=steps,
+                **conditions,
+            ).images
+            for scale in self.guidance_scales
+        ]
+        starts = range(0, num_images, each)
+        rows = [[image for batch in batches for image in batch[start : start + each]] for start in starts]
+        return rows, [text for w in self.guidance_scales for text in [f"w = {w:g}", *[""] * (each - 1)]]
