@@ -39,7 +39,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, kind):
     options = ("--dropout", "0.1", "--position_embedding", kind, "--long_skips", "True", "--optimizer", "muon")
     whole = train(*options, name="whole")
     resumed = train_in_two(*options, stopped_at=3)
-    for name in (f"unet/{WEIGHTS}", "train_log.jsonl", "samples.png", "config.yaml"):
+    for name in (f"unet/{WEIGHTS}", "train_log.jsonl", "samples.png"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
     pipe = TinyPipeline.from_pretrained(whole)
     assert type(pipe.unet) is TinyTransformer2DModel and pipe.unet.config.position_embedding == kind
@@ -101,7 +101,6 @@ def test_the_default_transformer_fits_its_resolution(size):
 def test_presets_name_their_network_and_flags_change_them():
     config = config_of("--preset", "dit-ti-2", "--num_layers", "3", "--long_skips", "True")
     assert (config.num_attention_heads, config.num_layers, config.patch_size, config.long_skips) == (3, 3, 2, True)
-    assert config["_class_name"] == "TinyTransformer2DModel"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def default_transformer(resolution: int) -> dict[str, Any]:
     with about as many multiplications as the default U-Net's.
     """
     patch_size = next(p for p in (4, 2, 1) if p == 1 or (resolution % p == 0 and resolution // p >= _PATCHES_PER_SIDE))
-    heads, layers = (2, 3) if resolution < 16 else (3, 4) if resolution < 24 else (4, 5)
+    heads, layers = (2, 3) if resolution < 16 else (3, 5) if resolution < 48 else (4, 5)
     return {
         "patch_size": patch_size,
         "num_layers": layers,
