@@ -229,6 +229,9 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 # These delete or share files: they are asked for on the command line alone, as a recipe may be a stranger's.
 _ASKED_FOR = ("overwrite_output_dir", "push_to_hub")
 
+# Sections of a recipe that are for other commands, by their names
+_SECTIONS = ("study", "search")
+
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
 _UNSAVED = (
     "config",
@@ -308,6 +311,31 @@ def is_open(settings: TrainingArguments, name: str) -> bool:
     return name not in settings.given and getattr(settings, name) == default_of(field)
 
 
+def _load_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config: {path} must hold 'name: value' lines.")
+    return recipe
+
+
+def load_section(path: Path, name: str) -> dict[str, Any]:
+    """
+    Reads a section of a recipe for another command: `study` or `search`.
+
+    Raises:
+        UserError: If the file cannot be read, or has no such section.
+    """
+    section = _load_recipe(path).get(name)
+    if not isinstance(section, dict) or not section:
+        raise UserError(f"{path} has no section '{name}:' with 'name: value' lines.")
+    return section
+
+
 def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """
     Reads a recipe: what all of its experiments share, and what each cell of its grid changes.
@@ -321,15 +349,7 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     Raises:
         UserError: If the file cannot be read or does not have this form.
     """
-    try:
-        recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config: {path} must hold 'name: value' lines.")
-
+    recipe = {name: value for name, value in _load_recipe(path).items() if name not in _SECTIONS}
     cells = recipe.pop("cells", [])
     named = isinstance(cells, list) and all(isinstance(cell, dict) and "name" in cell for cell in cells)
     names = [str(cell["name"]) for cell in cells] if named else []
