@@ -25,7 +25,7 @@ from ..evaluation.report import Report
 from ..flags import as_flags
 from ..hardware import physical_cores
 from ..runs import RunFolder, read_log
-from .search_plan import VAL_LOSS, SearchPlan, spell
+from .search_plan import VAL_LOSS, SearchPlan, show
 from .search_report import describe, write_pictures, write_table
 from .training import last_line, start_training
 
@@ -169,43 +169,58 @@ class Search:
         )
         trial = ask()
         values = {name: entry.suggest(trial) for name, entry in self.plan.ranges.items()}
-        say(f"trial {number}: {', '.join(f'{name} {spell(value)}' for name, value in values.items())}")
+        say(f"trial {number}: {', '.join(f'{name} {show(value)}' for name, value in values.items())}")
         return trial, values
 
     # ------------------------------------------------------------------------------------------------- one trial
 
     def _run_trial(self, trial: "optuna.Trial", values: dict[str, Any]) -> None:
         """Trains and measures one trial; leaves it to be taken up again if this process is told to stop."""
-        states, log = self.optuna.trial.TrialState, self.folder / "trials" / f"{trial.number:03}.log"
-        run, value, note = RunFolder(log.with_suffix("")), None, None
-        flags = self.plan.train_flags(values) | self.run_flags
+        log = self.folder / "trials" / f"{trial.number:03}.log"
+        run, flags = RunFolder(log.with_suffix("")), self.plan.train_flags(values) | self.run_flags
         with _running(start_training(self.plan.script, flags, run.path, log)) as training:
             pruned = self._wait(training, until=lambda: self._is_bad(trial, run))
-        code = training.returncode
-        if self.stop_signal and not pruned and code:
+        failed = training.returncode != 0 and not pruned
+        if failed and self.stop_signal:
             return
-        pruned = pruned or self._is_bad(trial, run)
-        if code and not pruned:
-            note = f"{last_line(log)} (exit status {code})"
-        elif not pruned:
+        if pruned or self._is_bad(trial, run):
+            self._tell(trial, run, "pruned")
+        elif failed:
+            self._tell(trial, run, "failed", note=f"{last_line(log)} (exit status {training.returncode})")
+        else:
             value, note = self._measure(run, log)
-            if self.stop_signal and value is None:
-                return
-        outcome = "pruned" if pruned else "failed" if value is None else "finished"
+            if value is not None:
+                self._tell(trial, run, "finished", value)
+            elif not self.stop_signal:
+                self._tell(trial, run, "failed", note=note)
+
+    def _tell(
+        self, trial: "optuna.Trial", run: RunFolder, outcome: str, value: float | None = None, note: str | None = None
+    ) -> None:
+        """Keeps the outcome of a trial, and writes the table anew."""
         with self._lock("search"):
             trial.set_user_attr("outcome", outcome)
             trial.set_user_attr("note", note)
-            trial.set_user_attr("steps", _last_step(run))
+            trial.set_user_attr("steps", self._num_steps(trial, run, outcome))
             trial.set_user_attr("seconds", run.read_facts().get("seconds"))
             if value is None:  # a failed trial too: the sampler learns nothing from what Optuna calls failed
-                self.study.tell(trial, state=states.PRUNED)
+                self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
             else:
                 self.study.tell(trial, value if self.plan.arguments.lower_is_better else -value)
             self._write_table()
-        say(
-            f"trial {trial.number}: {outcome}"
-            + ("" if value is None else f", {self.plan.arguments.objective} {value:.5g}")
-        )
+        result = f", {self.plan.arguments.objective} {show(value)}" if value is not None else ""
+        say(f"trial {trial.number}: {outcome}{result}{f': {note}' if note else ''}")
+
+    def _num_steps(self, trial: "optuna.Trial", run: RunFolder, outcome: str) -> int:
+        """Returns the last step of a run; of a pruned one, which was stopped a little later, that of the decision."""
+        if outcome == "pruned":
+            return int(_validations(run)[0][len(self._losses(trial)) - 1])
+        series = read_log(run.log).values() if run.log.exists() else []
+        return max((int(steps[-1]) for steps, _ in series), default=0)
+
+    def _losses(self, trial: "optuna.Trial") -> dict[int, float]:
+        """Returns the validation losses of a trial so far, by their number from 1."""
+        return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
 
     def _wait(self, process: subprocess.Popen, until: Callable[[], bool] = lambda: False) -> bool:
         """Waits until a process ends or this one is told to stop; returns True if `until` holds before."""
@@ -217,11 +232,10 @@ class Search:
 
     def _is_bad(self, trial: "optuna.Trial", run: RunFolder) -> bool:
         """Reports the validation losses of a run in order; returns True at the first for which it is to be pruned."""
-        reported = len(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        losses = _validation_losses(run)
+        reported, losses = len(self._losses(trial)), _validations(run)[1]
         for count in range(max(1, reported), len(losses) + 1):  # the last one again: a kill may have come after it
             if count > reported:
-                trial.report(losses[count - 1], count)
+                trial.report(float(losses[count - 1]), count)
             if trial.should_prune():
                 return True
         return False
@@ -230,8 +244,8 @@ class Search:
         """Returns the objective of a finished run, or None and why there is none."""
         objective = self.plan.arguments.objective
         if objective == VAL_LOSS:
-            losses = _validation_losses(run)
-            return (min(losses), None) if losses else (None, "no validation loss is finite")
+            losses = _validations(run)[1]
+            return (float(losses.min()), None) if len(losses) else (None, "no validation loss is finite")
         command = [sys.executable, "-m", "tiny_diffusers.cli", "evaluate", str(run.path), "--name", _REPORT_NAME]
         with log.open("ab") as file:
             evaluation = subprocess.Popen(
@@ -268,11 +282,7 @@ def _try_to_acquire(lock: filelock.FileLock) -> bool:
     return True
 
 
-def _validation_losses(run: RunFolder) -> list[float]:
+def _validations(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and the losses of the validations that a run has logged so far."""
     series = read_log(run.log) if run.log.exists() else {}
-    return series[VAL_LOSS][1].tolist() if VAL_LOSS in series else []
-
-
-def _last_step(run: RunFolder) -> int:
-    series = read_log(run.log).values() if run.log.exists() else []
-    return max((int(steps[-1]) for steps, _ in series), default=0)
+    return series.get(VAL_LOSS, (np.empty(0), np.empty(0)))

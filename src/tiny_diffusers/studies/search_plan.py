@@ -123,6 +123,11 @@ def spell(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
+def show(value: Any) -> str:
+    """Spells a value for people: numbers with four digits, and nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(spell(value))
+
+
 @dataclass(frozen=True)
 class SearchPlan:
     """
@@ -166,10 +171,10 @@ class SearchPlan:
         """Returns all that makes it this search, and no other: a folder holds trials of one only."""
         arguments = dataclasses.asdict(self.arguments)
         del arguments["trials"]  # more may be asked for later
-        ranges = {name: entry.describe() for name, entry in self.ranges.items()}
         identity = {"script": self.script, **arguments, "protocol": self.protocol}
+        identity |= {f"range of {name}": entry.describe() for name, entry in self.ranges.items()}
         identity |= {f"recipe's {name}": value for name, value in self.base.items()}
-        return identity | {f"--{name}": value for name, value in self.given.items()} | {"ranges": ranges}
+        return identity | {f"--{name}": value for name, value in self.given.items()}
 
     def best_recipe(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the recipe with the values of a trial in it, in the recipe's own length."""
@@ -210,11 +215,11 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
     script = script_of(recipe)
     train_class = arguments_class(script)
 
-    arguments = _read_arguments(recipe, section, flags)
     given = FlagParser(train_class, prog="tiny-diffusers search").given(train_argv)
     for name in given:
         if name in _OWN_FLAGS:
             raise UserError(f"--{name}: a search sets it for each run itself; leave it out.")
+    arguments = _read_arguments(recipe, section, flags, given)
     base = _read_base(recipe, arguments)
     plan = SearchPlan(recipe, script, arguments, {}, _read_protocol(recipe, section), base, given)
     settings = parse_arguments(train_class, as_flags(plan.train_flags({})))
@@ -233,13 +238,15 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
     return plan
 
 
-def _read_arguments(recipe: Path, section: Mapping[str, Any], flags: Mapping[str, Any]) -> SearchArguments:
+def _read_arguments(
+    recipe: Path, section: Mapping[str, Any], flags: Mapping[str, Any], given: Mapping[str, Any]
+) -> SearchArguments:
     names = [field.name for field in dataclasses.fields(SearchArguments)]
     for name in section:
         if name not in (*names, "ranges", "protocol"):
             raise unknown(f"key in search: of {recipe}", name, (*names, "ranges", "protocol"))
     values = {name: section[name] for name in names if name in section}
-    if not flags.keys().isdisjoint(LENGTHS):
+    if not {*flags, *given}.isdisjoint(LENGTHS):  # a length on the command line replaces the section's
         values = {name: value for name, value in values.items() if name not in LENGTHS}
     _check_values(recipe, values)
     try:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .search_plan import VAL_LOSS, spell
+from .search_plan import VAL_LOSS, show
 
 
 if TYPE_CHECKING:
@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 _DARK, _LIGHT, _ACCENT = "#1f5fa8", "#9a9a9a", "#d9622b"
 _NUM_TICKS = 5
+_SPREAD = 0.08  # share of an axis that the lines of one choice take
 
 
 def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     """
     Draws a line for each trial, through its settings, an axis each, to its objective on the last axis.
 
-    The better the result, the darker the line. Pruned trials are dashed and end at the settings if the objective is not
-    the validation loss, which they have; the axis is logarithmic where the range is.
+    The better the result, the darker the line. Trials that did not finish are dashed; a pruned one ends at its validation
+    loss, if that is the objective. An axis is logarithmic where its range is, and lines of one choice run side by side.
 
     Args:
         results (`dict`): The content of `search.json`.
@@ -34,19 +35,20 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     values = {trial["trial"]: value for trial in trials if (value := _result(results, trial)) is not None}
     scales = [_Scale.of_range(entry) for entry in results["ranges"].values()]
     scales.append(_Scale.of_values(list(values.values())))
-    finished = [trial["value"] for trial in trials if trial["value"] is not None]
-    ranks = {value: i / max(1, len(set(finished)) - 1) for i, value in enumerate(sorted(set(finished)))}
-    colours = colormaps["viridis" if results["lower_is_better"] else "viridis_r"]
+    finished = {trial["value"] for trial in trials if trial["value"] is not None}
+    ranks = {value: i + 1 for i, value in enumerate(sorted(finished, reverse=not results["lower_is_better"]))}
+    colours, norm = colormaps["viridis"], Normalize(1, max(2, len(ranks)))
 
     axes = _axes(1.6 + 1.9 * len(scales), 4.5)
     for trial in sorted(trials, key=lambda trial: trial["trial"] == results["best"]):  # the best on top
         points = [*(trial["flags"].get(name) for name in results["ranges"]), values.get(trial["trial"])]
+        offset = _SPREAD * ((trial["trial"] + 0.5) / len(results["trials"]) - 0.5)
         heights = [
-            scale.position(point) if point is not None else math.nan
+            math.nan if point is None else scale.position(point) + (offset if scale.choices is not None else 0)
             for scale, point in zip(scales, points, strict=True)
         ]
         is_finished, is_best = trial["outcome"] == "finished", trial["trial"] == results["best"]
-        colour = _ACCENT if is_best else colours(0.9 * ranks[trial["value"]]) if is_finished else _LIGHT
+        colour = _ACCENT if is_best else colours(0.9 * norm(ranks[trial["value"]])) if is_finished else _LIGHT
         style = {"linewidth": 3.0 if is_best else 1.3, "linestyle": "-" if is_finished else "--"}
         axes.plot(range(len(scales)), heights, color=colour, **style)
 
@@ -58,15 +60,15 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
             axes.text(x + 0.04, position, label, va="center", fontsize=8, bbox=text, zorder=3)
     names = [*results["ranges"], _objective(results)]
     axes.set_xticks(range(len(scales)), names, fontsize=9)
-    axes.set(yticks=[], ylim=(-0.04, 1.04), xlim=(-0.1, len(scales) - 0.6))
+    axes.set(yticks=[], ylim=(-0.05, 1.05), xlim=(-0.1, len(scales) - 0.6))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
     shown = {"finished": Line2D([], [], color=_DARK), "pruned or failed": Line2D([], [], color=_LIGHT, linestyle="--")}
     shown[f"best (trial {results['best']})"] = Line2D([], [], color=_ACCENT, linewidth=3)
     axes.legend(shown.values(), shown.keys(), frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    bar = axes.figure.colorbar(ScalarMappable(Normalize(1, max(2, len(ranks))), colours), ax=axes, pad=0.01)
-    bar.set_label("rank of a finished trial")
+    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.01)
+    bar.set_label("rank of a finished trial, 1 is the best")
     return _save(axes, output)
 
 
@@ -97,8 +99,9 @@ def draw_history(results: dict[str, Any], output: Path) -> Path:
         bottom = axes.get_xaxis_transform()
         axes.plot(lost, [0.02] * len(lost), "x", color="black", transform=bottom, label=" or ".join(without))
     axes.set(xlabel="trial", ylabel=_objective(results).replace("\n", " "))
-    if objective == VAL_LOSS and min(values) > 0:
+    if 0 < 10 * min(values) < max(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -145,7 +148,7 @@ class _Scale:
 
     def ticks(self) -> list[tuple[float, str]]:
         if self.choices is not None:
-            return [(self.position(choice), str(spell(choice))) for choice in self.choices]
+            return [(self.position(choice), show(choice)) for choice in self.choices]
         shares = [i / (_NUM_TICKS - 1) for i in range(_NUM_TICKS)]
         if self.log:
             values = [self.low * (self.high / self.low) ** share for share in shares]

@@ -9,7 +9,7 @@ import yaml
 from .. import __version__
 from ..errors import code_block, markdown
 from ..files import replace_file
-from .search_plan import VAL_LOSS, SearchPlan, spell
+from .search_plan import VAL_LOSS, SearchPlan, show
 from .search_plots import draw_history, draw_importances, draw_parallel_coordinates
 
 
@@ -142,15 +142,9 @@ def _table(results: dict[str, Any], trials: list[dict[str, Any]]) -> str:
     for trial in trials:
         values = {results["objective"]: trial["value"], VAL_LOSS: trial["val_loss"]}
         cells = [trial["trial"], trial["outcome"] + (f": {trial['note']}" if trial["note"] else "")]
-        cells += [values[name] for name in metrics] + [spell(trial["flags"].get(name)) for name in names]
-        lines.append(" | ".join(_cell(cell) for cell in [*cells, trial["steps"], trial["seconds"]]))
+        cells += [values[name] for name in metrics] + [trial["flags"].get(name) for name in names]
+        lines.append(" | ".join(markdown(show(cell)) for cell in [*cells, trial["steps"], trial["seconds"]]))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else markdown(str(value))
 
 
 def _best_recipe(results: dict[str, Any], plan: SearchPlan) -> str:
