@@ -30,6 +30,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     trials = [trial for trial in results["trials"] if trial["outcome"] != "running"]
     values = {trial["trial"]: value for trial in trials if (value := _result(results, trial)) is not None}
@@ -67,7 +68,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     shown = {"finished": Line2D([], [], color=_DARK), "pruned or failed": Line2D([], [], color=_LIGHT, linestyle="--")}
     shown[f"best (trial {results['best']})"] = Line2D([], [], color=_ACCENT, linewidth=3)
     axes.legend(shown.values(), shown.keys(), frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.01)
+    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.01, ticks=MaxNLocator(integer=True))
     bar.set_label("rank of a finished trial, 1 is the best")
     return _save(axes, output)
 

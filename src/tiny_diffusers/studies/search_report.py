@@ -54,7 +54,7 @@ def describe(plan: SearchPlan, study: "optuna.Study", command: str, with_importa
         "ranges": {name: entry.describe() for name, entry in plan.ranges.items()},
         "trials": trials,
         "best": best and best["trial"],
-        "importances": _importances(plan, study) if with_importances and best else {},
+        "importances": _importances(plan, study) if with_importances else None,
         "versions": {"tiny-diffusers": __version__},
     }
 
@@ -121,7 +121,7 @@ def _markdown(results: dict[str, Any], plan: SearchPlan) -> str:
             code_block(f"tiny-diffusers train {plan.script} --config best.yaml", "bash"),
             "Each trial is one run from one seed: train settings that are close again with other seeds before you choose.",
         ]
-    if results["best"] is not None and results["importances"]:
+    if results["best"] is not None and results["importances"] is not None:  # it is complete, and has its pictures
         parts += [f"![{name}]({name})\n\n{caption}" for name, (_, caption) in _PICTURES.items()]
     return "\n\n".join(parts) + "\n"
 
