@@ -29,7 +29,7 @@ from .commands.shared import (
     prepare_output,
 )
 from .errors import UserError, exit_status, say
-from .train_scripts import SCRIPTS
+from .training.recipes import SCRIPTS
 
 
 # ------------------------------------------------------------------------------------------------------------- train

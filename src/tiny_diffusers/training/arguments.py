@@ -23,6 +23,7 @@ from ..files import load_yaml
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
 from ..paths import is_below_here, local_path, restore_paths
 from ..runs import RunFolder
+from .recipes import find_recipe
 
 
 Optimizer = Literal["adamw", "muon", "adam", "sgd"]
@@ -110,7 +111,9 @@ class TrainingArguments(DataArguments):
         "validation_steps": 10,
     }
 
-    config: str | None = flag(None, "YAML file of arguments; flags on the command line win.", changes_run=False)
+    config: str | None = flag(
+        None, "YAML file of arguments, or the name of a recipe of the package; flags win.", changes_run=False
+    )
     cell: str | None = flag(None, "Experiment to run, if --config holds a grid of them.", changes_run=False)
     smoke: bool = flag(False, "End-to-end smoke test: 20 steps of a tiny network on 64 images.", changes_run=False)
     output_dir: str | None = flag(
@@ -276,7 +279,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         raise UserError(f"--cell {cell}: it picks an experiment of a recipe, so give the recipe with --config.")
 
     # A recipe goes through the same parser, so its values are checked alike.
-    recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
+    recipe, resolved = _read_recipe(find_recipe(config), cell, arguments_class) if config else ({}, [])
     smoke = arguments_class.SMOKE if given.get("smoke") else {}
     lower = parser.given(as_flags(recipe)) | parser.given(as_flags(smoke))
     kept = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class)
