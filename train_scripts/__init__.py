@@ -1,3 +1,0 @@
-"""The train scripts, one a family."""
-
-SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan")  # train_SCRIPT.py

@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny_diffusers import train_scripts
 from tiny_diffusers.cli import main
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.studies import search, search_plan
 from tiny_diffusers.studies.search_report import write_pictures
 from tiny_diffusers.training.arguments import parse_arguments
+from tiny_diffusers.training.recipes import shipped_recipes
 
 
 pytest.importorskip("optuna")
 
-RECIPES = sorted((Path(train_scripts.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes().values())
 
 RECIPE = """
 dataset_name: digits
@@ -237,8 +237,12 @@ def test_mistakes_are_one_line(content, argv, words, started, recipe, tmp_path, 
 
 
 def test_a_recipe_whose_name_has_no_script_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match="begins with its script.*unconditional_"):
+    with pytest.raises(UserError, match="which script it is for.*unconditional_mine"):
         search_plan.read_plan(Path(recipe(name="mine.yaml")), {}, [])
+    assert (
+        search_plan.read_plan(Path(recipe(name="mine.yaml")), {"script": "unconditional"}, []).script
+        == "unconditional"
+    )
 
 
 def test_a_folder_of_another_search_is_refused(started, recipe, tmp_path, capsys):

@@ -26,7 +26,9 @@ def search_parser() -> argparse.ArgumentParser:
         "The flags win over the section; other flags are those of the train script, and win over the recipe. Killed or "
         "stopped, the same command continues; started twice, two processes share the trials.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file with a search: section")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file with a search: section, or a recipe of the package by its name"
+    )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/search/RECIPE")
     parser.add_argument(
         "--workers", type=positive_number, default=1, metavar="N", help="trials at a time, which share the cores"
@@ -39,14 +41,16 @@ def search(args: argparse.Namespace) -> int | None:
     from ..paths import public_command
     from ..studies.search import Search
     from ..studies.search_plan import SearchArguments, read_plan
+    from ..training.recipes import find_recipe
 
+    recipe = find_recipe(args.recipe)
     names = SearchArguments.__dataclass_fields__
     given = {name: value for name, value in search_parser().given(args.argv).items() if name in names}
-    plan = read_plan(args.recipe, given, args.train_argv)
+    plan = read_plan(recipe, given, args.train_argv)
     try:
         evaluate_parser().given(as_flags(plan.evaluate_flags()))
     except UserError as error:
-        raise UserError(f"{args.recipe}: search: protocol: {error}") from error
-    folder = args.output_dir or Path("runs", "search", args.recipe.stem)
+        raise UserError(f"{recipe}: search: protocol: {error}") from error
+    folder = args.output_dir or Path("runs", "search", recipe.stem)
     command = public_command(["tiny-diffusers", "search", *args.argv])
     return Search(plan, folder, command).run(args.workers)

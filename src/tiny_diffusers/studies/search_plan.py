@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..errors import UserError, unknown
 from ..evaluation.report import FIGURES
 from ..flags import FlagParser, Flags, as_flags, flag
-from ..train_scripts import SCRIPTS
 from ..training.arguments import TrainingArguments, load_cells, load_section, parse_arguments
+from ..training.recipes import script_of
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _LOSS_FLAGS = (
 class SearchArguments(Flags):
     """The values of a `search:` section. Each is a flag of `tiny-diffusers search` as well, which wins."""
 
+    script: str | None = flag(None, "Train script of the recipe, if its name does not begin with it.")
     cell: str | None = flag(None, "Cell of the recipe's grid that the trials start from, if it has one.")
     trials: int = flag(20, "Number of trials, with those of earlier calls.", within="[1, 100000]")
     objective: str = flag(VAL_LOSS, "val_loss, the lowest of a run, or a metric of evaluate.")
@@ -171,7 +172,7 @@ class SearchPlan:
         """Returns all that makes it this search, and no other: a folder holds trials of one only."""
         arguments = dataclasses.asdict(self.arguments)
         del arguments["trials"]  # more may be asked for later
-        identity = {"script": self.script, **arguments, "protocol": self.protocol}
+        identity = {**arguments, "script": self.script, "protocol": self.protocol}
         identity |= {f"range of {name}": entry.describe() for name, entry in self.ranges.items()}
         identity |= {f"recipe's {name}": value for name, value in self.base.items()}
         return identity | {f"--{name}": value for name, value in self.given.items()}
@@ -182,15 +183,6 @@ class SearchPlan:
         fields = [field for field in dataclasses.fields(arguments_class(self.script)) if field.name in changes]
         replaced = {name for field in fields for name in field.metadata["replaces"]}
         return {name: value for name, value in self.base.items() if name not in replaced} | changes
-
-
-def script_of(recipe: Path) -> str:
-    """Returns the script that a recipe is for: its name begins with it."""
-    script = recipe.stem.partition("_")[0]
-    if script not in SCRIPTS:
-        names = ", ".join(f"{name}_*.yaml" for name in SCRIPTS)
-        raise UserError(f"{recipe}: the name of a recipe begins with its script: rename it to one of {names}.")
-    return script
 
 
 def arguments_class(script: str) -> type[TrainingArguments]:
@@ -212,9 +204,8 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
         UserError: If the recipe has no such section, or if a key, flag or value in it is unknown or out of range.
     """
     section = load_section(recipe, "search")
-    script = script_of(recipe)
+    script = script_of(recipe, flags.get("script") or section.get("script"))
     train_class = arguments_class(script)
-
     given = FlagParser(train_class, prog="tiny-diffusers search").given(train_argv)
     for name in given:
         if name in _OWN_FLAGS:
