@@ -20,6 +20,7 @@ from .commands.doctor import doctor, doctor_parser
 from .commands.editing import edit, edit_parser
 from .commands.evaluation import compare, compare_parser, evaluate, evaluate_parser
 from .commands.sampling import interpolate, interpolate_parser, sample, sample_parser
+from .commands.searching import search, search_parser
 from .commands.shared import (
     DTYPES,
     add_checkpoint_argument,
@@ -29,9 +30,7 @@ from .commands.shared import (
     prepare_output,
 )
 from .errors import UserError, exit_status, say
-
-
-SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan")  # train_scripts/train_SCRIPT.py
+from .training.recipes import SCRIPTS
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -185,6 +184,7 @@ COMMANDS = {
     "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
     "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
     "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
+    "search": Command("search for the best settings of a recipe", search_parser, search),
     "plot": Command("draw the losses of one or several runs", plot_parser, plot),
     "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
     "export": Command("save a checkpoint with the code that it needs", export_parser, export),

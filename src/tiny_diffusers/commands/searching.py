@@ -1,0 +1,56 @@
+"""`tiny-diffusers search`."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+from .evaluation import evaluate_parser
+from .shared import positive_number
+
+
+def search_parser() -> argparse.ArgumentParser:
+    from ..flags import FlagParser
+    from ..studies.search_plan import SearchArguments
+
+    class Parser(FlagParser):
+        """Parser that leaves the flags of the train script, which follows from the recipe, to be read with it."""
+
+        def parse_args(self, args=None, namespace=None):
+            namespace, namespace.train_argv = self.parse_known_args(args, namespace)
+            return namespace
+
+    parser = Parser(
+        SearchArguments,
+        prog="tiny-diffusers search",
+        description="Trains trials with settings that Optuna suggests, from the ranges in the search: section of a recipe. "
+        "The flags win over the section; other flags are those of the train script, and win over the recipe. Killed or "
+        "stopped, the same command continues; started twice, two processes share the trials.",
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file with a search: section, or a recipe of the package by its name"
+    )
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/search/RECIPE")
+    parser.add_argument(
+        "--workers", type=positive_number, default=1, metavar="N", help="trials at a time, which share the cores"
+    )
+    return parser
+
+
+def search(args: argparse.Namespace) -> int | None:
+    from ..flags import as_flags
+    from ..paths import public_command
+    from ..studies.search import Search
+    from ..studies.search_plan import SearchArguments, read_plan
+    from ..training.recipes import find_recipe
+
+    recipe = find_recipe(args.recipe)
+    names = SearchArguments.__dataclass_fields__
+    given = {name: value for name, value in search_parser().given(args.argv).items() if name in names}
+    plan = read_plan(recipe, given, args.train_argv)
+    try:
+        evaluate_parser().given(as_flags(plan.evaluate_flags()))
+    except UserError as error:
+        raise UserError(f"{recipe}: search: protocol: {error}") from error
+    folder = args.output_dir or Path("runs", "search", recipe.stem)
+    command = public_command(["tiny-diffusers", "search", *args.argv])
+    return Search(plan, folder, command).run(args.workers)
