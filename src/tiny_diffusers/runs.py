@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model_index.json"  # of a saved pipeline
 FILE_LIST = ".files.json"  # what the run has written
+_LOCK = ".lock"
 MAX_STEP = 2**53  # of a line in a log
 _REPLACED = ".replaced"  # holds the run that is overwritten until the new one has taken a step
 _COMPONENTS = ("unet", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
@@ -115,7 +116,7 @@ class RunFolder:
             UserError: If the folder is locked, cannot be written to, holds another run or files that this run would
                 replace, or if its disk is too full.
         """
-        lock = filelock.FileLock(self.path / ".lock")
+        lock = filelock.FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -134,6 +135,12 @@ class RunFolder:
                     self._undo()
         finally:
             lock.release()
+
+    def wait_until_free(self) -> None:
+        """Waits for another process that trains into the folder, such as one that was told to stop and still saves."""
+        if (self.path / _LOCK).exists():
+            with filelock.FileLock(self.path / _LOCK):
+                pass
 
     def _claim(self, resume: bool, overwrite: bool, needed_bytes: int) -> None:
         holds_run = self.config.exists() or self.model_index.exists()
