@@ -25,8 +25,8 @@ from tiny_diffusers import (
     hub,
 )
 from tiny_diffusers.commands import evaluation, sampling
-from tiny_diffusers.commands.shared import SCHEDULERS
 from tiny_diffusers.runs import RunFolder
+from tiny_diffusers.samplers import SCHEDULERS
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,7 @@ from .commands.shared import (
     prepare_output,
 )
 from .errors import UserError, exit_status, say
-
-
-SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan")  # train_scripts/train_SCRIPT.py
+from .training.recipes import SCRIPTS
 
 
 # ------------------------------------------------------------------------------------------------------------- train

@@ -165,7 +165,7 @@ class FlagParser(OneLineParser, HfArgumentParser):
     """
     Parser of the flags that dataclasses declare with [`flag`]; a field that is declared otherwise is no flag.
 
-    `Literal` types give the choices. A flag of type `list[str]` takes its values separated by spaces or commas.
+    `Literal` types give the choices. The values of a list are separated by spaces or commas.
     """
 
     def __init__(self, *dataclass_types: type, **kwargs):
@@ -189,18 +189,22 @@ class FlagParser(OneLineParser, HfArgumentParser):
     def parse_known_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parses as argparse does, expands `~`, splits lists of strings at commas, and checks their choices."""
+        """Parses as argparse does, expands `~`, and checks the choices of lists of strings."""
         namespace, rest = super().parse_known_args(args, namespace)
         expand_user(namespace)
         for name, choices in self.choices.items():
             words = getattr(namespace, name)
             if isinstance(words, list):
-                parts = [part.strip() for word in words for part in word.split(",")]
-                for part in parts:
-                    if choices and part not in choices:
-                        raise unknown(f"--{name}", part, choices, self.meant[name])
-                setattr(namespace, name, parts)
+                for word in words:
+                    if choices and word not in choices:
+                        raise unknown(f"--{name}", word, choices, self.meant[name])
         return namespace, rest
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Splits the values of a list at commas, before they are converted."""
+        if action.nargs == "+":
+            arg_strings = [part.strip() for word in arg_strings for part in word.split(",")]
+        return super()._get_values(action, arg_strings)
 
     def given(self, args: list[str]) -> dict[str, Any]:
         """Parses a command line into the values that were given, without defaults."""

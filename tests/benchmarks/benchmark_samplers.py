@@ -19,10 +19,10 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from tiny_diffusers import TinyPipeline, hardware
-from tiny_diffusers.commands.shared import SCHEDULERS
 from tiny_diffusers.data import load_images
 from tiny_diffusers.evaluation import features, images, metrics
 from tiny_diffusers.pipelines.pipeline_tiny import objective_of
+from tiny_diffusers.samplers import SCHEDULERS
 
 
 BATCH = 100

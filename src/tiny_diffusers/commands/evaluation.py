@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say
 from ..paths import keep_paths, kept_paths, local_path, public_command
+from ..samplers import SCHEDULERS
 from .shared import (
-    SCHEDULERS,
     add_dynamic_thresholding,
     add_guidance_interval,
     add_sampling_arguments,

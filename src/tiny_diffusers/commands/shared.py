@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, first_line, refusals, say, unknown
+from ..samplers import BETA_SCHEDULERS, SCHEDULERS, check_scheduler_name, use_scheduler
 
 
 if TYPE_CHECKING:
@@ -17,39 +18,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# --scheduler -> the name of its class, in this package or in diffusers, and its options
-_BETA_SCHEDULERS = {
-    "ddim": ("TinyDDIMScheduler", {}),
-    "ddpm": ("TinyDDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpm_single": ("DPMSolverSinglestepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "sa": ("SASolverScheduler", {}),
-    "sde_dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-# the same for each objective of a network
-SCHEDULERS = {
-    "betas": _BETA_SCHEDULERS,
-    "flow": {
-        "euler": ("TinyFlowMatchScheduler", {"solver": "euler"}),
-        "heun": ("TinyFlowMatchScheduler", {"solver": "heun"}),
-        **{name: _BETA_SCHEDULERS[name] for name in ("deis", "dpm", "dpm_single", "sa", "sde_dpm", "unipc")},
-    },
-    "edm": {
-        "dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-        "euler": ("TinyEDMScheduler", {"solver": "euler"}),
-        "heun": ("TinyEDMScheduler", {"solver": "heun"}),
-        "sde_dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    },
-}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_SEED = 2**63 - 1
@@ -75,7 +43,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
-        help=f"one of {', '.join(_BETA_SCHEDULERS)} (default: the one saved with the checkpoint); of them, for "
+        help=f"one of {', '.join(BETA_SCHEDULERS)} (default: the one saved with the checkpoint); of them, for "
         f"rectified flow {', '.join(SCHEDULERS['flow'])}, and for EDM {', '.join(SCHEDULERS['edm'])}",
     )
     parser.add_argument(
@@ -179,16 +147,13 @@ def picture_file(text: str) -> "Image.Image":
 
 def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     """Loads the pipeline on its device, in its dtype, with the scheduler that was asked for."""
-    if args.scheduler is not None and args.scheduler not in _BETA_SCHEDULERS:
-        raise unknown("--scheduler", args.scheduler, _BETA_SCHEDULERS)
+    if args.scheduler is not None:
+        check_scheduler_name(args.scheduler)
 
-    import diffusers
     import torch
 
-    import tiny_diffusers
-
     from .. import hardware
-    from ..pipelines.pipeline_tiny import check_scheduler, objective_of, takes
+    from ..pipelines.pipeline_tiny import objective_of, takes
 
     num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     try:
@@ -201,22 +166,7 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
 
     pipe = load_checkpoint(args).to(device, dtype)
     if args.scheduler is not None:
-        if "scheduler" not in pipe.components:
-            raise UserError(
-                f"--scheduler means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out."
-            )
-        objective = objective_of(pipe.scheduler)
-        fitting = SCHEDULERS[objective]
-        if args.scheduler not in fitting:
-            raise UserError(
-                f"--scheduler {args.scheduler} has no form for {objective}, which '{args.checkpoint}' was trained "
-                f"for: give one of {', '.join(fitting)}."
-            )
-        name, options = fitting[args.scheduler]
-        scheduler_class = getattr(tiny_diffusers if name.startswith("Tiny") else diffusers, name)
-        with refusals():
-            check_scheduler(pipe.scheduler, objective)  # whose config the other one takes
-            pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
+        use_scheduler(pipe, args.scheduler, args.checkpoint)
     if args.timestep_spacing is not None:
         scheduler = getattr(pipe, "scheduler", pipe)
         if not takes(scheduler, "timestep_spacing") or objective_of(scheduler) != "betas":

@@ -23,6 +23,7 @@ from ..files import load_yaml
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
 from ..paths import is_below_here, local_path, restore_paths
 from ..runs import RunFolder
+from .recipes import find_recipe
 
 
 Optimizer = Literal["adamw", "muon", "adam", "sgd"]
@@ -110,7 +111,9 @@ class TrainingArguments(DataArguments):
         "validation_steps": 10,
     }
 
-    config: str | None = flag(None, "YAML file of arguments; flags on the command line win.", changes_run=False)
+    config: str | None = flag(
+        None, "YAML file of arguments, or the name of a recipe of the package; flags win.", changes_run=False
+    )
     cell: str | None = flag(None, "Experiment to run, if --config holds a grid of them.", changes_run=False)
     smoke: bool = flag(False, "End-to-end smoke test: 20 steps of a tiny network on 64 images.", changes_run=False)
     output_dir: str | None = flag(
@@ -229,6 +232,9 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 # These delete or share files: they are asked for on the command line alone, as a recipe may be a stranger's.
 _ASKED_FOR = ("overwrite_output_dir", "push_to_hub")
 
+# Sections of a recipe that are for other commands, by their names
+_SECTIONS = ("study", "search")
+
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
 _UNSAVED = (
     "config",
@@ -273,7 +279,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         raise UserError(f"--cell {cell}: it picks an experiment of a recipe, so give the recipe with --config.")
 
     # A recipe goes through the same parser, so its values are checked alike.
-    recipe, resolved = _read_recipe(Path(config), cell, arguments_class) if config else ({}, [])
+    recipe, resolved = _read_recipe(find_recipe(config), cell, arguments_class) if config else ({}, [])
     smoke = arguments_class.SMOKE if given.get("smoke") else {}
     lower = parser.given(as_flags(recipe)) | parser.given(as_flags(smoke))
     kept = _without_decided(lower, {*resolved} - {*smoke}, given, arguments_class)
@@ -308,6 +314,31 @@ def is_open(settings: TrainingArguments, name: str) -> bool:
     return name not in settings.given and getattr(settings, name) == default_of(field)
 
 
+def _load_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config: {path} must hold 'name: value' lines.")
+    return recipe
+
+
+def load_section(path: Path, name: str) -> dict[str, Any]:
+    """
+    Reads a section of a recipe for another command: `study` or `search`.
+
+    Raises:
+        UserError: If the file cannot be read, or has no such section.
+    """
+    section = _load_recipe(path).get(name)
+    if not isinstance(section, dict) or not section:
+        raise UserError(f"{path} has no section '{name}:' with 'name: value' lines.")
+    return section
+
+
 def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """
     Reads a recipe: what all of its experiments share, and what each cell of its grid changes.
@@ -321,15 +352,7 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     Raises:
         UserError: If the file cannot be read or does not have this form.
     """
-    try:
-        recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config: {path} must hold 'name: value' lines.")
-
+    recipe = {name: value for name, value in _load_recipe(path).items() if name not in _SECTIONS}
     cells = recipe.pop("cells", [])
     named = isinstance(cells, list) and all(isinstance(cell, dict) and "name" in cell for cell in cells)
     names = [str(cell["name"]) for cell in cells] if named else []
