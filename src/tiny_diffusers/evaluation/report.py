@@ -224,8 +224,7 @@ class Report:
 
     def label(self, figure: str) -> str:
         """Returns the name of a metric: FID, KID and Inception Score are reserved for the features of `inception`."""
-        general, with_inception, _ = FIGURES[figure]
-        return with_inception if self.protocol["features"] == "inception" else general
+        return figure_label(figure, self.protocol["features"])
 
     @property
     def kind(self) -> str:
@@ -381,6 +380,12 @@ def _is_estimate(figure: Any) -> bool:
     return is_number(figure["value"]) and has_error and isinstance(kind, (str, type(None)))
 
 
+def figure_label(figure: str, features: str) -> str:
+    """Returns the name of a metric with these features, as [`Report.label`] does."""
+    general, with_inception, _ = FIGURES[figure]
+    return with_inception if features == "inception" else general
+
+
 def find_report(place: str | Path) -> Path:
     """Finds the file of a report: in its own folder, or in a checkpoint's, where it is published or the only one."""
     return RunFolder(place).find_report() if Path(place).is_dir() else Path(place)
@@ -463,19 +468,24 @@ def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str
 
 def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str:
     columns = [name for name in FIGURES if any(name in figures for figures in rows.values())]
-    arrows = {True: " ↓", False: " ↑", None: ""}
     lines = [
-        f"| {corner} | " + " | ".join(report.label(name) + arrows[FIGURES[name][2]] for name in columns) + " |",
+        f"| {corner} | " + " | ".join(report.label(name) + arrow(name) for name in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for name, figures in rows.items():
         lines.append(
-            f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |"
+            f"| {markdown(str(name))} | " + " | ".join(estimate_text(figures.get(column)) for column in columns) + " |"
         )
     return "\n".join(lines)
 
 
-def _cell(entry: dict | None) -> str:
+def arrow(figure: str) -> str:
+    """Returns the arrow of a metric in the head of a table: down if lower is better."""
+    return {True: " ↓", False: " ↑", None: ""}[FIGURES[figure][2]]
+
+
+def estimate_text(entry: dict | None) -> str:
+    """Formats a metric for a table, with its error if it has one."""
     if entry is None:
         return "–"
     value, error = entry["value"], entry["error"]
