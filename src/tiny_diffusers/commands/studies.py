@@ -26,9 +26,9 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
-        action="append",
+        nargs="+",
         default=[],
-        help="a flag of the train script that wins over the recipe, such as dataset_name=my/folder; may be repeated",
+        help="flags of the train script that win over the recipe, such as dataset_name=my/folder",
     )
     return parser
 

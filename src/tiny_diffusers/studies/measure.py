@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from .. import TinyPipeline, hardware, plots
 from ..errors import UserError, first_line
@@ -37,6 +38,8 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     state = processes()
     # as `tiny-diffusers evaluate` does
     device = hardware.setup_torch(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
+    logging.disable_progress_bar()  # of the loading, which is short
+    logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     pipe = TinyPipeline.from_pretrained(run.folder.path).to(device, hardware.resolve_dtype("auto", device))
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):

@@ -31,6 +31,7 @@ _COLOURS = (
     "#a9a13a",
 )
 _LINES = ("-", "--", "-.", ":")
+_MIN_LOG_RATIO = 3  # of the values on an axis, from which on it is logarithmic
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
@@ -75,8 +76,7 @@ def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "A
             if row.get("val_loss"):
                 axes.plot(*zip(*row["val_loss"], strict=True), label=label, **_style(number), markersize=3)
                 label = None  # one line of the legend for all seeds
-    if all(loss > 0 for rows in cells.values() for row in rows for _, loss in row.get("val_loss", [])):
-        _set_log(axes, "y")
+    _set_log(axes, "y")
     return name, _finish(axes, len(cells))
 
 
@@ -153,9 +153,12 @@ def _axes(x: str, y: str) -> "Axes":
 
 
 def _set_log(axes: "Axes", which: str, ticks: list[int] | None = None) -> None:
-    """Makes an axis logarithmic, with plain numbers beside it."""
+    """Makes an axis logarithmic, with plain numbers beside it, if its values spread enough for more than one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    low, high = getattr(axes, f"get_{which}lim")()
+    if ticks is None and not 0 < _MIN_LOG_RATIO * low < high:
+        return
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     axis.set_minor_locator(NullLocator())

@@ -121,7 +121,7 @@ def _explain_errors(cells: Mapping[str, Rows], samplers: list[Sampler], metric: 
         entries = [e for row in _all(cells) for e in row.get("measured", [])]
         kinds = {e["figures"][metric]["error_kind"] for e in entries if metric in e.get("figures", {})}
         sentences.append(
-            f"{'With one seed, ' if seeds - {1} else ''}± is the {'; '.join(sorted(filter(None, kinds)))}: training with "
+            f"{'With one seed it' if seeds - {1} else '±'} is the {'; '.join(sorted(filter(None, kinds)))}. Training with "
             "another seed may move a metric by more."
         )
     return " ".join(sentences)
