@@ -11,9 +11,12 @@ import yaml
 from PIL import Image
 
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.studies import budget
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.cells import plan_study
 from tiny_diffusers.studies.results import Sampler, Value, find_winner, value_of
+from tiny_diffusers.training.arguments import load_cells
+from tiny_diffusers.training.recipes import find_recipe, shipped_recipes
 
 
 RECIPE = {
@@ -263,3 +266,51 @@ class TestWhatIsTold:
             (tmp_path / "study.json").write_text(content)
             with pytest.raises(UserError, match="not a study's file"):
                 studies.show_again(tmp_path / "study.json")
+
+
+class TestRecipes:
+    def test_a_recipe_is_found_by_its_name(self, tmp_path):
+        assert find_recipe("conditional_guidance") == shipped_recipes()["conditional_guidance"]
+        assert find_recipe(str(tmp_path / "x.yaml")) == tmp_path / "x.yaml"  # whoever reads it says that there is none
+        with pytest.raises(UserError, match="Did you mean 'conditional_guidance'"):
+            find_recipe("conditional_guidence")
+
+    def test_the_train_scripts_ignore_the_section(self, plan, tmp_path):
+        plan()
+        shared, cells = load_cells(tmp_path / "unconditional_x.yaml")
+        assert "study" not in shared and list(cells) == ["linear", "cosine"]
+
+    def test_each_grid_of_the_package_says_how_it_is_studied_and_each_recipe_its_time(self):
+        for name, path in shipped_recipes().items():
+            assert "# Time" in path.read_text(encoding="utf-8"), name
+            if load_cells(path)[1]:
+                assert plan_study(path, {}, [], None).runs({}), name
+
+
+class TestBudget:
+    CELLS = [
+        {"name": "wide", "block_out_channels": [64, 128]},
+        {"name": "half", "block_out_channels": [32, 64]},
+    ]
+
+    @pytest.fixture(autouse=True)
+    def seconds(self, monkeypatch):
+        """A step takes 10 ms for each channel."""
+        monkeypatch.setattr(budget, "seconds_a_step", lambda arguments, *_: sum(arguments.block_out_channels) / 100)
+
+    def test_all_widths_are_divided_by_one_factor(self, plan, capsys):
+        # 500 steps in 80 % of 10 minutes are 0.96 s each
+        networks = budget.fit_networks(plan({"budget": 10.0}, cells=self.CELLS))
+        assert networks == {"wide": {"block_out_channels": [32, 64]}, "half": {"block_out_channels": [16, 32]}}
+        assert "2 times narrower" in capsys.readouterr().out
+
+    def test_what_fits_stays(self, plan):
+        assert budget.fit_networks(plan({"budget": 100.0}, cells=self.CELLS)) == {}
+
+    def test_the_runs_have_the_networks_and_the_minutes(self, plan, work):
+        study = plan({"budget": 10.0}, cells=self.CELLS)
+        text = (studies.run_study(study) / "README.md").read_text()
+        assert "Narrower networks" in text and "10 minutes each" in text
+        networks = json.loads((study.folder / "study.json").read_text())["networks"]
+        arguments = study.parse(study.runs(networks)[0].flags)
+        assert (arguments.block_out_channels, arguments.max_train_minutes) == ([32, 64], 10.0)

@@ -85,7 +85,7 @@ def find_winner(values: Mapping[str, Value | None], figure: str) -> str | None:
     Returns the cell that is better than each other one, by more than chance explains; None if there is none.
 
     The difference to each other cell must exceed t * sqrt(e_1^2 + e_2^2), with their standard errors e and t the 97.5 %
-    quantile of Student's distribution (of the Gaussian, for errors over images). Cells without an error don't compete.
+    quantile of Student's distribution (of the Gaussian, for errors over images). Without an error there is no winner.
     """
     from scipy.stats import norm, t
 
