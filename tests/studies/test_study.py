@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.studies import budget
+from tiny_diffusers.studies import budget, pictures
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.cells import plan_study
 from tiny_diffusers.studies.results import Sampler, Value, find_winner, value_of
@@ -56,6 +56,7 @@ def work(monkeypatch):
 
     monkeypatch.setattr(studies, "_train", train)
     monkeypatch.setattr(studies, "_measure", measure)
+    monkeypatch.setattr(studies, "draw", lambda content, folder: {})  # which takes most of the time
     return done
 
 
@@ -242,7 +243,8 @@ class TestWhatIsTold:
         assert "± is the standard error over the seeds." in text
         assert "no winner" in text  # both names have six letters
 
-    def test_table_and_pictures_are_made_again_from_the_json_alone(self, plan, work, tmp_path):
+    def test_table_and_pictures_are_made_again_from_the_json_alone(self, plan, work, tmp_path, monkeypatch):
+        monkeypatch.setattr(studies, "draw", pictures.draw)
         cells = [{"name": "a", "ddpm_beta_schedule": "linear"}, {"name": "bbbb", "ddpm_beta_schedule": "cosine"}]
         folder = studies.run_study(plan(cells=cells))
         names = [
