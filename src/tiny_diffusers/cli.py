@@ -29,6 +29,7 @@ from .commands.shared import (
     make_parser,
     prepare_output,
 )
+from .commands.studies import study, study_parser
 from .errors import UserError, exit_status, say
 from .training.recipes import SCRIPTS
 
@@ -183,6 +184,7 @@ COMMANDS = {
     "edit": Command("vary, inpaint or restore given pictures", edit_parser, edit),
     "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
     "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
+    "study": Command("train and measure each cell of a recipe's grid", study_parser, study),
     "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
     "search": Command("search for the best settings of a recipe", search_parser, search),
     "plot": Command("draw the losses of one or several runs", plot_parser, plot),

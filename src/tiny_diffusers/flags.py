@@ -201,8 +201,8 @@ class FlagParser(OneLineParser, HfArgumentParser):
         return namespace, rest
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Splits the values of a list at commas, before they are converted."""
-        if action.nargs == "+":
+        """Splits the values of a field that is a list at commas, before they are converted."""
+        if action.nargs == "+" and action.dest in self.meant:
             arg_strings = [part.strip() for word in arg_strings for part in word.split(",")]
         return super()._get_values(action, arg_strings)
 

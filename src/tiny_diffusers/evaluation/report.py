@@ -80,6 +80,13 @@ FIGURES = {
     "classifier_agreement": (*2 * ("Agreement by the data's classifier",), False),
     "feature_distance": (*2 * ("Perceptual distance of pairs (unweighted)",), None),
 }
+# metric -> its figures, where it has others than one of its name; class_agreement comes with any metric, if there are classes
+_FIGURES_OF = {
+    "precision_recall": ("precision", "recall"),
+    "density_coverage": ("density", "coverage"),
+    "nearest_neighbour": ("nearest_neighbour", "near_copies"),
+    "classifier_score": ("classifier_score", "classifier_agreement"),
+}
 BASELINE_NAMES = {
     "real": "real against real",
     "blurred": "blurred real images",
@@ -150,6 +157,11 @@ class Protocol(Flags):
         if 0 < self.num_jackknife < 4:
             raise UserError(f"num_jackknife {self.num_jackknife}: it must be 0, or 4 or more.")
 
+    @property
+    def figures(self) -> list[str]:
+        """Returns the figures that a report by this protocol can hold."""
+        return [*(name for metric in self.metrics for name in _FIGURES_OF.get(metric, (metric,))), "class_agreement"]
+
     def leave_out(self, metric: str, reason: str | None) -> str | None:
         """
         Returns the reason why a metric cannot be measured if it is asked for by "all"; None if it is not asked for.
@@ -167,6 +179,12 @@ class Protocol(Flags):
         """Returns the fields as a report holds them, with the feature weights by their last name."""
         weights = None if self.feature_weights is None else public_name(self.feature_weights)
         return asdict(self) | {"feature_weights": weights}
+
+
+def metric_of(figure: str) -> str:
+    """Returns a metric that gives a figure."""
+    given = next((metric for metric, figures in _FIGURES_OF.items() if figure in figures), figure)
+    return given if given in METRICS else METRICS[0]
 
 
 @dataclass
@@ -245,8 +263,7 @@ class Report:
 
     def label(self, figure: str) -> str:
         """Returns the name of a metric: FID, KID and Inception Score are reserved for the features of `inception`."""
-        general, with_inception, _ = FIGURES[figure]
-        return with_inception if self.protocol["features"] == "inception" else general
+        return figure_label(figure, self.protocol["features"])
 
     @property
     def kind(self) -> str:
@@ -406,6 +423,12 @@ def _is_estimate(figure: Any) -> bool:
     return is_number(figure["value"]) and has_error and isinstance(kind, (str, type(None)))
 
 
+def figure_label(figure: str, features: str) -> str:
+    """Returns the name of a metric with these features, as [`Report.label`] does."""
+    general, with_inception, _ = FIGURES[figure]
+    return with_inception if features == "inception" else general
+
+
 def find_report(place: str | Path) -> Path:
     """Finds the file of a report: in its own folder, or in a checkpoint's, where it is published or the only one."""
     return RunFolder(place).find_report() if Path(place).is_dir() else Path(place)
@@ -491,19 +514,24 @@ def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str
 
 def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str:
     columns = [name for name in FIGURES if any(name in figures for figures in rows.values())]
-    arrows = {True: " ↓", False: " ↑", None: ""}
     lines = [
-        f"| {corner} | " + " | ".join(report.label(name) + arrows[FIGURES[name][2]] for name in columns) + " |",
+        f"| {corner} | " + " | ".join(report.label(name) + arrow(name) for name in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for name, figures in rows.items():
         lines.append(
-            f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |"
+            f"| {markdown(str(name))} | " + " | ".join(estimate_text(figures.get(column)) for column in columns) + " |"
         )
     return "\n".join(lines)
 
 
-def _cell(entry: dict | None) -> str:
+def arrow(figure: str) -> str:
+    """Returns the arrow of a metric in the head of a table: down if lower is better."""
+    return {True: " ↓", False: " ↑", None: ""}[FIGURES[figure][2]]
+
+
+def estimate_text(entry: dict | None) -> str:
+    """Formats a metric for a table, with its error if it has one."""
     if entry is None:
         return "–"
     value, error = entry["value"], entry["error"]

@@ -1,7 +1,6 @@
 """The plan of a search: a recipe's `search:` section, checked against the train script's flags before work starts."""
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import UserError, unknown
-from ..evaluation.report import FIGURES
+from ..evaluation.report import FIGURES, metric_of
 from ..flags import FlagParser, Flags, as_flags, flag
-from ..training.arguments import TrainingArguments, load_cells, load_section, parse_arguments
+from ..training.arguments import load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
+from .training import arguments_class
 
 
 if TYPE_CHECKING:
@@ -23,13 +23,6 @@ logger = logging.getLogger(__name__)
 VAL_LOSS = "val_loss"
 LENGTHS = ("max_train_steps", "max_train_minutes", "num_epochs")
 
-# Metrics that another one of `evaluate --metrics` measures
-_MEASURED_BY = {
-    **dict.fromkeys(("precision", "recall"), "precision_recall"),
-    **dict.fromkeys(("density", "coverage"), "density_coverage"),
-    "class_agreement": "inception_score",
-    "near_copies": "nearest_neighbour",
-}
 # Train flags that a search sets by itself, or has a flag of its own for
 _OWN_FLAGS = ("config", "cell", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub")
 # Flags that change what the validation loss measures
@@ -165,7 +158,7 @@ class SearchPlan:
     def evaluate_flags(self) -> dict[str, Any]:
         """Returns the flags of `evaluate` that measure the objective."""
         objective = self.arguments.objective
-        metrics = {} if objective == VAL_LOSS else {"metrics": _MEASURED_BY.get(objective, objective)}
+        metrics = {} if objective == VAL_LOSS else {"metrics": metric_of(objective)}
         return {**metrics, "baselines": "none", **self.protocol}
 
     def identity(self) -> dict[str, Any]:
@@ -183,12 +176,6 @@ class SearchPlan:
         fields = [field for field in dataclasses.fields(arguments_class(self.script)) if field.name in changes]
         replaced = {name for field in fields for name in field.metadata["replaces"]}
         return {name: value for name, value in self.base.items() if name not in replaced} | changes
-
-
-def arguments_class(script: str) -> type[TrainingArguments]:
-    """Returns the dataclass of a train script's flags."""
-    module = importlib.import_module(f"..train_scripts.train_{script}", __package__)
-    return next(value for value in vars(module).values() if getattr(value, "SCRIPT", None) == script)
 
 
 def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> SearchPlan:

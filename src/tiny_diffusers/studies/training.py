@@ -1,7 +1,8 @@
-"""Training in a process of its own, which a study or a search starts and waits for."""
+"""The train scripts as a study or a search uses them: their flags, and runs in processes of their own."""
 
 import contextlib
 import ctypes
+import importlib
 import signal
 import subprocess
 import sys
@@ -11,9 +12,16 @@ from typing import Any
 
 from ..flags import as_flags
 from ..runs import RunFolder
+from ..training.arguments import TrainingArguments
 
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def arguments_class(script: str) -> type[TrainingArguments]:
+    """Returns the dataclass of a train script's flags."""
+    module = importlib.import_module(f"...train_scripts.train_{script}", __name__)
+    return next(value for value in vars(module).values() if getattr(value, "SCRIPT", None) == script)
 
 
 def start_training(script: str, flags: Mapping[str, Any], output_dir: Path, log: Path) -> subprocess.Popen:

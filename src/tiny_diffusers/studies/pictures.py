@@ -1,0 +1,206 @@
+"""The pictures of a study, drawn from its `study.json` alone. Lines differ in style and marker, to be told apart in grey."""
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from .. import plots
+from ..evaluation.report import BASELINE_NAMES, figure_label
+from ..files import replacing
+from .results import Rows, Value, floor_of, group, list_samplers, mean_of, value_of
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# From dark to light, each with a line style and a marker of its own: 10 x 4 lines before any two are alike
+_COLOURS = (
+    "#1b1b1b",
+    "#1f5fa8",
+    "#b5352c",
+    "#2f7d32",
+    "#7b4fa3",
+    "#d9822b",
+    "#3aa6a6",
+    "#c76bb0",
+    "#8a8a8a",
+    "#a9a13a",
+)
+_LINES = ("-", "--", "-.", ":")
+_MIN_LOG_RATIO = 3  # of the values on an axis, from which on it is logarithmic
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+
+
+def draw(content: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
+    """
+    Draws the pictures that a study asks for, as far as there is something to show.
+
+    Args:
+        content (`dict`): Of `study.json`.
+        folder (`Path`): The folder to draw into.
+
+    Returns:
+        `dict`: Images of a group -> its pictures.
+    """
+    groups = group(content["rows"])
+    drawn: dict[str, list[Path]] = {data: [] for data in groups}
+    for number, (data, cells) in enumerate(groups.items(), start=1):
+        suffix = f"-{number}" if len(groups) > 1 else ""
+        for plot in content["plots"]:
+            name, picture = _PLOTS[plot](cells, content)
+            if picture is None:
+                continue
+            path = folder / f"{name}{suffix}.png"
+            with replacing(path) as staging:
+                if isinstance(picture, Image.Image):
+                    picture.save(staging, format="PNG")
+                else:
+                    picture.figure.savefig(staging, format="png")
+            drawn[data].append(path)
+    return drawn
+
+
+def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
+    """Draws the validation losses of all cells and seeds over the steps."""
+    name = "validation_losses"
+    if not any(row.get("val_loss") for rows in cells.values() for row in rows):
+        return name, None
+    axes = _axes("training step", "validation loss")
+    for number, (cell, rows) in enumerate(cells.items()):
+        label = cell
+        for row in rows:
+            if row.get("val_loss"):
+                axes.plot(*zip(*row["val_loss"], strict=True), label=label, **_style(number), markersize=3)
+                label = None  # one line of the legend for all seeds
+    _set_log(axes, "y")
+    return name, _finish(axes, len(cells))
+
+
+def _steps(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
+    """Draws the metric over the number of sampling steps, a line for each cell and scheduler."""
+    metric, samplers = content["main_metric"], list_samplers(row for rows in cells.values() for row in rows)
+    name, schedulers = f"{metric}_by_steps", list(dict.fromkeys(sampler.scheduler for sampler in samplers))
+    if len({sampler.num_inference_steps for sampler in samplers}) < 2:
+        return name, None
+    axes = _axes("sampling steps", _label(content))
+    lines = [(cell, scheduler) for cell in cells for scheduler in schedulers]
+    for number, (cell, scheduler) in enumerate(lines):
+        points = {
+            sampler.num_inference_steps: value_of(cells[cell], sampler, metric)
+            for sampler in samplers
+            if sampler.scheduler == scheduler
+        }
+        label = cell if len(schedulers) == 1 else f"{cell}, {scheduler or 'its own sampler'}"
+        _plot(axes, points.items(), number, label, line=True)
+    _draw_floor(axes, cells, content)
+    _set_log(axes, "x", sorted({sampler.num_inference_steps for sampler in samplers}))
+    return name, _finish(axes, len(lines))
+
+
+def _by_fact(fact: str, title: str) -> Callable[[Mapping[str, Rows], dict[str, Any]], tuple[str, "Axes | None"]]:
+    """Returns a function that draws the metric, with the last sampler, over a fact of the cells."""
+
+    def draw_by_fact(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
+        metric, samplers = content["main_metric"], list_samplers(row for rows in cells.values() for row in rows)
+        name, facts = f"{metric}_by_{fact}", {cell: mean_of(rows, fact) for cell, rows in cells.items()}
+        if not samplers or len({value.value for value in facts.values() if value is not None}) < 2:
+            return name, None
+        axes = _axes(title, f"{_label(content)} ({samplers[-1]})")
+        for number, (cell, rows) in enumerate(cells.items()):
+            if facts[cell] is not None:
+                _plot(axes, [(facts[cell].value, value_of(rows, samplers[-1], metric))], number, cell, line=False)
+        _draw_floor(axes, cells, content)
+        _set_log(axes, "x")
+        return name, _finish(axes, len(cells))
+
+    return draw_by_fact
+
+
+def _samples(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, Image.Image | None]:
+    """Puts the samples of the cells, a row each, below each other: a column has the same seed."""
+    rows = {cell: next((row["samples"] for row in rows if row.get("samples")), None) for cell, rows in cells.items()}
+    strips = {cell: Image.open(io.BytesIO(base64.b64decode(png))) for cell, png in rows.items() if png is not None}
+    if not strips:
+        return "samples", None
+    return "samples", plots.image_grid(list(strips.values()), columns=1, padding=1, row_labels=list(strips))
+
+
+_PLOTS = {
+    "losses": _losses,
+    "steps": _steps,
+    "parameters": _by_fact("parameters", "parameters"),
+    "seconds": _by_fact("seconds", "training time (seconds)"),
+    "samples": _samples,
+}
+
+
+def _label(content: dict[str, Any]) -> str:
+    return figure_label(content["main_metric"], content["asked"]["protocol"]["features"])
+
+
+def _axes(x: str, y: str) -> "Axes":
+    from matplotlib.figure import Figure  # unlike pyplot it has no global state and needs no display
+
+    axes = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _set_log(axes: "Axes", which: str, ticks: list[int] | None = None) -> None:
+    """Makes an axis logarithmic, with plain numbers beside it, if its values spread enough for more than one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = getattr(axes, f"get_{which}lim")()
+    if ticks is None and not 0 < _MIN_LOG_RATIO * low < high:
+        return
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_minor_locator(NullLocator())
+    if ticks is not None:
+        axis.set_ticks(ticks, labels=map(str, ticks))
+        return
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    """Spells a number of an axis: 1,500,000 as 1.5 M."""
+    return next((f"{value / unit:g} {name}" for unit, name in ((1e6, "M"), (1e3, "k")) if value >= unit), f"{value:g}")
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _LINES[number % len(_LINES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linewidth": 1.6,
+    }
+
+
+def _plot(axes: "Axes", points: Iterable[tuple[float, Value | None]], number: int, label: str, line: bool) -> None:
+    """Plots the values that are known, with their errors."""
+    known = [(x, value) for x, value in points if value is not None]
+    if not known:
+        return
+    style = _style(number) if line else _style(number) | {"linestyle": "none"}
+    errors = [value.error or 0.0 for _, value in known]
+    axes.errorbar([x for x, _ in known], [value.value for _, value in known], errors, label=label, capsize=3, **style)
+
+
+def _draw_floor(axes: "Axes", cells: Mapping[str, Rows], content: dict[str, Any]) -> None:
+    floor = floor_of(cells, content["main_metric"])
+    if floor is not None:
+        axes.axhline(floor["value"], color="#8a8a8a", linewidth=1, linestyle=(0, (1, 3)), label=BASELINE_NAMES["real"])
+
+
+def _finish(axes: "Axes", lines: int) -> "Axes":
+    """Adds the legend: beside the plot if it is long."""
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if lines > 6 else {}
+    axes.legend(frameon=False, fontsize=8 if lines > 6 else None, handlelength=3, **beside)
+    return axes

@@ -1,0 +1,114 @@
+"""What the rows of a `study.json` say together: means over seeds, their errors, and which cell is best if one is."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..evaluation.report import FIGURES
+
+
+_CONFIDENCE = 0.95  # that the best cell is better than each other
+
+
+class Sampler(NamedTuple):
+    """How images were drawn: the name of a scheduler and a number of steps, None for the run's own."""
+
+    scheduler: str | None
+    num_inference_steps: int | None
+
+    def __str__(self) -> str:
+        steps = None if self.num_inference_steps is None else f"{self.num_inference_steps} steps"
+        return ", ".join(word for word in (self.scheduler, steps) if word) or "samples"
+
+
+class Value(NamedTuple):
+    """The mean over the seeds. Its error is the standard error over them, or that of the one report."""
+
+    value: float
+    error: float | None
+    seeds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "error": self.error}
+
+
+Rows = list[dict[str, Any]]  # of one cell, a row for each seed
+
+
+def group(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Rows]]:
+    """Groups rows by their images, among which metrics are compared: images -> cell -> rows."""
+    groups: dict[str, dict[str, Rows]] = {}
+    for row in rows:
+        groups.setdefault(row["data"], {}).setdefault(row["cell"], []).append(row)
+    return groups
+
+
+def list_samplers(rows: Iterable[dict[str, Any]]) -> list[Sampler]:
+    """Lists the samplers that anything was measured with, in the order in which they were asked for."""
+    entries = itertools.chain.from_iterable(row.get("measured", []) for row in rows)
+    return list(dict.fromkeys(Sampler(entry["scheduler"], entry["num_inference_steps"]) for entry in entries))
+
+
+def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
+    """Returns a figure of one cell; None if no seed has it."""
+    found = [
+        entry["figures"][figure]
+        for row in rows
+        for entry in row.get("measured", [])
+        if (entry["scheduler"], entry["num_inference_steps"]) == sampler and figure in entry.get("figures", {})
+    ]
+    return _combine([entry["value"] for entry in found], [entry["error"] for entry in found])
+
+
+def mean_of(rows: Rows, name: str) -> Value | None:
+    """Returns the mean over the seeds of a fact: `parameters`, `steps` or `seconds`."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return _combine(values, [None] * len(values))
+
+
+def lowest_loss(rows: Rows) -> Value | None:
+    """Returns the mean over the seeds of the lowest validation loss."""
+    values = [min(loss for _, loss in row["val_loss"]) for row in rows if row.get("val_loss")]
+    return _combine(values, [None] * len(values))
+
+
+def floor_of(cells: Mapping[str, Rows], figure: str, baseline: str = "real") -> dict[str, Any] | None:
+    """Returns a figure of a baseline, which is the same for all cells of a group; None if it was not measured."""
+    rows = itertools.chain.from_iterable(cells.values())
+    found = (row.get("baselines", {}).get(baseline, {}).get(figure) for row in rows)
+    return next((entry for entry in found if entry is not None), None)
+
+
+def find_winner(values: Mapping[str, Value | None], figure: str) -> str | None:
+    """
+    Returns the cell that is better than each other one, by more than chance explains; None if there is none.
+
+    The difference to each other cell must exceed t * sqrt(e_1^2 + e_2^2), with their standard errors e and t the 97.5 %
+    quantile of Student's distribution (of the Gaussian, for errors over images). Without an error there is no winner.
+    """
+    from scipy.stats import norm, t
+
+    lower = FIGURES[figure][2]
+    known = {cell: value for cell, value in values.items() if value is not None}
+    if lower is None or len(known) < 2 or any(value.error is None for value in known.values()):
+        return None
+    best = (min if lower else max)(known, key=lambda cell: known[cell].value)
+    share = (1 + _CONFIDENCE) / 2
+    for cell, value in known.items():
+        seeds = known[best].seeds + value.seeds - 2
+        quantile = t.ppf(share, seeds) if seeds else norm.ppf(share)
+        error = math.hypot(known[best].error, value.error)
+        if cell != best and abs(known[best].value - value.value) <= quantile * error:
+            return None
+    return best
+
+
+def _combine(values: list[float], errors: list[float | None]) -> Value | None:
+    if not values:
+        return None
+    mean, count = sum(values) / len(values), len(values)
+    if count == 1:
+        return Value(mean, errors[0], 1)
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return Value(mean, math.sqrt(variance / count), count)

@@ -1,0 +1,88 @@
+"""What a study asks: the flags of `tiny-diffusers study`, which the section `study:` of a recipe holds by the same names."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import UserError
+from ..evaluation.report import FIGURES, Protocol
+from ..flags import Flags, flag
+
+
+Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
+
+PLOTS: tuple[str, ...] = get_args(Plot)
+_DIFFUSION = ("unconditional", "conditional")
+
+
+@dataclass(frozen=True)
+class StudyArguments(Flags):
+    """How the cells of a grid are trained, sampled and shown. How they are measured is the [`Protocol`]."""
+
+    script: str | None = flag(None, "Script that the recipe is for; the beginning of its name if not given.")
+    cells: list[str] | None = flag(None, "Cells of the grid to train; all if not given.")
+    seeds: list[int] = flag([0], "Seeds to train each cell with.", within="[0, 9223372036854775807]")
+    max_train_minutes: float | None = flag(
+        None, "Minutes to train each cell; as the recipe says if not given.", within="(0, inf)"
+    )
+    budget: float | None = flag(
+        None, "The same, and networks that are too large for these minutes become narrower.", within="(0, inf)"
+    )
+    num_inference_steps: list[int] | None = flag(
+        None, "Numbers of sampling steps to measure with; the pipeline's if not given.", within="[1, inf)"
+    )
+    schedulers: list[str] | None = flag(
+        None, "Samplers to measure with, as in `tiny-diffusers evaluate --scheduler`; the run's own if not given."
+    )
+    eta: float | None = flag(None, "Fresh noise in each sampling step.", within="[0, inf)")
+    guidance_scale: float | None = flag(None, "Guidance scale, for classes.", within="[0, inf)")
+    main_metric: Literal[tuple(FIGURES)] | None = flag(
+        None, "Metric that is plotted and names the winner; the first of --metrics if not given."
+    )
+    plots: list[Plot] = flag(list(PLOTS), f"Pictures to draw, of {', '.join(PLOTS)}.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_train_minutes is not None and self.budget is not None:
+            raise UserError(
+                f"--max_train_minutes {self.max_train_minutes:g} --budget {self.budget:g}: both are the minutes of a cell, so "
+                "give one of them."
+            )
+
+
+def choose_main_metric(arguments: StudyArguments, protocol: Protocol) -> str:
+    """
+    Returns the figure that is plotted and names the winner.
+
+    Raises:
+        UserError: If the protocol does not measure it.
+    """
+    figures = protocol.figures
+    if arguments.main_metric not in (None, *figures):
+        raise UserError(
+            f"--main_metric {arguments.main_metric} is not measured: add it to --metrics, or choose from {', '.join(figures)}."
+        )
+    return arguments.main_metric or figures[0]
+
+
+def check_family(script: str, arguments: StudyArguments, protocol: Protocol, main_metric: str) -> None:
+    """
+    Checks that the models of a script can be sampled and measured so.
+
+    Raises:
+        UserError: If a sampler's option or a metric means nothing to them.
+    """
+    for name in ("num_inference_steps", "schedulers", "eta"):
+        if getattr(arguments, name) is not None and script not in _DIFFUSION:
+            raise UserError(f"--{name} means nothing to the models of train_{script}.py: leave it out.")
+    if arguments.guidance_scale is not None and script != "conditional":
+        raise UserError(f"--guidance_scale means nothing to the models of train_{script}.py: leave it out.")
+    if protocol.kind == "reconstructions" and script != "vae":
+        raise UserError(
+            f"--kind reconstructions: the models of train_{script}.py reconstruct nothing, only a VAE does."
+        )
+    if "bits_per_dim" in protocol.metrics and script == "dcgan":
+        raise UserError("--metrics bits_per_dim: a DCGAN has no likelihood; leave it out.")
+    if main_metric == "inception_score" and protocol.features != "inception":
+        raise UserError(f"--main_metric inception_score: the features of {protocol.features} have no classifier.")
+    if main_metric == "class_agreement" and script in ("unconditional", "vae"):
+        raise UserError(f"--main_metric class_agreement: the models of train_{script}.py have no classes.")

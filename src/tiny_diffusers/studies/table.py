@@ -1,0 +1,168 @@
+"""The `README.md` of a study: its table, what can be told from it, and its pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import markdown
+from ..evaluation.report import BASELINE_NAMES, BASELINES, FIGURES, arrow, estimate_text, figure_label
+from ..files import replace_file
+from .results import Rows, Sampler, find_winner, floor_of, group, list_samplers, lowest_loss, mean_of, value_of
+
+
+def write_table(content: dict[str, Any], pictures: Mapping[str, list[Path]], folder: Path) -> Path:
+    """
+    Writes `README.md`.
+
+    Args:
+        content (`dict`): Of `study.json`.
+        pictures (`Mapping`): Images of a group -> its pictures, which lie in `folder`.
+        folder (`Path`): The folder of the study.
+    """
+    asked, rows = content["asked"], content["rows"]
+    parts = [f"# Study of `{markdown(asked['recipe'])}`", _introduction(content)]
+    groups = group(rows)
+    for data, cells in groups.items():
+        if len(groups) > 1:
+            parts.append(f"## {markdown(data)}")
+        parts += _section(content, cells)
+        parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures.get(data, [])]
+    if not rows:
+        parts.append("Nothing is measured yet.")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    replace_file(folder / "README.md", text)
+    return folder / "README.md"
+
+
+def _introduction(content: dict[str, Any]) -> str:
+    asked, rows = content["asked"], content["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    minutes = asked["budget"] or asked["max_train_minutes"]
+    lines = [
+        f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by `tiny-diffusers train "
+        f"{asked['script']}`"
+        + (f" for {minutes:g} minutes each" if minutes else "")
+        + f" with the seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds)) or 'none'}."
+    ]
+    changed = {name: value for name, value in asked["train flags"].items() if value is not None}
+    if changed:
+        lines.append("Beside the recipe: " + ", ".join(f"`{name} {value}`" for name, value in changed.items()) + ".")
+    if content["networks"]:
+        widths = {" ".join(map(str, options["block_out_channels"])) for options in content["networks"].values()}
+        lines.append(f"**Narrower networks than the recipe's**, for the budget: widths {', '.join(sorted(widths))}.")
+    return "\n".join(lines)
+
+
+def _section(content: dict[str, Any], cells: Mapping[str, Rows]) -> list[str]:
+    """Returns the tables of the cells with the same images, and what can be told from them."""
+    metric, protocol = content["main_metric"], content["asked"]["protocol"]
+    label, samplers = figure_label(metric, protocol["features"]), list_samplers(_all(cells))
+    measured = next((row for row in _all(cells) if "against" in row), None)
+    parts = []
+    if measured is not None:
+        parts.append(f"**{label}**{arrow(metric)}: {markdown(measured['against'])}.")
+    parts.append(_main_table(cells, samplers, metric))
+    parts.append(_failures(cells))
+    if measured is None:
+        return parts
+    parts.append(_explain_errors(cells, samplers, metric))
+    parts.append(_verdict(cells, samplers, metric, label))
+    parts.append(_other_table(cells, samplers[-1], metric, protocol["features"]))
+    parts += [f"**Note:** {markdown(warning)}" for warning in measured["warnings"]]
+    return parts
+
+
+def _all(cells: Mapping[str, Rows]) -> Rows:
+    return [row for rows in cells.values() for row in rows]
+
+
+def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str) -> str:
+    head = ["cell", "parameters", "steps", "seconds", "validation loss", *map(str, samplers)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    values = {sampler: {name: value_of(rows, sampler, metric) for name, rows in cells.items()} for sampler in samplers}
+    winners = {sampler: find_winner(values[sampler], metric) for sampler in samplers}
+    for name, rows in cells.items():
+        facts = [mean_of(rows, fact) for fact in ("parameters", "steps", "seconds")]
+        words = ["–" if fact is None else f"{fact.value:,.0f}" for fact in facts]
+        loss = lowest_loss(rows)
+        words.append("–" if loss is None else f"{loss.value:.4g}")
+        for sampler in samplers:
+            value = values[sampler][name]
+            text = estimate_text(None if value is None else value.as_dict())
+            words.append(f"**{text}**" if winners[sampler] == name else text)
+        lines.append(f"| {markdown(name)} | " + " | ".join(words) + " |")
+    for baseline in BASELINES:
+        floor = floor_of(cells, metric, baseline)
+        if floor is not None:
+            words = ["–"] * 4 + [estimate_text(floor)] * len(samplers)
+            lines.append(f"| *{BASELINE_NAMES[baseline]}* | " + " | ".join(words) + " |")
+    return "\n".join(lines)
+
+
+def _failures(cells: Mapping[str, Rows]) -> str:
+    lines = []
+    for row in _all(cells):
+        if row["state"] == "failed":
+            lines.append(f"- {markdown(row['cell'])}, seed {row['seed']}, **failed**: {markdown(row['error'])}")
+        for entry in row.get("measured", []):
+            if "error" in entry:
+                sampler = Sampler(entry["scheduler"], entry["num_inference_steps"])
+                lines.append(f"- {markdown(row['cell'])}, {sampler}, not measured: {markdown(entry['error'])}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _explain_errors(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str) -> str:
+    values = [value_of(rows, sampler, metric) for rows in cells.values() for sampler in samplers]
+    seeds = {value.seeds for value in values if value is not None and value.error is not None}
+    sentences = []
+    if seeds - {1}:
+        sentences.append("± is the standard error over the seeds.")
+    if 1 in seeds:
+        entries = [e for row in _all(cells) for e in row.get("measured", [])]
+        kinds = {e["figures"][metric]["error_kind"] for e in entries if metric in e.get("figures", {})}
+        sentences.append(
+            f"{'With one seed it' if seeds - {1} else '±'} is the {'; '.join(sorted(filter(None, kinds)))}. Training with "
+            "another seed may move a metric by more."
+        )
+    return " ".join(sentences)
+
+
+def _verdict(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, label: str) -> str:
+    """Says which cell is best with each sampler, if it is clear of the error of each other."""
+    if len(cells) < 2 or FIGURES[metric][2] is None:
+        return ""
+    lines = []
+    for sampler in samplers:
+        values = {name: value_of(rows, sampler, metric) for name, rows in cells.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(known) < 2:
+            continue
+        winner = find_winner(values, metric)
+        where = "" if str(sampler) == "samples" else f" ({sampler})"
+        if winner is not None:
+            lines.append(f"- {label}{where}: **{markdown(winner)}** is best, clear of the error of every other cell.")
+            continue
+        best = (min if FIGURES[metric][2] else max)(known, key=lambda name: known[name].value)
+        lines.append(
+            f"- {label}{where}: no winner. The best value, of {markdown(best)}, is not clear of the others' error."
+        )
+    return "\n".join(lines)
+
+
+def _other_table(cells: Mapping[str, Rows], sampler: Sampler, metric: str, features: str) -> str:
+    """Returns the table of all other metrics with the last sampler."""
+    names = [name for name in FIGURES if name != metric and any(value_of(r, sampler, name) for r in cells.values())]
+    if not names:
+        return ""
+    lines = [
+        f"| {sampler} | " + " | ".join(figure_label(name, features) + arrow(name) for name in names) + " |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for cell_name, rows in cells.items():
+        values = [value_of(rows, sampler, name) for name in names]
+        words = [estimate_text(None if value is None else value.as_dict()) for value in values]
+        lines.append(f"| {markdown(cell_name)} | " + " | ".join(words) + " |")
+    floor = [floor_of(cells, name) for name in names]
+    if any(floor):
+        lines.append(f"| *{BASELINE_NAMES['real']}* | " + " | ".join(map(estimate_text, floor)) + " |")
+    return "\n".join(lines)
