@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, first_line, refusals, say, unknown
+from ..errors import UserError, refusals, say, unknown
 from .shared import (
     PICTURE_SUFFIXES,
     add_checkpoint_argument,
@@ -16,10 +16,12 @@ from .shared import (
     add_output_argument,
     add_sampling_arguments,
     call_options,
+    check_diffusion,
     load_pipeline,
     make_parser,
     positive_number,
     prepare_output,
+    read_picture,
     seed_number,
 )
 
@@ -103,7 +105,7 @@ def edit(args: argparse.Namespace) -> None:
     for target in targets:
         if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
-    pictures = {name: _read_picture("--image", file) for name, file in pictures.items()}
+    pictures = {name: read_picture("--image", file) for name, file in pictures.items()}
     pipe = _editing_pipeline(load_pipeline(args), args)
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
@@ -189,24 +191,10 @@ def _find_pictures(path: Path) -> dict[str, Path]:
     return pictures
 
 
-def _read_picture(flag: str, path: Path) -> "Image.Image":
-    from PIL import Image
-
-    from ..data.decoding import read_picture
-
-    try:
-        return read_picture(path)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
-
-
 def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
     from .. import TinyImg2ImgPipeline, TinyInpaintPipeline, TinyRestorationPipeline
 
-    if "unet" not in pipe.components:
-        raise UserError(
-            f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't edit images here: give a checkpoint of diffusion."
-        )
+    check_diffusion(pipe, args.checkpoint, "edit images here")
     if args.task is not None:
         return TinyRestorationPipeline.from_pipe(pipe)
     return (TinyInpaintPipeline if args.mask is not None else TinyImg2ImgPipeline).from_pipe(pipe)
@@ -216,7 +204,7 @@ def _task_options(args: argparse.Namespace) -> dict:
     """Returns the arguments of the pipeline that --mask and --task stand for."""
     from ..pipelines.pipeline_tiny_restoration import TASKS
 
-    options = {} if args.mask is None else {"mask_image": _read_picture("--mask", args.mask)}
+    options = {} if args.mask is None else {"mask_image": read_picture("--mask", args.mask)}
     if args.task is None:
         return options
     name, _, value = args.task.partition(":")

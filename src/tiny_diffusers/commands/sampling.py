@@ -32,6 +32,7 @@ from .shared import (
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
 
 NUM_IMAGES, MAX_CLASSES = 64, 10  # that `sample` draws by default
@@ -73,9 +74,7 @@ def sample_parser() -> argparse.ArgumentParser:
 
 def sample(args: argparse.Namespace) -> None:
     """Draws each image with a generator of its own, so that none depends on the batch size."""
-    from ..pipelines.pipeline_tiny import image_generators
     from ..plots import image_grid, strip
-    from ..progress import bar_options
 
     output = prepare_output(args.output)
     if args.return_intermediates and output.is_dir():
@@ -87,7 +86,7 @@ def sample(args: argparse.Namespace) -> None:
     )
     num_images, labels = args.num_images, options.pop("class_labels", None)
     if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
-        labels = _first_classes(pipe)[:num_images] or None
+        labels = first_classes(pipe)[:num_images] or None
         if labels is not None and num_images is None:
             num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
     num_images = num_images or NUM_IMAGES
@@ -95,23 +94,11 @@ def sample(args: argparse.Namespace) -> None:
     if labels is not None:
         if len(labels) > num_images:
             raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
-        labels = [labels[i * len(labels) // num_images] for i in range(num_images)]
+        labels = spread(labels, num_images)
 
     say(f"drawing {num_images} images, {output} ...", sys.stderr)
-    images, states = [], []
     began = time.perf_counter()
-    for start in range(0, num_images, args.batch_size):
-        stop = min(start + args.batch_size, num_images)
-        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
-        if labels is not None:
-            options["class_labels"] = labels[start:stop]
-        generator = image_generators(args.seed, stop - start, first=start)
-        with refusals():
-            drawn = pipe(batch_size=stop - start, generator=generator, **options)
-        images += drawn.images
-        states = states or [[] for _ in drawn.intermediates or []]
-        for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
-            state += intermediate.sample
+    images, states = draw_images(pipe, num_images, args.seed, args.batch_size, labels, **options)
     seconds = time.perf_counter() - began
 
     if output.is_dir():
@@ -123,7 +110,36 @@ def sample(args: argparse.Namespace) -> None:
     say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
 
 
-def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
+def draw_images(
+    pipe: "DiffusionPipeline", num_images: int, seed: int, batch_size: int, labels: list[str] | None, **options
+) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
+    """Draws images, image i with the seed `seed + i`, and, if the options ask for them, the states of their denoising."""
+    from ..pipelines.pipeline_tiny import image_generators
+    from ..progress import bar_options
+
+    images, states = [], []
+    for start in range(0, num_images, batch_size):
+        stop = min(start + batch_size, num_images)
+        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
+        if labels is not None:
+            options["class_labels"] = labels[start:stop]
+        generator = image_generators(seed, stop - start, first=start)
+        with refusals():
+            drawn = pipe(batch_size=stop - start, generator=generator, **options)
+        images += drawn.images
+        intermediates = getattr(drawn, "intermediates", None) or []
+        states = states or [[] for _ in intermediates]
+        for state, intermediate in zip(states, intermediates, strict=True):
+            state += intermediate.sample
+    return images, states
+
+
+def spread(labels: list[str], num_images: int) -> list[str]:
+    """Gives each label an equal share of the images, in their order."""
+    return [labels[i * len(labels) // num_images] for i in range(num_images)]
+
+
+def first_classes(pipe: "DiffusionPipeline") -> list[str]:
     """Returns the names of a pipeline's classes, or their ids; of many, the first ten, which is said."""
     names = {int(class_id): name for class_id, name in (pipe.config.get("id2label") or {}).items()}
     classes = [names.get(class_id, str(class_id)) for class_id in pipe._class_ids]
@@ -187,7 +203,7 @@ def interpolate(args: argparse.Namespace) -> None:
     output = prepare_output(args.output)
     check_numbered(output, args.num_frames)
     pipe = load_pipeline(args)
-    walk = _interpolation_of(pipe, args.checkpoint)
+    walk = interpolation_of(pipe, args.checkpoint)
     names = (
         "num_inference_steps",
         "eta",
@@ -217,7 +233,7 @@ def interpolate(args: argparse.Namespace) -> None:
     say(f"{len(frames)} frames: {output}")
 
 
-def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
+def interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
     """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
     from .. import TinyInterpolationPipeline
 
