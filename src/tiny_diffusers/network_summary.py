@@ -41,18 +41,24 @@ def summarize(network: nn.Module, leaves: bool = False) -> list[LayerRow]:
         return sum(parameter.numel() for parameter in new)
 
     def rows(module: nn.Module, name: str) -> Iterator[tuple[int, LayerRow]]:
-        children = list(module.named_children())
-        is_block = bool(name) and module in shapes and not leaves
-        if is_block or not children:
+        children = dict(module.named_children())
+        has_lists = bool(children) and all(isinstance(child, nn.ModuleList) for child in children.values())
+        is_block = bool(name) and module in shapes and not leaves and not has_lists
+        own = dict(module.named_parameters(recurse=False))
+        if is_block or not children or (own and module in shapes):
             has_attention = any("attention" in type(part).__name__.lower() for part in module.modules())
-            row = LayerRow(name, type(module).__name__, shapes.get(module), count(module.parameters()), has_attention)
+            parameters = module.parameters() if is_block else iter(own.values())
+            row = LayerRow(name, type(module).__name__, shapes.get(module), count(parameters), has_attention)
             if row.shape is not None or row.parameters:
                 yield order.get(module, len(order)), row
+        else:
+            for own_name, parameter in own.items():
+                full_name = f"{name}.{own_name}" if name else own_name
+                shape = tuple(parameter.shape)
+                yield len(order), LayerRow(full_name, "Parameter", shape, count(iter([parameter])), False)
+        if is_block:
             return
-        for own, parameter in module.named_parameters(recurse=False):
-            full_name = f"{name}.{own}" if name else own
-            yield len(order), LayerRow(full_name, "Parameter", tuple(parameter.shape), count(iter([parameter])), False)
-        for child_name, child in children:
+        for child_name, child in children.items():
             yield from rows(child, f"{name}.{child_name}" if name else child_name)
 
     return [row for _, row in sorted(rows(network, ""), key=lambda pair: pair[0])]

@@ -299,6 +299,12 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "reports", metavar="CHECKPOINT", nargs="+", help="folders of checkpoints or reports, or report.json files"
     )
+    parser.add_argument(
+        "--settings",
+        action="store_true",
+        help="tabulate runs: the settings that differ, losses, and the metrics of those that are evaluated",
+    )
+    parser.add_argument("--all_settings", action="store_true", help="the same, with all settings")
     parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this .md file")
     return parser
 
@@ -306,8 +312,12 @@ def compare_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     from ..evaluation.report import Report
     from ..evaluation.report import compare as tabulate
+    from ..evaluation.run_table import tabulate_runs
 
-    table = tabulate({name: Report.load(name) for name in args.reports})
+    if args.settings or args.all_settings:
+        table = tabulate_runs(args.reports, args.all_settings)
+    else:
+        table = tabulate({name: Report.load(name) for name in args.reports})
     say(table)
     if args.output is not None:
         make_parent(args.output)

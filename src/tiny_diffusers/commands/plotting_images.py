@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
-from .sampling import first_classes
+from .sampling import default_classes
 from .shared import (
     PICTURE_SUFFIXES,
     add_checkpoint_argument,
@@ -115,7 +115,7 @@ def schedule_names(text: str) -> list[str]:
     names = comma_separated(text)
     for name in names:
         if name not in SCHEDULES:
-            raise unknown("schedule", name, SCHEDULES)
+            raise argparse.ArgumentTypeError(str(unknown("schedule", name, SCHEDULES)))
     return names
 
 
@@ -256,10 +256,11 @@ def denoising(args: argparse.Namespace) -> None:
     args.num_inference_steps = None  # is not one option of the pipeline's call
     pipe = load_pipeline(args)
     check_diffusion(pipe, args.checkpoint, "denoise")
-    pipe.set_progress_bar_config(leave=False, **bar_options())
+    pipe.set_progress_bar_config(desc="denoising", leave=False, **bar_options())
     options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels")
-    if hasattr(pipe, "_class_ids") and "class_labels" not in options and args.guidance_scale != 0:
-        options["class_labels"] = first_classes(pipe)[:1]
+    classes = default_classes(pipe, args.guidance_scale)
+    if classes and args.class_labels is None:
+        options["class_labels"] = classes[:1]
 
     if not starts_from_image:
         rows = [_denoise(pipe, args, options, num_steps, num_inference_steps=num_steps) for num_steps in steps]
@@ -331,7 +332,11 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
             first += _to_pil(noisy)
             captions = ["x_t", *captions]
         strips.append(
-            Strip([*first, *images, result], ["given", *captions, "result"], caption(pipe.scheduler, timesteps[0]))
+            Strip(
+                [*first, *images, result],
+                ["given", *captions, "result"],
+                f"from {caption(pipe.scheduler, timesteps[0])}",
+            )
         )
     return strips
 

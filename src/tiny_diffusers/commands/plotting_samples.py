@@ -1,14 +1,16 @@
 """`tiny-diffusers plot samples`, `epochs`, `interpolation` and `guidance`: pictures of what checkpoints draw."""
 
 import argparse
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say
-from .sampling import draw_images, first_classes, interpolation_of, spread
+from .sampling import default_classes, draw_images, interpolation_of, spread
 from .shared import (
     add_checkpoint_argument,
     add_guidance_interval,
@@ -30,6 +32,7 @@ from .shared import (
 
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from PIL import Image
 
     from ..plots import Strip
@@ -87,10 +90,9 @@ def samples(args: argparse.Namespace) -> None:
         meant.update(known)
         given = call_options(pipe.__call__, pipe, own, *known)
         classes = given.pop("class_labels", None)
-        if classes is None and hasattr(pipe, "_class_ids") and pipe._class_ids and args.guidance_scale != 0:
-            classes = first_classes(pipe)[: args.num_images]
+        if classes is None:
+            classes = default_classes(pipe, args.guidance_scale)[: args.num_images] or None
         labels.append(None if classes is None else spread(classes, args.num_images))
-        pipe.set_progress_bar_config(leave=False)
         images, _ = draw_images(pipe, args.num_images, args.seed, args.batch_size, labels[-1], **given)
         strips.append(Strip(images, label=name))
     for option in options:
@@ -130,10 +132,12 @@ def epochs(args: argparse.Namespace) -> None:
         )
     series = read_log(run.log) if run.log.is_file() else {}
     steps, values = series.get("epoch", (np.array([]), np.array([])))
+    grids = {run.grid_step(grid): grid for grid in grids}
+    if run.samples.is_file() and len(steps):  # those of the end, which are drawn with more steps
+        grids.setdefault(int(steps[-1]), run.samples)
     chosen = np.unique(np.linspace(len(grids) - 1, 0, min(args.num_grids, len(grids))).round().astype(int))
     captions, pictures = [], []
-    for grid in (grids[i] for i in chosen):
-        step = run.grid_step(grid)
+    for step, grid in (list(grids.items())[i] for i in chosen):
         is_logged = len(steps) > 0 and steps[0] <= step <= steps[-1]
         captions.append(f"step {step:,}" + (f", epoch {np.interp(step, steps, values):.3g}" if is_logged else ""))
         pictures.append(_thumbnail(grid))
@@ -190,8 +194,9 @@ def interpolation(args: argparse.Namespace) -> None:
     names = ("num_inference_steps", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     walk = interpolation_of(pipe, args.checkpoint)
     options = call_options(walk, pipe, args, *names, "interpolation", "seeds") | {"num_frames": args.num_frames}
-    if "class_labels" not in options and getattr(pipe, "_class_ids", None) and args.guidance_scale != 0:
-        options["class_labels"] = first_classes(pipe)[:2]
+    classes = default_classes(pipe, args.guidance_scale)
+    if classes and args.class_labels is None:
+        options["class_labels"] = classes[:1]
     captions = [f"{i / (args.num_frames - 1):.0%}" for i in range(args.num_frames)]
 
     if "unet" not in pipe.components:
@@ -201,7 +206,7 @@ def interpolation(args: argparse.Namespace) -> None:
             strips = [Strip(walk(**options).images, captions)]
     else:
         with refusals():
-            strips = [Strip(walk(**options).images, label="no fresh noise")]
+            strips = [Strip(walk(**options).images, label=_solver_name(pipe.scheduler))]
         is_on_betas = objective_of(pipe.scheduler) == "betas"
         if is_on_betas:
             pipe.scheduler = TinyDDPMScheduler.from_config(pipe.scheduler.config)
@@ -209,11 +214,29 @@ def interpolation(args: argparse.Namespace) -> None:
             options["eta"] = 1.0 if eta is None else eta
         walk = interpolation_of(pipe, args.checkpoint)
         generator = image_generators(args.seed, args.num_frames)
-        with refusals():
+        with refusals(), _expected_warning():
             images = walk(generator=generator, **options).images
         strips.append(Strip(images, captions, label="DDPM" if is_on_betas else f"eta {options['eta']:g}"))
     captioned_strips(strips).save(args.output)
     say(f"wrote {args.output}")
+
+
+def _solver_name(scheduler: "SchedulerMixin") -> str:
+    names = {"TinyDDIMScheduler": "DDIM", "TinyFlowMatchScheduler": "ODE", "TinyEDMScheduler": "ODE"}
+    name = type(scheduler).__name__
+    return names.get(name, name.removesuffix("Scheduler"))
+
+
+@contextlib.contextmanager
+def _expected_warning() -> Iterator[None]:
+    """Leaves out the warning that a path with fresh noise is not smooth: that is what the second row shows."""
+    logger = logging.getLogger("tiny_diffusers.pipelines.pipeline_tiny_interpolation")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance
@@ -244,18 +267,20 @@ def guidance(args: argparse.Namespace) -> None:
     import torch
 
     from ..plots import Strip, captioned_strips
+    from ..progress import bar_options
 
     prepare_picture(args.output)
     if args.num_walks < 0 or args.num_frames < 2:
         raise UserError("--num_walks must be at least 0 and --num_frames at least 2.")
     pipe = load_pipeline(args)
     check_diffusion(pipe, args.checkpoint, "be guided")
-    if not getattr(pipe, "_class_ids", None):
+    classes = args.class_labels or default_classes(pipe, None)
+    if not classes or "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"'{args.checkpoint}' has no classes to guide to: give a class-conditional checkpoint.")
-    classes = args.class_labels or first_classes(pipe)
     names = ("num_inference_steps", "eta", "clip_sample", "guidance_interval")
     options = call_options(pipe.__call__, pipe, args, *names)
     scales = args.guidance_scales
+    pipe.set_progress_bar_config(desc="guiding", leave=False, **bar_options())
     columns = []
     for scale in scales:
         generator = [torch.Generator().manual_seed(args.seed) for _ in classes]

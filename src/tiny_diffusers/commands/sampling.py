@@ -85,8 +85,8 @@ def sample(args: argparse.Namespace) -> None:
         pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
     )
     num_images, labels = args.num_images, options.pop("class_labels", None)
-    if labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
-        labels = first_classes(pipe)[:num_images] or None
+    if labels is None:
+        labels = default_classes(pipe, args.guidance_scale)[:num_images] or None
         if labels is not None and num_images is None:
             num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
     num_images = num_images or NUM_IMAGES
@@ -139,7 +139,13 @@ def spread(labels: list[str], num_images: int) -> list[str]:
     return [labels[i * len(labels) // num_images] for i in range(num_images)]
 
 
-def first_classes(pipe: "DiffusionPipeline") -> list[str]:
+def default_classes(pipe: "DiffusionPipeline", guidance_scale: float | None) -> list[str]:
+    """Returns the classes that are drawn if none is named: the first ones; none without classes or class guidance."""
+    has_classes = bool(getattr(pipe, "_class_ids", None)) and guidance_scale != 0
+    return _first_classes(pipe) if has_classes else []
+
+
+def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
     """Returns the names of a pipeline's classes, or their ids; of many, the first ten, which is said."""
     names = {int(class_id): name for class_id, name in (pipe.config.get("id2label") or {}).items()}
     classes = [names.get(class_id, str(class_id)) for class_id in pipe._class_ids]
@@ -236,6 +242,7 @@ def interpolate(args: argparse.Namespace) -> None:
 def interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
     """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
     from .. import TinyInterpolationPipeline
+    from ..progress import bar_options
 
     if hasattr(pipe, "interpolate"):  # on the latents of a VAE or GAN
         return pipe.interpolate
@@ -244,4 +251,6 @@ def interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
             f"'{checkpoint}' is a {type(pipe).__name__}, which has no latents to interpolate between: give a checkpoint "
             "of diffusion, a VAE or a DCGAN."
         )
-    return TinyInterpolationPipeline.from_pipe(pipe)
+    pipe = TinyInterpolationPipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(desc="interpolating", leave=False, **bar_options())
+    return pipe

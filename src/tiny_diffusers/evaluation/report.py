@@ -413,18 +413,12 @@ def _own_solver(scheduler: dict[str, Any]) -> list[str]:
     return [scheduler["solver"]] if "solver" in scheduler and str(scheduler.get("class")).startswith("Tiny") else []
 
 
-def compare(reports: dict[str, Report]) -> str:
+def check_comparable(reports: dict[str, Report]) -> None:
     """
-    Puts several reports into one Markdown table, a row for each.
-
-    Args:
-        reports (`dict[str, Report]`): name -> report.
-
-    Returns:
-        `str`: The table, below one line that states the common protocol.
+    Checks that all reports were measured in the same way.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
+        [`~tiny_diffusers.errors.UserError`]: If two were not; it names the first difference.
     """
     for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
         ignored = {"load", "file", "name"}  # the same images and weights may come from different places
@@ -442,6 +436,22 @@ def compare(reports: dict[str, Report]) -> str:
                 f"'{first_name}' and '{name}' cannot be compared: their {key} differ, {a} and {b}. Evaluate both with "
                 "the same protocol."
             )
+
+
+def compare(reports: dict[str, Report]) -> str:
+    """
+    Puts several reports into one Markdown table, a row for each.
+
+    Args:
+        reports (`dict[str, Report]`): name -> report.
+
+    Returns:
+        `str`: The table, below one line that states the common protocol.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
+    """
+    check_comparable(reports)
     first = next(iter(reports.values()))
     rows = {
         f"{name} ({report.sampling})" if report.sampling else name: report.figures for name, report in reports.items()
@@ -470,12 +480,13 @@ def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str
     ]
     for name, figures in rows.items():
         lines.append(
-            f"| {markdown(str(name))} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |"
+            f"| {markdown(str(name))} | " + " | ".join(format_figure(figures.get(column)) for column in columns) + " |"
         )
     return "\n".join(lines)
 
 
-def _cell(entry: dict | None) -> str:
+def format_figure(entry: dict | None) -> str:
+    """Returns a metric with its error, as a cell of a table."""
     if entry is None:
         return "–"
     value, error = entry["value"], entry["error"]

@@ -292,7 +292,8 @@ def loss_curves_of_runs(logs: Mapping[str, str | Path], which: str | None = None
             steps, values = series[key]
             label = f"{name}, {title}" if len(kinds) > 1 else name
             look = "line" if len(kinds) == 1 else "thin" if kind == "train" else "points"
-            curves.append(Curve(label, steps.tolist(), _smooth_if_long(values).tolist(), style, look))
+            shown = _smooth_if_long(values) if kind == "train" else values
+            curves.append(Curve(label, steps.tolist(), shown.tolist(), style, look))
     title = "training and validation losses" if len(kinds) > 1 else _LOSSES[which][1]
     return _loss_panel(title, curves)
 
@@ -319,7 +320,8 @@ def schedule_curves(schedules: Mapping[str, Mapping[str, np.ndarray]]) -> Curves
         schedules (`dict[str, dict]`): The name of a schedule -> `signal` and `noise` of x_t = signal x_0 + noise eps at
             t = 0, 1, ..., each (T,), and `betas` (T,) or None.
     """
-    time = "timestep t (EDM: steps of its sampling, from the image)"
+    has_edm = any((schedule["signal"] == 1).all() for schedule in schedules.values())
+    time = "timestep t (EDM: steps of its sampling, from the image)" if has_edm else "timestep t"
     share = Panel("share of the image in x_t", time, "alphas_cumprod = a² / (a² + s²)", False)
     ratio = Panel("log-SNR of x_t = a x_0 + s eps", time, "ln(a² / s²), nats", False)
     betas = Panel("noise added at each timestep", time, "beta", True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 
 _BOX_WIDTH, _GAP = 1.5, 0.5
-_BOX_HEIGHTS = (0.75, 2.6)  # of a vector, and of the finest feature maps
-_COLOURS = {"end": "#ffffff", "maps": "#d9e6f2", "vector": "#f3e7c9", "embedding": "#e6e6e6"}
+_BOX_HEIGHTS = (1.15, 2.6)  # of a vector, and of the finest feature maps
+_COLOURS = {"end": "#ffffff", "maps": "#dce8f4", "vector": "#f6edd6", "embedding": "#e6e6e6"}
+_ATTENTION_COLOUR = "#a9c3e0"
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Stage:
 
 def draw_network(stages: Sequence[Stage], title: str, output: str | Path) -> Path:
     """
-    Draws a network from left to right. A box is the lower, the coarser its feature maps are; attention is hatched and
-    named, and skip connections are dashed. Embeddings, which all stages take, are below.
+    Draws a network from left to right. A box is the lower, the coarser its feature maps are. One with attention is darker,
+    has a thick edge and says so; skip connections are dashed. Embeddings, which all stages take, are below.
 
     Args:
         stages (`list[Stage]`): The stages in order.
@@ -64,29 +65,20 @@ def draw_network(stages: Sequence[Stage], title: str, output: str | Path) -> Pat
     axes.set_axis_off()
 
     def box(stage: Stage, x: float, top: float, box_height: float) -> None:
-        patch = FancyBboxPatch(
-            (x, top - box_height),
-            _BOX_WIDTH,
-            box_height,
-            boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=_COLOURS[stage.kind],
-            edgecolor="#333333",
-            hatch="///" if stage.has_attention else None,
-            linewidth=1.8 if stage.has_attention else 1,
+        axes.add_patch(
+            FancyBboxPatch(
+                (x, top - box_height),
+                _BOX_WIDTH,
+                box_height,
+                boxstyle="round,pad=0,rounding_size=0.08",
+                facecolor=_ATTENTION_COLOUR if stage.has_attention else _COLOURS[stage.kind],
+                edgecolor="#333333",
+                linewidth=2.5 if stage.has_attention else 1,
+            )
         )
-        patch.set_hatch_linewidth(0.4) if hasattr(patch, "set_hatch_linewidth") else None
-        axes.add_patch(patch)
-        lines = [*stage.lines, *(["attention"] if stage.has_attention else [])]
-        axes.text(
-            x + _BOX_WIDTH / 2,
-            top - box_height / 2,
-            "\n".join([stage.title, *lines]),
-            ha="center",
-            va="center",
-            fontsize=8,
-            parse_math=False,
-            bbox={"facecolor": _COLOURS[stage.kind], "edgecolor": "none", "pad": 1},
-        )
+        text = "\n".join([stage.title, *stage.lines, *(["with attention"] if stage.has_attention else [])])
+        middle = (x + _BOX_WIDTH / 2, top - box_height / 2)
+        axes.text(*middle, text, ha="center", va="center", fontsize=8, parse_math=False)
 
     lefts = [i * (_BOX_WIDTH + _GAP) for i in range(len(flow))]
     middles = [tops[stage.side] - heights[stage.side] / 2 for stage in flow]
