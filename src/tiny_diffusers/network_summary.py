@@ -45,7 +45,7 @@ def summarize(network: nn.Module, leaves: bool = False) -> list[LayerRow]:
         has_lists = bool(children) and all(isinstance(child, nn.ModuleList) for child in children.values())
         is_block = bool(name) and module in shapes and not leaves and not has_lists
         own = dict(module.named_parameters(recurse=False))
-        if is_block or not children or (own and module in shapes):
+        if is_block or not children or (name and own and module in shapes):
             has_attention = any("attention" in type(part).__name__.lower() for part in module.modules())
             parameters = module.parameters() if is_block else iter(own.values())
             row = LayerRow(name, type(module).__name__, shapes.get(module), count(parameters), has_attention)

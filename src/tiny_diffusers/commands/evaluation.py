@@ -310,14 +310,13 @@ def compare_parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> None:
+    from ..evaluation import comparison
     from ..evaluation.report import Report
-    from ..evaluation.report import compare as tabulate
-    from ..evaluation.run_table import tabulate_runs
 
     if args.settings or args.all_settings:
-        table = tabulate_runs(args.reports, args.all_settings)
+        table = comparison.tabulate_runs(args.reports, args.all_settings)
     else:
-        table = tabulate({name: Report.load(name) for name in args.reports})
+        table = comparison.compare({name: Report.load(name) for name in args.reports})
     say(table)
     if args.output is not None:
         make_parent(args.output)

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError, refusals, say, unknown
+from ..errors import UserError, say, unknown
 from .plotting_images import (
     add_beta_arguments,
+    build_schedules,
     denoising,
     denoising_parser,
     forward,
@@ -111,13 +112,12 @@ def schedules_parser() -> argparse.ArgumentParser:
 
 
 def schedules(args: argparse.Namespace) -> None:
-    from ..noising import BETA_SCHEDULES, build_schedule, noise_levels
+    from ..noising import BETA_SCHEDULES, noise_levels
     from ..plots import schedule_curves
 
     values = _prepare_output(args.output)
     names = args.schedules or ([] if args.checkpoints else BETA_SCHEDULES)
-    with refusals():
-        found = {name: build_schedule(name, args.ddpm_num_steps, args.beta_start, args.beta_end) for name in names}
+    found = build_schedules(names, args)
     for checkpoint in args.checkpoints:
         pipe = load_checkpoint(argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}))
         check_diffusion(pipe, checkpoint, "have a noise schedule")

@@ -1,6 +1,7 @@
 """`tiny-diffusers plot forward`, `denoising` and `reconstructions`: pictures of real images, noised and rebuilt."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,10 @@ from .shared import (
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 
+MAX_TIMESTEPS = 100_000
 MAX_SIDE = 64  # pixels that a picture is reduced to where nothing says its resolution
 
 
@@ -69,7 +71,7 @@ def _load_picture(path: Path, channels: int | None, side: int | None) -> "torch.
 
 
 def _load_dataset(
-    given: dict, run: Path | None, index: int, count: int, channels: int | None, side: int | None
+    given: dict, run: Path | None, index: int, count: int, channels: int | None = None, side: int | None = None
 ) -> "torch.Tensor":
     """Loads images of a dataset, by given flags or as a run has it: uint8 (count, C, H, W), from `index` on."""
     from ..evaluation import references
@@ -127,6 +129,19 @@ def add_beta_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta_end", type=float, default=0.02, help="of linear, sigmoid, quadratic (default: 0.02)")
 
 
+def build_schedules(names: Iterable[str], args: argparse.Namespace) -> "dict[str, SchedulerMixin]":
+    """Builds the schedulers of noise schedules, with the arguments of [`add_beta_arguments`]."""
+    from ..noising import build_schedule
+
+    if args.ddpm_num_steps > MAX_TIMESTEPS:
+        raise UserError(f"--ddpm_num_steps {args.ddpm_num_steps}: it must be at most {MAX_TIMESTEPS:,}.")
+    for name in ("beta_start", "beta_end"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: it must be between 0 and 1.")
+    with refusals():
+        return {name: build_schedule(name, args.ddpm_num_steps, args.beta_start, args.beta_end) for name in names}
+
+
 def forward_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "plot forward", "Draws an image with more and more noise: a row for each schedule, from the same noise."
@@ -160,15 +175,14 @@ def forward(args: argparse.Namespace) -> None:
     import torch
 
     from ..data.images import normalize
-    from ..noising import add_noise, build_schedule
+    from ..noising import add_noise
     from ..plots import Strip, captioned_strips
 
-    prepare_picture(args.output)
+    prepare_picture(args.output, given=Path(args.source))
     total = args.ddpm_num_steps
     timesteps = args.timesteps or sorted({0, total // 4, total // 2, 3 * total // 4, total - 1})
     _check_timesteps("--timesteps", timesteps, total)
-    with refusals():
-        found = {name: build_schedule(name, total, args.beta_start, args.beta_end) for name in args.schedules}
+    found = build_schedules(args.schedules, args)
     image = normalize(_load_source(args))
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
     strips = [
@@ -188,21 +202,17 @@ def _check_timesteps(flag: str, timesteps: list[int], total: int) -> None:
 
 def _load_source(args: argparse.Namespace) -> "torch.Tensor":
     """Loads the image of a picture, a dataset or a run's data: uint8 (1, C, H, W)."""
+    from ..evaluation.references import RealImages
     from ..runs import RunFolder
 
+    RealImages(resolution=args.resolution)  # checks its range
     source = Path(args.source)
     if source.suffix.lower() in PICTURE_SUFFIXES:
         return _load_picture(source, None, args.resolution)
     given = {"split": args.split, "resolution": args.resolution}
-    is_run = RunFolder(source).config.is_file()
-    return _load_dataset(
-        given if is_run else given | {"dataset_name": args.source},
-        source if is_run else None,
-        args.index,
-        1,
-        None,
-        None,
-    )
+    if RunFolder(source).config.is_file():
+        return _load_dataset(given, source, args.index, 1)
+    return _load_dataset(given | {"dataset_name": args.source}, None, args.index, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ denoising
@@ -246,7 +256,7 @@ def denoising(args: argparse.Namespace) -> None:
     from ..plots import Strip, captioned_strips
     from ..progress import bar_options
 
-    prepare_picture(args.output)
+    prepare_picture(args.output, given=args.image)
     starts_from_image = args.image is not None or args.dataset_name is not None
     if args.from_timesteps is not None and not starts_from_image:
         raise UserError("--from_timesteps is for real images: give --image or --dataset_name.")
@@ -356,7 +366,7 @@ def reconstructions_parser() -> argparse.ArgumentParser:
 def reconstructions(args: argparse.Namespace) -> None:
     from ..plots import Strip, captioned_strips, to_pil
 
-    prepare_picture(args.output)
+    prepare_picture(args.output, given=args.image)
     pipe = load_checkpoint(args)
     if not hasattr(pipe, "reconstruct"):
         raise UserError(

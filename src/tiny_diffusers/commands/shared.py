@@ -333,13 +333,18 @@ def prepare_output(text: str) -> Path:
     return path
 
 
-def prepare_picture(path: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
-    """Creates the folder of a picture, and refuses now what could not be written after the work is done."""
-    if path.suffix.lower() not in suffixes or path.is_dir():
+def prepare_picture(output: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES, given: Path | None = None) -> None:
+    """
+    Creates the folder of a picture, and refuses now what could not be written after the work is done, or would replace
+    the picture that was given.
+    """
+    if output.suffix.lower() not in suffixes or output.is_dir():
         raise UserError(
-            f"--output {path}: it must be a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}."
+            f"--output {output}: it must be a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}."
         )
-    _check_writable(path.parent)
+    if given is not None and given.exists() and output.exists() and output.samefile(given):
+        raise UserError(f"--output: '{output}' is the given picture: give another place.")
+    _check_writable(output.parent)
 
 
 def _check_writable(folder: Path) -> None:

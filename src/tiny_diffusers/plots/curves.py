@@ -35,7 +35,7 @@ FAINT_COLOURS = ("#a9c7e8", "#f0c3ab", "#b9dcb4")
 MARKERS_PER_CURVE = 8  # of a line with many points
 
 # Limits on a file that may be a stranger's.
-_MAX_PANELS, _MAX_CURVES, _MAX_POINTS, _MAX_LABEL = 8, 200, 1_000_000, 120
+_MAX_PANELS, _MAX_CURVES, _MAX_POINTS, _MAX_LABEL, _MAX_VALUE = 8, 200, 1_000_000, 120, 1e300
 
 _LOSSES = {"train": ("loss", "training loss"), "validation": ("val_loss", "validation loss")}
 
@@ -148,7 +148,7 @@ def _find_mistake(panels: list[Panel]) -> str | None:
             return f"x and y of {curve.label!r} must be lists of at most {_MAX_POINTS:,} numbers"
         if len(curve.x) != len(curve.y) or not curve.x:
             return f"{curve.label!r} must have as many values of y as of x, and some"
-        if not all(type(v) in (int, float) and abs(v) < 1e300 for values in (curve.x, curve.y) for v in values):
+        if not all(type(v) in (int, float) and abs(v) < _MAX_VALUE for values in (curve.x, curve.y) for v in values):
             return f"the values of {curve.label!r} must be finite numbers"
     return None
 
@@ -220,10 +220,24 @@ def _smooth_if_long(values: np.ndarray) -> np.ndarray:
     return smooth(values, max(5, len(values) // 30)) if len(values) > 20 else values
 
 
+def _short(name: str) -> str:
+    """Returns the end of a long name: that of a path says more than its beginning."""
+    return name if len(name) <= _MAX_LABEL else "..." + name[3 - _MAX_LABEL :]
+
+
+def _curve(label: str, x: np.ndarray, y: np.ndarray, style: int, look: Look = "line") -> Curve:
+    """Returns a curve without the values that no picture has room for."""
+    kept = np.abs(y) < _MAX_VALUE  # and no NaN
+    return Curve(_short(label), x[kept].tolist(), y[kept].tolist(), style, look)
+
+
 def _loss_panel(title: str, curves: list[Curve]) -> Curves:
     """Returns a picture of losses over steps, on a logarithmic axis where all are above 0."""
+    curves = [curve for curve in curves if curve.x]
+    if not 1 <= len(curves) <= _MAX_CURVES:
+        raise UserError(f"There are {len(curves)} losses to plot: it must be 1 to {_MAX_CURVES}.")
     is_logarithmic = all(value > 0 for curve in curves for value in curve.y)
-    return Curves([Panel(title, "step", "loss", is_logarithmic, curves)])
+    return Curves([Panel(_short(title), "step", "loss", is_logarithmic, curves)])
 
 
 def loss_curves_of_run(log: str | Path, title: str = "") -> Curves:
@@ -247,14 +261,14 @@ def loss_curves_of_run(log: str | Path, title: str = "") -> Curves:
         steps, values = series[name]
         smoothed = _smooth_if_long(values)
         if smoothed is not values:
-            curves.append(Curve("", steps.tolist(), values.tolist(), style, "faint"))
+            curves.append(_curve("", steps, values, style, "faint"))
         label = name.removesuffix("loss").strip("_") or "training"
-        curves.append(Curve(label, steps.tolist(), smoothed.tolist(), style))
+        curves.append(_curve(label, steps, smoothed, style))
     if "val_loss" in series:
         steps, values = series["val_loss"]
         best = values.argmin()
         label = f"validation (lowest: {values[best]:.3g} at step {steps[best]:,})"
-        curves.append(Curve(label, steps.tolist(), values.tolist(), 1, "points"))
+        curves.append(_curve(label, steps, values, 1, "points"))
     return _loss_panel(title, curves)
 
 
@@ -293,7 +307,7 @@ def loss_curves_of_runs(logs: Mapping[str, str | Path], which: str | None = None
             label = f"{name}, {title}" if len(kinds) > 1 else name
             look = "line" if len(kinds) == 1 else "thin" if kind == "train" else "points"
             shown = _smooth_if_long(values) if kind == "train" else values
-            curves.append(Curve(label, steps.tolist(), shown.tolist(), style, look))
+            curves.append(_curve(label, steps, shown, style, look))
     title = "training and validation losses" if len(kinds) > 1 else _LOSSES[which][1]
     return _loss_panel(title, curves)
 

@@ -1,11 +1,12 @@
-"""Table of runs: their settings, losses and metrics, a row for each run."""
+"""Tables that put several checkpoints side by side: their metrics, and for runs their settings and losses as well."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError, markdown
 from ..runs import RunFolder, read_log
-from .report import FIGURES, Report, check_comparable, format_figure
+from .report import BASELINE_NAMES, FIGURES, Report, format_figure, format_table
 
 
 # Settings that say where a run is and how it is watched: they are none of a comparison.
@@ -14,6 +15,64 @@ _NO_SETTINGS = (
     *("output_dir", "logging_dir", "cache_dir", "report_to", "local_rank", "num_threads", "dataloader_num_workers"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "license"),
 )
+
+
+def check_comparable(reports: dict[str, Report]) -> None:
+    """
+    Checks that all reports were measured in the same way.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If two were not; it names the first difference.
+    """
+    for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
+        ignored = {"load", "file", "name"}  # the same images and weights may come from different places
+        if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
+            ignored.add("training")
+        if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
+            ignored |= {"likelihood_images", "likelihood_levels"}
+        one, two = (
+            {"report version": report.format, "kind": report.kind, **report.measured_by} for report in (first, other)
+        )
+        difference = _difference(one, two, ignored)
+        if difference is not None:
+            key, a, b = difference
+            raise UserError(
+                f"'{first_name}' and '{name}' cannot be compared: their {key} differ, {a} and {b}. Evaluate both with "
+                "the same protocol."
+            )
+
+
+def compare(reports: dict[str, Report]) -> str:
+    """
+    Puts several reports into one Markdown table, a row for each.
+
+    Args:
+        reports (`dict[str, Report]`): name -> report.
+
+    Returns:
+        `str`: The table, below one line that states the common protocol.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
+    """
+    check_comparable(reports)
+    first = next(iter(reports.values()))
+    rows = {
+        f"{name} ({report.sampling})" if report.sampling else name: report.figures for name, report in reports.items()
+    }
+    rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in first.baselines.items()}
+    return f"{first.images} {first.against}.\n\n{format_table(first, rows, '')}\n"
+
+
+def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str, Any, Any] | None:
+    """Returns the first key at which two nested dicts differ, and the two values; None if they are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted((a.keys() | b.keys()) - ignored):
+            found = _difference(a.get(key), b.get(key), ignored, f"{where} {key}".strip())
+            if found is not None:
+                return found
+        return None
+    return None if a == b else (where, a, b)
 
 
 def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
