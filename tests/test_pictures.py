@@ -204,7 +204,7 @@ class TestStrips:
         for column in range(3):
             x = 2 + column * (128 + 2)
             enlarged = images[column].repeat(2, 0).repeat(2, 1)
-            np.testing.assert_array_equal(picture[2 : 2 + 128, x : x + 128, 0], enlarged)
+            np.testing.assert_array_equal(picture[2 : 2 + 128, x : x + 128], enlarged)
         captions = picture[130:156, 2:]
         assert [(captions[:, i * 130 : i * 130 + 128] < 128).any() for i in range(3)] == [True, True, False]
         assert (picture[156:, 2 + 2 * 130 :] == 255).all()  # the second strip is shorter

@@ -75,29 +75,26 @@ def samples(args: argparse.Namespace) -> None:
 
     prepare_picture(args.output)
     options = ("num_inference_steps", "eta", "clip_sample", "guidance_scale", "temperature", "class_labels")
-    meant, shapes, strips, labels = set(), {}, [], []
-    for checkpoint, name in zip(args.checkpoints, _names(args.checkpoints), strict=True):
-        own = argparse.Namespace(**vars(args) | {"checkpoint": checkpoint})
-        pipe = load_pipeline(own)
-        shapes[checkpoint] = pipe._image_shape
-        first, shape = next(iter(shapes.items()))
-        if shape[1:] != pipe._image_shape[1:]:
+    each = [argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}) for checkpoint in args.checkpoints]
+    pipes = [load_pipeline(own) for own in each]
+    known = [[name for name in options if name in inspect.signature(pipe.__call__).parameters] for pipe in pipes]
+    for name in options:
+        if getattr(args, name) is not None and not any(name in names for names in known):
+            raise UserError(f"--{name} means nothing to any of these checkpoints: leave it out.")
+    sizes = ["x".join(map(str, pipe._image_shape[1:])) for pipe in pipes]
+    for checkpoint, size in zip(args.checkpoints, sizes, strict=True):
+        if size != sizes[0]:
             raise UserError(
-                f"'{first}' draws {shape[1]}x{shape[2]} pixels and '{checkpoint}' {pipe._image_shape[1]}x"
-                f"{pipe._image_shape[2]}: give checkpoints of one size."
+                f"'{args.checkpoints[0]}' draws {sizes[0]} pixels and '{checkpoint}' {size}: give checkpoints of one size."
             )
-        known = [option for option in options if option in inspect.signature(pipe.__call__).parameters]
-        meant.update(known)
-        given = call_options(pipe.__call__, pipe, own, *known)
-        classes = given.pop("class_labels", None)
-        if classes is None:
-            classes = default_classes(pipe, args.guidance_scale)[: args.num_images] or None
-        labels.append(None if classes is None else spread(classes, args.num_images))
+
+    strips, labels = [], []
+    for own, pipe, names, label in zip(each, pipes, known, _names(args.checkpoints), strict=True):
+        given = call_options(pipe.__call__, pipe, own, *names)
+        classes = given.pop("class_labels", None) or default_classes(pipe, args.guidance_scale)[: args.num_images]
+        labels.append(spread(classes, args.num_images) if classes else None)
         images, _ = draw_images(pipe, args.num_images, args.seed, args.batch_size, labels[-1], **given)
-        strips.append(Strip(images, label=name))
-    for option in options:
-        if getattr(args, option) is not None and option not in meant:
-            raise UserError(f"--{option} means nothing to any of these checkpoints: leave it out.")
+        strips.append(Strip(images, label=label))
     for strip, classes, following in zip(strips, labels, [*labels[1:], None], strict=True):
         if classes is not None and classes != following:  # rows of the same classes share their captions
             strip.captions = classes

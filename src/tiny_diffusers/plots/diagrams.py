@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-_BOX_WIDTH, _GAP = 1.5, 0.5
+_BOX_WIDTH, _GAP = 1.7, 0.5
 _BOX_HEIGHTS = (1.15, 2.6)  # of a vector, and of the finest feature maps
 _COLOURS = {"end": "#ffffff", "maps": "#dce8f4", "vector": "#f6edd6", "embedding": "#e6e6e6"}
 _ATTENTION_COLOUR = "#a9c3e0"
@@ -58,7 +58,8 @@ def draw_network(stages: Sequence[Stage], title: str, output: str | Path) -> Pat
     tops = {side: -1.1 * rank for rank, side in enumerate(sides)}
     width = len(flow) * (_BOX_WIDTH + _GAP)
     lowest = min(tops[stage.side] - heights[stage.side] for stage in flow)
-    height = -lowest + 1.0 + (1.2 if embeddings else 0)
+    bottom = lowest - (0.4 + _BOX_HEIGHTS[0] if embeddings else 0) - 0.1
+    height = 0.9 - bottom  # with the title
 
     figure = Figure(figsize=(max(width, 4) * 0.85, height * 0.85), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -95,7 +96,7 @@ def draw_network(stages: Sequence[Stage], title: str, output: str | Path) -> Pat
         left = width / 2 - len(embeddings) * (_BOX_WIDTH + _GAP) / 2 + i * (_BOX_WIDTH + _GAP)
         box(stage, left, lowest - 0.4, _BOX_HEIGHTS[0])
     axes.set_xlim(-0.1, max(width - _GAP, 4) + 0.1)
-    axes.set_ylim(-height + 0.9, 0.1)
+    axes.set_ylim(bottom, 0.1)
     axes.set_title(title, parse_math=False, fontsize=11)
     figure.savefig(output)
     return Path(output)

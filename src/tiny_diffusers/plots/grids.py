@@ -201,7 +201,7 @@ def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
         padding (`int`, defaults to 2): White pixels between images and around them.
 
     Returns:
-        `PIL.Image.Image`: The picture, `RGB`.
+        `PIL.Image.Image`: The picture, `L` if all images are grey and `RGB` otherwise.
 
     Raises:
         `ValueError`: If there are no images, or if their sizes differ.
@@ -227,7 +227,8 @@ def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
         bottom = tops[-1] + height + (2 * CAPTION_FONT_SIZE if under else padding)
 
     total_width = left + max(columns * (width + padding), math.ceil(longest_heading) + padding)
-    picture = Image.new("RGB", (total_width, bottom), "white")
+    mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
+    picture = Image.new(mode, (total_width, bottom), "white")
     draw = ImageDraw.Draw(picture)
     for row, top, label, heading, under in zip(rows, tops, labels, headings, captions, strict=True):
         draw.text((left, top - LABEL_FONT_SIZE // 2), heading, fill="black", font=label_font, anchor="ls")
