@@ -10,22 +10,22 @@ import dataclasses
 import importlib
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from . import __version__
 from .commands.averages import ema, ema_parser
+from .commands.describing import describe, describe_parser
 from .commands.doctor import doctor, doctor_parser
 from .commands.editing import edit, edit_parser
 from .commands.evaluation import compare, compare_parser, evaluate, evaluate_parser
+from .commands.plotting import plot, plot_parser
 from .commands.sampling import interpolate, interpolate_parser, sample, sample_parser
 from .commands.searching import search, search_parser
 from .commands.shared import (
     DTYPES,
+    Command,
     add_checkpoint_argument,
     load_checkpoint,
-    make_parent,
     make_parser,
     prepare_output,
 )
@@ -119,31 +119,7 @@ def push(args: argparse.Namespace) -> None:
         say(url)
 
 
-# ------------------------------------------------------------------------------------------------ plot and benchmark
-
-
-def plot_parser() -> argparse.ArgumentParser:
-    parser = make_parser("plot")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folders of the train scripts")
-    parser.add_argument(
-        "--output", metavar="FILE", type=Path, default=Path("loss_curves.png"), help="default: loss_curves.png"
-    )
-    return parser
-
-
-def plot(args: argparse.Namespace) -> None:
-    from . import plots
-    from .runs import RunFolder
-
-    logs = {str(folder): RunFolder(folder).log for folder in args.runs}
-    if args.output.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--output {args.output}: it must end in .png, .svg or .pdf.")
-    make_parent(args.output)
-    if len(logs) == 1:
-        plots.loss_curves(*logs.values(), args.output, title=args.runs[0].name)
-    else:
-        plots.compare_losses(logs, args.output)
-    say(f"wrote {args.output}")
+# --------------------------------------------------------------------------------------------------------- benchmark
 
 
 def benchmark_parser() -> argparse.ArgumentParser:
@@ -171,12 +147,6 @@ def benchmark(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
-class Command(NamedTuple):
-    help: str
-    parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[argparse.Namespace], int | None]
-
-
 COMMANDS = {
     "train": Command("train a model", train_parser, train),
     "sample": Command("draw samples from a checkpoint", sample_parser, sample),
@@ -185,9 +155,10 @@ COMMANDS = {
     "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
     "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
     "study": Command("train and measure each cell of a recipe's grid", study_parser, study),
-    "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
     "search": Command("search for the best settings of a recipe", search_parser, search),
-    "plot": Command("draw the losses of one or several runs", plot_parser, plot),
+    "plot": Command("draw losses, noise schedules, denoising, samples and more", plot_parser, plot),
+    "describe": Command("list the layers of a network, and draw it", describe_parser, describe),
+    "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
     "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
     "export": Command("save a checkpoint with the code that it needs", export_parser, export),
     "push": Command("push a checkpoint's folder to the Hub", push_parser, push),

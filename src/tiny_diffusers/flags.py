@@ -15,7 +15,8 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -159,6 +160,35 @@ class OneLineParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             raise unknown(action.option_strings[0] if action.option_strings else action.dest, value, action.choices)
+
+
+class KindParser(OneLineParser):
+    """
+    Parser of a command with several kinds: it hands the command line on to the parser of the kind that is asked for.
+
+    Args:
+        parsers (`dict[str, Callable]`): kind -> builds its parser.
+        kind_of (`Callable`): Splits a command line into the kind and the words that its parser takes.
+    """
+
+    def __init__(
+        self,
+        parsers: Mapping[str, Callable[[], argparse.ArgumentParser]],
+        kind_of: Callable[[list[str]], tuple[str, list[str]]],
+        **kwargs,
+    ):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.parsers, self.kind_of = parsers, kind_of
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parses a command line by the parser of its kind, which is `kind` in the result."""
+        words = sys.argv[1:] if args is None else args
+        if words in (["-h"], ["--help"]):
+            return super().parse_args(words, namespace)
+        kind, rest = self.kind_of(words)
+        namespace = self.parsers[kind]().parse_args(rest, namespace)
+        namespace.kind = kind
+        return namespace
 
 
 class FlagParser(OneLineParser, HfArgumentParser):

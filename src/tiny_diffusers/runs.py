@@ -406,9 +406,14 @@ class RunFolder:
         """Returns the file of the sample grid of `step`."""
         return self.path / "samples" / f"step-{step:07d}.png"
 
+    @staticmethod
+    def grid_step(path: Path) -> int:
+        return int(path.stem.removeprefix("step-"))
+
     def list_grids(self) -> list[Path]:
         """Lists the sample grids drawn during training, oldest first."""
-        return sorted((self.path / "samples").glob("step-*.png"))
+        found = (self.path / "samples").glob("step-*.png")
+        return sorted(path for path in found if re.fullmatch(r"step-\d{1,15}", path.stem, re.ASCII))
 
     # -------------------------------------------------------------------------------------------------- reports
 

@@ -217,13 +217,15 @@ class Fuzzer:
         command = rng.choice(
             (
                 *("sample", "interpolate", "edit", "evaluate", "export", "compare"),
-                *("plot", "push", "train", "benchmark", "ema"),
+                *("plot", "push", "train", "benchmark", "ema", "describe"),
             )
         )
         given = getattr(self, f"_{command}")(rng)
         given, changes = given if isinstance(given, tuple) else (given, [])
         if command != "train":
             parser = cli.COMMANDS[command].parser()
+            if command == "plot":
+                parser = parser.parsers[given[0] if given[0] in parser.parsers else "losses"]()
             given += _random_flags(rng, parser, rng.choice((0, 1, 2, 4)))
         argv = [command, *map(str, given)]
         return "; ".join([_spell(argv), *changes]), lambda: _run(argv)
@@ -266,7 +268,22 @@ class Fuzzer:
             Path(name).write_bytes(self.report().read_bytes())
         return names, [_change(rng, Path(rng.choice(names))) for _ in range(rng.choice((1, 2)))]
 
-    def _plot(self, rng: random.Random) -> tuple[list, list[str]]:
+    def _describe(self, rng: random.Random) -> list:
+        return [self._checkpoint(rng)]
+
+    def _plot(self, rng: random.Random) -> tuple[list, list[str]] | list:
+        kind = rng.choice(
+            ["losses", "schedules", "forward", "redraw", "reconstructions", "epochs", "samples", "guidance"]
+        )
+        if kind == "forward":
+            return [kind, rng.choice(["good.png", "cut.png", "folder", "digits", self._checkpoint(rng)])]
+        if kind == "redraw":
+            Path("x.json").write_bytes(rng.choice(FILES))
+            return [kind, "x.json"]
+        if kind in ("samples", "guidance"):
+            return [kind, self._checkpoint(rng), *SAMPLING[:2]]
+        if kind != "losses":
+            return [kind, self._checkpoint(rng)]
         log = Path("run", "train_log.jsonl")
         log.parent.mkdir()
         losses = rng.choices(VALUES, k=4)

@@ -15,12 +15,13 @@ from .shared import (
     add_output_argument,
     add_sampling_arguments,
     call_options,
+    check_diffusion,
     find_pictures,
     load_pipeline,
     make_parser,
     positive_number,
     prepare_output,
-    read_given_picture,
+    read_picture,
     seed_number,
 )
 
@@ -104,7 +105,7 @@ def edit(args: argparse.Namespace) -> None:
     for target in targets:
         if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
-    pictures = {name: read_given_picture("--image", file) for name, file in pictures.items()}
+    pictures = {name: read_picture("--image", file) for name, file in pictures.items()}
     pipe = _editing_pipeline(load_pipeline(args), args)
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
@@ -177,10 +178,7 @@ def _result_names(pictures: Iterable[str], num_images: int) -> list[str]:
 def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
     from .. import TinyImg2ImgPipeline, TinyInpaintPipeline, TinyRestorationPipeline
 
-    if "unet" not in pipe.components:
-        raise UserError(
-            f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't edit images here: give a checkpoint of diffusion."
-        )
+    check_diffusion(pipe, args.checkpoint, "edit images here")
     editing = TinyInpaintPipeline if args.mask is not None else TinyImg2ImgPipeline
     with refusals():
         return (editing if args.task is None else TinyRestorationPipeline).from_pipe(pipe)
@@ -190,7 +188,7 @@ def _task_options(args: argparse.Namespace) -> dict:
     """Returns the arguments of the pipeline that --mask and --task stand for."""
     from ..pipelines.pipeline_tiny_restoration import TASKS
 
-    options = {} if args.mask is None else {"mask_image": read_given_picture("--mask", args.mask)}
+    options = {} if args.mask is None else {"mask_image": read_picture("--mask", args.mask)}
     if args.task is None:
         return options
     name, _, value = args.task.partition(":")

@@ -299,15 +299,24 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "reports", metavar="CHECKPOINT", nargs="+", help="folders of checkpoints or reports, or report.json files"
     )
+    parser.add_argument(
+        "--settings",
+        action="store_true",
+        help="tabulate runs: the settings that differ, losses, and the metrics of those that are evaluated",
+    )
+    parser.add_argument("--all_settings", action="store_true", help="the same, with all settings")
     parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this .md file")
     return parser
 
 
 def compare(args: argparse.Namespace) -> None:
+    from ..evaluation import comparison
     from ..evaluation.report import Report
-    from ..evaluation.report import compare as tabulate
 
-    table = tabulate({name: Report.load(name) for name in args.reports})
+    if args.settings or args.all_settings:
+        table = comparison.tabulate_runs(args.reports, args.all_settings)
+    else:
+        table = comparison.compare({name: Report.load(name) for name in args.reports})
     say(table)
     if args.output is not None:
         make_parent(args.output)

@@ -26,7 +26,7 @@ from .shared import (
     picture_file,
     positive_number,
     prepare_output,
-    read_given_picture,
+    read_picture,
     save_numbered,
     seed_number,
     two_seeds,
@@ -87,9 +87,7 @@ def sample_parser() -> argparse.ArgumentParser:
 
 def sample(args: argparse.Namespace) -> None:
     """Draws each image with a generator of its own, so that none depends on the batch size."""
-    from ..pipelines.pipeline_tiny import image_generators
     from ..plots import image_grid, strip
-    from ..progress import bar_options
 
     output = prepare_output(args.output)
     if args.degrade and args.image is None:
@@ -107,8 +105,8 @@ def sample(args: argparse.Namespace) -> None:
         num_images = num_images or PER_PICTURE * len(pictures)
         if num_images % len(pictures):
             raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
-    elif labels is None and args.guidance_scale != 0 and hasattr(pipe, "_class_ids"):
-        labels = _first_classes(pipe)[:num_images] or None
+    elif labels is None:
+        labels = default_classes(pipe, args.guidance_scale)[:num_images] or None
         if labels is not None and num_images is None:
             num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
     num_images = num_images or NUM_IMAGES
@@ -116,25 +114,12 @@ def sample(args: argparse.Namespace) -> None:
     if labels is not None:
         if len(labels) > num_images:
             raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
-        labels = [labels[i * len(labels) // num_images] for i in range(num_images)]
+        labels = spread(labels, num_images)
 
     say(f"drawing {num_images} images, {output} ...", sys.stderr)
-    images, states = [], []
     began = time.perf_counter()
-    for start in range(0, num_images, args.batch_size):
-        stop = min(start + args.batch_size, num_images)
-        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
-        if labels is not None:
-            options["class_labels"] = labels[start:stop]
-        if pictures is not None:
-            options["image"] = [pictures[i * len(pictures) // num_images] for i in range(start, stop)]
-        generator = image_generators(args.seed, stop - start, first=start)
-        with refusals():
-            drawn = pipe(batch_size=stop - start, generator=generator, **options)
-        images += drawn.images
-        states = states or [[] for _ in drawn.intermediates or []]
-        for state, intermediate in zip(states, drawn.intermediates or [], strict=True):
-            state += intermediate.sample
+    given = None if pictures is None else spread(pictures, num_images)
+    images, states = draw_images(pipe, num_images, args.seed, args.batch_size, labels, given, **options)
     seconds = time.perf_counter() - began
 
     if output.is_dir():
@@ -155,7 +140,7 @@ def _conditioning_images(pipe: "DiffusionPipeline", args: argparse.Namespace) ->
             f"--image: '{args.checkpoint}' takes no image as a condition: leave it out, or change the picture by "
             "`tiny-diffusers edit`."
         )
-    pictures = [read_given_picture("--image", file) for file in find_pictures(args.image).values()]
+    pictures = [read_picture("--image", file) for file in find_pictures(args.image).values()]
     if args.degrade:
         from ..plots import to_pil
 
@@ -174,6 +159,52 @@ def _picture_rows(pictures: list["Image.Image"], images: list["Image.Image"]) ->
     given = [picture.resize(images[0].size, Image.Resampling.NEAREST) for picture in pictures]
     rows = [image for i, first in enumerate(given) for image in (first, *images[i * each : (i + 1) * each])]
     return image_grid(rows, columns=each + 1, column_labels=["given", *[""] * each])
+
+
+def draw_images(
+    pipe: "DiffusionPipeline",
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    labels: list[str] | None,
+    pictures: "list[Image.Image] | None" = None,
+    **options,
+) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
+    """
+    Draws images, image i with the seed `seed + i` and the i-th of the labels and of the conditioning pictures, and, if the
+    options ask for them, the states of their denoising.
+    """
+    from ..pipelines.pipeline_tiny import image_generators
+    from ..progress import bar_options
+
+    images, states = [], []
+    of_images = {
+        name: values for name, values in (("class_labels", labels), ("image", pictures)) if values is not None
+    }
+    for start in range(0, num_images, batch_size):
+        stop = min(start + batch_size, num_images)
+        pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
+        options |= {name: values[start:stop] for name, values in of_images.items()}
+        generator = image_generators(seed, stop - start, first=start)
+        with refusals():
+            drawn = pipe(batch_size=stop - start, generator=generator, **options)
+        images += drawn.images
+        intermediates = getattr(drawn, "intermediates", None) or []
+        states = states or [[] for _ in intermediates]
+        for state, intermediate in zip(states, intermediates, strict=True):
+            state += intermediate.sample
+    return images, states
+
+
+def spread(values: list, num_images: int) -> list:
+    """Gives each value an equal share of the images, in their order."""
+    return [values[i * len(values) // num_images] for i in range(num_images)]
+
+
+def default_classes(pipe: "DiffusionPipeline", guidance_scale: float | None) -> list[str]:
+    """Returns the classes that are drawn if none is named: the first ones; none without classes or class guidance."""
+    has_classes = bool(getattr(pipe, "_class_ids", None)) and guidance_scale != 0
+    return _first_classes(pipe) if has_classes else []
 
 
 def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
@@ -240,7 +271,7 @@ def interpolate(args: argparse.Namespace) -> None:
     output = prepare_output(args.output)
     check_numbered(output, args.num_frames)
     pipe = load_pipeline(args)
-    walk = _interpolation_of(pipe, args.checkpoint)
+    walk = interpolation_of(pipe, args.checkpoint)
     names = (
         "num_inference_steps",
         "eta",
@@ -270,9 +301,10 @@ def interpolate(args: argparse.Namespace) -> None:
     say(f"{len(frames)} frames: {output}")
 
 
-def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
+def interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
     """Returns what interpolates with a pipeline's networks: its own method, or the pipeline for diffusion."""
     from .. import TinyInterpolationPipeline
+    from ..progress import bar_options
 
     if hasattr(pipe, "interpolate"):  # on the latents of a VAE or GAN
         return pipe.interpolate
@@ -282,4 +314,6 @@ def _interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:
             "of diffusion, a VAE or a DCGAN."
         )
     with refusals():
-        return TinyInterpolationPipeline.from_pipe(pipe)
+        pipe = TinyInterpolationPipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(desc="interpolating", leave=False, **bar_options())
+    return pipe

@@ -1,13 +1,15 @@
 """What several commands share: arguments, the loading of a checkpoint, the places of outputs."""
 
 import argparse
+import contextlib
 import inspect
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, first_line, refusals, say, unknown
 from ..samplers import BETA_SCHEDULERS, SCHEDULERS, check_scheduler_name, use_scheduler
@@ -19,9 +21,18 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")  # of curves and diagrams
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_SEED = 2**63 - 1
 MAX_ROW = 16  # images of one class beside each other in a grid
+
+
+class Command(NamedTuple):
+    """Command, or a kind of one: its line of help, its parser, and what runs it."""
+
+    help: str
+    parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def make_parser(command: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -40,6 +51,11 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    add_solver_arguments(parser)
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of sampling but the number of steps."""
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
@@ -103,6 +119,12 @@ def add_output_argument(parser: argparse.ArgumentParser, default: str, help: str
     parser.add_argument("--output", default=default, help=f"{help}: NAME.png, DIR/ (default: {default})")
 
 
+def add_picture_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path(default), metavar="FILE", help=f"the picture (default: {default})"
+    )
+
+
 def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
@@ -123,6 +145,25 @@ def seed_number(text: str) -> int:
 
 def comma_separated(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in comma_separated(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers, such as 0,250,500") from None
+
+
+def finite_numbers(text: str) -> list[float]:
+    with contextlib.suppress(ValueError):
+        numbers = [float(item) for item in comma_separated(text)]
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    raise argparse.ArgumentTypeError(f"'{text}' is not a list of finite numbers, such as 0,1,3")
+
+
+def positive_numbers(text: str) -> list[int]:
+    return [positive_number(item) for item in comma_separated(text)]
 
 
 def two_seeds(text: str) -> tuple[int, int]:
@@ -161,14 +202,14 @@ def find_pictures(path: Path) -> dict[str, Path]:
     return pictures
 
 
-def read_given_picture(flag: str, path: Path) -> "Image.Image":
-    """Reads a picture that a flag names."""
+def read_picture(flag: str, path: Path) -> "Image.Image":
+    """Reads a picture that was given by a flag, as training images are read."""
     from PIL import Image
 
-    from ..data.decoding import read_picture
+    from ..data import decoding
 
     try:
-        return read_picture(path)
+        return decoding.read_picture(path)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
 
@@ -227,6 +268,14 @@ def load_checkpoint(args: argparse.Namespace) -> "DiffusionPipeline":
         ) from error
 
 
+def check_diffusion(pipe: "DiffusionPipeline", checkpoint: str, purpose: str) -> None:
+    """Refuses a pipeline that does not denoise."""
+    if "unet" not in pipe.components:
+        raise UserError(
+            f"'{checkpoint}' is a {type(pipe).__name__}, which can't {purpose}: give a checkpoint of diffusion."
+        )
+
+
 def call_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, *names: str) -> dict:
     """Returns the named arguments that were given; `call`, the pipeline's own or its interpolation, must know them all."""
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -246,14 +295,31 @@ def prepare_output(text: str) -> Path:
     is_folder = text.endswith(("/", os.sep)) or not path.suffix or path.is_dir()
     if not is_folder and path.suffix.lower() not in PICTURE_SUFFIXES:
         raise unknown("picture format", path.suffix, PICTURE_SUFFIXES)
-    folder = path if is_folder else path.parent
+    _check_writable(path if is_folder else path.parent)
+    return path
+
+
+def prepare_picture(output: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES, given: Path | None = None) -> None:
+    """
+    Creates the folder of a picture, and refuses now what could not be written after the work is done, or would replace
+    the picture that was given.
+    """
+    if output.suffix.lower() not in suffixes or output.is_dir():
+        raise UserError(
+            f"--output {output}: it must be a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}."
+        )
+    if given is not None and given.exists() and output.exists() and output.samefile(given):
+        raise UserError(f"--output: '{output}' is the given picture: give another place.")
+    _check_writable(output.parent)
+
+
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"'{folder}' can't be written to ({error.strerror}): give another place.") from error
-    return path
 
 
 def make_parent(path: Path) -> None:

@@ -9,7 +9,8 @@ Evaluation: metrics that are saved with their protocol and can be reproduced fro
 
 from typing import TYPE_CHECKING
 
-from .report import BASELINES, METRICS, Protocol, Report, compare
+from .comparison import compare
+from .report import BASELINES, METRICS, Protocol, Report
 
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ The real images of an evaluation: those that flags name, and what they leave ope
     reference, training, images = load_real_images(images, channels=1, side=8, state=processes())
 """
 
+import contextlib
 import logging
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -127,30 +128,54 @@ def load_real_images(
     """
     from ..data import UnknownSplitError, load_images
 
-    options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
-    if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
-        options["train_data_dir"] = options.pop("dataset_name")
-    options |= {"resolution": images.resolution or side, "channels": channels}
-    train_split = images.train_split if images.train_split not in (None, "none") else "train"
-    splits = [images.split] if images.split is not None else list(dict.fromkeys(["test", "validation", train_split]))
     with state.main_process_first():
-        for split in splits:
-            try:
-                reference = load_images(split=split, **options)
-                break
-            except UnknownSplitError:
-                if split == splits[-1]:
-                    raise
+        reference, split = load_reference(images, channels, side)
         training = None
         if images.train_split != "none":
+            options = _load_options(images, channels, side)
             try:
-                training = load_images(split=train_split, max_samples=images.max_train_samples, **options)
+                training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
             except UnknownSplitError as error:
                 if images.train_split is not None:
                     raise
                 logger.warning(f"there is no training set: {error}")
-    found = "none" if training is None else train_split
+    found = "none" if training is None else _train_split(images)
     return reference, training, replace(images, split=split, train_split=found)
+
+
+def load_reference(
+    images: RealImages, channels: int | None = None, side: int | None = None
+) -> "tuple[ImageData, str]":
+    """
+    Loads the real images alone: the given split, or the first that there is of test, validation and the training's.
+
+    Args:
+        images ([`RealImages`]): The images.
+        channels (`int`, *optional*): Their channels; by default those of the dataset.
+        side (`int`, *optional*): Their side in pixels where `images` name none; by default that of the dataset.
+
+    Returns:
+        `tuple[ImageData, str]`: The images and the split.
+    """
+    from ..data import UnknownSplitError, load_images
+
+    options = _load_options(images, channels, side)
+    splits = [images.split] if images.split is not None else ["test", "validation", _train_split(images)]
+    for split in splits[:-1]:
+        with contextlib.suppress(UnknownSplitError):
+            return load_images(split=split, **options), split
+    return load_images(split=splits[-1], **options), splits[-1]
+
+
+def _train_split(images: RealImages) -> str:
+    return images.train_split if images.train_split not in (None, "none") else "train"
+
+
+def _load_options(images: RealImages, channels: int | None, side: int | None) -> dict[str, Any]:
+    options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
+    if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
+        options["train_data_dir"] = options.pop("dataset_name")
+    return options | {"resolution": images.resolution or side, "channels": channels}
 
 
 def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:

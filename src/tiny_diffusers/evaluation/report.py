@@ -1,6 +1,5 @@
 """Protocols and reports: metrics are saved with all that is needed to reproduce them, and tabulated side by side."""
 
-import itertools
 import json
 import math
 import re
@@ -328,12 +327,12 @@ class Report:
         """Returns the report as Markdown: metrics beside those of the baselines, metrics per class, warnings."""
         rows = {self.source.get("name", "model"): self.figures}
         rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
-        parts = [f"{markdown(self.summary())}.", _table(self, rows, "")]
+        parts = [f"{markdown(self.summary())}.", format_table(self, rows, "")]
         kinds = {f"{self.label(key)}: {entry['error_kind']}" for key, entry in self.figures.items() if entry["error"]}
         if kinds:
             parts.append("After ±: " + "; ".join(sorted(kinds)) + ".")
         if self.per_class:
-            parts.append(_table(self, self.per_class, "class"))
+            parts.append(format_table(self, self.per_class, "class"))
         parts += [f"**Note:** {markdown(str(warning))}" for warning in self.warnings]
         return "\n\n".join(parts) + "\n"
 
@@ -461,58 +460,8 @@ def _own_solver(scheduler: dict[str, Any]) -> list[str]:
     return [scheduler["solver"]] if "solver" in scheduler and str(scheduler.get("class")).startswith("Tiny") else []
 
 
-def compare(reports: dict[str, Report]) -> str:
-    """
-    Puts several reports into one Markdown table, a row for each.
-
-    Args:
-        reports (`dict[str, Report]`): name -> report.
-
-    Returns:
-        `str`: The table, below one line that states the common protocol.
-
-    Raises:
-        [`~tiny_diffusers.errors.UserError`]: If two were measured differently; it names the first difference.
-    """
-    for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
-        # The same images and weights may come from different places, and the same training may round differently.
-        ignored = {"load", "file", "name", "accuracy"}
-        if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
-            ignored.add("training")
-        if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
-            ignored |= {"likelihood_images", "likelihood_levels"}
-        if not ("classifier_score" in first.figures and "classifier_score" in other.figures):
-            ignored.add("classifier")
-        one, two = (
-            {"report version": report.format, "kind": report.kind, **report.measured_by} for report in (first, other)
-        )
-        difference = _difference(one, two, ignored)
-        if difference is not None:
-            key, a, b = difference
-            raise UserError(
-                f"'{first_name}' and '{name}' cannot be compared: their {key} differ, {a} and {b}. Evaluate both with "
-                "the same protocol."
-            )
-    first = next(iter(reports.values()))
-    rows = {
-        f"{name} ({report.sampling})" if report.sampling else name: report.figures for name, report in reports.items()
-    }
-    rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in first.baselines.items()}
-    return f"{first.images} {first.against}.\n\n{_table(first, rows, '')}\n"
-
-
-def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str, Any, Any] | None:
-    """Returns the first key at which two nested dicts differ, and the two values; None if they are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted((a.keys() | b.keys()) - ignored):
-            found = _difference(a.get(key), b.get(key), ignored, f"{where} {key}".strip())
-            if found is not None:
-                return found
-        return None
-    return None if a == b else (where, a, b)
-
-
-def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str:
+def format_table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str:
+    """Returns metrics as a Markdown table, a row each, named as the report names them."""
     columns = [name for name in FIGURES if any(name in figures for figures in rows.values())]
     lines = [
         f"| {corner} | " + " | ".join(report.label(name) + arrow(name) for name in columns) + " |",
@@ -520,7 +469,7 @@ def _table(report: Report, rows: dict[str, dict[str, dict]], corner: str) -> str
     ]
     for name, figures in rows.items():
         lines.append(
-            f"| {markdown(str(name))} | " + " | ".join(estimate_text(figures.get(column)) for column in columns) + " |"
+            f"| {markdown(str(name))} | " + " | ".join(format_figure(figures.get(column)) for column in columns) + " |"
         )
     return "\n".join(lines)
 
@@ -530,8 +479,8 @@ def arrow(figure: str) -> str:
     return {True: " ↓", False: " ↑", None: ""}[FIGURES[figure][2]]
 
 
-def estimate_text(entry: dict | None) -> str:
-    """Formats a metric for a table, with its error if it has one."""
+def format_figure(entry: dict | None) -> str:
+    """Returns a metric with its error, as a cell of a table."""
     if entry is None:
         return "–"
     value, error = entry["value"], entry["error"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import markdown
-from ..evaluation.report import BASELINE_NAMES, BASELINES, FIGURES, arrow, estimate_text, figure_label
+from ..evaluation.report import BASELINE_NAMES, BASELINES, FIGURES, arrow, figure_label, format_figure
 from ..files import replace_file
 from .results import Rows, Sampler, find_winner, floor_of, group, list_samplers, lowest_loss, mean_of, value_of
 
@@ -88,13 +88,13 @@ def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str)
         words.append("–" if loss is None else f"{loss.value:.4g}")
         for sampler in samplers:
             value = values[sampler][name]
-            text = estimate_text(None if value is None else value.as_dict())
+            text = format_figure(None if value is None else value.as_dict())
             words.append(f"**{text}**" if winners[sampler] == name else text)
         lines.append(f"| {markdown(name)} | " + " | ".join(words) + " |")
     for baseline in BASELINES:
         floor = floor_of(cells, metric, baseline)
         if floor is not None:
-            words = ["–"] * 4 + [estimate_text(floor)] * len(samplers)
+            words = ["–"] * 4 + [format_figure(floor)] * len(samplers)
             lines.append(f"| *{BASELINE_NAMES[baseline]}* | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
@@ -160,9 +160,9 @@ def _other_table(cells: Mapping[str, Rows], sampler: Sampler, metric: str, featu
     ]
     for cell_name, rows in cells.items():
         values = [value_of(rows, sampler, name) for name in names]
-        words = [estimate_text(None if value is None else value.as_dict()) for value in values]
+        words = [format_figure(None if value is None else value.as_dict()) for value in values]
         lines.append(f"| {markdown(cell_name)} | " + " | ".join(words) + " |")
     floor = [floor_of(cells, name) for name in names]
     if any(floor):
-        lines.append(f"| *{BASELINE_NAMES['real']}* | " + " | ".join(map(estimate_text, floor)) + " |")
+        lines.append(f"| *{BASELINE_NAMES['real']}* | " + " | ".join(map(format_figure, floor)) + " |")
     return "\n".join(lines)

@@ -1,20 +1,19 @@
-"""All pictures: grids of images, denoising strips, animations and loss curves."""
+"""Pictures of images: grids, strips with captions, and animations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import UserError
-from .runs import read_log
+from ..errors import UserError, printable
 
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.axes import Axes
 
 Images = Union["torch.Tensor", np.ndarray, Sequence[Image.Image]]
 
@@ -27,10 +26,9 @@ LAST_FRAME_SECONDS = 2.0
 # By default a grid's longer side is between half of this and all of it, unless its images are larger.
 MAX_GRID_SIDE = 1024
 LABEL_FONT_SIZE = 18
-
-# For each training loss: the colour of its values and of its smoothed curve.
-LOSS_COLOURS = (("#a9c7e8", "#1f5fa8"), ("#b9dcb4", "#2f7d32"))
-VALIDATION_COLOUR = "#d9622b"
+CAPTION_FONT_SIZE = 13
+MAX_LABEL = 40  # characters of a label of a captioned strip
+MAX_STRIP_TILE = 128  # pixels that the longer side of an image in a captioned strip is enlarged to
 
 
 def to_pil(images: Images) -> list[Image.Image]:
@@ -176,6 +174,83 @@ def strip(
     return image_grid(images, len(batches), scale, padding, row_labels)
 
 
+@dataclass
+class Strip:
+    """
+    Row of a picture of [`captioned_strips`].
+
+    Args:
+        images (batch): Images of one size, as [`to_pil`] takes.
+        captions (`list[str]`): The caption under each image; it may be empty, or shorter than the images.
+        label (`str`): The label to the left of the row.
+        heading (`str`): The heading above the row.
+    """
+
+    images: Images
+    captions: Sequence[str] = ()
+    label: str = ""
+    heading: str = ""
+
+
+def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
+    """
+    Draws strips of images below one another, with a caption under each image. They may differ in length.
+
+    Args:
+        strips (`list[Strip]`): The strips, from top to bottom.
+        padding (`int`, defaults to 2): White pixels between images and around them.
+
+    Returns:
+        `PIL.Image.Image`: The picture, `L` if all images are grey and `RGB` otherwise.
+
+    Raises:
+        `ValueError`: If there are no images, or if their sizes differ.
+    """
+    rows = [to_pil(each.images) for each in strips]
+    sizes = {image.size for row in rows for image in row}
+    if len(sizes) != 1:
+        raise ValueError(f"The images of a picture must be of one size, not {sorted(sizes)}.")
+    columns = max(map(len, rows))
+    ((width, height),) = sizes
+    room = min(MAX_STRIP_TILE, MAX_GRID_SIDE // columns - padding)
+    scale = max(1, room // max(width, height))
+    width, height = width * scale, height * scale
+
+    label_font, caption_font = ImageFont.load_default(LABEL_FONT_SIZE), ImageFont.load_default(CAPTION_FONT_SIZE)
+    labels, headings = [_one_line(each.label) for each in strips], [_one_line(each.heading) for each in strips]
+    captions = [list(map(_one_line, each.captions)) for each in strips]
+    longest_label, longest_heading = (max(map(label_font.getlength, texts)) for texts in (labels, headings))
+    left = padding + (math.ceil(longest_label) + LABEL_FONT_SIZE if longest_label else 0)
+    tops, bottom = [], padding
+    for heading, under in zip(headings, captions, strict=True):
+        tops.append(bottom + (2 * LABEL_FONT_SIZE if heading else 0))
+        bottom = tops[-1] + height + (2 * CAPTION_FONT_SIZE if under else padding)
+
+    total_width = left + max(columns * (width + padding), math.ceil(longest_heading) + padding)
+    mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
+    picture = Image.new(mode, (total_width, bottom), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, top, label, heading, under in zip(rows, tops, labels, headings, captions, strict=True):
+        draw.text((left, top - LABEL_FONT_SIZE // 2), heading, fill="black", font=label_font, anchor="ls")
+        middle = (left - padding - LABEL_FONT_SIZE // 2, top + height // 2)
+        draw.text(middle, label, fill="black", font=label_font, anchor="rm")
+        lefts = [left + column * (width + padding) for column in range(len(row))]
+        for image, x in zip(row, lefts, strict=True):
+            picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, top))
+        widest = max(map(caption_font.getlength, under), default=0)
+        every = max(1, math.ceil((widest + padding) / (width + padding)))  # so that no two captions overlap
+        for x, caption in list(zip(lefts, under, strict=False))[::every]:
+            position = (x + width // 2, top + height + CAPTION_FONT_SIZE // 4)
+            draw.text(position, caption, fill="black", font=caption_font, anchor="ma")
+    return picture
+
+
+def _one_line(text: str) -> str:
+    """Returns text, which may be a stranger's, as one short line."""
+    text = " ".join(printable(text).split())
+    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 3] + "..."
+
+
 def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
     """
     Saves pictures of one size, such as the sample grids of a run, as an animated GIF. The last one is shown longest.
@@ -196,107 +271,4 @@ def animation(pictures: Sequence[str | Path], output: str | Path) -> Path:
             frames.append(picture.convert("L" if picture.mode == "L" else "RGB"))
     durations = [1000 * FRAME_SECONDS] * (len(frames) - 1) + [1000 * LAST_FRAME_SECONDS]
     frames[0].save(output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    return Path(output)
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """
-    Computes the means (N,) of values (N,) over a centred window of `window` values, so the result has no lag. At the
-    ends the window is cut off.
-    """
-    window = min(window, len(values))
-    ones = np.ones(window)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
-
-
-def loss_curves(log: str | Path, output: str | Path, title: str | None = None) -> Path:
-    """
-    Plots the losses of a run over its steps on a logarithmic axis: the training loss (of each network, if there are
-    several) and the validation loss.
-
-    Args:
-        log (`str` or `Path`): The run's `train_log.jsonl`, as read by [`~tiny_diffusers.runs.read_log`].
-        output (`str` or `Path`): The picture to write; its suffix determines the format.
-        title (`str`, *optional*): Title of the plot.
-
-    Returns:
-        `Path`: `output`.
-
-    Raises:
-        [`~tiny_diffusers.errors.UserError`]: If the log does not exist or has no loss.
-    """
-    series = read_log(log)
-    losses = [name for name in series if name.endswith("loss") and name != "val_loss"]
-    if not losses and "val_loss" not in series:
-        raise UserError(f"'{log}' has no loss in it yet: there is nothing to plot.")
-
-    axes = _loss_axes(title)
-    for name, (light, dark) in zip(losses, LOSS_COLOURS, strict=False):
-        steps, values = series[name]
-        smoothed = _smooth_if_long(values)
-        if smoothed is not values:
-            axes.plot(steps, values, color=light, linewidth=0.8)
-        label = name.removesuffix("loss").strip("_") or "training"
-        axes.plot(steps, smoothed, color=dark, linewidth=1.8, label=label)
-    if "val_loss" in series:
-        steps, values = series["val_loss"]
-        best = values.argmin()
-        label = f"validation (lowest: {values[best]:.3g} at step {steps[best]:,})"
-        axes.plot(steps, values, color=VALIDATION_COLOUR, linewidth=1.8, marker="o", markersize=3.5, label=label)
-    return _save(axes, output)
-
-
-def compare_losses(logs: Mapping[str, str | Path], output: str | Path) -> Path:
-    """
-    Plots one loss of several runs over their steps: the validation loss if all runs have it, else the training loss.
-
-    All losses share one axis, but losses of different kinds (l2 and Huber, a diffusion model's and a VAE's) cannot be
-    compared.
-
-    Args:
-        logs (`dict[str, str]`): A run's name in the legend -> its `train_log.jsonl`.
-        output (`str` or `Path`): The picture to write; its suffix determines the format.
-
-    Returns:
-        `Path`: `output`.
-
-    Raises:
-        [`~tiny_diffusers.errors.UserError`]: If a log does not exist, or if the runs have no loss in common.
-    """
-    runs = {name: read_log(log) for name, log in logs.items()}
-    titles = {"val_loss": "validation loss", "loss": "training loss"}
-    key = next((key for key in titles if all(key in series for series in runs.values())), None)
-    if key is None:
-        raise UserError(f"{', '.join(runs)} have no loss in common: there is nothing to plot.")
-    axes = _loss_axes(titles[key])
-    for name, series in runs.items():
-        steps, values = series[key]
-        axes.plot(steps, _smooth_if_long(values), linewidth=1.8, label=name)
-    return _save(axes, output)
-
-
-def _smooth_if_long(values: np.ndarray) -> np.ndarray:
-    """Smooths more than 20 values, and returns fewer as they are."""
-    return smooth(values, max(5, len(values) // 30)) if len(values) > 20 else values
-
-
-def _loss_axes(title: str | None) -> "Axes":
-    # Unlike pyplot, a Figure created directly has no global state and needs no display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").subplots()
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def _save(axes: "Axes", output: str | Path) -> Path:
-    axes.legend(frameon=False)
-    axes.figure.savefig(output)
     return Path(output)

@@ -1,0 +1,383 @@
+"""`tiny-diffusers plot forward`, `denoising` and `reconstructions`: pictures of real images, noised and rebuilt."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, refusals, say, unknown
+from .sampling import default_classes
+from .shared import (
+    PICTURE_SUFFIXES,
+    add_checkpoint_argument,
+    add_picture_output,
+    add_solver_arguments,
+    call_options,
+    check_diffusion,
+    comma_separated,
+    load_checkpoint,
+    load_pipeline,
+    make_parser,
+    positive_number,
+    positive_numbers,
+    prepare_picture,
+    read_picture,
+    seed_number,
+    whole_numbers,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+
+MAX_TIMESTEPS = 100_000
+MAX_SIDE = 64  # pixels that a picture is reduced to where nothing says its resolution
+
+
+# ---------------------------------------------------------------------------------------------------------- real images
+
+
+def _add_images_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture, instead of images of a dataset")
+    parser.add_argument("--dataset_name", help="a Hub id, a folder, or digits (default: what the run was trained on)")
+    _add_selection_arguments(parser)
+
+
+def _add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="its split (default: test, validation or train, the first that there is)")
+    parser.add_argument("--index", type=whole_number, default=0, help="number of its first image (default: 0)")
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def _load_picture(path: Path, channels: int | None, side: int | None) -> "torch.Tensor":
+    """Loads the central square of a picture: uint8 (1, C, side, side)."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    picture = read_picture("--image", path)
+    side = side or min(*picture.size, MAX_SIDE)
+    if channels is not None:
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    pixels = np.array(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.reshape(1, side, side, -1)).permute(0, 3, 1, 2)
+
+
+def _load_dataset(
+    given: dict, run: Path | None, index: int, count: int, channels: int | None = None, side: int | None = None
+) -> "torch.Tensor":
+    """Loads images of a dataset, by given flags or as a run has it: uint8 (count, C, H, W), from `index` on."""
+    from ..evaluation import references
+    from ..runs import RunFolder
+
+    given = {name: value for name, value in given.items() if value is not None}
+    flags = references.flags_of_run(RunFolder(run), given) if run is not None else {}
+    images = references.load_reference(references.choose(given, flags), channels, side)[0].images
+    if index + count > len(images):
+        raise UserError(
+            f"There are {len(images):,} images, numbered from 0: {count} from number {index} on are too many."
+        )
+    return images[index : index + count]
+
+
+def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "torch.Tensor":
+    """Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them."""
+    channels, _, side = pipe._image_shape
+    if args.image is not None:
+        if args.dataset_name is not None:
+            raise UserError("--image and --dataset_name: give only one.")
+        return _load_picture(args.image, channels, side)
+    run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
+    return _load_dataset(
+        {"dataset_name": args.dataset_name, "split": args.split}, run, args.index, count, channels, side
+    )
+
+
+def _to_pil(images: "torch.Tensor") -> list:
+    """Converts images in [-1, 1], or beyond, to PIL images."""
+    from ..data.images import denormalize
+    from ..plots import to_pil
+
+    return to_pil(denormalize(images.cpu()))
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+
+def schedule_names(text: str) -> list[str]:
+    from ..noising import SCHEDULES
+
+    names = comma_separated(text)
+    for name in names:
+        if name not in SCHEDULES:
+            raise argparse.ArgumentTypeError(str(unknown("schedule", name, SCHEDULES)))
+    return names
+
+
+def add_beta_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ddpm_num_steps", type=positive_number, default=1000, help="T, the number of timesteps (default: 1000)"
+    )
+    parser.add_argument("--beta_start", type=float, default=1e-4, help="of linear, sigmoid, quadratic (default: 1e-4)")
+    parser.add_argument("--beta_end", type=float, default=0.02, help="of linear, sigmoid, quadratic (default: 0.02)")
+
+
+def build_schedules(names: Iterable[str], args: argparse.Namespace) -> "dict[str, SchedulerMixin]":
+    """Builds the schedulers of noise schedules, with the arguments of [`add_beta_arguments`]."""
+    from ..noising import build_schedule
+
+    if args.ddpm_num_steps > MAX_TIMESTEPS:
+        raise UserError(f"--ddpm_num_steps {args.ddpm_num_steps}: it must be at most {MAX_TIMESTEPS:,}.")
+    for name in ("beta_start", "beta_end"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: it must be between 0 and 1.")
+    with refusals():
+        return {name: build_schedule(name, args.ddpm_num_steps, args.beta_start, args.beta_end) for name in names}
+
+
+def forward_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "plot forward", "Draws an image with more and more noise: a row for each schedule, from the same noise."
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a picture, a dataset (a Hub id, a folder, or digits), or the folder of a run, for the data of its training",
+    )
+    parser.add_argument(
+        "--schedules",
+        type=schedule_names,
+        default=["linear", "quadratic", "sigmoid", "cosine", "flow"],
+        help="of linear, cosine, sigmoid, quadratic, flow and edm (default: linear,quadratic,sigmoid,cosine,flow)",
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=whole_numbers,
+        help="the timesteps t, from 0 to T - 1; of edm, the steps of its sampling, from the image (default: 0, T/4, T/2, "
+        "3T/4, T - 1)",
+    )
+    add_beta_arguments(parser)
+    parser.add_argument("--resolution", type=positive_number, help="side that the image is resized to, in pixels")
+    _add_selection_arguments(parser)
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
+    add_picture_output(parser, "forward.png")
+    return parser
+
+
+def forward(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..data.images import normalize
+    from ..noising import add_noise
+    from ..plots import Strip, captioned_strips
+
+    prepare_picture(args.output, given=Path(args.source))
+    total = args.ddpm_num_steps
+    timesteps = args.timesteps or sorted({0, total // 4, total // 2, 3 * total // 4, total - 1})
+    _check_timesteps("--timesteps", timesteps, total)
+    found = build_schedules(args.schedules, args)
+    image = normalize(_load_source(args))
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
+    strips = [
+        Strip([_to_pil(add_noise(image, noise, scheduler, t))[0] for t in timesteps], label=name)
+        for name, scheduler in found.items()
+    ]
+    strips[-1].captions = [f"t = {t}" for t in timesteps]
+    captioned_strips(strips).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def _check_timesteps(flag: str, timesteps: list[int], total: int) -> None:
+    for t in timesteps:
+        if not 0 <= t < total:
+            raise UserError(f"{flag} {t}: there are {total:,} timesteps, so it must be from 0 to {total - 1}.")
+
+
+def _load_source(args: argparse.Namespace) -> "torch.Tensor":
+    """Loads the image of a picture, a dataset or a run's data: uint8 (1, C, H, W)."""
+    from ..evaluation.references import RealImages
+    from ..runs import RunFolder
+
+    RealImages(resolution=args.resolution)  # checks its range
+    source = Path(args.source)
+    if source.suffix.lower() in PICTURE_SUFFIXES:
+        return _load_picture(source, None, args.resolution)
+    given = {"split": args.split, "resolution": args.resolution}
+    if RunFolder(source).config.is_file():
+        return _load_dataset(given, source, args.index, 1)
+    return _load_dataset(given | {"dataset_name": args.source}, None, args.index, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ denoising
+
+
+def denoising_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "plot denoising",
+        "Draws how noise turns to an image, a row for each number of steps. With --image or --dataset_name: how a real "
+        "image that was noised to t is denoised, a row for each t.",
+    )
+    add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--num_inference_steps",
+        type=positive_numbers,
+        metavar="N,N,...",
+        help="numbers of steps (default: 5,10,50); of real images one number, of steps from pure noise (default: 50)",
+    )
+    parser.add_argument(
+        "--what",
+        choices=("sample", "x0"),
+        default="sample",
+        help="sample: the noisy x_t; x0: the x_0 that is predicted from it (default: sample)",
+    )
+    parser.add_argument("--num_states", type=positive_number, default=8, help="states in a row (default: 8)")
+    _add_images_arguments(parser)
+    parser.add_argument(
+        "--from_timesteps",
+        type=whole_numbers,
+        metavar="T,T,...",
+        help="real images: the timesteps t that denoising starts from (default: the quarters of all)",
+    )
+    parser.add_argument("--class_labels", help="the class, a name or id (default: the first)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise, of all rows (default: 0)")
+    add_solver_arguments(parser)
+    add_picture_output(parser, "denoising.png")
+    return parser
+
+
+def denoising(args: argparse.Namespace) -> None:
+    from ..plots import Strip, captioned_strips
+    from ..progress import bar_options
+
+    prepare_picture(args.output, given=args.image)
+    starts_from_image = args.image is not None or args.dataset_name is not None
+    if args.from_timesteps is not None and not starts_from_image:
+        raise UserError("--from_timesteps is for real images: give --image or --dataset_name.")
+    steps = args.num_inference_steps or ([50] if starts_from_image else [5, 10, 50])
+    if starts_from_image and len(steps) > 1:
+        raise UserError("--num_inference_steps: give one number with --image or --dataset_name, not several.")
+    args.num_inference_steps = None  # is not one option of the pipeline's call
+    pipe = load_pipeline(args)
+    check_diffusion(pipe, args.checkpoint, "denoise")
+    pipe.set_progress_bar_config(desc="denoising", leave=False, **bar_options())
+    options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels")
+    classes = default_classes(pipe, args.guidance_scale)
+    if classes and args.class_labels is None:
+        options["class_labels"] = classes[:1]
+
+    if not starts_from_image:
+        rows = [_denoise(pipe, args, options, num_steps, num_inference_steps=num_steps) for num_steps in steps]
+        strips = [
+            Strip([*images, result], [*captions, "image"], f"{num_steps} step{'s' if num_steps > 1 else ''}")
+            for num_steps, (images, captions, result) in zip(steps, rows, strict=True)
+        ]
+    else:
+        strips = _denoise_from_image(pipe, args, options, steps[0])
+    captioned_strips(strips).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def _denoise(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict, num_steps: int, **start) -> tuple:
+    """Denoises one image; returns its states or predictions of x_0, their timesteps in words, and the result."""
+    import torch
+
+    from ..noising import caption, displayed
+
+    num_states = min(args.num_states, num_steps)
+    generator = [torch.Generator().manual_seed(args.seed)]
+    with refusals():
+        output = pipe(
+            batch_size=1,
+            generator=generator,
+            output_type="latent",
+            return_intermediates=num_states,
+            **start,
+            **options,
+        )
+    images, captions = [], []
+    for timestep, sample, pred_original_sample in output.intermediates:
+        shown = displayed(sample, pipe.scheduler, timestep) if args.what == "sample" else pred_original_sample
+        images += _to_pil(shown)
+        captions.append(caption(pipe.scheduler, timestep))
+    return images, captions, _to_pil(output.images)[0]
+
+
+def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict, num_steps: int) -> list:
+    """Returns a strip for each t: the image, x_t, the states on the way back, and the result."""
+    import torch
+
+    from ..data.images import normalize
+    from ..noising import add_noise, caption, timesteps_from
+    from ..pipelines.pipeline_tiny import objective_of
+    from ..plots import Strip
+
+    if not type(pipe.scheduler).__name__.startswith("Tiny"):  # others have x_t in a scale of their own
+        fitting = "ddim or ddpm" if objective_of(pipe.scheduler) == "betas" else "euler or heun"
+        raise UserError(f"--scheduler {args.scheduler} can't start from a real image here: give {fitting}.")
+    total = pipe.scheduler.config.num_train_timesteps
+    if num_steps > total:
+        raise UserError(
+            f"--num_inference_steps {num_steps}: there are {total:,} timesteps, so it must be at most that."
+        )
+    starts = args.from_timesteps or sorted({total // 4, total // 2, 3 * total // 4, total - 1})
+    _check_timesteps("--from_timesteps", starts, total)
+    if 0 in starts:
+        raise UserError("--from_timesteps 0: there is hardly any noise to remove: it must be at least 1.")
+    image = normalize(_load_images(args, pipe, 1))
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
+    strips = []
+    for t in starts:
+        timesteps = timesteps_from(pipe.scheduler, t, max(1, round(num_steps * (t + 1) / total)))
+        noisy = add_noise(image, noise, pipe.scheduler, t)
+        images, captions, result = _denoise(pipe, args, options, len(timesteps), timesteps=timesteps, latents=noisy)
+        first = _to_pil(image)
+        if args.what == "x0":  # else the first state is x_t itself
+            first += _to_pil(noisy)
+            captions = ["x_t", *captions]
+        strips.append(
+            Strip(
+                [*first, *images, result],
+                ["given", *captions, "result"],
+                f"from {caption(pipe.scheduler, timesteps[0])}",
+            )
+        )
+    return strips
+
+
+# ------------------------------------------------------------------------------------------------------ reconstructions
+
+
+def reconstructions_parser() -> argparse.ArgumentParser:
+    parser = make_parser("plot reconstructions", "Draws real images, and below each what a VAE makes of it.")
+    add_checkpoint_argument(parser)
+    _add_images_arguments(parser)
+    parser.add_argument("--num_images", type=positive_number, default=16, help="of a dataset (default: 16)")
+    add_picture_output(parser, "reconstructions.png")
+    return parser
+
+
+def reconstructions(args: argparse.Namespace) -> None:
+    from ..plots import Strip, captioned_strips, to_pil
+
+    prepare_picture(args.output, given=args.image)
+    pipe = load_checkpoint(args)
+    if not hasattr(pipe, "reconstruct"):
+        raise UserError(
+            f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't reconstruct images: give a checkpoint of a VAE."
+        )
+    images = _load_images(args, pipe, args.num_images)
+    with refusals():
+        rebuilt = pipe.reconstruct(images / 255).images
+    strips, given = [], to_pil(images)
+    for start in range(0, len(given), 8):
+        strips.append(Strip(given[start : start + 8], label="given"))
+        strips.append(Strip(rebuilt[start : start + 8], label="rebuilt"))
+    captioned_strips(strips).save(args.output)
+    say(f"wrote {args.output}")

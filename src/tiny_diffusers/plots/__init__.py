@@ -1,0 +1,39 @@
+"""All pictures: grids and strips of images (`grids`), curves (`curves`), and diagrams of networks (`diagrams`)."""
+
+from ..runs import read_log
+from .curves import (
+    Curve,
+    Curves,
+    Panel,
+    compare_losses,
+    loss_curves,
+    loss_curves_of_run,
+    loss_curves_of_runs,
+    schedule_curves,
+    smooth,
+)
+from .diagrams import Stage, draw_network
+from .grids import Strip, animation, captioned_strips, image_grid, strip, to_pil, to_uint8
+
+
+__all__ = [
+    "Curve",
+    "Curves",
+    "Panel",
+    "Stage",
+    "Strip",
+    "animation",
+    "captioned_strips",
+    "compare_losses",
+    "draw_network",
+    "image_grid",
+    "loss_curves",
+    "loss_curves_of_run",
+    "loss_curves_of_runs",
+    "read_log",
+    "schedule_curves",
+    "smooth",
+    "strip",
+    "to_pil",
+    "to_uint8",
+]
