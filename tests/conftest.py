@@ -29,21 +29,31 @@ def tiny_unet():
     return build
 
 
+def _trainer(module, folder):
+    own_script, own_network = (getattr(module, name, None) for name in ("SCRIPT", "NETWORK"))
+
+    def run(*argv, name="run", script=own_script, network=True, **options):
+        flags = tiny.TINY_DIFFUSION if network else tiny.TINY_DIFFUSION[len(tiny.TINY_NETWORK) :]
+        if own_network is not None:
+            flags = [*tiny.TINY_RUN, *own_network]
+        return tiny.train(folder / name, *argv, script=script, flags=flags, **options)
+
+    return run
+
+
 @pytest.fixture
 def train(tmp_path, request):
     """
     Runs a script into a folder of the test's own, by its name. A test's module names its own script as SCRIPT, and the
     flags that take the place of the tiny U-Net's as NETWORK. With `network=False` the network is left to other flags.
     """
-    own_script, own_network = (getattr(request.module, name, None) for name in ("SCRIPT", "NETWORK"))
+    return _trainer(request.module, tmp_path)
 
-    def run(*argv, name="run", script=own_script, network=True, **options):
-        flags = tiny.TINY_DIFFUSION if network else tiny.TINY_DIFFUSION[len(tiny.TINY_NETWORK) :]
-        if own_network is not None:
-            flags = [*tiny.TINY_RUN, *own_network]
-        return tiny.train(tmp_path / name, *argv, script=script, flags=flags, **options)
 
-    return run
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """A run of six steps by the module's script, with its loss curves: for tests that only read it."""
+    return _trainer(request.module, tmp_path_factory.mktemp("finished"))(plots=True)
 
 
 @pytest.fixture

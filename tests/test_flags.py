@@ -32,7 +32,7 @@ def numeric_flags(flags_class):
 
 @pytest.mark.parametrize("flags_class", CLASSES, ids=lambda c: c.__name__)
 def test_every_number_declares_its_range_and_keeps_to_it(flags_class):
-    fields = numeric_flags(flags_class)
+    fields, parser = numeric_flags(flags_class), FlagParser(flags_class)
     assert fields
     for field in fields:
         within = field.metadata["within"]
@@ -44,7 +44,7 @@ def test_every_number_declares_its_range_and_keeps_to_it(flags_class):
                 number <= high if within[-1] == "]" else number < high
             )
             try:
-                flags_class(**FlagParser(flags_class).given([f"--{field.name}={value}"]))
+                flags_class(**parser.given([f"--{field.name}={value}"]))
             except UserError as error:
                 assert "\n" not in str(error) and field.name in str(error), (field.name, value)
                 # a whole number may be refused for its form, and some flags have more to say

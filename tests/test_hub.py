@@ -215,6 +215,7 @@ class TestExport:
         assert not list((tmp_path / "unet").glob("*.py"))
         assert type(TinyPipeline.from_pretrained(tmp_path)) is TinyConditionalPipeline
 
+    @pytest.mark.slow  # the fast one, of folders alone, is in pipelines/test_travel.py
     def test_diffusers_alone_loads_it_from_a_folder_and_from_the_hub(
         self, exported, fake_hub, tmp_path, tiny_pipeline
     ):

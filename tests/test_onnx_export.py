@@ -70,7 +70,7 @@ slow = pytest.mark.slow
         pytest.param(diffusion, marks=slow),
         pytest.param(transformer, marks=slow),
         vae,
-        dcgan,
+        pytest.param(dcgan, marks=slow),
         pytest.param(pixelcnn("gated"), marks=slow),
         pytest.param(pixelcnn("plusplus"), marks=slow),
     ],
@@ -88,7 +88,11 @@ def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
 
 
 @pytest.mark.parametrize(
-    "build", [diffusion, transformer, dcgan, pixelcnn("gated"), pytest.param(pixelcnn("plusplus"), marks=slow)]
+    "build",
+    [
+        diffusion,
+        *(pytest.param(each, marks=slow) for each in (transformer, dcgan, pixelcnn("gated"), pixelcnn("plusplus"))),
+    ],
 )
 def test_torch_exports_a_network_with_any_batch_size(tiny_unet, build):
     pipe, inputs, function = build(tiny_unet)

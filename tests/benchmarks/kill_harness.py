@@ -23,10 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.figure  # noqa: F401  imported before the forks, as the three below
 import numpy as np
+import sklearn.datasets  # noqa: F401
 from PIL import Image
 
-import tiny_diffusers.models.unet_tiny  # noqa: F401  imported before the forks
+import tiny_diffusers.models.unet_tiny  # noqa: F401
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, cli, hub, plots  # noqa: F401
 from tiny_diffusers.data import load_images
 from tiny_diffusers.evaluation import evaluator  # noqa: F401

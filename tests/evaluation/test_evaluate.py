@@ -33,7 +33,7 @@ from tiny_diffusers import (
     hub,
 )
 from tiny_diffusers.commands import shared
-from tiny_diffusers.data import ImageData, load_images
+from tiny_diffusers.data import ImageData, load_images, loading
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import (
     BASELINES,
@@ -648,6 +648,19 @@ class TestCommandLine:
         *("--dataset_name", "digits", "--features", "pixels", "--num_images", "40", "--num_inference_steps", "2"),
         *("--num_jackknife", "4", "--dtype", "float32", "--device", "cpu", "--batch_size", "16"),
     )
+
+    @pytest.fixture(autouse=True)
+    def few_digits(self, request, monkeypatch):
+        """Leaves 300 of the embedded digits: an evaluation is mostly distances between all pairs of them."""
+        if request.node.get_closest_marker("slow"):  # other processes would read all of them
+            return
+        read = loading.read_digits
+
+        def read_few(split):
+            source = read(split)
+            return dataclasses.replace(source, rows=source.rows[:300], labels=source.labels[:300])
+
+        monkeypatch.setattr(loading, "read_digits", read_few)
 
     @pytest.fixture
     def checkpoint(self, tmp_path, pipeline):

@@ -67,8 +67,8 @@ def test_images_are_of_the_class_that_is_asked_for(train, tmp_path):
     folder = train(
         *("--dataset_name", str(tmp_path / "images"), "--validation_split", "0"),
         *("--block_out_channels", "16", "16", "--learning_rate", "1e-2", "--train_batch_size", "16"),
-        *("--ema_max_decay", "0.9", "--checkpointing_steps", "1000"),
-        steps=60,
+        *("--ema_max_decay", "0.9", "--checkpointing_steps", "1000", "--save_images_epochs", "0"),
+        steps=40,
     )
     pipe = TinyPipeline.from_pretrained(folder)
     for w in (1.0, 2.0):
@@ -86,7 +86,7 @@ def test_classes_without_a_training_image_are_named(train, capsys):
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "steps", "stopped_at"), [("v_prediction", 20, 7), ("flow", 6, 3), ("edm", 6, 3)]
+    ("prediction_type", "steps", "stopped_at"), [("v_prediction", 10, 3), ("flow", 6, 3), ("edm", 6, 3)]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, prediction_type, steps, stopped_at):
     options = ("--class_dropout_prob", "0.5", "--random_flip", "--prediction_type", prediction_type)
@@ -97,15 +97,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, predicti
 
 
 def test_the_average_starts_after_a_tenth_of_the_run(train, capsys):
-    folder = train("--checkpointing_steps", "2", "--checkpoints_total_limit", "10", steps=20)
-    assert "ema_start_step: 2\n" in (folder / "config.yaml").read_text()
-    for step, equal in ((2, True), (4, False)):
+    folder = train("--checkpointing_steps", "1", "--checkpoints_total_limit", "10", steps=10)
+    assert "ema_start_step: 1\n" in (folder / "config.yaml").read_text()
+    for step, equal in ((1, True), (3, False)):
         checkpoint = folder / f"checkpoint-{step}"
         weights, average = (load_file(checkpoint / name / WEIGHTS) for name in ("unet", "unet_ema"))
         assert all(torch.equal(weights[key], average[key]) for key in weights) == equal
 
-    train("--resume_from_checkpoint", "latest", steps=40)  # a longer run does not move the start
-    assert "ema_start_step: 2\n" in (folder / "config.yaml").read_text()
+    longer = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", "100")
+    train(*longer, steps=20)  # does not move the start
+    assert "ema_start_step: 1\n" in (folder / "config.yaml").read_text()
     assert "ema_start_step" not in capsys.readouterr().err
     assert parse_arguments(ConditionalArguments, ["--ema_start_step", "2000"]).ema_start_step == 2000
 
@@ -121,7 +122,7 @@ def test_labels_are_dropped_in_training_and_never_in_validation(train, monkeypat
         return batch
 
     monkeypatch.setattr(Trainer, "_assemble", spy)
-    train("--class_dropout_prob", str(share), steps=12)
+    train("--class_dropout_prob", str(share), "--train_batch_size", "48", steps=2)
     dropped = {training: (torch.cat(labels) == 10).float().mean() for training, labels in seen.items()}
     assert least <= dropped[True] <= most and dropped[False] == 0
 
@@ -148,7 +149,7 @@ def test_a_grid_has_a_row_for_each_class_and_the_same_noise_at_each_scale():
 
 
 def test_guidance_without_dropped_labels_warns_and_says_why(train, capsys):
-    folder = train("--class_dropout_prob", "0")
+    folder = train("--class_dropout_prob", "0", steps=1)
     assert "guidance" not in capsys.readouterr().err  # the grids keep to what the model can do
     pipe = TinyPipeline.from_pretrained(folder)
     with pytest.warns(UserWarning, match="won't help.*trained without label dropout"):
@@ -157,12 +158,12 @@ def test_guidance_without_dropped_labels_warns_and_says_why(train, capsys):
         warnings.simplefilter("error")
         pipe("3", guidance_scale=1.0, num_inference_steps=2)
 
-    train("--class_dropout_prob", "0", "--guidance_scales", "1", "3", name="asked")
+    train("--class_dropout_prob", "0", "--guidance_scales", "1", "3", name="asked", steps=1)
     assert "guidance won't help if no label is dropped" in capsys.readouterr().err
 
 
 def test_a_stock_network_has_a_row_more_than_classes(train, stock_config):
-    folder = train("--model_config_name_or_path", stock_config, network=False)
+    folder = train("--model_config_name_or_path", stock_config, network=False, steps=1)
     pipe = TinyPipeline.from_pretrained(folder)
     assert type(pipe).__name__ == "TinyConditionalPipeline" and type(pipe.unet).__name__ == "UNet2DModel"
     assert pipe.unet.config.num_class_embeds == 11 and pipe.config.null_class_id == 10
@@ -172,9 +173,9 @@ def test_a_stock_network_has_a_row_more_than_classes(train, stock_config):
 @pytest.mark.parametrize("stock", [False, True])
 def test_fine_tuning_keeps_the_classes_it_knows_by_name(train, stock_config, capsys, stock):
     network = ("--model_config_name_or_path", stock_config) if stock else ()
-    first = train(*network, "--classes", "1,2,3", name="first", network=not stock)
+    first = train(*network, "--classes", "1,2,3", name="first", network=not stock, steps=2)
     loaded = ("--pretrained_model_name_or_path", str(first))
-    second = train("--classes", "3,7", *loaded, "--learning_rate", "0", name="second", network=False)
+    second = train("--classes", "3,7", *loaded, "--learning_rate", "0", name="second", network=False, steps=2)
     assert "1 of the 2 classes are new to the checkpoint" in capsys.readouterr().err
     before, after = class_table(first), class_table(second)
     assert len(before) == 4 and len(after) == 3
@@ -188,8 +189,8 @@ def test_fine_tuning_keeps_the_classes_it_knows_by_name(train, stock_config, cap
 
 
 def test_fine_tuning_from_no_classes_and_to_none(train):
-    plain = train(name="plain", script=train_unconditional)
-    conditional = train("--pretrained_model_name_or_path", str(plain), name="conditional")
+    plain = train(name="plain", script=train_unconditional, steps=1)
+    conditional = train("--pretrained_model_name_or_path", str(plain), name="conditional", steps=1)
     assert TinyPipeline.from_pretrained(conditional).unet.config.num_class_embeds == 10
     with pytest.raises(UserError, match="train_conditional.py"):
         train("--pretrained_model_name_or_path", str(conditional), name="back", script=train_unconditional)
@@ -213,12 +214,12 @@ def test_another_process_than_the_checkpoints_is_said(train, capsys):
 
 @pytest.mark.parametrize("conditioning", ["add", "scale"])
 def test_both_ways_of_conditioning_train(train, conditioning):
-    folder = train("--class_conditioning", conditioning)
+    folder = train("--class_conditioning", conditioning, steps=2)
     assert read(folder / "unet" / "config.json")["class_conditioning"] == conditioning
 
 
 def test_dynamic_thresholding_is_saved_with_the_model(train):
-    config = read(train("--dynamic_thresholding", "0.9") / "scheduler" / "scheduler_config.json")
+    config = read(train("--dynamic_thresholding", "0.9", steps=1) / "scheduler" / "scheduler_config.json")
     assert config["thresholding"] and config["dynamic_thresholding_ratio"] == 0.9
 
 

@@ -33,7 +33,7 @@ def make(**options) -> TinyVAEModel:
 
 
 def test_what_a_run_leaves(train, read_log):
-    folder = train()
+    folder = train(plots=True)
     for name in ("model_index.json", "samples.png", "loss_curves.png", "README.md", "config.yaml"):
         assert (folder / name).is_file(), name
     log = read_log(folder)
@@ -92,21 +92,21 @@ def test_early_stopping_keeps_the_best_bound(train, monkeypatch):
 
 
 def test_fine_tuning_starts_from_the_other_models_weights(train):
-    first = train(name="first")
-    second = train("--pretrained_model_name_or_path", str(first), "--learning_rate", "0", name="second")
+    first = train(name="first", steps=2)
+    second = train("--pretrained_model_name_or_path", str(first), "--learning_rate", "0", name="second", steps=2)
     a, b = load_file(first / "vae" / WEIGHTS), load_file(second / "vae" / WEIGHTS)
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said(train, capsys):
-    train("--kl_warmup_steps", "7")
-    assert "--kl_warmup_steps 7: the run ends before, after 6 steps" in capsys.readouterr().err
-    train("--kl_warmup_steps", "7", "--kl_weight", "0", name="none")
+    train("--kl_warmup_steps", "3", steps=2)
+    assert "--kl_warmup_steps 3: the run ends before, after 2 steps" in capsys.readouterr().err
+    train("--kl_warmup_steps", "3", "--kl_weight", "0", name="none", steps=2)
     assert "kl_warmup_steps" not in capsys.readouterr().err
 
 
 def test_flags_that_a_checkpoint_does_not_have_are_refused(train):
-    folder = train()
+    folder = train(steps=1)
     argv = ["--pretrained_model_name_or_path", str(folder), "--num_levels", "2", "--reconstruction", "bernoulli"]
     with pytest.raises(
         UserError, match=r"--reconstruction bernoulli \(it has logistic\), --num_levels 2 \(it has 256\)"
@@ -121,6 +121,7 @@ def test_it_learns_the_digits(tmp_path):
             *("--max_train_steps", "250", "--train_batch_size", "64", "--learning_rate", "3e-3", "--latent_dim", "16"),
             *("--block_out_channels", "16", "32", "--kl_warmup_steps", "50", "--mixed_precision", "no"),
             *("--num_threads", "1", "--output_dir", str(tmp_path / "run"), "--eval_batch_size", "4"),
+            *("--save_images_epochs", "0"),
         ]
     )
     pipe = TinyPipeline.from_pretrained(tmp_path / "run")
@@ -149,7 +150,7 @@ def test_each_mistake_is_one_line_before_training(check_mistake, argv, words):
 def test_a_checkpoint_of_another_size_or_family_is_refused(train):
     from tiny_diffusers.train_scripts import train_dcgan
 
-    folder = train()
+    folder = train(steps=1)
     with pytest.raises(UserError, match="8x8 pixels.*16x16.*--resolution 8"):
         train("--pretrained_model_name_or_path", str(folder), "--resolution", "16", name="other")
     argv = ["--pretrained_model_name_or_path", str(folder), "--output_dir", str(folder.with_name("gan"))]

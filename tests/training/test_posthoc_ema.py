@@ -21,7 +21,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LENGTHS = (0.07, 0.1, 0.15, 0.2)
+LENGTHS = (0.07, 0.1, 0.2)
 
 
 # ------------------------------------------------------------------------------------------------------ the averages

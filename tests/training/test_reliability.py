@@ -114,7 +114,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", hang_up)
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        _train(tmp_path / "run")
+        _train(tmp_path / "run", steps=2)
     finally:
         signal.signal(signal.SIGHUP, handler)
 
@@ -135,19 +135,20 @@ def test_a_signal_while_a_checkpoint_is_written_counts_at_the_next_step(whole, t
 
 
 def test_grids_come_at_the_same_steps_after_a_resume(tmp_path, monkeypatch):
-    grids = ("--save_images_epochs", "1", "--validation_split", "0")  # eight steps an epoch
-    once = _train(tmp_path / "once", *grids, steps=26)
+    grids = ("--save_images_epochs", "1", "--validation_split", "0")
+    options = {"batch": 32, "steps": 7}  # two steps an epoch
+    once = _train(tmp_path / "once", *grids, **options)
     step = Trainer.train_step
     monkeypatch.setattr(
-        Trainer, "train_step", lambda self: step(self) or setattr(self, "received_signal", self.step == 11)
+        Trainer, "train_step", lambda self: step(self) or setattr(self, "received_signal", self.step == 3)
     )
     with pytest.raises(SystemExit):
-        _train(tmp_path / "twice", *grids, steps=26)
+        _train(tmp_path / "twice", *grids, **options)
     monkeypatch.undo()
-    twice = _train(tmp_path / "twice", *grids, *RESUME, steps=26)
+    twice = _train(tmp_path / "twice", *grids, *RESUME, **options)
     for folder in (once, twice):
         names = sorted(path.name for path in (folder / "samples").iterdir())
-        assert names == ["step-0000008.png", "step-0000016.png", "step-0000024.png"]
+        assert names == ["step-0000002.png", "step-0000004.png", "step-0000006.png"]
     _assert_equal(once, twice)
 
 
@@ -658,7 +659,7 @@ def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(tmp_path, mon
 def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     losses = iter([float("nan"), 2.0, float("inf"), 1.0])
     monkeypatch.setattr(Trainer, "_validate", lambda self: next(losses))
-    folder = _train(tmp_path / "run", "--validation_steps", "1", steps=4)
+    folder = train(tmp_path / "run", "--validation_steps", "1", steps=4, flags=TINY, plots=True)
     assert json.loads((folder / "checkpoint-4" / "state.json").read_text())["best"] == {"step": 4, "val_loss": 1.0}
 
 
@@ -667,8 +668,8 @@ def test_samples_that_overflow_in_training_cost_no_run(tmp_path, monkeypatch, ca
         raise ValueError("not finite")
 
     monkeypatch.setattr(Diffusion, "sample", overflows)
-    folder = _train(tmp_path / "run")
-    assert (folder / "model_index.json").exists() and "no samples at step 6: not finite" in capsys.readouterr().err
+    folder = _train(tmp_path / "run", steps=1)
+    assert (folder / "model_index.json").exists() and "no samples at step 1: not finite" in capsys.readouterr().err
 
 
 def test_float16_that_overflows_in_sampling_is_caught_with_advice(tmp_path):

@@ -75,7 +75,7 @@ class TestMinutes:
         assert config(folder)["max_train_steps"] == 1
 
     def test_faster_steps_fill_the_minutes(self, train, clock):
-        clock.step = 1.5
+        clock.step = 3.0
         train(*QUICK, "--max_train_minutes", "1", steps=None)
         assert 0.9 * 60 <= clock.now <= 60
 
@@ -107,7 +107,7 @@ class TestMinutes:
         assert clock.now <= 60 and saved["eval_batch_size"] == 1 and "eval_batch_size" in saved["resolved"]
         resume = ("--resume_from_checkpoint", "latest", "--max_train_minutes", "1")
         assert config(tiny.train(fitting, *resume, steps=None, flags=flags))["eval_batch_size"] == 1
-        clock.now, clock.image = 0.0, 0.0
+        clock.now, clock.step, clock.image = 0.0, 20.0, 0.0
         fast = tiny.train(tmp_path / "fast", "--max_train_minutes", "1", steps=None, flags=flags)
         assert config(fast)["eval_batch_size"] == 64
 
@@ -121,28 +121,28 @@ class TestMinutes:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "train_step", slower)
-            folder = train("--max_train_minutes", "1", steps=None)
+            folder = train(*QUICK, "--max_train_minutes", "1", steps=None)
         planned = config(folder)["max_train_steps"]
         assert 60 < clock.now <= 1.05 * 60 + 10 + 15
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "minutes are over" in line)
         assert f"of {planned}" in line and "--resume_from_checkpoint latest" in line
         assert (folder / WEIGHTS).is_file() and not (folder / f"checkpoint-{planned}").exists()
 
-        train("--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
-        whole = train(steps=planned, name="whole")
+        train(*QUICK, "--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
+        whole = train(*QUICK, steps=planned, name="whole")
         ours, theirs = load_file(folder / WEIGHTS), load_file(whole / WEIGHTS)
         assert all((ours[name] == theirs[name]).all() for name in theirs)
 
     def test_a_resume_with_other_minutes_adds_what_fits_into_them(self, train, clock):
         clock.step = 5.0
-        folder = train(steps=4)
+        folder = train(*QUICK, steps=4)
         clock.now = 0.0
-        train("--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
+        train(*QUICK, "--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
         assert clock.now <= 60 and config(folder)["max_train_steps"] > 8
 
 
 class TestGrids:
-    def test_a_run_has_about_ten_the_first_of_them_early(self, train, capsys):
+    def test_a_run_has_about_ten_the_first_of_them_early(self, train, clock, capsys):
         folder = train(*QUICK, steps=50)
         assert grids(folder) == [1, 2, 5, 8, 13, 18, 25, 32, 41]  # the squares' shares, and the last in samples.png
         assert (folder / "training.gif").is_file()
@@ -153,14 +153,14 @@ class TestGrids:
 
     @pytest.mark.parametrize(("steps", "expected"), [("4", [4, 8]), ("0", []), ("20", [])])
     def test_they_come_every_so_many_steps_if_asked_for(self, train, steps, expected):
-        assert grids(train("--save_images_steps", steps, steps=10)) == expected
+        assert grids(train(*QUICK, "--save_images_steps", steps, steps=10)) == expected
 
     def test_steps_and_epochs_are_refused_together_and_replace_each_other_in_a_recipe(self, train, tmp_path):
         with pytest.raises(UserError, match="--save_images_epochs 1 --save_images_steps 2: give one"):
             train("--save_images_epochs", "1", "--save_images_steps", "2")
         (tmp_path / "recipe.yaml").write_text("save_images_epochs: 1\n")
         recipe = ("--config", str(tmp_path / "recipe.yaml"))
-        assert grids(train(*recipe, "--save_images_steps", "5", steps=9)) == [5]
+        assert grids(train(*QUICK, *recipe, "--save_images_steps", "5", steps=9)) == [5]
 
     def test_costly_grids_that_nobody_asked_for_take_a_small_share(self, train, clock):
         clock.step, clock.image = 2.0, 0.6  # 2.4 seconds a grid
