@@ -12,7 +12,8 @@ import tiny
 from tiny_diffusers import TinyPipeline, TinyTransformer2DModel
 from tiny_diffusers.data import ImageData
 from tiny_diffusers.families import unets
-from tiny_diffusers.families.diffusion import ConditionalArguments, DiffusionArguments
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
+from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.train_scripts import train_conditional
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.muon import split_parameters

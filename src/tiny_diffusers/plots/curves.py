@@ -116,18 +116,31 @@ class Curves:
 
     def draw(self, output: str | Path) -> Path:
         """Draws the panels to a picture, whose suffix determines the format; returns its path."""
-        # Unlike pyplot, a Figure created directly has no global state and needs no display.
-        from matplotlib.figure import Figure
-
         width = 8 if len(self.panels) == 1 else 5.5 * len(self.panels)
-        figure = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
-        all_axes = figure.subplots(1, len(self.panels), squeeze=False)[0]
+        all_axes = new_axes(width, columns=len(self.panels))
         named: set[str] = set()  # in the legend of an earlier panel
         for axes, panel in zip(all_axes, self.panels, strict=True):
             _draw_panel(axes, panel, has_legend=not {curve.label for curve in panel.curves} <= named)
             named |= {curve.label for curve in panel.curves}
-        figure.savefig(output)
+        all_axes[0].figure.savefig(output)
         return Path(output)
+
+
+def new_axes(width: float = 8, height: float = 4.5, columns: int = 1) -> "list[Axes]":
+    """Returns axes beside each other in a figure of that many inches, with no frame at the top and on the right."""
+    from matplotlib.figure import Figure  # unlike pyplot it has no global state and needs no display
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    all_axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return all_axes
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Returns the colour, dashes and marker of the curve of that number, for matplotlib."""
+    kinds = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: values[number % len(values)] for name, values in kinds.items()}
 
 
 def _find_mistake(panels: list[Panel]) -> str | None:
@@ -160,7 +173,6 @@ def _draw_panel(axes: "Axes", panel: Panel, has_legend: bool) -> None:
         _set_log_scale(axes, [value for curve in panel.curves for value in curve.y])
     axes.set(xlabel=_plain(panel.xlabel), ylabel=_plain(panel.ylabel), title=_plain(panel.title))
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label]
     if has_legend:
         texts += axes.legend(frameon=False, handlelength=3.5).get_texts()
@@ -170,12 +182,11 @@ def _draw_panel(axes: "Axes", panel: Panel, has_legend: bool) -> None:
 
 def _options(curve: Curve) -> dict[str, Any]:
     """Returns how matplotlib is to draw a curve."""
-    colour = COLOURS[curve.style % len(COLOURS)]
-    label = _plain(curve.label) or None
-    marker = {"marker": MARKERS[curve.style % len(MARKERS)], "markersize": 4}
+    style, label = line_style(curve.style), _plain(curve.label) or None
+    marker = {"marker": style.pop("marker"), "markersize": 4}
     if curve.look == "faint":
         return {"color": FAINT_COLOURS[curve.style % len(FAINT_COLOURS)], "linewidth": 0.8, "label": label}
-    options = {"color": colour, "linestyle": DASHES[curve.style % len(DASHES)], "linewidth": 1.8, "label": label}
+    options = {**style, "linewidth": 1.8, "label": label}
     if curve.look == "thin":
         return options | {"linewidth": 0.9}
     if curve.look == "points":

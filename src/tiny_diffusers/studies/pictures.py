@@ -17,22 +17,7 @@ from .results import Rows, Value, floor_of, group, list_samplers, mean_of, value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# From dark to light, each with a line style and a marker of its own: 10 x 4 lines before any two are alike
-_COLOURS = (
-    "#1b1b1b",
-    "#1f5fa8",
-    "#b5352c",
-    "#2f7d32",
-    "#7b4fa3",
-    "#d9822b",
-    "#3aa6a6",
-    "#c76bb0",
-    "#8a8a8a",
-    "#a9a13a",
-)
-_LINES = ("-", "--", "-.", ":")
 _MIN_LOG_RATIO = 3  # of the values on an axis, from which on it is logarithmic
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
 def draw(content: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
@@ -74,7 +59,7 @@ def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "A
         label = cell
         for row in rows:
             if row.get("val_loss"):
-                axes.plot(*zip(*row["val_loss"], strict=True), label=label, **_style(number), markersize=3)
+                axes.plot(*zip(*row["val_loss"], strict=True), label=label, **plots.line_style(number), markersize=3)
                 label = None  # one line of the legend for all seeds
     _set_log(axes, "y")
     return name, _finish(axes, len(cells))
@@ -143,12 +128,9 @@ def _label(content: dict[str, Any]) -> str:
 
 
 def _axes(x: str, y: str) -> "Axes":
-    from matplotlib.figure import Figure  # unlike pyplot it has no global state and needs no display
-
-    axes = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").subplots()
+    axes = plots.new_axes()[0]
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     return axes
 
 
@@ -174,21 +156,12 @@ def _short(value: float) -> str:
     return next((f"{value / unit:g} {name}" for unit, name in ((1e6, "M"), (1e3, "k")) if value >= unit), f"{value:g}")
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _LINES[number % len(_LINES)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linewidth": 1.6,
-    }
-
-
 def _plot(axes: "Axes", points: Iterable[tuple[float, Value | None]], number: int, label: str, line: bool) -> None:
     """Plots the values that are known, with their errors."""
     known = [(x, value) for x, value in points if value is not None]
     if not known:
         return
-    style = _style(number) if line else _style(number) | {"linestyle": "none"}
+    style = plots.line_style(number) | ({} if line else {"linestyle": "none"})
     errors = [value.error or 0.0 for _, value in known]
     axes.errorbar([x for x, _ in known], [value.value for _, value in known], errors, label=label, capsize=3, **style)
 

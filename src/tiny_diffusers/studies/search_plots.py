@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import plots
 from .search_plan import VAL_LOSS, show
 
 
@@ -40,7 +41,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     ranks = {value: i + 1 for i, value in enumerate(sorted(finished, reverse=not results["lower_is_better"]))}
     colours, norm = colormaps["viridis"], Normalize(1, max(2, len(ranks)))
 
-    axes = _axes(1.6 + 1.9 * len(scales), 4.5)
+    axes = plots.new_axes(1.6 + 1.9 * len(scales))[0]
     for trial in sorted(trials, key=lambda trial: trial["trial"] == results["best"]):  # the best on top
         points = [*(trial["flags"].get(name) for name in results["ranges"]), values.get(trial["trial"])]
         offset = _SPREAD * ((trial["trial"] + 0.5) / len(results["trials"]) - 0.5)
@@ -75,7 +76,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
 
 def draw_history(results: dict[str, Any], output: Path) -> Path:
     """Draws the objective of each trial over its number, and the best so far."""
-    axes = _axes(7, 4)
+    axes = plots.new_axes(7, 4)[0]
     trials, objective = results["trials"], results["objective"]
     best_of = min if results["lower_is_better"] else max
     finished = [trial for trial in trials if trial["outcome"] == "finished"]
@@ -112,7 +113,7 @@ def draw_history(results: dict[str, Any], output: Path) -> Path:
 def draw_importances(results: dict[str, Any], output: Path) -> Path:
     """Draws the importance of each setting as a bar; says so if there are too few trials for any."""
     importances = dict(reversed(results["importances"].items()))
-    axes = _axes(7, 1.2 + 0.4 * max(1, len(importances)))
+    axes = plots.new_axes(7, 1.2 + 0.4 * max(1, len(importances)))[0]
     bars = axes.barh(list(importances), list(importances.values()), color=_DARK)
     axes.bar_label(bars, [f"{100 * value:.0f} %" for value in importances.values()], padding=3)
     axes.set(xlim=(0, 1.1), xlabel=f"share of the variance of {results['objective']} (finished trials)")
@@ -167,14 +168,6 @@ def _objective(results: dict[str, Any]) -> str:
     if results["objective"] == VAL_LOSS:
         return "val_loss\n(lowest of the run)"
     return f"{results['objective']}\n({'lower' if results['lower_is_better'] else 'higher'} is better)"
-
-
-def _axes(width: float, height: float) -> "Axes":
-    from matplotlib.figure import Figure  # which needs no display
-
-    axes = Figure(figsize=(width, height), dpi=120, layout="constrained").subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
 
 
 def _save(axes: "Axes", output: Path) -> Path:
