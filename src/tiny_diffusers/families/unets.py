@@ -103,7 +103,8 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
         return nothing | asked_options(arguments)
     network = _network_name(arguments)
     given = {name: value for name, value in network_options(arguments).items() if value is not None}
-    for name in given.keys() & _foreign_options(arguments, network):
+    foreign = _foreign_options(arguments, network)
+    for name in [name for name in given if name in foreign]:
         del given[name]
         if name in asked_options(arguments):  # --smoke has options of both
             other = "transformer" if network == "unet" else "unet"
