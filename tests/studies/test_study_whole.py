@@ -41,7 +41,8 @@ RECIPE = {
         "num_images": 24,
     },
 }
-DIVERGING = {"name": "diverging", "ddpm_beta_schedule": "linear", "learning_rate": 1e30, "optimizer": "sgd"}
+# after ten steps in a row whose loss is not finite a run stops
+DIVERGING = {"name": "diverging", "max_train_steps": 14, "learning_rate": 1e30, "optimizer": "sgd"}
 
 
 def start(folder, cells=RECIPE["cells"]):
