@@ -113,6 +113,7 @@ class TestMinutes:
 
     def test_a_run_that_becomes_slower_ends_soon_after_its_minutes_and_can_be_resumed(self, train, clock, capsys):
         clock.step = 5.0
+        silent = ("--checkpointing_steps", "1000", "--logging_steps", "1000", "--validation_split", "0")
         train_step = Trainer.train_step
 
         def slower(trainer):
@@ -121,16 +122,16 @@ class TestMinutes:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "train_step", slower)
-            folder = train("--checkpointing_steps", "1000", "--max_train_minutes", "1", steps=None)
+            folder = train(*silent, "--max_train_minutes", "1", steps=None)
         planned = config(folder)["max_train_steps"]
         assert 60 < clock.now <= 1.05 * 60 + 10 + 15
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "minutes are over" in line)
         assert f"of {planned}" in line and "--resume_from_checkpoint latest" in line
         assert (folder / WEIGHTS).is_file() and not (folder / f"checkpoint-{planned}").exists()
+        assert (folder / "README.md").is_file() and not (folder / "loss_curves.png").exists()  # it has logged no loss
 
-        resume = ("--checkpointing_steps", "1000", "--resume_from_checkpoint", "latest")
-        train(*resume, "--max_train_minutes", "1", steps=None)
-        whole = train("--checkpointing_steps", "1000", steps=planned, name="whole")
+        train(*silent, "--resume_from_checkpoint", "latest", "--max_train_minutes", "1", steps=None)
+        whole = train(*silent, steps=planned, name="whole")
         ours, theirs = load_file(folder / WEIGHTS), load_file(whole / WEIGHTS)
         assert all((ours[name] == theirs[name]).all() for name in theirs)
 

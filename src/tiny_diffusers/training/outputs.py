@@ -1,5 +1,6 @@
 """Outputs of a run beside its checkpoints: settings and facts, sample grids, the pipeline, the card."""
 
+import contextlib
 import copy
 import logging
 import platform
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
-from ..errors import say
+from ..errors import UserError, say
 from ..hardware import default_dtype
 from ..progress import bar_options
 from .arguments import TrainingArguments, command_line, saved_settings, split_paths
@@ -152,7 +153,8 @@ def save_results(trainer: "Trainer") -> None:
         grids = folder.list_grids()
         if grids:  # all from the same latents
             plots.animation([*grids, folder.samples], folder.animation)
-        plots.loss_curves(folder.log, folder.loss_curves)
+        with contextlib.suppress(UserError):  # a run that is cut short may have logged no loss yet
+            plots.loss_curves(folder.log, folder.loss_curves)
         hub.write_card(
             folder.path,
             model_name=settings.hub_model_id or folder.path.name,
