@@ -570,6 +570,14 @@ def test_help_needs_neither_torch_nor_diffusers():
         assert command in done.stdout
 
 
+def test_each_command_has_an_example_that_it_takes():
+    from tiny_diffusers.cli import COMMANDS, EXAMPLES
+
+    assert list(EXAMPLES) == list(COMMANDS)
+    for name, example in EXAMPLES.items():
+        COMMANDS[name].parser().parse_args(example.split())
+
+
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "tiny_diffusers.cli"], capture_output=True, text=True)
     assert done.returncode == 2 and "COMMAND" in done.stderr

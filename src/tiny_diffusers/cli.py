@@ -167,6 +167,24 @@ COMMANDS = {
     ),
 }
 
+EXAMPLES = {
+    "train": "unconditional --dataset_name path/to/images --resolution 32 --max_train_minutes 10",
+    "sample": "runs/ddpm-digits --num_images 64 --output samples.png",
+    "interpolate": "runs/ddpm-digits --seeds 0,1 --output walk.gif",
+    "edit": "runs/ddpm-digits --image digit.png --strength 0.6 --output variations.png",
+    "evaluate": "runs/ddpm-digits --num_images 1000",
+    "compare": "runs/a runs/b --settings",
+    "study": "unconditional_digits_betas --seeds 0,1",
+    "search": "unconditional_mine.yaml --trials 50",
+    "plot": "losses runs/a runs/b --output losses.png",
+    "describe": "runs/ddpm-digits --output network.png",
+    "ema": "runs/ddpm-digits --sigma_rel 0.05 0.1",
+    "benchmark": "--rows training sampling",
+    "export": "runs/ddpm-digits digits --dtype float16",
+    "push": "runs/ddpm-digits me/my-digits --dry_run",
+    "doctor": "",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """
@@ -199,12 +217,15 @@ def _run(argv: list[str]) -> int | None:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, add_help=False)
-    command = COMMANDS[parser.parse_args(argv[:1]).command]
+    name = parser.parse_args(argv[:1]).command
+    command = COMMANDS[name]
 
     from .flags import expand_user
 
     parser = command.parser()
     parser.description = parser.description or command.help
+    example = f"Example: tiny-diffusers {name} {EXAMPLES[name]}"
+    parser.epilog = example if parser.epilog is None else f"{parser.epilog}\n\n{example}"
     args = expand_user(parser.parse_args(argv[1:]))
     args.argv, args.command_line = argv[1:], shlex.join(["tiny-diffusers", *argv])
     return command.run(args)
