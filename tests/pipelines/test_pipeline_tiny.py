@@ -62,15 +62,14 @@ def test_the_stock_pipeline_gives_the_same_images(make_unet, quiet):
 
 
 def test_clipping_leaves_no_veil_that_grows_with_the_steps(quiet):
-    """On a trained model, as random ones are nowhere sure of black; eps of the unclipped x_0 leaves 3, 4, 6 of 255."""
-    pipe = quiet(TinyPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / "mnist-32"))
-    border = torch.ones(32, 32, dtype=torch.bool)
-    border[2:-2, 2:-2] = False
+    """On a trained model, as random ones are nowhere sure of black; eps of the unclipped x_0 leaves 1.6, 2.1, 3.6 of 255."""
+    pipe = quiet(TinyPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / "digits-8"))
     greys = []
     for steps in (10, 50):
         call = {"num_inference_steps": steps, "eta": 0.0, "clip_sample": True, "output_type": "pt"}
-        greys.append(255 * pipe(3, image_generators(0, 3), **call).images[:, 0, border].mean())
-    assert greys[1] < greys[0] < 4
+        images = pipe(16, image_generators(0, 16), **call).images
+        greys.append(255 * images[:, 0, :, 0].mean())  # the first column, which is black in real digits
+    assert greys[1] < greys[0] < 2
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
