@@ -362,6 +362,13 @@ class TestDenoising:
         np.testing.assert_allclose(np.asarray(given).astype(int), states[0], atol=40)  # at t = 1 little is added
         assert len(drawn[1].images) > len(drawn[0].images)  # steps are as many as t is far
 
+    def test_few_timesteps_have_fewer_rows(self, tiny_unet, drawn, tmp_path):
+        TinyPipeline(tiny_unet(), TinyDDIMScheduler(num_train_timesteps=3)).save_pretrained(tmp_path / "few")
+        assert run("plot", "denoising", tmp_path / "few") == 0
+        assert [strip.label for strip in drawn] == ["3 steps"]
+        assert run("plot", "denoising", tmp_path / "few", "--dataset_name", "digits") == 0
+        assert [strip.label for strip in drawn] == ["from t = 1", "from t = 2"]
+
     def test_mistakes_are_one_line(self, checkpoints, capsys):
         def line(name, *arguments):
             return error_line(capsys, "plot", "denoising", checkpoints / name, *arguments)
@@ -393,6 +400,8 @@ class TestSamples:
 
         sizes = line(checkpoints / "vae", checkpoints / "small")
         assert "draws 8x8 pixels and" in sizes and "4x4: give checkpoints of one size" in sizes
+        few = line(checkpoints / "conditional", "--class_labels", "cat,dog,frog")
+        assert "--num_images 2 is less than the 3 --class_labels" in few
         assert "--temperature means nothing to any" in line(checkpoints / "vae", "--temperature", 0.5)
 
     def test_two_of_one_name_are_named_in_full(self):
@@ -406,6 +415,14 @@ class TestEpochs:
         captions = [caption for strip in drawn for caption in strip.captions]
         assert [caption.partition(",")[0] for caption in captions] == ["step 2", "step 4"]
         assert captions[-1].endswith(f"epoch {4 * 8 / 58:.3g}")
+
+    def test_the_last_grid_is_left_out_if_it_is_of_another_size(self, drawn, tmp_path):
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "train_log.jsonl").write_text('{"step": 3, "loss": 1.0, "epoch": 1.0}')
+        for name, width in (("samples/step-0000001", 8), ("samples/step-0000002", 8), ("samples", 16)):
+            Image.new("L", (width, 8)).save(f"{name}.png")
+        assert run("plot", "epochs", tmp_path) == 0
+        assert [strip.captions for strip in drawn] == [["step 1", "step 2"]]
 
     def test_mistakes_are_one_line(self, trained, checkpoints, tmp_path, capsys):
         assert "has no sample grids" in error_line(capsys, "plot", "epochs", checkpoints / "vae")
