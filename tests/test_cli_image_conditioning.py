@@ -1,5 +1,7 @@
 """The commands on a checkpoint that takes an image as a condition."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -177,9 +179,14 @@ def test_evaluate_names_what_the_reference_lacks(make_pipe):
 
 def test_evaluate_finds_the_column_of_the_run(tmp_path):
     images = load_images("digits").images[:64, 0].numpy()
-    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=255 - images)
+    colours = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    splits = {"image_test": images, "edges_test": 255 - images}  # of the same names, and all grey
+    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=colours, **splits)
     folder = tmp_path / "run"
     data = ("--train_data_dir", str(tmp_path / "pairs.npz"), "--conditioning_column", "edges_train")
     train_conditional.main([*TINY_DIFFUSION, *data, "--max_train_steps", "1", "--output_dir", str(folder)])
     measured = ("--features", "pixels", "--num_images", "20", "--num_jackknife", "0", "--baselines", "none")
     assert run("evaluate", folder, *measured, **FAST) == 0
+    (report,) = (folder / "reports").rglob("report.json")
+    report = json.loads(report.read_text())
+    assert report["source"]["conditioning"] == "image:3" and report["measured_by"]["reference"]["split"] == "test"
