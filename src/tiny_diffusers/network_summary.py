@@ -82,13 +82,13 @@ def stages(network: nn.Module) -> list[Stage]:
     channels_last = isinstance(network, TinyPixelCNNModel)
     embeddings, flow = [], []  # of the flow: (side, kind, rows, widths)
     for row in summarize(network):
-        # a transformer embeds its patches as well, and its last layer takes the embedding of the time by a layer of its own
+        # in a transformer, patches are embedded as well, and modulation_out is of the time alone
         is_embedding = "embed" in row.name and row.name not in ("patch_embed", "pos_embed")
         if is_embedding or row.name == "modulation_out" or row.type == "Timesteps":
             if row.parameters:
                 embeddings.append(Stage(row.name, [_shape(row.shape)], 0, "embedding"))
             continue
-        if row.shape is None or row.type == "Parameter":
+        if row.shape is None or row.type == "Parameter" or len(row.shape) not in (1, 2, 3):
             continue
         if len(row.shape) == 1 and (channels_last or not row.parameters):  # of the classes; of no weights
             continue

@@ -144,7 +144,7 @@ def epochs(args: argparse.Namespace) -> None:
     grids = {run.grid_step(grid): grid for grid in grids}
     if run.samples.is_file() and len(steps):  # those of the end, which are drawn with more steps
         last = list(grids.values())[-1]
-        if _thumbnail(run.samples).size == _thumbnail(last).size:  # and may be of more images
+        if _thumbnail(run.samples).size == _thumbnail(last).size:  # they may be more images
             grids.setdefault(int(steps[-1]), run.samples)
     chosen = np.unique(np.linspace(len(grids) - 1, 0, min(args.num_grids, len(grids))).round().astype(int))
     captions, pictures = [], []

@@ -213,6 +213,7 @@ def check_unconditioned(pipe: "DiffusionPipeline", checkpoint: str, remedy: str)
 
 
 def check_enough_images(num_images: int, labels: list[str]) -> None:
+    """Refuses fewer images than classes, of which some would be left out."""
     if len(labels) > num_images:
         raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
 
