@@ -687,13 +687,26 @@ class TinyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "TinyPipeline":
-        """Creates a pipeline from another's components, as [`DiffusionPipeline.from_pipe`], with any network class."""
+        """
+        Creates a pipeline from another's components, as [`DiffusionPipeline.from_pipe`], with any network class. It refuses
+        a network that takes an image as a condition, unless this class takes it as well.
+        """
+        if "unet" not in kwargs and "conditioning" not in inspect.signature(cls.__init__).parameters:
+            cls._refuse_conditioning(pipeline.config.get("conditioning"))
         names, _ = cls._get_signature_keys(cls)
         components = {name: pipeline.components[name] for name in names if name in pipeline.components}
         new = super().from_pipe(pipeline, **(components | kwargs))
         if "unet" not in kwargs:  # the network was trained for the same, whatever the scheduler
             new._objective = getattr(pipeline, "_objective", new._objective)
         return new
+
+    @classmethod
+    def _refuse_conditioning(cls, conditioning: str | None):
+        if conditioning is not None:
+            raise ValueError(
+                f"The network takes an image as a condition ({conditioning}), which {cls.__name__} can't give: sample "
+                "with `TinyConditionalPipeline`."
+            )
 
     @classmethod
     def load_config(
@@ -732,9 +745,12 @@ class TinyPipeline(DiffusionPipeline):
         Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
         `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
         without this package. This package's own keys stay in both configs, and `from_pretrained` restores its classes.
+        With an image as a condition, which no stock pipeline gives, it names this package's classes.
         """
         super().save_config(save_directory, **kwargs)
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
+            return
+        if self.config.get("conditioning") is not None:
             return
 
         stock = next(c for c in type(self.scheduler).__mro__ if c.__module__.partition(".")[0] == "diffusers")

@@ -40,11 +40,7 @@ class ClassConditioningMixin:
 
     def _register_conditioning(self, conditioning: str | None):
         """Refuses a network that takes an image as a condition; a pipeline with an argument for it overrides this."""
-        if conditioning is not None:
-            raise ValueError(
-                f"The network takes an image as a condition ({conditioning}), which {type(self).__name__} can't give: "
-                "sample with `TinyConditionalPipeline`."
-            )
+        self._refuse_conditioning(conditioning)
 
     def _register_classes(self, id2label: dict | None, null_class_id: int | None, class_dropout_prob: float | None):
         """Checks the arguments against the network and saves them in the pipeline's config."""

@@ -1,5 +1,7 @@
 """The commands on a checkpoint that takes an image as a condition."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from tiny import TINY_DIFFUSION
 from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli
+from tiny_diffusers.commands import sampling
 from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, evaluate
@@ -51,9 +54,9 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def run(command, checkpoint, *arguments, **options):
+def run(*arguments, **options):
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    return cli.main([str(word) for word in (command, checkpoint, *arguments, *flags)])
+    return cli.main([str(word) for word in (*arguments, *flags)])
 
 
 def error_line(capsys, *arguments, **options):
@@ -80,6 +83,27 @@ def test_a_picture_has_a_row_for_each_given_one(checkpoint, pictures):
         assert picture.width / picture.height == pytest.approx(5 / 2, abs=0.3)
 
 
+@pytest.mark.parametrize(
+    ("num_images", "expected"),
+    [(None, ["1", "1", "2", "2"] * 2), (4, ["1", "2"] * 2), (8, ["1", "1", "2", "2"] * 2)],
+)
+def test_classes_have_equal_shares_of_each_picture(make_pipe, pictures, tmp_path, monkeypatch, num_images, expected):
+    make_pipe(classes=3).save_pretrained(tmp_path / "classes")
+    drawn = {}
+
+    def record(pipe, num_images, seed, batch_size, labels, pictures, **options):
+        drawn.update(labels=labels, pictures=[picture.tobytes() for picture in pictures])
+        return [Image.new("L", (8, 8))] * num_images, []
+
+    monkeypatch.setattr(sampling, "draw_images", record)
+    given = {} if num_images is None else {"num_images": num_images}
+    options = {**FAST, "image": pictures / "small", "output": f"{tmp_path}/out/", "class_labels": "1,2", **given}
+    assert run("sample", tmp_path / "classes", **options) == 0
+    assert drawn["labels"] == expected
+    first, second = (Image.open(pictures / "small" / f"{i}.png").tobytes() for i in range(2))
+    assert drawn["pictures"] == [first] * (len(expected) // 2) + [second] * (len(expected) // 2)
+
+
 def test_a_class_is_for_all_pictures(make_pipe, pictures, tmp_path, capsys):
     make_pipe(classes=3).save_pretrained(tmp_path / "classes")
     options = {**FAST, "image": pictures / "small", "output": f"{tmp_path}/out/"}
@@ -87,13 +111,29 @@ def test_a_class_is_for_all_pictures(make_pipe, pictures, tmp_path, capsys):
     assert "needs `class_labels`" in error_line(capsys, "sample", tmp_path / "classes", **options)
 
 
-def test_each_mistake_is_one_line(checkpoint, tiny_unet, pictures, capsys):
+def test_without_its_condition_it_samples_by_guidance_of_0(checkpoint, tmp_path):
+    for command in (("sample",), ("plot", "samples"), ("plot", "denoising")):
+        output = tmp_path / f"{command[-1]}.png"
+        assert run(*command, checkpoint, **FAST, guidance_scale=0, output=output) == 0
+        assert output.is_file()
+
+
+def test_each_mistake_is_one_line(checkpoint, make_pipe, tiny_unet, pictures, capsys):
     plain = pictures / "plain"
     TinyPipeline(tiny_unet(), TinyDDIMScheduler()).save_pretrained(plain)
     small, whole = pictures / "small", pictures / "whole"
-    assert "needs `image`" in error_line(capsys, "sample", checkpoint, **FAST)
+    given = "needs an image as a condition: give --image, or --guidance_scale 0"
+    assert given in error_line(capsys, "sample", checkpoint, **FAST)
+    for kind in ("samples", "denoising"):
+        line = error_line(capsys, "plot", kind, checkpoint, **FAST)
+        assert "needs an image as a condition: use `tiny-diffusers sample --image`, or give --guidance_scale 0" in line
+    assert "use `tiny-diffusers sample --image`" in error_line(capsys, "plot", "guidance", checkpoint, **FAST)
     assert "(`--degrade`)" in error_line(capsys, "sample", checkpoint, **FAST, image=whole)
     assert "no multiple of the 2 pictures" in error_line(capsys, "sample", checkpoint, image=small, num_images=3)
+    make_pipe(classes=3).save_pretrained(pictures / "classes")
+    shares = {"image": small, "class_labels": "0,1,2", "num_images": 8}
+    line = error_line(capsys, "sample", pictures / "classes", **shares)
+    assert "each of the 2 pictures of --image has 4 images, which is no multiple of the 3 --class_labels" in line
     assert "--degrade is for the picture of --image" in error_line(capsys, "sample", checkpoint, "--degrade")
     assert "takes no image as a condition" in error_line(capsys, "sample", plain, image=small)
     assert "TinyInterpolationPipeline can't give" in error_line(capsys, "interpolate", checkpoint)
@@ -139,9 +179,14 @@ def test_evaluate_names_what_the_reference_lacks(make_pipe):
 
 def test_evaluate_finds_the_column_of_the_run(tmp_path):
     images = load_images("digits").images[:64, 0].numpy()
-    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=255 - images)
+    colours = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    splits = {"image_test": images, "edges_test": 255 - images}  # of the same names, and all grey
+    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=colours, **splits)
     folder = tmp_path / "run"
     data = ("--train_data_dir", str(tmp_path / "pairs.npz"), "--conditioning_column", "edges_train")
     train_conditional.main([*TINY_DIFFUSION, *data, "--max_train_steps", "1", "--output_dir", str(folder)])
     measured = ("--features", "pixels", "--num_images", "20", "--num_jackknife", "0", "--baselines", "none")
     assert run("evaluate", folder, *measured, **FAST) == 0
+    (report,) = (folder / "reports").rglob("report.json")
+    report = json.loads(report.read_text())
+    assert report["source"]["conditioning"] == "image:3" and report["measured_by"]["reference"]["split"] == "test"

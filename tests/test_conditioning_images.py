@@ -108,6 +108,31 @@ def test_an_array_of_an_npz(load, tmp_path):
             load(tmp_path / "data.npz", conditioning_column=column)
 
 
+@pytest.mark.parametrize("column", ["edges_train", "test_edges", "edges"])
+def test_an_array_of_an_npz_is_found_by_its_name_in_another_split(load, tmp_path, column):
+    images = np.arange(COUNT, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    arrays = {"x_train": images + 1, "edges_train": images + 2, "x_test": images + 3, "edges_test": images + 4}
+    np.savez(tmp_path / "data.npz", **arrays)
+    for split, value in (("train", 1), ("test", 3)):
+        data = load(tmp_path / "data.npz", split=split, image_column="x_train", conditioning_column=column)
+        assert data.images[0, 0, 0, 0] == value and data.conditioning_images[0, 0, 0, 0] == value + 1
+
+
+def test_their_channels_can_be_given(load, tmp_path):
+    put_folder(tmp_path / "data")
+    options = {"conditioning_column": "conditioning_image"}
+    grey = load(tmp_path / "data", conditioning_channels=1, **options)
+    assert grey.conditioning_images.shape == (COUNT, 1, 8, 8)
+    assert grey.conditioning_images[0, 0, 0, 0] == image((0, 0, 10), "RGB").convert("L").getpixel((0, 0))
+    assert "4 of 4 conditioning images were in colour, converted to grey" in grey.notes
+    put_folder(tmp_path / "grey", pair=image)
+    colour = load(tmp_path / "grey", conditioning_channels=3, **options)
+    assert colour.images.shape == (COUNT, 1, 8, 8) and colour.conditioning_images.shape == (COUNT, 3, 8, 8)
+    assert (colour.conditioning_images[:, :, 0, 0] == torch.arange(COUNT)[:, None]).all()
+    with pytest.raises(UserError, match="conditioning_channels must be 1 .grey., 3"):
+        load(tmp_path / "data", conditioning_channels=2, **options)
+
+
 def test_the_cache_keeps_them_apart_from_the_images_alone(load, tmp_path):
     put_folder(tmp_path / "data")
     first, again = (load(tmp_path / "data", conditioning_column="conditioning_image") for _ in range(2))
@@ -154,7 +179,14 @@ def test_a_column_of_other_things_and_missing_pairs_are_one_line(load, tmp_path)
         load(tmp_path / "data", conditioning_column="size")
     table.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "data" / "edges" / "0.png").unlink()
-    with pytest.raises(UserError, match="1 of 4 conditioning images of 'data' are broken.*: row 0"):
+    with pytest.raises(UserError, match=r"1 of 4 conditioning images .*: edges/0.png \(no such file\)"):
+        load(tmp_path / "data", conditioning_column="conditioning_image")
+    del rows[0]["conditioning_image_file_name"]
+    rows[1]["conditioning_image_file_name"] = ""
+    (tmp_path / "data" / "edges" / "1.png").unlink()
+    table.write_text("\n".join(map(json.dumps, rows)))
+    missing = ", ".join(rf"images/{i}.png \(has no conditioning image\)" for i in range(2))
+    with pytest.raises(UserError, match=f"2 of 4 conditioning images of 'data' are .*: {missing}"):
         load(tmp_path / "data", conditioning_column="conditioning_image")
     with pytest.raises(UserError, match="Unknown conditioning_column of 'digits'"):
         load("digits", conditioning_column="conditioning_image")

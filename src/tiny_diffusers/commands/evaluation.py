@@ -117,6 +117,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # 1. The images to measure, and the real ones
     state = processes()  # before anything is put on a device: each process has its own
+    conditioning = None
     if args.images is not None:
         images_or_pipe = read_folder(args.images)
         channels, _, side = images_or_pipe.images.shape[1:]
@@ -124,11 +125,13 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         images_or_pipe = load_pipeline(args)
         channels, _, side = images_or_pipe._image_shape
+        conditioning = getattr(images_or_pipe, "_conditioning", None)
         protocol = dataclasses.replace(
             protocol, sampling=call_options(images_or_pipe.__call__, images_or_pipe, args, *SAMPLING)
         )
         path, source = args.checkpoint, describe_pipeline(images_or_pipe, protocol, args.checkpoint)
-    reference, training, images = references.load_real_images(images, channels, side, state)
+    conditioning_channels = None if conditioning is None else conditioning.shape[0]
+    reference, training, images = references.load_real_images(images, channels, side, state, conditioning_channels)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."

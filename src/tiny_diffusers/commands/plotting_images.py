@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
-from .sampling import default_classes
+from .sampling import check_unconditioned, default_classes
 from .shared import (
     PICTURE_SUFFIXES,
     add_checkpoint_argument,
@@ -260,12 +260,17 @@ def denoising(args: argparse.Namespace) -> None:
     starts_from_image = args.image is not None or args.dataset_name is not None
     if args.from_timesteps is not None and not starts_from_image:
         raise UserError("--from_timesteps is for real images: give --image or --dataset_name.")
-    steps = args.num_inference_steps or ([50] if starts_from_image else [5, 10, 50])
-    if starts_from_image and len(steps) > 1:
+    steps = args.num_inference_steps
+    if starts_from_image and len(steps or []) > 1:
         raise UserError("--num_inference_steps: give one number with --image or --dataset_name, not several.")
     args.num_inference_steps = None  # is not one option of the pipeline's call
     pipe = load_pipeline(args)
     check_diffusion(pipe, args.checkpoint, "denoise")
+    if args.guidance_scale != 0:
+        remedy = "use `tiny-diffusers sample --image`, or give --guidance_scale 0"
+        check_unconditioned(pipe, args.checkpoint, remedy)
+    total = pipe.scheduler.config.num_train_timesteps
+    steps = steps or sorted({min(n, total) for n in ([50] if starts_from_image else [5, 10, 50])})
     pipe.set_progress_bar_config(desc="denoising", leave=False, **bar_options())
     options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels")
     classes = default_classes(pipe, args.guidance_scale)
@@ -326,7 +331,7 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
         raise UserError(
             f"--num_inference_steps {num_steps}: there are {total:,} timesteps, so it must be at most that."
         )
-    starts = args.from_timesteps or sorted({total // 4, total // 2, 3 * total // 4, total - 1})
+    starts = args.from_timesteps or sorted({max(1, t) for t in (total // 4, total // 2, 3 * total // 4, total - 1)})
     _check_timesteps("--from_timesteps", starts, total)
     if 0 in starts:
         raise UserError("--from_timesteps 0: there is hardly any noise to remove: it must be at least 1.")

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say
-from .sampling import default_classes, draw_images, interpolation_of, spread
+from .sampling import (
+    check_enough_images,
+    check_unconditioned,
+    default_classes,
+    draw_images,
+    interpolation_of,
+    spread,
+)
 from .shared import (
     add_checkpoint_argument,
     add_guidance_interval,
@@ -74,9 +81,14 @@ def samples(args: argparse.Namespace) -> None:
     from ..plots import Strip, captioned_strips
 
     prepare_picture(args.output)
+    check_enough_images(args.num_images, args.class_labels or [])
     options = ("num_inference_steps", "eta", "clip_sample", "guidance_scale", "temperature", "class_labels")
     each = [argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}) for checkpoint in args.checkpoints]
     pipes = [load_pipeline(own) for own in each]
+    if args.guidance_scale != 0:
+        for checkpoint, pipe in zip(args.checkpoints, pipes, strict=True):
+            remedy = "use `tiny-diffusers sample --image`, or give --guidance_scale 0"
+            check_unconditioned(pipe, checkpoint, remedy)
     known = [[name for name in options if name in inspect.signature(pipe.__call__).parameters] for pipe in pipes]
     for name in options:
         if getattr(args, name) is not None and not any(name in names for names in known):
@@ -131,7 +143,9 @@ def epochs(args: argparse.Namespace) -> None:
     steps, values = series.get("epoch", (np.array([]), np.array([])))
     grids = {run.grid_step(grid): grid for grid in grids}
     if run.samples.is_file() and len(steps):  # those of the end, which are drawn with more steps
-        grids.setdefault(int(steps[-1]), run.samples)
+        last = list(grids.values())[-1]
+        if _thumbnail(run.samples).size == _thumbnail(last).size:  # they may be more images
+            grids.setdefault(int(steps[-1]), run.samples)
     chosen = np.unique(np.linspace(len(grids) - 1, 0, min(args.num_grids, len(grids))).round().astype(int))
     captions, pictures = [], []
     for step, grid in (list(grids.items())[i] for i in chosen):
@@ -271,6 +285,7 @@ def guidance(args: argparse.Namespace) -> None:
         raise UserError("--num_walks must be at least 0 and --num_frames at least 2.")
     pipe = load_pipeline(args)
     check_diffusion(pipe, args.checkpoint, "be guided")
+    check_unconditioned(pipe, args.checkpoint, "use `tiny-diffusers sample --image` with a --guidance_scale")
     classes = args.class_labels or default_classes(pipe, None)
     if not classes or "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"'{args.checkpoint}' has no classes to guide to: give a class-conditional checkpoint.")

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def sample_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="the conditioning image of a network that takes one, or a folder of them: each gets an equal share of the "
-        f"images, {PER_PICTURE} if --num_images is not given",
+        f"images, {PER_PICTURE} (with classes as many of each, {PER_PICTURE} or more) if --num_images is not given",
     )
     parser.add_argument(
         "--degrade", action="store_true", help="--image is whole: make the conditioning image from it, as in training"
@@ -100,11 +101,21 @@ def sample(args: argparse.Namespace) -> None:
         pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
     )
     num_images, labels = args.num_images, options.pop("class_labels", None)
+    if args.image is None and args.guidance_scale != 0:
+        check_unconditioned(pipe, args.checkpoint, "give --image, or --guidance_scale 0 for samples without it")
     pictures = None if args.image is None else _conditioning_images(pipe, args)
     if pictures is not None:
-        num_images = num_images or PER_PICTURE * len(pictures)
+        num_classes = len(labels or [None])
+        num_images = num_images or len(pictures) * num_classes * math.ceil(PER_PICTURE / num_classes)
         if num_images % len(pictures):
             raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
+        each = num_images // len(pictures)
+        if each % num_classes:
+            raise UserError(
+                f"--num_images {num_images}: each of the {len(pictures)} pictures of --image has {each} images, which is "
+                f"no multiple of the {num_classes} --class_labels."
+            )
+        labels = labels and spread(labels, each) * len(pictures)
     elif labels is None:
         labels = default_classes(pipe, args.guidance_scale)[:num_images] or None
         if labels is not None and num_images is None:
@@ -112,8 +123,7 @@ def sample(args: argparse.Namespace) -> None:
     num_images = num_images or NUM_IMAGES
     check_numbered(output, num_images)
     if labels is not None:
-        if len(labels) > num_images:
-            raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
+        check_enough_images(num_images, labels)
         labels = spread(labels, num_images)
 
     say(f"drawing {num_images} images, {output} ...", sys.stderr)
@@ -194,6 +204,18 @@ def draw_images(
         for state, intermediate in zip(states, intermediates, strict=True):
             state += intermediate.sample
     return images, states
+
+
+def check_unconditioned(pipe: "DiffusionPipeline", checkpoint: str, remedy: str) -> None:
+    """Refuses a network that takes an image as a condition, where none is given."""
+    if pipe.config.get("conditioning") is not None:
+        raise UserError(f"'{checkpoint}' needs an image as a condition: {remedy}.")
+
+
+def check_enough_images(num_images: int, labels: list[str]) -> None:
+    """Refuses fewer images than classes, of which some would be left out."""
+    if len(labels) > num_images:
+        raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
 
 
 def spread(values: list, num_images: int) -> list:

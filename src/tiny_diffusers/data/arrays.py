@@ -40,7 +40,7 @@ def read_arrays(
         file (`Path`): The file.
         name (`str`): The file as the user spelled it.
         split, image_column, label_column, conditioning_column (`str`): As in [`load_images`]. Columns are the names of
-            arrays.
+            arrays, and those of another split stand for this one's: `edges_train` for `edges_test`.
 
     Returns:
         [`Source`]: The images of the split, encoded as PGM or PPM.
@@ -58,10 +58,10 @@ def read_arrays(
         raise unknown_split(name, split, by_split)
     arrays = by_split[wanted]
     shapes = ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
-    given = {"image_column": image_column, "label_column": label_column, "conditioning_column": conditioning_column}
-    for kind, column in given.items():
-        if column is not None and column not in arrays:
-            raise unknown(f"{kind} of '{name}'", column, arrays)
+    image_column, label_column, conditioning_column = (
+        column and _find_column(arrays, column, f"{kind}_column of '{name}'")
+        for kind, column in (("image", image_column), ("label", label_column), ("conditioning", conditioning_column))
+    )
 
     image_columns = [
         each
@@ -119,6 +119,20 @@ def _reader(images: np.ndarray, name: str, column: str) -> Callable[[list[int]],
     """Returns what encodes the images of an array by their numbers."""
     largest = _find_largest_value(images, name, column)
     return lambda numbers: [{"bytes": _encode(images[row], largest), "path": None} for row in numbers]
+
+
+def _find_column(arrays: dict[str, np.ndarray], column: str, what: str) -> str:
+    """Returns the name of an array of the split: the given one, or what another split's array of that name is called."""
+    if column in arrays:
+        return column
+    found = next((each for each in arrays if _without_split(each) == _without_split(column)), None)
+    if found is None:
+        raise unknown(what, column, arrays)
+    return found
+
+
+def _without_split(name: str) -> str:
+    return re.sub("[a-z]+", lambda word: "" if word[0] in SPLITS else word[0], name.lower()).strip("_-. ")
 
 
 def _words(name: str) -> list[str]:

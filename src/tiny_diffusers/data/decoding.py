@@ -31,7 +31,12 @@ _READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
 
 
 def decode_source(
-    source: Source, resolution: int | None, center_crop: bool, channels: int | None, scratch: Path | None = None
+    source: Source,
+    resolution: int | None,
+    center_crop: bool,
+    channels: int | None,
+    conditioning_channels: int | None = None,
+    scratch: Path | None = None,
 ) -> ImageData:
     """
     Decodes the selected rows of a source in parallel, keeps their order and skips broken images.
@@ -39,7 +44,7 @@ def decode_source(
     Args:
         source ([`Source`]): The encoded images. Those with conditioning images are cropped at their centre, so that both
             show the same.
-        resolution, center_crop, channels: As in [`load_images`].
+        resolution, center_crop, channels, conditioning_channels: As in [`load_images`].
         scratch (`Path`, *optional*): Folder for images that do not fit in memory. Defaults to the system's temporary
             folder.
 
@@ -57,7 +62,8 @@ def decode_source(
     if is_paired:
         pairs = replace(source, read=source.read_conditioning, rows=source.rows[kept])
         what = "conditioning images"
-        conditioning_images, intact, notes_of_pairs = _decode_images(pairs, what, *options, None, scratch)
+        options = (*options, conditioning_channels)
+        conditioning_images, intact, notes_of_pairs = _decode_images(pairs, what, *options, scratch)
         if len(intact) < len(kept):
             images, kept = images[intact], [kept[index] for index in intact]
         if conditioning_images.shape[2:] != images.shape[2:]:

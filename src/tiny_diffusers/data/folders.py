@@ -336,7 +336,7 @@ def _read_tables(
         for row in content.values():
             for column in row.keys() & {conditioning_column, f"{conditioning_column}_file_name"}:
                 value = row.pop(column)
-                row[conditioning_column] = None if value is None else _join(place, str(value))
+                row[conditioning_column] = _join(place, str(value)) if value not in (None, "") else None
         records |= {_join(place, name): row for name, row in content.items()}
         read.append(table.name)
     return records, read
@@ -348,10 +348,11 @@ def _join(place: str, name: str) -> str:
 
 def _take_conditioning_images(
     images: list[_File], records: dict[str, dict], column: str, name: str
-) -> tuple[list[_File], dict[str, dict | None]]:
+) -> tuple[list[_File], dict[str, dict]]:
     """
     Takes the conditioning images out of the rows, and out of the images unless they have a row of their own. Returns the
-    other images, and the encoded conditioning image of each by its name, None if it has none.
+    other images, and the encoded conditioning image of each by its name. One that is missing has no bytes, and says so in
+    its path.
     """
     columns = dict.fromkeys(each for row in records.values() for each in row)
     if column not in columns:
@@ -366,8 +367,15 @@ def _take_conditioning_images(
             f"conditioning_column '{column}' of '{name}' holds no images: it must hold the names of files in the folder."
         )
     images = [image for image in images if image.name in records or image.name not in used]
-    found = {image.name: paths.get(named.get(image.name)) for image in images}
-    return images, {each: path and {"bytes": None, "path": path} for each, path in found.items()}
+
+    def encoded(image: _File) -> dict:
+        pair = named.get(image.name)
+        if pair in paths:
+            return {"bytes": None, "path": paths[pair]}
+        reason = f"{image.name} (has no conditioning image)" if pair is None else f"{pair} (no such file)"
+        return {"bytes": b"", "path": reason}
+
+    return images, {image.name: encoded(image) for image in images}
 
 
 def _read_columns(

@@ -30,6 +30,7 @@ def load_images(
     classes: str | Sequence[str | int] | None = None,
     max_samples: int | None = None,
     channels: int | None = None,
+    conditioning_channels: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     require_labels: bool = False,
 ) -> ImageData:
@@ -64,6 +65,7 @@ def load_images(
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
         max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
         channels (`int`, *optional*): 1 or 3. Defaults to 1 if all images are grey, else 3.
+        conditioning_channels (`int`, *optional*): The same for the conditioning images.
         cache_dir (`str` or `os.PathLike`, *optional*): Folder for the caches of `datasets` and of the decoded images.
             Defaults to their own: for the images `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers`.
         require_labels (`bool`, defaults to `False`): Raise an error if an image has no label.
@@ -78,13 +80,16 @@ def load_images(
     for name, value in (("resolution", resolution), ("max_samples", max_samples)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}.")
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels must be 1 (grey), 3 (RGB) or None (grey if all images are), not {channels}.")
+    for name, value in (("channels", channels), ("conditioning_channels", conditioning_channels)):
+        if value not in (None, 1, 3):
+            raise UserError(f"{name} must be 1 (grey), 3 (RGB) or None (grey if all images are), not {value}.")
     if train_data_dir is not None and dataset_name != "digits":
         raise UserError(f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}': give only one.")
 
     # The cache key depends on the order of these options.
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
+    if conditioning_column is not None:
+        options["conditioning_channels"] = conditioning_channels
     has_labels = label_column != "none"
 
     def decode(source: Source, scratch: Path | None = None) -> ImageData:

@@ -36,7 +36,7 @@ from . import perceptual
 from .classifier import Classifier
 from .extraction import CACHE_FORMAT, FEATURE_BATCH, FeatureFiles, libraries
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
-from .measurement import FeatureSets, ImageSet, Measurement, OtherFigures, are_mostly_other, score_classes
+from .measurement import FeatureSets, Measurement, OtherFigures, are_mostly_other, score_classes
 from .metrics import Estimate
 from .report import Protocol, Report
 
@@ -99,6 +99,7 @@ def evaluate(
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")
+        training = _with_labels_of(reference, training)
     left_out = {
         "bits_per_dim": why_unavailable(pipe_or_images, reference, protocol),
         "classifier_score": protocol.leave_out("classifier_score", classifiers.why_impossible(reference)),
@@ -143,11 +144,12 @@ def evaluate(
         is_other = training is not None and are_mostly_other(shared, len(reference))
         with state.main_process_first():
             classifier = classifiers.load_classifier(
-                *classifiers.split_real_images(reference, _with_labels_of(reference, training) if is_other else None)
+                *classifiers.split_real_images(reference, training if is_other else None)
             )
-        others.append(_classify(classifier, data, base, sets, protocol, state))
+        others.append(_classify(classifier, data, sets, protocol, state))
     if "feature_distance" in measured_metrics:
         others.append(perceptual.measure_distances(files, generated, real))
+        notes = [*notes, *perceptual.find_gaps(generated, real)]
 
     # 4. Metrics and report
     report = None
@@ -359,14 +361,14 @@ def _conditions_of(
 
 
 def _classify(
-    classifier: Classifier, data: ImageData, base: ImageSet, sets: FeatureSets, protocol: Protocol, state: PartialState
+    classifier: Classifier, data: ImageData, sets: FeatureSets, protocol: Protocol, state: PartialState
 ) -> OtherFigures:
-    """Scores the images, and beside them held-out real images and the baselines that are made from `base`."""
+    """Scores the images, and beside them held-out real images and the baselines that are made from these."""
     files = FeatureFiles(classifier.extractor, tuple(data.images.shape[1:]), state)
     count = len(sets.generated)
     generated = files.of_images(data, "the images, by the classifier", limit=protocol.num_images)
-    baselines = {kind: files.of_baseline(kind, base, count) for kind in sets.baselines}
-    baselines["real"] = files.of_images(classifier.held_out, "held-out images, by the classifier", limit=count)
+    held_out = files.of_images(classifier.held_out, "held-out images, by the classifier", limit=count)
+    baselines = {kind: files.of_baseline(kind, held_out, count) for kind in sets.baselines} | {"real": held_out}
     return score_classes(classifier.extractor, generated, baselines, protocol.num_jackknife)
 
 

@@ -8,7 +8,7 @@ from .measurement import ImageSet, OtherFigures
 from .metrics import Estimate
 
 
-MAX_PAIRS = 1000  # that the mean is taken over
+MIN_PAIRS, MAX_PAIRS = 2, 1000  # that the mean is taken over; one has no standard error
 
 
 def why_impossible(extractor: Extractor) -> str | None:
@@ -24,13 +24,33 @@ def measure_distances(files: FeatureFiles, generated: ImageSet, real: ImageSet) 
         files ([`FeatureFiles`]): Computes and keeps the distances.
         generated, real ([`ImageSet`]): The images, and the reference.
     """
-    within_classes = generated.labels is not None and real.labels is not None
+    within_classes = have_classes(generated, real)
     found = []
     for images, name in ((generated, "the images"), (real, "the reference")):
         pairs = choose_pairs(images, within_classes)
-        few = len(pairs) < 2  # no standard error
+        few = len(pairs) < MIN_PAIRS
         found.append({} if few else {"feature_distance": _mean(files.of_pairs(images, pairs, name), within_classes)})
     return OtherFigures(found[0], {"real": found[1]})
+
+
+def find_gaps(generated: ImageSet, real: ImageSet) -> list[str]:
+    """Returns a warning for each set that has too few pairs for [`measure_distances`]."""
+    within_classes = have_classes(generated, real)
+    found = {
+        name: len(choose_pairs(images, within_classes))
+        for images, name in ((generated, "images"), (real, "reference images"))
+    }
+    return [
+        f"The perceptual distance of the {name} was not measured: it needs {MIN_PAIRS} pairs of images"
+        f"{' of one class' if within_classes else ''}, and there {'is' if count == 1 else 'are'} {count}."
+        for name, count in found.items()
+        if count < MIN_PAIRS
+    ]
+
+
+def have_classes(generated: ImageSet, real: ImageSet) -> bool:
+    """Returns whether both sets have classes: their pairs are then of one class."""
+    return generated.labels is not None and real.labels is not None
 
 
 def choose_pairs(images: ImageSet, within_classes: bool) -> np.ndarray:

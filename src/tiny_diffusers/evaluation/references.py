@@ -111,7 +111,7 @@ def is_same_dataset(given: str, runs: str | None) -> bool:
 
 
 def load_real_images(
-    images: RealImages, channels: int, side: int, state: "PartialState"
+    images: RealImages, channels: int, side: int, state: "PartialState", conditioning_channels: int | None = None
 ) -> "tuple[ImageData, ImageData | None, RealImages]":
     """
     Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache.
@@ -121,6 +121,7 @@ def load_real_images(
         channels (`int`): Channels of the model's images.
         side (`int`): Side of the model's images in pixels.
         state (`PartialState`): The processes.
+        conditioning_channels (`int`, *optional*): Channels of the images that the model takes as a condition.
 
     Returns:
         `tuple[ImageData, ImageData | None, RealImages]`: The reference, the training set, and `images` with the splits
@@ -129,10 +130,10 @@ def load_real_images(
     from ..data import UnknownSplitError, load_images
 
     with state.main_process_first():
-        reference, split = load_reference(images, channels, side)
+        reference, split = load_reference(images, channels, side, conditioning_channels)
         training = None
         if images.train_split != "none":
-            options = _load_options(images, channels, side)
+            options = _load_options(images, channels, side, conditioning_channels)
             try:
                 training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
             except UnknownSplitError as error:
@@ -144,7 +145,10 @@ def load_real_images(
 
 
 def load_reference(
-    images: RealImages, channels: int | None = None, side: int | None = None
+    images: RealImages,
+    channels: int | None = None,
+    side: int | None = None,
+    conditioning_channels: int | None = None,
 ) -> "tuple[ImageData, str]":
     """
     Loads the real images alone: the given split, or the first that there is of test, validation and the training's.
@@ -153,13 +157,14 @@ def load_reference(
         images ([`RealImages`]): The images.
         channels (`int`, *optional*): Their channels; by default those of the dataset.
         side (`int`, *optional*): Their side in pixels where `images` name none; by default that of the dataset.
+        conditioning_channels (`int`, *optional*): Channels of their conditioning images; by default those of the dataset.
 
     Returns:
         `tuple[ImageData, str]`: The images and the split.
     """
     from ..data import UnknownSplitError, load_images
 
-    options = _load_options(images, channels, side)
+    options = _load_options(images, channels, side, conditioning_channels)
     splits = [images.split] if images.split is not None else ["test", "validation", _train_split(images)]
     for split in splits[:-1]:
         with contextlib.suppress(UnknownSplitError):
@@ -171,11 +176,14 @@ def _train_split(images: RealImages) -> str:
     return images.train_split if images.train_split not in (None, "none") else "train"
 
 
-def _load_options(images: RealImages, channels: int | None, side: int | None) -> dict[str, Any]:
+def _load_options(
+    images: RealImages, channels: int | None, side: int | None, conditioning_channels: int | None
+) -> dict[str, Any]:
     options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
-    return options | {"resolution": images.resolution or side, "channels": channels}
+    options["resolution"] = images.resolution or side
+    return options | {"channels": channels, "conditioning_channels": conditioning_channels}
 
 
 def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:

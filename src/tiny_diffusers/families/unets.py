@@ -24,6 +24,7 @@ from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
+from ..training.settings import earlier_settings
 from .transformers import TransformerArguments, default_transformer, warn_of_costly_tokens
 
 
@@ -92,8 +93,8 @@ def default_network(resolution: int) -> dict[str, Any]:
 
 def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     """
-    Resolves which network it is, and the options that the arguments leave open. A preset and a loaded network have theirs:
-    there only what was asked for stays.
+    Resolves which network it is (of a resumed run its own, if the arguments don't say), and the options that the
+    arguments leave open. A preset and a loaded network have theirs: there only what was asked for stays.
 
     Raises:
         UserError: If an option of the other network is asked for.
@@ -101,7 +102,7 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     nothing = dict.fromkeys(network_options(arguments))
     if arguments.pretrained_model_name_or_path or arguments.model_config_name_or_path:
         return nothing | asked_options(arguments)
-    network = _network_name(arguments)
+    network = _network_name(arguments) or earlier_settings(arguments, data).get("network") or "unet"
     given = {name: value for name, value in network_options(arguments).items() if value is not None}
     foreign = _foreign_options(arguments, network)
     for name in [name for name in given if name in foreign]:
@@ -122,9 +123,11 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     return {"network": network} | nothing | defaults | given
 
 
-def _network_name(arguments: UNetArguments) -> str:
-    """Returns the network that is asked for: by its name, or by a preset of it."""
-    return arguments.network or ("transformer" if arguments.preset in transformer_tiny.PRESETS else "unet")
+def _network_name(arguments: UNetArguments) -> str | None:
+    """Returns the network that is asked for: by its name, or by a preset of it; None if nothing says it."""
+    if arguments.network or not arguments.preset:
+        return arguments.network
+    return "transformer" if arguments.preset in transformer_tiny.PRESETS else "unet"
 
 
 def _foreign_options(arguments: UNetArguments, network: str) -> set[str]:

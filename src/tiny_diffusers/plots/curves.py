@@ -148,8 +148,9 @@ def _find_mistake(panels: list[Panel]) -> str | None:
     curves = [curve for panel in panels for curve in panel.curves]
     texts = [text for panel in panels for text in (panel.title, panel.xlabel, panel.ylabel)]
     texts += [curve.label for curve in curves]
-    if not 1 <= len(panels) <= _MAX_PANELS or not 1 <= len(curves) <= _MAX_CURVES:
-        return f"it must have 1 to {_MAX_PANELS} panels with 1 to {_MAX_CURVES} curves"
+    has_curves = all(panel.curves for panel in panels) and len(curves) <= _MAX_CURVES
+    if not 1 <= len(panels) <= _MAX_PANELS or not has_curves:
+        return f"it must have 1 to {_MAX_PANELS} panels, each with curves, and at most {_MAX_CURVES} curves"
     if not all(isinstance(text, str) and len(text) <= _MAX_LABEL for text in texts):
         return f"its titles and labels must be text of at most {_MAX_LABEL} characters"
     if not all(isinstance(panel.is_logarithmic, bool) for panel in panels):
@@ -285,7 +286,8 @@ def loss_curves_of_run(log: str | Path, title: str = "") -> Curves:
 
 def loss_curves_of_runs(logs: Mapping[str, str | Path], which: str | None = None) -> Curves:
     """
-    Returns one loss of several runs over their steps, or both of each.
+    Returns the training loss of several runs over their steps (of each network, if there are several), their validation
+    loss, or both.
 
     All losses share one axis, but losses of different kinds (l2 and Huber, a diffusion model's and a VAE's) cannot be
     compared.
@@ -299,25 +301,33 @@ def loss_curves_of_runs(logs: Mapping[str, str | Path], which: str | None = None
         [`~tiny_diffusers.errors.UserError`]: If a log does not exist, or if a run lacks the loss.
     """
     runs = {name: read_log(log) for name, log in logs.items()}
-    lacking = {kind: [name for name in runs if key not in runs[name]] for kind, (key, _) in _LOSSES.items()}
+    first = next(iter(runs.values()), {})
+    common = [key for key in first if key.endswith("loss") and all(key in series for series in runs.values())]
+    keys_of = {
+        "train": [key for key in common if key != "val_loss"],
+        "validation": [key for key in common if key == "val_loss"],
+    }
     if which is None:
-        which = next((kind for kind in ("validation", "train") if not lacking[kind]), None)
+        which = next((kind for kind in ("validation", "train") if keys_of[kind]), None)
         if which is None:
             raise UserError(f"{', '.join(runs)} have no loss in common: there is nothing to plot.")
     kinds = list(_LOSSES) if which == "both" else [which]
     for kind in kinds:
-        if lacking[kind]:
-            raise UserError(
-                f"'{lacking[kind][0]}' has no {_LOSSES[kind][1]} in its log: leave it out, or choose another."
-            )
+        if not keys_of[kind]:
+            key, title = _LOSSES[kind]
+            lacking = next(name for name, series in runs.items() if key not in series)
+            raise UserError(f"'{lacking}' has no {title} in its log: leave it out, or choose another.")
+    keys = [key for kind in kinds for key in keys_of[kind]]
+    titles = {key: key.removesuffix("_loss") for key in keys} | dict(_LOSSES.values())
     curves = []
     for style, (name, series) in enumerate(runs.items()):
-        for kind in kinds:
-            key, title = _LOSSES[kind]
+        for key in keys:
             steps, values = series[key]
-            label = f"{name}, {title}" if len(kinds) > 1 else name
-            look = "line" if len(kinds) == 1 else "thin" if kind == "train" else "points"
-            shown = _smooth_if_long(values) if kind == "train" else values
+            label = f"{name}, {titles[key]}" if len(keys) > 1 else name
+            look = "points" if key == "val_loss" else "thin"
+            if len(kinds) == 1 and key == keys[0]:
+                look = "line"
+            shown = values if key == "val_loss" else _smooth_if_long(values)
             curves.append(_curve(label, steps, shown, style, look))
     title = "training and validation losses" if len(kinds) > 1 else _LOSSES[which][1]
     return _loss_panel(title, curves)
@@ -357,8 +367,9 @@ def schedule_curves(schedules: Mapping[str, Mapping[str, np.ndarray]]) -> Curves
             log_snr = np.log(signal) - np.log(noise)
         for panel, values in ((share, signal / (signal + noise)), (ratio, log_snr), (betas, schedule["betas"])):
             if values is not None:
-                kept = np.isfinite(values) & (
-                    values > 0 if panel.is_logarithmic else True
-                )  # flow's t = 0 has no noise
-                panel.curves.append(Curve(name, steps[kept].tolist(), values[kept].tolist(), style))
+                kept = np.isfinite(values)  # flow's t = 0 has no noise
+                if panel.is_logarithmic:
+                    kept &= values > 0
+                if kept.any():
+                    panel.curves.append(Curve(_short(name), steps[kept].tolist(), values[kept].tolist(), style))
     return Curves([panel for panel in (share, ratio, betas) if panel.curves])

@@ -13,7 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataPara
 from .. import hardware
 from ..data import ImageData, load_images
 from ..errors import UserError, exit_status, unknown
+from ..pipelines.pipeline_tiny import TinyPipeline
 from .arguments import TrainingArguments
+from .family import load_pretrained
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,10 @@ def _check_sharding(arguments: TrainingArguments) -> None:
 
 def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_labels: bool = False) -> ImageData:
     """Loads the training images; one local process decodes them, the others read its cache."""
+    conditioning_column, conditioning = getattr(arguments, "conditioning_column", None), None
     with accelerator.local_main_process_first():
+        if conditioning_column is not None and arguments.pretrained_model_name_or_path:
+            conditioning = getattr(load_pretrained(arguments, TinyPipeline), "_conditioning", None)
         return load_images(
             arguments.dataset_name,
             dataset_config_name=arguments.dataset_config_name,
@@ -106,7 +111,8 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
             split=arguments.split,
             image_column=arguments.image_column,
             label_column=arguments.label_column,
-            conditioning_column=getattr(arguments, "conditioning_column", None),
+            conditioning_column=conditioning_column,
+            conditioning_channels=None if conditioning is None else conditioning.shape[0],
             resolution=arguments.resolution,
             center_crop=arguments.center_crop,
             classes=arguments.classes,

@@ -37,18 +37,17 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
         data ([`ImageData`]): The images, of one size.
         options (`Any`): What the family resolves, such as the options of its network.
     """
-    name = Path(arguments.train_data_dir or data.name).name
     settings = _resolve(
         arguments,
         num_threads=torch.get_num_threads(),
         mixed_precision=accelerator.mixed_precision,
         resolution=data.images.shape[-1],
-        output_dir=arguments.output_dir or str(Path("runs", f"{arguments.FAMILY}-{name}")),
+        output_dir=_output_dir(arguments, data),
         **options,
     )
     if not settings.resume_from_checkpoint:
         return settings
-    earlier = read_settings(RunFolder(settings.output_dir).config, type(settings))
+    earlier = earlier_settings(arguments, data)
     open_options = [name for name in options if getattr(arguments, name) is None and earlier.get(name) is not None]
     values = {name: earlier[name] for name in open_options}
     if "network" in open_options:  # with its options: those of the other network stay None
@@ -60,6 +59,18 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
     if settings.ema_start_step is None:
         values["ema_start_step"] = earlier.get("ema_start_step")
     return _resolve(settings, **values)
+
+
+def earlier_settings(arguments: Arguments, data: ImageData) -> dict[str, Any]:
+    """Returns the settings of the run that the arguments resume, as its `config.yaml` has them; of a new run, none."""
+    if not arguments.resume_from_checkpoint:
+        return {}
+    return read_settings(RunFolder(_output_dir(arguments, data)).config, type(arguments))
+
+
+def _output_dir(arguments: Arguments, data: ImageData) -> str:
+    name = Path(arguments.train_data_dir or data.name).name
+    return arguments.output_dir or str(Path("runs", f"{arguments.FAMILY}-{name}"))
 
 
 def resolve_num_steps(
