@@ -243,7 +243,8 @@ class TestSample:
         assert option[0] in error_line(capsys, "sample", checkpoint, *option)
 
     def test_an_unknown_flag_suggests_the_nearest(self, checkpoint, capsys):
-        assert "Did you mean '--num_images'?" in error_line(capsys, "sample", checkpoint, "--num_imags", 3)
+        error = error_line(capsys, "sample", checkpoint, "--num_imags", 3)
+        assert "Did you mean '--num_images' or '--image'?" in error  # the nearest first
 
     def test_what_is_not_the_users_mistake_keeps_its_traceback(self, checkpoint, tmp_path, monkeypatch):
         def fail(self, *args, **kwargs):
