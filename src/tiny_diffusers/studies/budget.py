@@ -31,7 +31,7 @@ _TRIAL_IMAGES = 4  # on a CPU, whose time a step is proportional to the number o
 
 def fit_networks(
     study: Study, cells: Iterable[str], factor: int | None = None
-) -> tuple[int, dict[str, dict[str, Any]]]:
+) -> tuple[int | None, dict[str, dict[str, Any]]]:
     """
     Narrows the networks of cells so that each trains for `MIN_STEPS` in the budget. Says in one line what is changed.
 
@@ -44,7 +44,8 @@ def fit_networks(
             given.
 
     Returns:
-        `tuple[int, dict]`: The factor, 1 if no network is narrowed, and cell -> the options that change its network.
+        `tuple[int | None, dict]`: The factor, None if there is no network to narrow, and cell -> the options that change its
+        network.
 
     Raises:
         UserError: If two cells that differ would have the same network by the given factor.
@@ -52,12 +53,16 @@ def fit_networks(
     setup_torch()
     arguments = {cell: study.arguments_of(cell) for cell in cells}
     data = {cell: load_data(each, processes()) for cell, each in arguments.items()}
-    is_unet = study.script in ("unconditional", "conditional")
-    widths = {cell: widths_of(each, data[cell]) if is_unet else None for cell, each in arguments.items()}
-    narrowed = {cell: each for cell, each in arguments.items() if widths[cell] is not None}
+    is_diffusion = study.script in ("unconditional", "conditional")
+    narrowed = {cell: each for cell, each in arguments.items() if is_diffusion and widths_of(each, data[cell])}
+    others = [cell for cell in arguments if cell not in narrowed]
+    if others:
+        say(
+            f"--budget {study.arguments.budget:g}: the networks of {', '.join(others)} stay, and only their steps are fitted "
+            "to it, as only U-Nets that are built from options become narrower."
+        )
     if factor is None:
-        _say_what_stays(study, [cell for cell in arguments if cell not in narrowed])
-        factor = _choose_factor(study, narrowed, data) if narrowed else 1
+        factor = _choose_factor(study, narrowed, data) if narrowed else None
     elif not _stay_different(narrowed, data, factor):
         raise UserError(
             f"--cells {' '.join(study.cells)}: the study's networks are {factor} times narrower, and by that factor two of "
@@ -66,14 +71,6 @@ def fit_networks(
     return factor, {
         cell: narrow(each, data[cell], factor) if cell in narrowed else {} for cell, each in arguments.items()
     }
-
-
-def _say_what_stays(study: Study, cells: list[str]) -> None:
-    if cells:
-        say(
-            f"--budget {study.arguments.budget:g}: the networks of {', '.join(cells)} stay, and only their steps are fitted "
-            "to it, as only U-Nets that are built from options become narrower."
-        )
 
 
 def _choose_factor(study: Study, cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData]) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Run:
     def write(self, row: Mapping[str, Any]) -> None:
         self.result.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.result, json.dumps(row, allow_nan=False) + "\n")
+
+    def log_error(self) -> None:
+        """Appends the traceback of the exception that is being handled to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
 
     @property
     def is_done(self) -> bool:

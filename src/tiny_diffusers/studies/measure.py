@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import os
-import traceback
 from typing import Any
 
 import torch
@@ -86,8 +85,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
         except Exception as error:  # of a scheduler too, such as more steps than it has: the others go on
             if is_disk_full(error):
                 raise
-            with run.log.open("a", encoding="utf-8") as log:
-                traceback.print_exc(file=log)
+            run.log_error()
             entry["error"] = first_line(error)
         measured.append(entry)
     if not reports:

@@ -9,7 +9,6 @@ is kept but files: the same command goes on from there.
 import contextlib
 import json
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,7 @@ def _measure(run: Run, study: Study) -> dict[str, Any]:
     except Exception as error:  # a row that says so; of a full disk the same command goes on
         if is_disk_full(error):
             raise
-        with run.log.open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
+        run.log_error()
         raise _Failure(first_line(error)) from error
 
 
