@@ -41,7 +41,13 @@ RECIPE = {
         "num_images": 24,
     },
 }
-DIVERGING = {"name": "diverging", "ddpm_beta_schedule": "linear", "learning_rate": 1e30, "optimizer": "sgd"}
+DIVERGING = {
+    "name": "diverging",
+    "ddpm_beta_schedule": "linear",
+    "learning_rate": 1e30,
+    "optimizer": "sgd",
+    "max_train_steps": 20,  # a run stops after ten steps that are not finite
+}
 
 
 def start(folder, cells=RECIPE["cells"]):
