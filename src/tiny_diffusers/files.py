@@ -6,6 +6,7 @@ one rename: damage to it is recognized. Nothing that is read back can run code.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -149,6 +150,11 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Checks that the system had no space left for a file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def flush(path: Path) -> None:

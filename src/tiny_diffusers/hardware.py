@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -112,6 +113,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def release_memory() -> None:
+    """Returns the memory of an accelerator that this process no longer uses, for other processes."""
+    if torch.accelerator.is_available():
+        gc.collect()
+        torch.get_device_module().empty_cache()
 
 
 def compile_failure(device: torch.device) -> str | None:

@@ -20,12 +20,12 @@ from tiny_diffusers.cli import main
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.studies import search, search_plan
-from tiny_diffusers.studies.search_report import write_pictures
+from tiny_diffusers.studies.search_report import outcome_of, write_pictures
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.recipes import shipped_recipes
 
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 RECIPES = list(shipped_recipes().values())
 
@@ -162,6 +162,86 @@ def test_a_search_that_ends_in_the_middle_resumes_and_equals_an_uninterrupted_on
     assert started.runs[5][1] == started.runs[6][1] == started.runs[7][1]
 
 
+def test_a_kill_between_two_suggestions_changes_neither(started, recipe, tmp_path, monkeypatch):
+    argv = ["search", recipe(), "--trials", "2", "--output_dir"]
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    suggest = search_plan.Range.suggest
+
+    def fail(self, trial):
+        if trial.number == 1 and self.name == "optimizer":
+            raise RuntimeError
+        return suggest(self, trial)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(search_plan.Range, "suggest", fail)
+        main([*argv, str(tmp_path / "killed")])
+    assert main([*argv, str(tmp_path / "killed")]) == 0
+    assert trials_of(tmp_path / "killed") == trials_of(tmp_path / "whole")
+
+
+def ending(status):
+    """Starts a training that ends with a status at once."""
+
+    def start(script, flags, output_dir, log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            return subprocess.Popen(
+                [sys.executable, "-S", "-c", f"import sys; print('no data'); sys.exit({status})"], stdout=file
+            )
+
+    return start
+
+
+def test_if_the_first_trials_fail_the_search_ends_and_they_are_tried_again(
+    started, recipe, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "start_training", ending(2))
+        assert main(["search", recipe(), "--output_dir", str(folder), "--trials", "5"]) == 2
+    assert "the first 3 trials have failed" in capsys.readouterr().err
+    failed = trials_of(folder)
+    assert [trial["outcome"] for trial in failed] == 3 * ["failed"]
+    assert main(["search", recipe(), "--output_dir", str(folder), "--trials", "1"]) == 0
+    (trial,) = trials_of(folder)
+    assert trial["outcome"] == "finished" and trial["flags"] == failed[0]["flags"]
+
+
+def test_a_trial_that_is_stopped_from_outside_is_taken_up_again(started, recipe, tmp_path, monkeypatch, capsys):
+    argv = ["search", recipe(), "--trials", "1", "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "start_training", ending(128 + signal.SIGTERM))
+        assert main(argv) == 2
+    assert "trial 000 was stopped: the same command goes on" in capsys.readouterr().err
+    assert main(argv) == 0 and [trial["outcome"] for trial in trials_of(tmp_path / "out")] == ["finished"]
+
+
+def test_a_trial_whose_end_was_not_written_down_is_still_running():
+    entry = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"outcome": "finished"})
+    assert outcome_of(entry) == "running"
+
+
+def test_the_best_recipe_has_neither_smoke_nor_the_length_of_the_trials(recipe, tmp_path):
+    plan = search_plan.read_plan(Path(recipe()), {}, ["--smoke", "--num_epochs", "3", "--train_batch_size", "8"])
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(plan.best_recipe({"learning_rate": 0.01})))
+    arguments = parse_arguments(DiffusionArguments, ["--config", str(tmp_path / "best.yaml")])
+    assert (arguments.smoke, arguments.num_epochs, arguments.max_train_steps) == (False, 30, None)
+    assert (arguments.learning_rate, arguments.train_batch_size) == (0.01, 8)
+
+
+def test_an_infinite_choice_is_a_word_in_the_results(started, recipe, tmp_path):
+    content = RECIPE.replace("optimizer: [adamw, sgd]", "max_grad_norm: [.inf]")
+    assert main(["search", recipe(content), "--output_dir", str(tmp_path / "out"), "--trials", "1"]) == 0
+    assert trials_of(tmp_path / "out")[0]["flags"]["max_grad_norm"] == "inf"
+    assert started.runs[0][1]["max_grad_norm"] == float("inf")
+
+
+def test_trials_of_minutes_have_the_same_number_of_validation_images(recipe):
+    plan = search_plan.read_plan(Path(recipe()), {"max_train_minutes": 2.0}, [])
+    assert plan.train_flags({})["max_validation_samples"] == 128
+    assert "max_validation_samples" not in search_plan.read_plan(Path(recipe()), {}, []).train_flags({})
+
+
 def test_a_bad_trial_is_pruned_and_one_that_diverges_says_so(started, recipe, tmp_path):
     rates = "learning_rate: [0.095, 0.01, 1e-6]"
     content = RECIPE.replace("learning_rate: {low: 1e-4, high: 1e-1, log: true}", rates).replace(
@@ -227,6 +307,21 @@ def section(text):
         (section("ranges: {num_epochs: [1]}"), ["--validation_split", "0"], ["val_loss", "no images are held out"]),
         ("cells: [{name: a}, {name: b}]\n" + section("ranges: {num_epochs: [1]}"), [], ["--cell", "a, b"]),
         (section("cell: c\nranges: {num_epochs: [1]}"), [], ["cell", "'c'"]),
+        (section("ranges: {max_grad_norm: {low: 1, high: .inf}}"), [], ["'max_grad_norm'", "finite"]),
+        *(
+            (section(f"objective: {objective}\nprotocol: {{{protocol}}}\nranges: {{num_epochs: [1]}}"), [], words)
+            for objective, protocol, words in (
+                ("inception_score", "features: pixels", ["inception_score", "no classifier"]),
+                ("class_agreement", "features: pixels", ["class_agreement", "no classes"]),
+                ("frechet_distance", "num_images: 1", ["num_images"]),
+                ("recall", "features: pixels, metrics: kernel_distance", ["add precision_recall to its metrics"]),
+                ("recall", "features: inception, feature_weights: nowhere.pt", ["nowhere.pt"]),
+                ("recall", "scheduler: ddimm", ["ddimm", "ddim"]),
+                ("recall", "guidance_scale: 2", ["guidance_scale", "train_unconditional.py"]),
+                ("recall", "name: x", ["protocol", "'name'", "leave it out"]),
+                ("recall", "publish: true", ["protocol"]),
+            )
+        ),
     ],
 )
 def test_mistakes_are_one_line(content, argv, words, started, recipe, tmp_path, capsys):

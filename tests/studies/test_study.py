@@ -1,83 +1,18 @@
 """A study: what is asked, who works on what, what is told from the results, and what is left."""
 
-import base64
-import io
 import json
 import threading
 
 import filelock
 import pytest
-import yaml
-from PIL import Image
 
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.studies import budget, pictures
+from tiny_diffusers.studies import pictures
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.cells import plan_study
-from tiny_diffusers.studies.results import Sampler, Value, find_winner, value_of
+from tiny_diffusers.studies.results import Sampler, Value, find_winner, group, value_of
 from tiny_diffusers.training.arguments import load_cells
 from tiny_diffusers.training.recipes import find_recipe, shipped_recipes
-
-
-RECIPE = {
-    "dataset_name": "digits",
-    "max_train_steps": 4,
-    "cells": [
-        {"name": "linear", "ddpm_beta_schedule": "linear"},
-        {"name": "cosine", "ddpm_beta_schedule": "cosine"},
-    ],
-    "study": {"seeds": [0, 1], "num_inference_steps": [2, 4], "features": "pixels", "num_images": 20},
-}
-
-
-@pytest.fixture
-def plan(tmp_path):
-    """Plans a study of RECIPE with changes; a value of None removes a key."""
-
-    def build(given=None, train_flags=(), name="unconditional_x.yaml", **changes):
-        recipe = {key: value for key, value in (RECIPE | changes).items() if value is not None}
-        (tmp_path / name).write_text(yaml.safe_dump(recipe))
-        return plan_study(tmp_path / name, given or {}, list(train_flags), str(tmp_path / "study"))
-
-    return build
-
-
-@pytest.fixture
-def work(monkeypatch):
-    """Replaces training and measuring; returns the list of the runs that were trained and of those measured."""
-    done = {"trained": [], "measured": []}
-
-    def train(run, script):
-        done["trained"].append(run.name)
-
-    def measure(run, study):
-        done["measured"].append(run.name)
-        return measured(len(run.cell), run.seed)
-
-    monkeypatch.setattr(studies, "_train", train)
-    monkeypatch.setattr(studies, "_measure", measure)
-    monkeypatch.setattr(studies, "draw", lambda content, folder: {})  # which takes most of the time
-    return done
-
-
-def measured(value, seed):
-    """Returns what is measured of a run whose metric is `value`, and a tenth more for the next seed."""
-    figure = {"value": value + seed / 10, "error": 0.5, "error_kind": "standard error over images"}
-    figures, file = {"frechet_distance": figure, "recall": figure}, io.BytesIO()
-    Image.new("L", (9, 9)).save(file, format="PNG")
-    return {
-        "parameters": 1000 * value,
-        "seconds": 10.0 * value,
-        "steps": 4,
-        "val_loss": [[2, 1.0], [4, 0.5]],
-        "measured": [
-            {"scheduler": None, "num_inference_steps": steps, "sampling": "", "figures": figures} for steps in (2, 4)
-        ],
-        "baselines": {"real": {"frechet_distance": figure | {"value": 1.5, "error": None}}},
-        "against": "20 images against 100 of digits",
-        "warnings": ["few images"],
-        "samples": base64.b64encode(file.getvalue()).decode(),
-    }
 
 
 class TestWhatIsAsked:
@@ -95,8 +30,28 @@ class TestWhatIsAsked:
     def test_minutes_replace_the_recipes_steps_but_not_those_that_are_set(self, plan):
         study = plan({"max_train_minutes": 2.0})
         assert study.parse(study.runs({})[0].flags).max_train_steps is None
-        study = plan({"max_train_minutes": 2.0}, ["--max_train_steps", "7"])
+        section = {"max_train_minutes": 2.0}
+        study = plan({}, ["--max_train_steps", "7"], study=section)
         assert study.parse(study.runs({})[0].flags).max_train_steps == 7
+        assert study.asked["max_train_minutes"] is None
+        with pytest.raises(UserError, match="max_train_steps=7 --max_train_minutes"):
+            plan({"max_train_minutes": 2.0}, ["--max_train_steps", "7"])
+
+    def test_runs_of_minutes_have_the_same_number_of_validation_images(self, plan):
+        def number(given, train_flags=(), **changes):
+            return plan(given, train_flags, **changes).runs({})[0].flags.get("max_validation_samples")
+
+        assert number({}) is None  # steps: nothing is left to the run
+        assert number({"max_train_minutes": 2.0}) == number({}, max_train_steps=None, max_train_minutes=2.0) == 128
+        assert number({"max_train_minutes": 2.0}, ["--max_validation_samples", "9"]) == 9
+        assert number({"max_train_minutes": 2.0}, max_validation_samples=9) is None  # the recipe's
+
+    def test_neither_secrets_nor_paths_are_kept(self, plan, tmp_path):
+        cells = [{"name": "a", "train_data_dir": str(tmp_path)}, {"name": "b"}]
+        study = plan({}, ["--cache_dir", str(tmp_path)], hub_token="hf_secret", cells=cells)
+        text = json.dumps(study.asked)
+        assert str(tmp_path) not in text and "hf_secret" not in text
+        assert study.asked["grid"]["a"] == {"train_data_dir": tmp_path.name}
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -105,7 +60,7 @@ class TestWhatIsAsked:
             ({"study": None}, ["no section 'study:'"]),
             ({"study": {"num_image": 3}}, ["num_image", "num_images"]),
             ({"study": {"seeds": {"a": 1}}}, ["seeds", "list of values"]),
-            ({"study": {"seeds": "many"}}, ["seeds"]),
+            ({"study": {"seeds": "many"}}, ["unconditional_x.yaml: study:", "seeds"]),
             ({"study": {"cells": ["cosin"]}}, ["cosin", "Did you mean 'cosine'"]),
             ({"study": {"metrics": ["fid"]}}, ["fid", "frechet_distance"]),
             ({"study": {"main_metric": "recall", "metrics": ["kernel_distance"]}}, ["recall", "--metrics"]),
@@ -113,10 +68,17 @@ class TestWhatIsAsked:
             ({"study": {"main_metric": "class_agreement"}}, ["class_agreement", "no classes"]),
             ({"study": {"max_train_minutes": 1, "budget": 1}}, ["max_train_minutes", "budget"]),
             ({"cells": [{"name": "a/b"}]}, ["a/b", "folder"]),
+            ({"study": {"schedulers": ["ddimm"]}}, ["ddimm", "Did you mean 'ddim'"]),
+            ({"study": {"guidance_interval": [0, 1]}}, ["guidance_interval", "train_unconditional.py"]),
+            (
+                {"name": "conditional_x.yaml", "study": {"guidance_interval": [0.5]}},
+                ["guidance_interval", "two numbers"],
+            ),
             ({"name": "x.yaml"}, ["x.yaml", "which script"]),
             ({"name": "dcgan_x.yaml", "study": {"metrics": ["bits_per_dim"]}}, ["bits_per_dim", "DCGAN"]),
             ({"name": "vae_x.yaml", "study": {"num_inference_steps": [2]}}, ["num_inference_steps", "train_vae.py"]),
             ({"train_flags": ["--seed", "1"]}, ["--seed", "--set"]),
+            ({"train_flags": ["--hub_token", "x"]}, ["--hub_token", "--set"]),
             ({"train_flags": ["--dataset_nam", "x"]}, ["--dataset_nam", "--dataset_name"]),
         ],
     )
@@ -130,6 +92,18 @@ class TestWhatIsAsked:
         with pytest.raises(UserError, match="ddpm_beta_schedul"):
             studies.run_study(plan(cells=[{"name": "a", "ddpm_beta_schedul": "linear"}]))
         assert not work["trained"]
+
+    def test_samplers_without_a_form_for_the_objective_are_refused_before_anything_is_trained(self, plan, work):
+        cells = [{"name": "a", "prediction_type": "flow"}, {"name": "b", "prediction_type": "epsilon"}]
+        with pytest.raises(UserError, match="ddim: none has a form for the objective of a, flow: give one of euler"):
+            studies.run_study(plan({"schedulers": ["ddim"]}, cells=cells))
+        assert plan({"schedulers": ["ddim", "euler"]}, cells=cells).runs(
+            {}
+        )  # one is enough: the other is a row's error
+
+    def test_a_recipe_that_is_not_there_is_named_as_it_is(self, tmp_path):
+        with pytest.raises(UserError, match=r"^The recipe .*missing.yaml cannot be read"):
+            plan_study(tmp_path / "missing.yaml", {}, [], None)
 
 
 class TestTheWork:
@@ -168,7 +142,7 @@ class TestTheWork:
 
     def test_a_run_that_was_trained_before_a_kill_is_only_measured(self, plan, work):
         run = plan().runs({})[0]
-        run.write({"cell": run.cell, "seed": run.seed, "data": run.data, "changes": {}, "state": "trained"})
+        run.write({"cell": run.cell, "seed": run.seed, "data": run.data, "state": "trained"})
         studies.run_study(plan())
         assert run.name not in work["trained"] and run.name in work["measured"]
 
@@ -206,6 +180,13 @@ class TestTheWork:
         for word in words:
             assert word in str(error.value)
 
+    def test_other_images_of_the_same_last_name_are_refused(self, plan, work, tmp_path):
+        for parent in ("a", "b"):
+            (tmp_path / parent / "images").mkdir(parents=True)
+        studies.run_study(plan({}, ["--dataset_name", str(tmp_path / "a" / "images")]))
+        with pytest.raises(UserError, match="digests of paths: dataset_name of --set"):
+            studies.run_study(plan({}, ["--dataset_name", str(tmp_path / "b" / "images")]))
+
     def test_a_folder_of_another_recipe_is_refused(self, plan, work):
         studies.run_study(plan({"cells": ["linear"], "seeds": [0]}))
         with pytest.raises(UserError, match="recipe was 'unconditional_x' and is 'unconditional_y'"):
@@ -213,7 +194,29 @@ class TestTheWork:
 
 
 class TestWhatIsTold:
-    def test_several_seeds_have_a_standard_error_and_one_keeps_that_of_its_report(self):
+    def test_metrics_are_compared_among_runs_with_the_same_real_images(self):
+        def row(cell, data, images=None):
+            return {"cell": cell, "data": data} | ({"images": images} if images else {})
+
+        rows = [
+            row("a", "images", ["x", None]),
+            row("b", "images", ["y", None]),  # another folder of that name
+            row("c", "images, 32", ["x", None]),  # the same images, asked for in other words
+            row("failed", "images"),
+            row("other", "digits"),
+        ]
+        assert {name: list(cells) for name, cells in group(rows).items()} == {
+            "images": ["a", "c", "failed"],
+            "images (other images 1)": ["b"],
+            "digits": ["other"],
+        }
+
+    def test_a_standard_deviation_is_no_error(self):
+        entry = {"value": 2.0, "error": 0.5, "error_kind": "standard deviation over 10 parts"}
+        rows = [{"measured": [{"scheduler": None, "num_inference_steps": 4, "figures": {"inception_score": entry}}]}]
+        assert value_of(rows, Sampler(None, 4), "inception_score") == (2.0, None, 1)
+
+    def test_several_seeds_have_a_standard_error_and_one_keeps_that_of_its_report(self, measured):
         rows = [measured(6, seed) for seed in (0, 1)]
         value = value_of(rows, Sampler(None, 4), "frechet_distance")
         assert value == (pytest.approx(6.05), pytest.approx(0.05), 2)  # |6.0 - 6.1| / 2
@@ -230,6 +233,7 @@ class TestWhatIsTold:
             ("frechet_distance", {"a": Value(10, 1, 1), "b": Value(13, 1, 1), "c": Value(10.1, 1, 1)}, None),
             ("frechet_distance", {"a": Value(10, 1, 1), "b": Value(99, None, 1)}, None),
             ("frechet_distance", {"a": Value(10, 1, 1), "b": None}, None),
+            ("frechet_distance", {"a": Value(10, 0.1, 3), "b": Value(99, 0.1, 1)}, None),  # errors of two kinds
             ("diversity", {"a": Value(10, 1, 1), "b": Value(99, 1, 1)}, None),  # neither is better
         ],
     )
@@ -242,6 +246,17 @@ class TestWhatIsTold:
         assert "| *real against real* | – | – | – | – | 1.5 | 1.5 |" in text
         assert "± is the standard error over the seeds." in text
         assert "no winner" in text  # both names have six letters
+
+    def test_without_errors_there_is_no_winner_and_the_table_says_why(self, plan, work, measured, monkeypatch):
+        def measure(run, study):
+            row = measured(len(run.cell), run.seed)
+            for entry in row["measured"]:
+                entry["figures"] = {"frechet_distance": {"value": 1.0, "error": None, "error_kind": None}}
+            return row
+
+        monkeypatch.setattr(studies, "_measure", measure)
+        text = (studies.run_study(plan({"seeds": [0]})) / "README.md").read_text()
+        assert "no winner: not all values have an error." in text
 
     def test_table_and_pictures_are_made_again_from_the_json_alone(self, plan, work, tmp_path, monkeypatch):
         monkeypatch.setattr(studies, "draw", pictures.draw)
@@ -258,16 +273,58 @@ class TestWhatIsTold:
         again = tmp_path / "again"
         again.mkdir()
         (again / "study.json").write_bytes((folder / "study.json").read_bytes())
-        studies.show_again(again / "study.json")
+        studies.show_again(again / "study.json", {})
         assert (again / "README.md").read_text() == text
         for path in folder.glob("*.png"):
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
-    def test_another_file_is_no_study(self, tmp_path):
-        for content in ("{}", "[]", "no", '{"format": 9}'):
-            (tmp_path / "study.json").write_text(content)
+    def test_another_file_is_no_study(self, plan, work, tmp_path):
+        study = studies.run_study(plan({"seeds": [0]})) / "study.json"
+        content = json.loads(study.read_text())
+        row = content["rows"][0]
+        strangers = [
+            *({}, [], {"format": 9}),
+            *(content | {"plots": ["x"]}, content | {"main_metric": "x"}, content | {"rows": {}}),
+            *(content | {"rows": [1]}, content | {"rows": [row | {"measured": 1}]}, content | {"asked": {}}),
+        ]
+        for stranger in strangers:
+            study.write_text(json.dumps(stranger))
             with pytest.raises(UserError, match="not a study's file"):
-                studies.show_again(tmp_path / "study.json")
+                studies.show_again(study, {})
+
+    def test_the_words_of_a_strangers_file_are_no_markdown(self, plan, work):
+        study = studies.run_study(plan({"seeds": [0]})) / "study.json"
+        for name in ("unconditional`", "linear", "20 images against", "few images"):
+            study.write_text(study.read_text().replace(name.rstrip("`"), "<b>|x" if name != "linear" else "linear"))
+        content = json.loads(study.read_text())
+        content["asked"]["script"] = content["asked"]["recipe"] = "<b>`"
+        content["asked"]["train flags"] = {"`<b>": "|"}
+        content["asked"]["grid"]["linear"] = {"<b>": "`<b>"}
+        for row in content["rows"]:
+            row["measured"][0]["scheduler"] = "<b>|"
+        study.write_text(json.dumps(content))
+        studies.show_again(study, {})
+        assert "<b>" not in (study.parent / "README.md").read_text()
+
+    def test_the_table_is_made_again_with_another_metric_and_nothing_else(self, plan, work):
+        study = studies.run_study(plan()) / "study.json"
+        studies.show_again(study, {"main_metric": "recall"})
+        assert "**Recall**" in (study.parent / "README.md").read_text()
+        with pytest.raises(UserError, match="precision: it was not measured"):
+            studies.show_again(study, {"main_metric": "precision"})
+        with pytest.raises(UserError, match="--num_images.*--plots and --main_metric"):
+            studies.show_again(study, {"num_images": 3})
+
+    def test_the_readme_says_what_a_cell_changes(self, plan, work):
+        text = (studies.run_study(plan()) / "README.md").read_text()
+        assert "- linear: `ddpm_beta_schedule linear`" in text
+
+    def test_a_damaged_result_is_named(self, plan, work):
+        run = plan().runs({})[0]
+        studies.run_study(plan())
+        run.result.write_text("{")
+        with pytest.raises(UserError, match="seed-0.json is damaged.*delete it"):
+            studies.run_study(plan())
 
 
 class TestRecipes:
@@ -287,32 +344,3 @@ class TestRecipes:
             assert "# Time" in path.read_text(encoding="utf-8"), name
             if load_cells(path)[1]:
                 assert plan_study(path, {}, [], None).runs({}), name
-
-
-class TestBudget:
-    CELLS = [
-        {"name": "wide", "block_out_channels": [64, 128]},
-        {"name": "half", "block_out_channels": [32, 64]},
-    ]
-
-    @pytest.fixture(autouse=True)
-    def seconds(self, monkeypatch):
-        """A step takes 10 ms for each channel."""
-        monkeypatch.setattr(budget, "seconds_a_step", lambda arguments, *_: sum(arguments.block_out_channels) / 100)
-
-    def test_all_widths_are_divided_by_one_factor(self, plan, capsys):
-        # 500 steps in 80 % of 10 minutes are 0.96 s each
-        networks = budget.fit_networks(plan({"budget": 10.0}, cells=self.CELLS))
-        assert networks == {"wide": {"block_out_channels": [32, 64]}, "half": {"block_out_channels": [16, 32]}}
-        assert "2 times narrower" in capsys.readouterr().out
-
-    def test_what_fits_stays(self, plan):
-        assert budget.fit_networks(plan({"budget": 100.0}, cells=self.CELLS)) == {}
-
-    def test_the_runs_have_the_networks_and_the_minutes(self, plan, work):
-        study = plan({"budget": 10.0}, cells=self.CELLS)
-        text = (studies.run_study(study) / "README.md").read_text()
-        assert "Narrower networks" in text and "10 minutes each" in text
-        networks = json.loads((study.folder / "study.json").read_text())["networks"]
-        arguments = study.parse(study.runs(networks)[0].flags)
-        assert (arguments.block_out_channels, arguments.max_train_minutes) == ([32, 64], 10.0)

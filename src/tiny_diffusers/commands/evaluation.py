@@ -140,11 +140,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # 2. The folder of the report, where no other is overwritten
     def is_free(folder: Path) -> bool:
-        file = folder / "report.json"
-        try:
-            return not file.exists() or Report.load(file).asks_the_same(protocol.describe(), source, load)
-        except UserError:  # of another version, or damaged
-            return False
+        return not (folder / "report.json").exists() or bool(
+            Report.load_same(folder, protocol.describe(), source, load)
+        )
 
     reports = RunFolder("evaluation").reports if run is None else run.reports
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)

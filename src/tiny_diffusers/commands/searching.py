@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
-from .evaluation import evaluate_parser
+from .evaluation import SAMPLING, evaluate_parser
 from .shared import positive_number
 
 
@@ -37,10 +37,12 @@ def search_parser() -> argparse.ArgumentParser:
 
 
 def search(args: argparse.Namespace) -> int | None:
+    from ..evaluation.references import RealImages
+    from ..evaluation.report import Protocol
     from ..flags import as_flags
     from ..paths import public_command
     from ..studies.search import Search
-    from ..studies.search_plan import SearchArguments, read_plan
+    from ..studies.search_plan import SearchArguments, check_objective, read_plan
     from ..training.recipes import find_recipe
 
     recipe = find_recipe(args.recipe)
@@ -48,9 +50,22 @@ def search(args: argparse.Namespace) -> int | None:
     given = {name: value for name, value in search_parser().given(args.argv).items() if name in names}
     plan = read_plan(recipe, given, args.train_argv)
     try:
-        evaluate_parser().given(as_flags(plan.evaluate_flags()))
+        flags = evaluate_parser().given(as_flags(plan.evaluate_flags()))
     except UserError as error:
         raise UserError(f"{recipe}: search: protocol: {error}") from error
+    allowed = {
+        *Protocol.__dataclass_fields__,
+        *RealImages.__dataclass_fields__,
+        *SAMPLING,
+        "scheduler",
+        "timestep_spacing",
+    }
+    for name in flags:
+        if name not in allowed:
+            raise UserError(
+                f"{recipe}: search: protocol: '{name}' does not say how a trial is measured: leave it out."
+            )
+    check_objective(plan, flags)
     folder = args.output_dir or Path("runs", "search", recipe.stem)
     command = public_command(["tiny-diffusers", "search", *args.argv])
     return Search(plan, folder, command).run(args.workers)

@@ -19,7 +19,7 @@ def study_parser() -> argparse.ArgumentParser:
         description="Trains each cell of a recipe's grid with each seed, measures all by one protocol, and writes study.json, "
         "README.md and pictures. The section 'study:' of the recipe holds the same names as these flags, which win over it. "
         "The same command continues a study that was stopped, and several processes may share one. Of a study.json, the table "
-        "and the pictures are made again.",
+        "and the pictures are made again, also with other --plots or another --main_metric.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's file or name, or a study.json")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the study (default: runs/studies/RECIPE)")
@@ -40,11 +40,12 @@ def study(args: argparse.Namespace) -> None:
     from ..studies.study import run_study, show_again
     from ..training.recipes import find_recipe
 
+    given = {name: value for name, value in study_parser().given(args.argv).items() if name != "recipe"}
     if args.recipe.endswith(".json"):
-        say(f"written again: {show_again(Path(args.recipe))}")
+        say(f"written again: {show_again(Path(args.recipe), given)}")
         return
     names = {field.name for c in (StudyArguments, Protocol) for field in dataclasses.fields(c)}
-    given = {name: value for name, value in study_parser().given(args.argv).items() if name in names}
+    given = {name: value for name, value in given.items() if name in names}
     train_flags = [f"--{setting}" for setting in args.set]
     folder = run_study(plan_study(find_recipe(args.recipe), given, train_flags, args.output_dir))
     say((folder / "README.md").read_text(encoding="utf-8"))

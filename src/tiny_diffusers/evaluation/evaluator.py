@@ -117,7 +117,7 @@ def evaluate(
             "a list of PIL images."
         )
     else:
-        data, source = _draw_images(pipe_or_images, reference, protocol, samples, state, name)
+        data, source = draw_images(pipe_or_images, reference, protocol, state, name)
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
@@ -218,10 +218,20 @@ def _with_labels_of(reference: ImageData, data: ImageData) -> ImageData:
     return replace(data, labels=table[data.labels], id2label=reference.id2label)
 
 
-def _draw_images(
-    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, cache: Path, state: PartialState, name: str | None
+def draw_images(
+    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, state: PartialState, name: str | None = None
 ) -> tuple[ImageData, dict[str, Any]]:
-    """Draws images from a pipeline, or reconstructs real ones; returns them with their entry in the report."""
+    """
+    Draws images from a pipeline, or reconstructs real ones; returns them with their entry in the report. The cache keeps
+    them.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        real ([`~tiny_diffusers.data.ImageData`]): The reference, for its classes and what images are conditioned on.
+        protocol ([`Protocol`]): How many images are drawn, and how.
+        state (`PartialState`): The processes.
+        name (`str`, *optional*): Name of the model.
+    """
     reconstructs = protocol.kind == "reconstructions"
     if reconstructs and not hasattr(pipe, "reconstruct"):
         raise UserError(
@@ -250,7 +260,7 @@ def _draw_images(
     images = image_sets.sample(
         pipe,
         shape,
-        cache / source["key"],
+        cache_root() / "samples" / source["key"],
         num_images=protocol.num_images if originals is None else len(originals),
         seed=protocol.seed,
         batch_size=protocol.batch_size,

@@ -246,6 +246,20 @@ class Report:
             raise UserError(f"'{path}' is not a report: {mistake}.")
         return cls(**content)
 
+    @classmethod
+    def load_same(
+        cls, folder: Path, protocol: dict[str, Any], source: dict[str, Any], load: dict[str, Any]
+    ) -> "Report | None":
+        """
+        Loads the report of a folder if it is of the same protocol, see [`asks_the_same`]. Returns None if it is not, if there
+        is none, or if it can't be read, being damaged or of another version.
+        """
+        try:
+            report = cls.load(folder / "report.json")
+        except UserError:
+            return None
+        return report if report.asks_the_same(protocol, source, load) else None
+
     def save(self, folder: str | Path) -> Path:
         """Writes `report.json` and `report.md`; returns the path of the first."""
         folder = Path(folder)

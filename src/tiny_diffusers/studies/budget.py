@@ -1,18 +1,20 @@
 """
-Fits the networks of a study to a budget of minutes. All cells are divided by one factor, so that what they try against
-each other stays: a network of half the width of another, or with one level more, still is.
+Fits the networks of a study to a budget of minutes. The widths of all cells are divided by one factor, so that what they
+try against each other stays: a network of about half the width of another, or with one level more, still is.
 """
 
 import dataclasses
+import math
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from ..data import ImageData
-from ..errors import say
+from ..errors import UserError, say
 from ..evaluation.evaluator import processes
-from ..families.unets import build_unet, default_network
+from ..families.unets import build_unet, resolve_unet
 from ..hardware import default_dtype, setup_torch
 from ..models.unet_tiny import PRESETS
 from ..training.arguments import TrainingArguments, network_options
@@ -23,49 +25,121 @@ from .cells import Study
 MIN_STEPS = 500  # with fewer, a network learns too little to be compared
 _STEPS_SHARE = 0.8  # of the minutes; the others go to validations, samples and saving
 _FACTORS = (1, 2, 4, 8, 16, 32)
-_MIN_WIDTH = 8
+_WIDTH_STEP = 8  # widths are multiples of it
 _TRIAL_IMAGES = 4  # on a CPU, whose time a step is proportional to the number of images
 
 
-def fit_networks(study: Study) -> dict[str, dict[str, Any]]:
+def fit_networks(
+    study: Study, cells: Iterable[str], factor: int | None = None
+) -> tuple[int | None, dict[str, dict[str, Any]]]:
     """
-    Returns the options by which the networks of all cells become so narrow that each takes `MIN_STEPS` in the budget;
-    none if they do as they are. Says in one line what is changed.
+    Narrows the networks of cells so that each trains for `MIN_STEPS` in the budget. Says in one line what is changed.
+
+    Only U-Nets that are built from options become narrower: other networks stay as they are.
+
+    Args:
+        study ([`Study`]): The study, with a budget.
+        cells (`Iterable[str]`): Its cells.
+        factor (`int`, *optional*): The factor by which the study has divided the widths of other cells; measured if not
+            given.
+
+    Returns:
+        `tuple[int | None, dict]`: The factor, None if there is no network to narrow, and cell -> the options that change its
+        network.
+
+    Raises:
+        UserError: If two cells that differ would have the same network by the given factor.
     """
-    minutes = study.arguments.budget
-    if study.script not in ("unconditional", "conditional"):
-        say(f"--budget {minutes:g}: the steps are fitted to it, and the networks of train_{study.script}.py stay.")
-        return {}
     setup_torch()
-    cells = {run.cell: study.parse(run.flags) for run in study.runs({}) if run.seed == study.arguments.seeds[0]}
-    data = {cell: load_data(arguments, processes()) for cell, arguments in cells.items()}
-    limit, first = 60 * minutes * _STEPS_SHARE / MIN_STEPS, None
+    arguments = {cell: study.arguments_of(cell) for cell in cells}
+    data = {cell: load_data(each, processes()) for cell, each in arguments.items()}
+    is_diffusion = study.script in ("unconditional", "conditional")
+    narrowed = {cell: each for cell, each in arguments.items() if is_diffusion and widths_of(each, data[cell])}
+    others = [cell for cell in arguments if cell not in narrowed]
+    if others:
+        say(
+            f"--budget {study.arguments.budget:g}: the networks of {', '.join(others)} stay, and only their steps are fitted "
+            "to it, as only U-Nets that are built from options become narrower."
+        )
+    if factor is None:
+        factor = _choose_factor(study, narrowed, data) if narrowed else None
+    elif not _stay_different(narrowed, data, factor):
+        raise UserError(
+            f"--cells {' '.join(study.cells)}: the study's networks are {factor} times narrower, and by that factor two of "
+            "these cells would have the same: give another --output_dir."
+        )
+    return factor, {
+        cell: narrow(each, data[cell], factor) if cell in narrowed else {} for cell, each in arguments.items()
+    }
+
+
+def _choose_factor(study: Study, cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData]) -> int:
+    """Returns the first factor by which all networks fit, or else the last by which those that differ still do."""
+    minutes = study.arguments.budget
+    limit, times = 60 * minutes * _STEPS_SHARE / MIN_STEPS, {}
     for factor in _FACTORS:
-        narrowed = {cell: narrow(arguments, data[cell], factor) for cell, arguments in cells.items()}
-        seconds = _slowest(narrowed, data, study.script == "conditional", limit)
-        first = first or seconds
-        if seconds <= limit:
+        if not _stay_different(cells, data, factor):
             break
+        narrowed = {
+            cell: dataclasses.replace(each, **narrow(each, data[cell], factor)) for cell, each in cells.items()
+        }
+        times[factor] = _slowest(narrowed, data, study.script == "conditional", limit)
+        if times[factor] <= limit:
+            break
+    factor, seconds = max(times), times[max(times)]
+    short = "" if seconds <= limit else f"fewer than {MIN_STEPS} steps fit"
+    if factor > 1:
+        say(
+            f"--budget {minutes:g}: the recipe's networks take up to {times[1]:.3g} s a step here, so all become about "
+            f"{factor} times narrower, {seconds:.3g} s a step{short and f', and still {short}'}; its other settings stay."
+        )
+    elif short:
+        say(
+            f"--budget {minutes:g}: {short}, at {seconds:.3g} s a step, but narrower cells would have the same network."
+        )
+    return factor
+
+
+def widths_of(arguments: TrainingArguments, data: ImageData) -> list[int] | None:
+    """Returns the widths of a U-Net that is built from options or a preset; None for any other network."""
+    options = resolve_unet(arguments, data)
+    if options.get("network") != "unet":
+        return None
+    widths = options["block_out_channels"] or PRESETS.get(arguments.preset, {}).get("block_out_channels")
+    return widths and list(widths)
+
+
+def narrow(arguments: TrainingArguments, data: ImageData, factor: int) -> dict[str, Any]:
+    """
+    Returns the options that divide the widths of a U-Net by about a factor; none for 1.
+
+    Widths stay multiples of 8, of the groups of the norms, and, where they are larger, of an attention head. The levels
+    with attention stay those of the original.
+    """
     if factor == 1:
         return {}
-    short = "" if seconds <= limit else f", and fewer than {MIN_STEPS} steps still fit"
-    say(
-        f"--budget {minutes:g}: the recipe's networks take up to {first:.3g} s a step here, so all become {factor} times "
-        f"narrower, {seconds:.3g} s a step{short}; its other settings stay."
-    )
-    return {cell: {"block_out_channels": arguments.block_out_channels} for cell, arguments in narrowed.items()}
+    options = {**PRESETS.get(arguments.preset, {}), **_known(resolve_unet(arguments, data))}
+    step, head = math.lcm(_WIDTH_STEP, options.get("norm_num_groups") or 1), options.get("attention_head_dim")
+    widths = []
+    for width in widths_of(arguments, data):
+        multiple = math.lcm(step, head) if head and width / factor > head else step
+        widths.append(max(multiple, round(width / factor / multiple) * multiple))
+    return _known({"block_out_channels": widths, "attention": resolve_unet(arguments, data)["attention"]})
 
 
-def narrow(arguments: TrainingArguments, data: ImageData, factor: int) -> TrainingArguments:
-    """Returns the arguments with all widths of the network divided by a factor, to multiples of 8."""
-    widths = arguments.block_out_channels or PRESETS.get(arguments.preset, {}).get("block_out_channels")
-    widths = widths or default_network(data.images.shape[-1])["block_out_channels"]
-    widths = [max(_MIN_WIDTH, round(width / factor / 8) * 8) for width in widths] if factor > 1 else list(widths)
-    return dataclasses.replace(arguments, block_out_channels=widths)
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _stay_different(cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData], factor: int) -> bool:
+    """Checks that networks of different widths have different widths after the division."""
+    before = {tuple(widths_of(each, data[cell])) for cell, each in cells.items()}
+    options = (narrow(each, data[cell], factor) for cell, each in cells.items())
+    return factor == 1 or len({tuple(each["block_out_channels"]) for each in options}) == len(before)
 
 
 def _slowest(
-    cells: dict[str, TrainingArguments], data: dict[str, ImageData], conditional: bool, limit: float
+    cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData], conditional: bool, limit: float
 ) -> float:
     """Returns the most seconds that a step of any cell takes; the first that are above the limit, if there are."""
     times: dict[str, float] = {}
@@ -81,7 +155,8 @@ def _slowest(
 def seconds_a_step(arguments: TrainingArguments, data: ImageData, conditional: bool) -> float:
     """Measures a forward and a backward pass of the network for a batch, in the dtype that training takes here."""
     device = setup_torch(arguments.num_threads)
-    unet = build_unet(arguments, data, len(data.id2label) if conditional else None).to(device)
+    num_classes = len(data.id2label) if conditional and data.id2label else None
+    unet = build_unet(arguments, data, num_classes).to(device)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     count = min(batch, _TRIAL_IMAGES) if device.type == "cpu" else batch
     images = torch.zeros(count, *data.images.shape[1:], device=device).to(memory_format=torch.channels_last)

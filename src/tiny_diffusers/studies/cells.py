@@ -1,8 +1,10 @@
 """What a study trains, with which flags, and where: a folder, a log, a lock and a result for each cell and seed."""
 
 import dataclasses
+import hashlib
 import json
 import re
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +14,18 @@ from ..errors import UserError, unknown
 from ..evaluation.report import Protocol
 from ..files import load_json, read_mapping, replace_file
 from ..flags import FlagParser, as_flags
-from ..paths import public_name
+from ..paths import local_path, public_name
 from ..runs import RunFolder
-from ..training.arguments import TrainingArguments, load_cells, load_section, parse_arguments
+from ..samplers import SCHEDULERS
+from ..training.arguments import LENGTHS, TrainingArguments, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import StudyArguments, check_family, choose_main_metric
-from .training import arguments_class
+from .settings import SAMPLING, StudyArguments, check_family, choose_main_metric
+from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
-_OWN_FLAGS = ("config", "cell", "seed", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
-_LENGTH = {"max_train_steps", "max_train_minutes", "num_epochs"}
-_OF_DATA = ("train_data_dir", "dataset_name", "dataset_config_name", "classes", "resolution", "split")
+_OWN_FLAGS = (*OWN_FLAGS, "seed")
+DONE = ("measured", "failed")  # states of a run that stays as it is
+_OF_DATA = ("dataset_name", "dataset_config_name", "classes", "resolution", "split")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Run:
     seed: int
     folder: RunFolder
     flags: dict[str, Any]  # of the train script
-    data: str  # the images, in words: metrics are compared among runs of the same
+    data: str  # the images, in words
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.path.with_name(self.folder.path.name + suffix)
@@ -62,9 +65,14 @@ class Run:
         self.result.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.result, json.dumps(row, allow_nan=False) + "\n")
 
+    def log_error(self) -> None:
+        """Appends the traceback of the exception that is being handled to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+
     @property
     def is_done(self) -> bool:
-        return self.read().get("state") in ("measured", "failed")
+        return self.read().get("state") in DONE
 
 
 @dataclass(frozen=True)
@@ -102,25 +110,43 @@ class Study:
             networks (`Mapping`): Cell -> options of its network that a budget has changed.
 
         Raises:
-            UserError: If a cell is not what its script takes.
+            UserError: If a cell is not what its script takes, or if no asked sampler is for its objective.
         """
         return [self._run(cell, seed, networks.get(cell, {})) for seed in self.arguments.seeds for cell in self.cells]
 
     def _run(self, cell: str, seed: int, network: Mapping[str, Any]) -> Run:
-        flags = {"config": str(self.recipe), "cell": cell, **self.train_flags, **network, "seed": seed}
-        minutes = self.arguments.budget or self.arguments.max_train_minutes
-        if minutes is not None and not self.train_flags.keys() & _LENGTH:
-            flags["max_train_minutes"] = minutes
+        flags = self._flags(cell, seed, network)
         arguments = self.parse(flags)
-        images = [getattr(arguments, name) for name in _OF_DATA[1:]]
+        self._check_samplers(cell, arguments)
+        flags |= fix_validation(arguments)
+        images = [getattr(arguments, name) for name in _OF_DATA]
         if arguments.train_data_dir is not None:
             images[0] = arguments.train_data_dir
         data = ", ".join(public_name(str(value)) for value in images if value not in (None, "train"))
         return Run(cell, seed, RunFolder(self.folder / cell / f"seed-{seed}"), flags, data)
 
+    def _check_samplers(self, cell: str, arguments: TrainingArguments) -> None:
+        """Refuses samplers of which none can draw the images of a cell: of several objectives, some may do."""
+        schedulers, objective = self.arguments.schedulers, getattr(arguments, "prediction_type", None)
+        fitting = SCHEDULERS.get(objective, SCHEDULERS["betas"])
+        if schedulers and not fitting.keys() & schedulers:
+            raise UserError(
+                f"--schedulers {' '.join(schedulers)}: none has a form for the objective of {cell}, {objective}: give one of "
+                f"{', '.join(fitting)}."
+            )
+
+    def _flags(self, cell: str, seed: int, network: Mapping[str, Any]) -> dict[str, Any]:
+        flags = {"config": str(self.recipe), "cell": cell, **self.train_flags, **network, "seed": seed}
+        minutes = self.arguments.budget or self.arguments.max_train_minutes
+        return flags if minutes is None else {**flags, "max_train_minutes": minutes}
+
     def parse(self, flags: Mapping[str, Any]) -> TrainingArguments:
         """Parses the flags of a run, as its script does."""
         return parse_arguments(arguments_class(self.script), as_flags(flags))
+
+    def arguments_of(self, cell: str) -> TrainingArguments:
+        """Returns the arguments of a cell with the first seed, as the recipe has its network."""
+        return self.parse(self._flags(cell, self.arguments.seeds[0], {}))
 
 
 def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], output_dir: str | None) -> Study:
@@ -155,34 +181,50 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise unknown(f"key in the section 'study' of {recipe}", name, [n for n in known if n != "sampling"])
         if any(isinstance(item, (list, dict)) for item in (value if isinstance(value, list) else [value])):
             raise UserError(f"{recipe}: '{name}' in the section 'study' must be a value, or a list of values.")
+    script = script_of(recipe, given.get("script") or section.get("script"))
+    flags = FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
+    for name in _OWN_FLAGS:
+        if name in flags:
+            raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
     own_minutes = {"max_train_minutes", "budget"}
-    if given.keys() & own_minutes:  # one of them replaces the other
+    length = next((name for name in LENGTHS if name in flags), None)
+    if length and given.keys() & own_minutes:
+        raise UserError(
+            f"--set {length}={flags[length]} --{next(name for name in given if name in own_minutes)}: both are the length of "
+            "a run, so give one of them."
+        )
+    if length or given.keys() & own_minutes:  # one of them replaces the other
         section = {name: value for name, value in section.items() if name not in own_minutes}
-    values = parser.given(as_flags(section)) | dict(given)
+    try:
+        values = parser.given(as_flags(section)) | dict(given)
+    except UserError as error:
+        raise UserError(f"{recipe}: study: {error}") from error
     arguments, protocol = (
         c(**{field.name: values[field.name] for field in dataclasses.fields(c) if field.name in values})
         for c in (StudyArguments, Protocol)
     )
 
-    script = script_of(recipe, arguments.script)
     main_metric = choose_main_metric(arguments, protocol)
     check_family(script, arguments, protocol, main_metric)
     for cell in arguments.cells or []:
         if cell not in grid:
             raise unknown(f"cell of {recipe}", cell, grid)
-    flags = FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
-    for name in _OWN_FLAGS:
-        if name in flags:
-            raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
 
+    values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     asked = {
         "recipe": recipe.stem,
         "script": script,
-        "settings": shared,
-        "grid": grid,
-        "train flags": {k: public_name(v) if isinstance(v, str) and v else v for k, v in flags.items()},
+        "settings": _public(shared),
+        "grid": {name: _public(changes) for name, changes in grid.items()},
+        "train flags": _public(flags),
+        "digests of paths": {
+            f"{name} of {where}": hashlib.sha256(str(local_path(value)).encode()).hexdigest()
+            for where, values in values_of.items()
+            for name, value in values.items()
+            if _is_path(name, value)
+        },
         **{name: getattr(arguments, name) for name in ("max_train_minutes", "budget")},
-        **{name: getattr(arguments, name) for name in ("num_inference_steps", "schedulers", "eta", "guidance_scale")},
+        **{name: getattr(arguments, name) for name in ("num_inference_steps", "schedulers", *SAMPLING)},
         "protocol": {name: value for name, value in protocol.describe().items() if name != "batch_size"},
     }
     return Study(
@@ -196,3 +238,18 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         cells={name: grid[name] for name in arguments.cells or grid},
         asked=json.loads(json.dumps(asked, default=str)),  # as it is read back
     )
+
+
+def _is_path(name: str, value: Any) -> bool:
+    """Checks that a setting names a file or folder of this machine."""
+    names_one = name == "dataset_name" or name.endswith(("_dir", "_path"))
+    return names_one and isinstance(value, str) and local_path(value) is not None
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings as study.json holds them, which may be shared: without secrets, and with paths by their last names."""
+    return {
+        name: public_name(value) if isinstance(value, str) and value else value
+        for name, value in settings.items()
+        if name not in _OWN_FLAGS
+    }

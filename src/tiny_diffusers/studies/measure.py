@@ -7,22 +7,23 @@ import itertools
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from .. import TinyPipeline, hardware, plots
+from ..data import ImageData
 from ..errors import UserError, first_line
 from ..evaluation import Protocol, Report, evaluate, references
-from ..evaluation.evaluator import describe_pipeline, processes
+from ..evaluation.evaluator import describe_pipeline, draw_images, processes
 from ..evaluation.report import default_name
+from ..files import is_disk_full
 from ..flags import as_flags, default_of
 from ..paths import keep_paths, public_command
-from ..pipelines.pipeline_tiny import image_generators
 from ..runs import RunFolder, read_log
 from ..samplers import use_scheduler
 from .cells import Run, Study
+from .settings import SAMPLING
 
 
 NUM_SAMPLES = 12  # of a run, in the picture of all
@@ -48,11 +49,13 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
 
     images = references.choose({}, references.flags_of_run(run.folder, {}))
     channels, _, side = pipe._image_shape
-    reference, training, images = references.load_real_images(images, channels, side, state)
+    conditioning = getattr(pipe, "_conditioning", None)
+    conditioning_channels = None if conditioning is None else conditioning.shape[0]
+    reference, training, images = references.load_real_images(images, channels, side, state, conditioning_channels)
     load, paths = references.describe(images)
     notes = references.find_mismatches(run.folder, reference, training)
 
-    measured, reports, samples = [], [], None
+    measured, reports, last = [], [], None
     scheduler = getattr(pipe, "scheduler", None)
     for name, steps in samplers(study):
         entry = {"scheduler": name, "num_inference_steps": steps}
@@ -64,8 +67,8 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
             protocol = dataclasses.replace(study.protocol, sampling=_sampling(study, steps))
             source = describe_pipeline(pipe, protocol, str(run.folder.path))
             folder = run.folder.reports / f"study-{default_name(protocol, source)}"
-            report = _find_report(folder, protocol, source, load)
-            if report is None:
+            report = Report.load_same(folder, protocol.describe(), source, load)
+            if report is None or not _is_of(report, source, reference, training):
                 report = evaluate(
                     pipe,
                     reference,
@@ -78,20 +81,27 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
                     command=_command(run, protocol, name),
                 )
                 keep_paths(folder, paths)
-            samples = draw_samples(pipe, protocol)  # the last sampler's
             reports.append(report)
-            entry |= {"sampling": report.sampling, "figures": report.figures}
-        except ValueError as error:  # of a scheduler too: such as more steps than it has
+            last = getattr(pipe, "scheduler", None), protocol
+            entry["figures"] = report.figures
+        except Exception as error:  # of a scheduler too, such as more steps than it has: the others go on
+            if is_disk_full(error):
+                raise
+            run.log_error()
             entry["error"] = first_line(error)
         measured.append(entry)
     if not reports:
         raise UserError(measured[0]["error"])
+    if last[0] is not None:
+        pipe.scheduler = last[0]
+    samples = draw_samples(pipe, reference, last[1])
     first = reports[0]
     return {
         **_facts(run.folder),
         "measured": measured,
         "baselines": {name: entry["figures"] for name, entry in first.baselines.items()},
         "against": f"{first.images} {first.against}",
+        "images": _fingerprints(first),
         "warnings": first.warnings,
         "samples": samples,
     }
@@ -103,19 +113,19 @@ def samplers(study: Study) -> list[tuple[str | None, int | None]]:
 
 
 def _sampling(study: Study, steps: int | None) -> dict[str, Any]:
-    asked = {
-        "num_inference_steps": steps,
-        "eta": study.arguments.eta,
-        "guidance_scale": study.arguments.guidance_scale,
-    }
+    asked = {"num_inference_steps": steps, **{name: getattr(study.arguments, name) for name in SAMPLING}}
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _find_report(folder: Any, protocol: Protocol, source: dict[str, Any], load: dict[str, Any]) -> Report | None:
-    if not (folder / "report.json").is_file():
-        return None
-    report = Report.load(folder / "report.json")
-    return report if report.asks_the_same(protocol.describe(), source, load) else None
+def _is_of(report: Report, source: dict[str, Any], reference: ImageData, training: ImageData | None) -> bool:
+    """Checks that a report is of these weights and real images: a run may have been trained again."""
+    images = [reference.fingerprint, training and training.fingerprint]
+    return report.source.get("weights_sha256") == source["weights_sha256"] and _fingerprints(report) == images
+
+
+def _fingerprints(report: Report) -> list[str | None]:
+    """Returns those of the reference and of the training set: metrics are compared where they agree."""
+    return [report.measured_by.get(name, {}).get("fingerprint") for name in ("reference", "training")]
 
 
 def _command(run: Run, protocol: Protocol, scheduler: str | None) -> str:
@@ -126,17 +136,12 @@ def _command(run: Run, protocol: Protocol, scheduler: str | None) -> str:
     return public_command(["tiny-diffusers", "evaluate", str(run.folder.path), *flags])
 
 
-def draw_samples(pipe: DiffusionPipeline, protocol: Protocol) -> str:
-    """Draws a row of images, those that an evaluation by the same seed draws first: a PNG in base64."""
-    count, options = min(NUM_SAMPLES, protocol.num_images), dict(protocol.sampling)
-    classes = list(getattr(pipe, "_class_ids", []))
-    if classes:
-        options["class_labels"] = np.resize(classes, count).tolist()
-    images = pipe(
-        batch_size=count, generator=image_generators(protocol.seed, count), output_type="pt", **options
-    ).images
+def draw_samples(pipe: DiffusionPipeline, reference: ImageData, protocol: Protocol) -> str:
+    """Returns a row of images, those that an evaluation draws first: a PNG in base64."""
+    count = min(NUM_SAMPLES, protocol.num_images)
+    drawn, _ = draw_images(pipe, reference, dataclasses.replace(protocol, num_images=count), processes())
     file = io.BytesIO()
-    plots.image_grid(images.float().cpu(), columns=count, scale=1, padding=1).save(file, format="PNG")
+    plots.image_grid(drawn.images.numpy(), columns=count, scale=1, padding=1).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -37,10 +37,20 @@ Rows = list[dict[str, Any]]  # of one cell, a row for each seed
 
 
 def group(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Rows]]:
-    """Groups rows by their images, among which metrics are compared: images -> cell -> rows."""
+    """
+    Groups rows by the images that they were measured against, among which metrics are compared: images -> cell -> rows. A
+    run that was not measured is beside those whose images have the same name.
+    """
+    rows = list(rows)
+    images = {row["data"]: tuple(row["images"]) for row in reversed(rows) if "images" in row}
+    names: dict[tuple, str] = {}
     groups: dict[str, dict[str, Rows]] = {}
     for row in rows:
-        groups.setdefault(row["data"], {}).setdefault(row["cell"], []).append(row)
+        key = tuple(row.get("images") or images.get(row["data"], (row["data"],)))
+        if key not in names:
+            others = sum(name.partition(" (other images")[0] == row["data"] for name in names.values())
+            names[key] = f"{row['data']} (other images {others})" if others else row["data"]
+        groups.setdefault(names[key], {}).setdefault(row["cell"], []).append(row)
     return groups
 
 
@@ -58,7 +68,12 @@ def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
         for entry in row.get("measured", [])
         if (entry["scheduler"], entry["num_inference_steps"]) == sampler and figure in entry.get("figures", {})
     ]
-    return _combine([entry["value"] for entry in found], [entry["error"] for entry in found])
+    return _combine([entry["value"] for entry in found], [_standard_error(entry) for entry in found])
+
+
+def _standard_error(figure: Mapping[str, Any]) -> float | None:
+    """Returns the error of a figure; None for a standard deviation, which the Inception Score has."""
+    return None if str(figure["error_kind"]).startswith("standard deviation") else figure["error"]
 
 
 def mean_of(rows: Rows, name: str) -> Value | None:
@@ -85,13 +100,13 @@ def find_winner(values: Mapping[str, Value | None], figure: str) -> str | None:
     Returns the cell that is better than each other one, by more than chance explains; None if there is none.
 
     The difference to each other cell must exceed t * sqrt(e_1^2 + e_2^2), with their standard errors e and t the 97.5 %
-    quantile of Student's distribution (of the Gaussian, for errors over images). Without an error there is no winner.
+    quantile of Student's distribution (of the Gaussian, for errors over images). Errors of both kinds are not compared.
     """
     from scipy.stats import norm, t
 
     lower = FIGURES[figure][2]
     known = {cell: value for cell, value in values.items() if value is not None}
-    if lower is None or len(known) < 2 or any(value.error is None for value in known.values()):
+    if lower is None or len(known) < 2 or why_not_compared(known.values()) is not None:
         return None
     best = (min if lower else max)(known, key=lambda cell: known[cell].value)
     share = (1 + _CONFIDENCE) / 2
@@ -102,6 +117,16 @@ def find_winner(values: Mapping[str, Value | None], figure: str) -> str | None:
         if cell != best and abs(known[best].value - value.value) <= quantile * error:
             return None
     return best
+
+
+def why_not_compared(values: Iterable[Value]) -> str | None:
+    """Returns the reason why no value can be called the best, or None."""
+    values = list(values)
+    if any(value.error is None for value in values):
+        return "not all values have an error"
+    if len({value.seeds > 1 for value in values}) > 1:
+        return "some values are of one seed, and others of several"
+    return None
 
 
 def _combine(values: list[float], errors: list[float | None]) -> Value | None:

@@ -14,26 +14,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
 
-from ..errors import UserError, say
+from ..errors import UserError, first_line, say
 from ..evaluation.report import Report
 from ..flags import as_flags
 from ..hardware import physical_cores
 from ..runs import RunFolder, read_log
 from .search_plan import VAL_LOSS, SearchPlan, show
-from .search_report import describe, write_pictures, write_table
-from .training import last_line, start_training
+from .search_report import describe, outcome_of, write_pictures, write_table
+from .training import STOPPED, last_line, start_training
 
 
 if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0
+_MAX_FAILURES = 3  # of the first trials, after which the others would fail too
 _WARMUP_VALIDATIONS = 5  # of the usual 20 of a run, before which none is pruned
 _REPORT_NAME = "search"  # of the evaluation of a trial
 
@@ -75,14 +77,21 @@ class Search:
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
             )
-            study = optuna.create_study(
+            create = partial(
+                optuna.create_study,
                 storage=storage,
                 study_name="search",
                 load_if_exists=True,
                 pruner=pruner if self.plan.arguments.prune else optuna.pruners.NopPruner(),
             )
+            study = create()
+            if _all_failed(study.get_trials(deepcopy=False)):  # they are tried again
+                optuna.delete_study(study_name="search", storage=storage)
+                study = create()
         except Exception as error:  # of SQLAlchemy, which says the same in many ways
-            raise UserError(f"{database} is damaged ({type(error).__name__}): name another --output_dir.") from error
+            raise UserError(
+                f"{database} can't be used ({first_line(error)}): try again, or name another --output_dir."
+            ) from error
         earlier = study.user_attrs.get("plan", identity)
         for name in {**identity, **earlier}:
             if identity.get(name) != earlier.get(name):
@@ -131,15 +140,12 @@ class Search:
         """Runs one trial after the other."""
         try:
             while not self.stop_signal:
-                with self._lock("search"):
-                    claimed = self._claim()
-                if claimed is None:
-                    return
-                trial, values, lock = claimed
-                try:
-                    self._run_trial(trial, values)
-                finally:
-                    lock.release()
+                with contextlib.ExitStack() as held:
+                    with self._lock("search"):
+                        claimed = self._claim(held)
+                    if claimed is None:
+                        return
+                    self._run_trial(*claimed)
         except BaseException:
             self.stop_signal = self.stop_signal or signal.SIGTERM  # for the other workers
             raise
@@ -147,28 +153,34 @@ class Search:
     def _lock(self, name: str) -> filelock.FileLock:
         return filelock.FileLock(self.folder / f".{name}.lock")
 
-    def _claim(self) -> tuple["optuna.Trial", dict[str, Any], filelock.FileLock] | None:
-        """Takes up a killed trial or asks for a new one, and locks it; returns None if there are enough."""
+    def _claim(self, held: contextlib.ExitStack) -> tuple["optuna.Trial", dict[str, Any]] | None:
+        """Takes up a killed trial or asks for a new one, whose lock is then held; returns None if there are enough."""
         optuna, study, plan = self.optuna, self.study, self.plan
         trials = study.get_trials(deepcopy=False)
         for entry in trials:
             lock = self._lock(f"trial-{entry.number}")
             if entry.state == optuna.trial.TrialState.RUNNING and _try_to_acquire(lock):
-                return *self._suggest(entry.number, lambda entry=entry: optuna.Trial(study, entry._trial_id)), lock
+                held.callback(lock.release)
+                return self._suggest(entry.number, lambda entry=entry: optuna.Trial(study, entry._trial_id))
+        if len(trials) >= _MAX_FAILURES and _all_failed(trials):
+            note = trials[0].user_attrs.get("note")
+            raise UserError(
+                f"the first {len(trials)} trials have failed, and the same command tries them again: {note}"
+            )
         if len(trials) >= plan.arguments.trials:
             return None
         lock = self._lock(f"trial-{len(trials)}")
-        lock.acquire()
-        return *self._suggest(len(trials), study.ask), lock
+        held.enter_context(lock.acquire())
+        return self._suggest(len(trials), study.ask)
 
     def _suggest(self, number: int, ask: Callable[[], "optuna.Trial"]) -> tuple["optuna.Trial", dict[str, Any]]:
-        arguments = self.plan.arguments
-        seed = np.random.SeedSequence([arguments.sampler_seed, number]).generate_state(1)
-        self.study.sampler = self.optuna.samplers.TPESampler(
-            n_startup_trials=arguments.n_startup_trials, seed=int(seed[0])
-        )
-        trial = ask()
-        values = {name: entry.suggest(trial) for name, entry in self.plan.ranges.items()}
+        trial, values, arguments = ask(), {}, self.plan.arguments
+        for index, (name, entry) in enumerate(self.plan.ranges.items()):  # a seed each: a kill may come between two
+            seed = np.random.SeedSequence([arguments.sampler_seed, number, index]).generate_state(1)
+            trial.study.sampler = self.optuna.samplers.TPESampler(
+                n_startup_trials=arguments.n_startup_trials, seed=int(seed[0])
+            )
+            values[name] = entry.suggest(trial)
         say(f"trial {number}: {', '.join(f'{name} {show(value)}' for name, value in values.items())}")
         return trial, values
 
@@ -183,6 +195,8 @@ class Search:
         failed = training.returncode != 0 and not pruned
         if failed and self.stop_signal:
             return
+        if failed:
+            _refuse_stopped(training, run)
         if pruned or self._is_bad(trial, run):
             self._tell(trial, run, "pruned")
         elif failed:
@@ -253,6 +267,8 @@ class Search:
             )
         with _running(evaluation):
             self._wait(evaluation)
+        if not self.stop_signal:
+            _refuse_stopped(evaluation, run)
         if evaluation.returncode:
             return None, f"{last_line(log)} (exit status {evaluation.returncode} of evaluate)"
         figures = Report.load(run.reports / _REPORT_NAME).figures
@@ -272,6 +288,16 @@ def _running(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _refuse_stopped(process: subprocess.Popen, run: RunFolder) -> None:
+    """Leaves a trial whose process was stopped from outside to be taken up again."""
+    if process.returncode in STOPPED:
+        raise UserError(f"trial {run.path.name} was stopped: the same command goes on from there.")
+
+
+def _all_failed(trials: list["optuna.trial.FrozenTrial"]) -> bool:
+    return bool(trials) and all(outcome_of(entry) == "failed" for entry in trials)
 
 
 def _try_to_acquire(lock: filelock.FileLock) -> bool:

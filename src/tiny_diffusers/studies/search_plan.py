@@ -2,17 +2,19 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import UserError, unknown
-from ..evaluation.report import FIGURES, metric_of
+from ..evaluation.report import FIGURES, Protocol, metric_of
 from ..flags import FlagParser, Flags, as_flags, flag
-from ..training.arguments import load_cells, load_section, parse_arguments
+from ..training.arguments import LENGTHS, UNSAVED, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .training import arguments_class
+from .settings import SAMPLING, StudyArguments, check_family
+from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
 if TYPE_CHECKING:
@@ -21,10 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VAL_LOSS = "val_loss"
-LENGTHS = ("max_train_steps", "max_train_minutes", "num_epochs")
-
-# Train flags that a search sets by itself, or has a flag of its own for
-_OWN_FLAGS = ("config", "cell", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub")
 # Flags that change what the validation loss measures
 _LOSS_FLAGS = (
     *("prediction_type", "loss_type", "huber_delta", "huber_schedule", "snr_gamma", "timestep_distribution"),
@@ -105,16 +103,16 @@ class Range:
         return next((choice for choice in self.choices if spell(choice) == param), param)
 
     def describe(self) -> dict[str, Any]:
-        return (
-            {"choices": self.choices}
-            if self.choices
-            else {n: getattr(self, n) for n in ("low", "high", "log", "step")}
-        )
+        if self.choices:
+            return {"choices": [choice if isinstance(choice, list) else spell(choice) for choice in self.choices]}
+        return {name: getattr(self, name) for name in ("low", "high", "log", "step")}
 
 
 def spell(value: Any) -> Any:
-    """Spells a list in one word, as it would be typed; other values stay."""
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    """Spells a list, and a number that JSON lacks, in one word, as it would be typed; other values stay."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(value: Any) -> str:
@@ -153,7 +151,8 @@ class SearchPlan:
             flags["save_images_steps"] = 0  # the last grid is enough
         if "checkpoints_total_limit" not in asked:
             flags["checkpoints_total_limit"] = 1
-        return {**flags, **self.given, **self.arguments.length, **values}
+        flags |= {**self.given, **self.arguments.length, **values}
+        return flags | fix_validation(parse_arguments(arguments_class(self.script), as_flags(flags)))
 
     def evaluate_flags(self) -> dict[str, Any]:
         """Returns the flags of `evaluate` that measure the objective."""
@@ -171,8 +170,9 @@ class SearchPlan:
         return identity | {f"--{name}": value for name, value in self.given.items()}
 
     def best_recipe(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the recipe with the values of a trial in it, in the recipe's own length."""
-        changes = {**self.given, **values}
+        """Returns the recipe with the values of a trial in it, in the recipe's own length unless that was searched."""
+        given = {name: value for name, value in self.given.items() if name not in (*UNSAVED, *LENGTHS)}
+        changes = {**given, **values}
         fields = [field for field in dataclasses.fields(arguments_class(self.script)) if field.name in changes]
         replaced = {name for field in fields for name in field.metadata["replaces"]}
         return {name: value for name, value in self.base.items() if name not in replaced} | changes
@@ -195,7 +195,7 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
     train_class = arguments_class(script)
     given = FlagParser(train_class, prog="tiny-diffusers search").given(train_argv)
     for name in given:
-        if name in _OWN_FLAGS:
+        if name in OWN_FLAGS:
             raise UserError(f"--{name}: a search sets it for each run itself; leave it out.")
     arguments = _read_arguments(recipe, section, flags, given)
     base = _read_base(recipe, arguments)
@@ -268,7 +268,7 @@ def _read_ranges(plan: SearchPlan, ranges: Any) -> dict[str, Range]:
             f"{recipe}: search: 'ranges' must hold at least one flag of the train script, with its values."
         )
     fields = {field.name: field for field in dataclasses.fields(train_class) if "help" in field.metadata}
-    searched = [name for name in fields if name not in (*_OWN_FLAGS, "smoke")]
+    searched = [name for name in fields if name not in (*OWN_FLAGS, "smoke")]
     for name in ranges:
         if name not in searched:
             raise unknown(f"flag in the ranges of {recipe}", name, searched)
@@ -294,6 +294,8 @@ def _read_range(plan: SearchPlan, field: dataclasses.Field, values: Any) -> Rang
     if not kinds:
         raise UserError(f"{where} is no number, so it has no low and high: give a list of values.")
     low, high = (_parse(plan, where, field.name, values[end]) for end in ("low", "high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{where} goes from {low} to {high}: give finite numbers, or a list of values.")
     if not low < high:
         raise UserError(f"{where} has an empty range: low is {low}, and must be below high, {high}.")
     log, step = values.get("log", False), values.get("step")
@@ -321,3 +323,33 @@ def _parse(plan: SearchPlan, where: str, name: str, value: Any) -> Any:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return getattr(arguments, name)
+
+
+def check_objective(plan: SearchPlan, flags: Mapping[str, Any]) -> None:
+    """
+    Checks that the objective can be measured, before anything is trained.
+
+    Args:
+        plan ([`SearchPlan`]): The plan.
+        flags (`Mapping[str, Any]`): The flags of `evaluate` that it measures with, parsed.
+
+    Raises:
+        UserError: If the protocol or the models do not have the objective, or if its features are not installed.
+    """
+    from ..evaluation import features
+
+    objective, where = plan.arguments.objective, f"{plan.recipe}: search: "
+    fields = [field.name for field in dataclasses.fields(Protocol)]
+    try:
+        protocol = Protocol(**{name: value for name, value in flags.items() if name in fields})
+        if objective == VAL_LOSS:
+            return
+        if objective not in protocol.figures:
+            raise UserError(f"the protocol lacks the objective: add {metric_of(objective)} to its metrics.")
+        asked = {name: flags.get(name) for name in SAMPLING}
+        lists = {"num_inference_steps": "num_inference_steps", "schedulers": "scheduler"}
+        asked |= {name: [flags[flag]] for name, flag in lists.items() if flag in flags}
+        check_family(plan.script, StudyArguments(**asked), protocol, objective)
+        features.load(protocol.features, protocol.feature_weights)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error

@@ -9,7 +9,7 @@ import yaml
 from .. import __version__
 from ..errors import code_block, markdown
 from ..files import replace_file
-from .search_plan import VAL_LOSS, SearchPlan, show
+from .search_plan import VAL_LOSS, SearchPlan, show, spell
 from .search_plots import draw_history, draw_importances, draw_parallel_coordinates
 
 
@@ -61,19 +61,28 @@ def describe(plan: SearchPlan, study: "optuna.Study", command: str, with_importa
 
 def _describe_trial(plan: SearchPlan, entry: "optuna.trial.FrozenTrial") -> dict[str, Any]:
     attributes, losses = entry.user_attrs, list(entry.intermediate_values.values())
-    outcome = attributes.get("outcome", "running")
+    outcome = outcome_of(entry)
     sign = 1 if plan.arguments.lower_is_better else -1
     return {
         "trial": entry.number,
         "outcome": outcome,
         "value": sign * entry.value if outcome == "finished" else None,
         "val_loss": min(losses, default=None),
-        "flags": {name: plan.ranges[name].value_of(value) for name, value in entry.params.items()},
+        "flags": {name: _as_json(plan.ranges[name].value_of(value)) for name, value in entry.params.items()},
         "steps": attributes.get("steps"),
         "seconds": attributes.get("seconds"),
         "note": attributes.get("note"),
         "val_losses": losses,
     }
+
+
+def outcome_of(entry: "optuna.trial.FrozenTrial") -> str:
+    """Returns how a trial has ended. One that was killed while its end was written down is still running."""
+    return entry.user_attrs.get("outcome", "running") if entry.state.is_finished() else "running"
+
+
+def _as_json(value: Any) -> Any:
+    return value if isinstance(value, list) else spell(value)
 
 
 def _importances(plan: SearchPlan, study: "optuna.Study") -> dict[str, float]:
@@ -90,7 +99,7 @@ def _importances(plan: SearchPlan, study: "optuna.Study") -> dict[str, float]:
 
 def write_table(results: dict[str, Any], plan: SearchPlan, folder: Path) -> None:
     """Writes `search.json`, `README.md` and, if a trial has finished, `best.yaml`."""
-    replace_file(folder / "search.json", json.dumps(results, indent=2) + "\n")
+    replace_file(folder / "search.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     replace_file(folder / "README.md", _markdown(results, plan))
     if results["best"] is not None:
         replace_file(folder / "best.yaml", _best_recipe(results, plan))

@@ -6,12 +6,15 @@ from typing import Literal, get_args
 from ..errors import UserError
 from ..evaluation.report import FIGURES, Protocol
 from ..flags import Flags, flag
+from ..samplers import check_scheduler_name
 
 
 Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
 
 PLOTS: tuple[str, ...] = get_args(Plot)
 _DIFFUSION = ("unconditional", "conditional")
+_OF_GUIDANCE = ("guidance_scale", "guidance_interval", "dynamic_thresholding")
+SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's call, the same for all samplers
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,16 @@ class StudyArguments(Flags):
         None, "Samplers to measure with, as in `tiny-diffusers evaluate --scheduler`; the run's own if not given."
     )
     eta: float | None = flag(None, "Fresh noise in each sampling step.", within="[0, inf)")
+    clip_sample: bool | None = flag(None, "Clip the predicted image at each step; as saved if not given.")
     guidance_scale: float | None = flag(None, "Guidance scale, for classes.", within="[0, inf)")
+    guidance_interval: list[float] | None = flag(
+        None,
+        "Share of the steps that are guided: two numbers, from 0 at the noise to 1 at the image.",
+        within="[0, 1]",
+    )
+    dynamic_thresholding: float | None = flag(
+        None, "Percentile, such as 0.995, that keeps high guidance from saturating.", within="(0, 1]"
+    )
     main_metric: Literal[tuple(FIGURES)] | None = flag(
         None, "Metric that is plotted and names the winner; the first of --metrics if not given."
     )
@@ -46,6 +58,10 @@ class StudyArguments(Flags):
             raise UserError(
                 f"--max_train_minutes {self.max_train_minutes:g} --budget {self.budget:g}: both are the minutes of a cell, so "
                 "give one of them."
+            )
+        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+            raise UserError(
+                f"--guidance_interval {self.guidance_interval}: it must be two numbers, its start and its end."
             )
 
 
@@ -71,11 +87,12 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
     Raises:
         UserError: If a sampler's option or a metric means nothing to them.
     """
-    for name in ("num_inference_steps", "schedulers", "eta"):
-        if getattr(arguments, name) is not None and script not in _DIFFUSION:
+    for name in ("num_inference_steps", "schedulers", *SAMPLING):
+        known = ("conditional",) if name in _OF_GUIDANCE else _DIFFUSION
+        if getattr(arguments, name) is not None and script not in known:
             raise UserError(f"--{name} means nothing to the models of train_{script}.py: leave it out.")
-    if arguments.guidance_scale is not None and script != "conditional":
-        raise UserError(f"--guidance_scale means nothing to the models of train_{script}.py: leave it out.")
+    for name in arguments.schedulers or []:
+        check_scheduler_name(name)
     if protocol.kind == "reconstructions" and script != "vae":
         raise UserError(
             f"--kind reconstructions: the models of train_{script}.py reconstruct nothing, only a VAE does."
@@ -83,6 +100,6 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
     if "bits_per_dim" in protocol.metrics and script == "dcgan":
         raise UserError("--metrics bits_per_dim: a DCGAN has no likelihood; leave it out.")
     if main_metric == "inception_score" and protocol.features != "inception":
-        raise UserError(f"--main_metric inception_score: the features of {protocol.features} have no classifier.")
+        raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
     if main_metric == "class_agreement" and script in ("unconditional", "vae"):
-        raise UserError(f"--main_metric class_agreement: the models of train_{script}.py have no classes.")
+        raise UserError(f"The metric class_agreement: the models of train_{script}.py have no classes.")

@@ -8,28 +8,30 @@ is kept but files: the same command goes on from there.
 
 import contextlib
 import json
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
+from PIL import UnidentifiedImageError
 
 from ..errors import UserError, first_line, say
 from ..evaluation import features
-from ..files import load_json, read_text, replace_file
-from .cells import Run, Study
+from ..evaluation.report import FIGURES
+from ..files import is_disk_full, load_json, read_mapping, read_text, replace_file
+from ..hardware import release_memory
+from .cells import DONE, Run, Study
 from .pictures import draw
+from .settings import PLOTS
 from .table import write_table
-from .training import finish_training, last_line, start_training
+from .training import STOPPED, finish_training, last_line, start_training
 
 
 FORMAT = 1  # of study.json
+_FORM = {"asked": dict, "networks": dict, "rows": list, "main_metric": str, "plots": list}
+_SHOWN = ("plots", "main_metric")  # what the table and the pictures may have otherwise than study.json
 _POLL_SECONDS = 1.0  # while other processes hold all that is left
-_STOPPED = {
-    sign * number + offset for number in (signal.SIGINT, signal.SIGTERM) for sign, offset in ((-1, 0), (1, 128))
-}
 
 
 def run_study(study: Study) -> Path:
@@ -40,9 +42,7 @@ def run_study(study: Study) -> Path:
         UserError: If the folder holds another study, if a training was stopped, or if no run could be measured.
     """
     features.load(study.protocol.features, study.protocol.feature_weights)  # refuses what is not installed
-    networks = _claim(study)
-    runs = study.runs(networks)
-    pending, waited = list(runs), False
+    pending, waited = study.runs(_claim(study)), False
     while pending:
         done = [run for run in pending if _take(run, study)]
         pending = [run for run in pending if run not in done]
@@ -64,14 +64,15 @@ def _claim(study: Study) -> dict[str, dict[str, Any]]:
         earlier = _read(study.folder / "study.json")
         if earlier is not None:
             _check_same(study, earlier["asked"])
-            return earlier["networks"]
         study.runs({})  # refuses cells that their script does not take
-        networks = {}
-        if study.arguments.budget is not None:
+        known = earlier or {"factor": None, "networks": {}, "rows": []}
+        factor, networks = known["factor"], known["networks"]
+        if study.arguments.budget is not None and not study.cells.keys() <= networks.keys():
             from .budget import fit_networks
 
-            networks = fit_networks(study)
-        _write(study, {"networks": networks, "rows": []})
+            factor, networks = fit_networks(study, {**networks, **study.cells}, factor)
+            release_memory()
+        _write(study, {"factor": factor, "networks": networks, "rows": known["rows"]})
         return networks
 
 
@@ -111,13 +112,14 @@ def _take(run: Run, study: Study) -> bool:
         if run.is_done:
             return True
         _work(run, study)
+    release_memory()
     _write_results(study)
     return True
 
 
 def _work(run: Run, study: Study) -> None:
     """Trains and measures a run. One that fails is a row that says so."""
-    row = {"cell": run.cell, "seed": run.seed, "data": run.data, "changes": study.asked["grid"][run.cell]}
+    row = {"cell": run.cell, "seed": run.seed, "data": run.data}
     try:
         if run.read().get("state") != "trained":
             say(f"{run.name}: training into {run.folder.path}, its messages go to {run.log} ...")
@@ -136,7 +138,7 @@ class _Failure(Exception):
 
 def _train(run: Run, script: str) -> None:
     status = finish_training(start_training(script, run.flags, run.folder.path, run.log))
-    if status in _STOPPED:
+    if status in STOPPED:
         raise UserError(f"the training of {run.name} was stopped: the same command goes on from there.")
     if status < 0:
         raise _Failure(f"killed by signal {-status}")
@@ -149,7 +151,10 @@ def _measure(run: Run, study: Study) -> dict[str, Any]:
 
     try:
         return measure(run, study)
-    except (ValueError, RuntimeError) as error:  # of torch: out of memory
+    except Exception as error:  # a row that says so; of a full disk the same command goes on
+        if is_disk_full(error):
+            raise
+        run.log_error()
         raise _Failure(first_line(error)) from error
 
 
@@ -157,11 +162,11 @@ def _write_results(study: Study) -> dict[str, Any]:
     """Writes what is known of all runs so far, of this and other processes."""
     with _locked(study):
         content = _read(study.folder / "study.json")
-        rows = [load_json(read_text(path)) for path in sorted(study.folder.glob("*/seed-*.json"))]
+        rows = [read_mapping(path, load_json) for path in sorted(study.folder.glob("*/seed-*.json"))]
         order = list(study.asked["grid"])
-        rows = [row for row in rows if row["state"] != "trained"]
+        rows = [row for row in rows if row.get("state") in DONE]
         rows.sort(key=lambda row: (order.index(row["cell"]), row["seed"]))
-        content = _write(study, {"networks": content["networks"], "rows": rows})
+        content = _write(study, {"factor": content["factor"], "networks": content["networks"], "rows": rows})
         show(content, study.folder)
         return content
 
@@ -184,17 +189,32 @@ def show(content: dict[str, Any], folder: Path) -> None:
     write_table(content, pictures, folder)
 
 
-def show_again(file: Path) -> Path:
+def show_again(file: Path, given: Mapping[str, Any]) -> Path:
     """
-    Writes `README.md` and the pictures of a `study.json` beside it, from that file alone.
+    Writes `README.md` and the pictures of a `study.json`, which may be a stranger's, beside it, from that file alone.
+
+    Args:
+        file (`Path`): The file.
+        given (`Mapping`): `plots` and `main_metric` that win over those of the file.
 
     Raises:
-        UserError: If the file is none.
+        UserError: If the file is none, or if anything else is given.
     """
+    other = next((name for name in given if name not in _SHOWN), None)
+    if other is not None:
+        raise UserError(f"--{other}: of a {file.name}, only {' and '.join(f'--{n}' for n in _SHOWN)} can be given.")
     content = _read(file)
     if content is None:
         raise UserError(f"There is no file '{file}'.")
-    show(content, file.parent)
+    try:
+        entries = [entry for row in content["rows"] for entry in row.get("measured", [])]
+        if "main_metric" in given and not any(given["main_metric"] in entry.get("figures", {}) for entry in entries):
+            raise UserError(f"--main_metric {given['main_metric']}: it was not measured.")
+        show({**content, **given}, file.parent)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UnidentifiedImageError) as error:
+        raise _no_study(file, error) from error
     return file.parent
 
 
@@ -204,8 +224,17 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = load_json(read_text(file))
-        if content["format"] != FORMAT or not {"asked", "networks", "rows", "main_metric", "plots"} <= content.keys():
+        if content["format"] != FORMAT or not _FORM.keys() <= content.keys():
             raise ValueError("it has another format")
+        for name, kind in _FORM.items():
+            if not isinstance(content[name], kind):
+                raise ValueError(f"its {name} is {type(content[name]).__name__}")
+        if content["main_metric"] not in FIGURES or not {*content["plots"]} <= {*PLOTS}:
+            raise ValueError("its main_metric or plots are unknown")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{file}' is not a study's file ({error}): move it, and try again.") from error
+        raise _no_study(file, error) from error
     return content
+
+
+def _no_study(file: Path, error: Exception) -> UserError:
+    return UserError(f"'{file}' is not a study's file ({first_line(error)}): move it, and try again.")

@@ -1,13 +1,24 @@
 """The `README.md` of a study: its table, what can be told from it, and its pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import markdown
 from ..evaluation.report import BASELINE_NAMES, BASELINES, FIGURES, arrow, figure_label, format_figure
 from ..files import replace_file
-from .results import Rows, Sampler, find_winner, floor_of, group, list_samplers, lowest_loss, mean_of, value_of
+from .results import (
+    Rows,
+    Sampler,
+    find_winner,
+    floor_of,
+    group,
+    list_samplers,
+    lowest_loss,
+    mean_of,
+    value_of,
+    why_not_compared,
+)
 
 
 def write_table(content: dict[str, Any], pictures: Mapping[str, list[Path]], folder: Path) -> Path:
@@ -36,32 +47,50 @@ def write_table(content: dict[str, Any], pictures: Mapping[str, list[Path]], fol
 
 def _introduction(content: dict[str, Any]) -> str:
     asked, rows = content["asked"], content["rows"]
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = sorted({int(row["seed"]) for row in rows})
     minutes = asked["budget"] or asked["max_train_minutes"]
     lines = [
         f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by `tiny-diffusers train "
-        f"{asked['script']}`"
+        f"{_code(asked['script'])}`"
         + (f" for {minutes:g} minutes each" if minutes else "")
         + f" with the seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds)) or 'none'}."
     ]
     changed = {name: value for name, value in asked["train flags"].items() if value is not None}
     if changed:
-        lines.append("Beside the recipe: " + ", ".join(f"`{name} {value}`" for name, value in changed.items()) + ".")
-    if content["networks"]:
-        widths = {" ".join(map(str, options["block_out_channels"])) for options in content["networks"].values()}
-        lines.append(f"**Narrower networks than the recipe's**, for the budget: widths {', '.join(sorted(widths))}.")
+        lines.append(f"Beside the recipe: {_settings(changed)}.")
+    narrowed = [options for options in content["networks"].values() if options]
+    if narrowed:
+        widths = {" ".join(map(str, options["block_out_channels"])) for options in narrowed}
+        lines.append(
+            f"**Narrower networks than the recipe's**, for the budget: widths {markdown(', '.join(sorted(widths)))}."
+        )
     return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    """Spells a value between two backticks."""
+    return markdown(" ".join(map(str, value)) if isinstance(value, list) else str(value)).replace("`", "'")
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{_code(name)} {_code(value)}`" for name, value in settings.items())
+
+
+def _changes(cells: Iterable[str], grid: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lists what each cell changes."""
+    return "\n".join(f"- {markdown(cell)}: {_settings(grid[cell]) or 'the recipe'}" for cell in cells)
 
 
 def _section(content: dict[str, Any], cells: Mapping[str, Rows]) -> list[str]:
     """Returns the tables of the cells with the same images, and what can be told from them."""
     metric, protocol = content["main_metric"], content["asked"]["protocol"]
-    label, samplers = figure_label(metric, protocol["features"]), list_samplers(_all(cells))
+    label, samplers = markdown(figure_label(metric, protocol["features"])), list_samplers(_all(cells))
     measured = next((row for row in _all(cells) if "against" in row), None)
     parts = []
     if measured is not None:
         parts.append(f"**{label}**{arrow(metric)}: {markdown(measured['against'])}.")
     parts.append(_main_table(cells, samplers, metric))
+    parts.append(_changes(cells, content["asked"]["grid"]))
     parts.append(_failures(cells))
     if measured is None:
         return parts
@@ -77,7 +106,7 @@ def _all(cells: Mapping[str, Rows]) -> Rows:
 
 
 def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str) -> str:
-    head = ["cell", "parameters", "steps", "seconds", "validation loss", *map(str, samplers)]
+    head = ["cell", "parameters", "steps", "seconds", "validation loss", *(markdown(str(each)) for each in samplers)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     values = {sampler: {name: value_of(rows, sampler, metric) for name, rows in cells.items()} for sampler in samplers}
     winners = {sampler: find_winner(values[sampler], metric) for sampler in samplers}
@@ -103,11 +132,13 @@ def _failures(cells: Mapping[str, Rows]) -> str:
     lines = []
     for row in _all(cells):
         if row["state"] == "failed":
-            lines.append(f"- {markdown(row['cell'])}, seed {row['seed']}, **failed**: {markdown(row['error'])}")
+            words = f"{markdown(row['cell'])}, seed {int(row['seed'])}"
+            lines.append(f"- {words}, **failed**: {markdown(row['error'])}")
         for entry in row.get("measured", []):
             if "error" in entry:
                 sampler = Sampler(entry["scheduler"], entry["num_inference_steps"])
-                lines.append(f"- {markdown(row['cell'])}, {sampler}, not measured: {markdown(entry['error'])}")
+                words = f"{markdown(row['cell'])}, {markdown(str(sampler))}"
+                lines.append(f"- {words}, not measured: {markdown(entry['error'])}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -121,7 +152,7 @@ def _explain_errors(cells: Mapping[str, Rows], samplers: list[Sampler], metric: 
         entries = [e for row in _all(cells) for e in row.get("measured", [])]
         kinds = {e["figures"][metric]["error_kind"] for e in entries if metric in e.get("figures", {})}
         sentences.append(
-            f"{'With one seed it' if seeds - {1} else '±'} is the {'; '.join(sorted(filter(None, kinds)))}. Training with "
+            f"{'With one seed it' if seeds - {1} else '±'} is the {markdown('; '.join(sorted(filter(None, kinds))))}. Training with "
             "another seed may move a metric by more."
         )
     return " ".join(sentences)
@@ -138,14 +169,16 @@ def _verdict(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, la
         if len(known) < 2:
             continue
         winner = find_winner(values, metric)
-        where = "" if str(sampler) == "samples" else f" ({sampler})"
+        where = "" if str(sampler) == "samples" else f" ({markdown(str(sampler))})"
         if winner is not None:
             lines.append(f"- {label}{where}: **{markdown(winner)}** is best, clear of the error of every other cell.")
             continue
         best = (min if FIGURES[metric][2] else max)(known, key=lambda name: known[name].value)
-        lines.append(
-            f"- {label}{where}: no winner. The best value, of {markdown(best)}, is not clear of the others' error."
+        reason = (
+            why_not_compared(known.values())
+            or f"the best value, of {markdown(best)}, is not clear of the others' error"
         )
+        lines.append(f"- {label}{where}: no winner: {reason}.")
     return "\n".join(lines)
 
 
@@ -155,7 +188,9 @@ def _other_table(cells: Mapping[str, Rows], sampler: Sampler, metric: str, featu
     if not names:
         return ""
     lines = [
-        f"| {sampler} | " + " | ".join(figure_label(name, features) + arrow(name) for name in names) + " |",
+        f"| {markdown(str(sampler))} | "
+        + " | ".join(figure_label(name, features) + arrow(name) for name in names)
+        + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for cell_name, rows in cells.items():

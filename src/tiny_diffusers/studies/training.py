@@ -12,9 +12,19 @@ from typing import Any
 
 from ..flags import as_flags
 from ..runs import RunFolder
-from ..training.arguments import TrainingArguments
+from ..training.arguments import TrainingArguments, is_open
 
 
+# Train flags that a study or a search gives by itself, or that are of no use to it
+OWN_FLAGS = (
+    *("config", "cell", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"),
+)
+# Exit statuses of a process that was stopped from outside
+STOPPED = {
+    sign * number + offset for number in (signal.SIGINT, signal.SIGTERM) for sign, offset in ((-1, 0), (1, 128))
+}
+_NUM_VALIDATION_IMAGES = 128
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -22,6 +32,17 @@ def arguments_class(script: str) -> type[TrainingArguments]:
     """Returns the dataclass of a train script's flags."""
     module = importlib.import_module(f"...train_scripts.train_{script}", __name__)
     return next(value for value in vars(module).values() if getattr(value, "SCRIPT", None) == script)
+
+
+def fix_validation(arguments: TrainingArguments) -> dict[str, Any]:
+    """
+    Returns the flag that makes runs of some minutes comparable: each would choose its own number of validation images.
+    Empty if a number was asked for, or if the length is no number of minutes.
+    """
+    is_chosen = arguments.max_train_minutes is not None and arguments.max_train_steps is None
+    if not is_chosen or not is_open(arguments, "max_validation_samples"):
+        return {}
+    return {"max_validation_samples": _NUM_VALIDATION_IMAGES}
 
 
 def start_training(script: str, flags: Mapping[str, Any], output_dir: Path, log: Path) -> subprocess.Popen:

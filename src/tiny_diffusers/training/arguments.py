@@ -40,9 +40,10 @@ LRScheduler = Literal[
 _NETWORK = "network"  # stands for all options of the network, in what a flag decides
 _DATASET = ("resolution", "output_dir", _NETWORK)
 # The number of steps follows from one of three flags: one on the command line replaces the others in a recipe.
+LENGTHS = ("max_train_steps", "max_train_minutes", "num_epochs")
 _LENGTH = {
     "changes_run": False,
-    "replaces": ("max_train_steps", "max_train_minutes", "num_epochs"),
+    "replaces": LENGTHS,
     "decides": ("ema_start_step", "eval_batch_size", "max_validation_samples"),
 }
 _GRIDS = {"changes_run": False, "replaces": ("save_images_epochs", "save_images_steps")}
@@ -236,7 +237,7 @@ _ASKED_FOR = ("overwrite_output_dir", "push_to_hub")
 _SECTIONS = ("study", "search")
 
 # These choose the values of others, or say how one command behaves: no part of a run's saved settings.
-_UNSAVED = (
+UNSAVED = (
     "config",
     "cell",
     "smoke",
@@ -318,11 +319,11 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UserError(f"--config: {path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"The recipe {path} cannot be read ({error.strerror}).") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config: {path} is not valid YAML ({' '.join(str(error).split())}).") from error
+        raise UserError(f"The recipe {path} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"--config: {path} must hold 'name: value' lines.")
+        raise UserError(f"The recipe {path} must hold 'name: value' lines.")
     return recipe
 
 
@@ -358,13 +359,13 @@ def load_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     names = [str(cell["name"]) for cell in cells] if named else []
     if not named or len(set(names)) < len(names):
         raise UserError(
-            f"--config: the cells of {path} must be a list of 'name: value' lines, each with its own name."
+            f"The cells of the recipe {path} must be a list of 'name: value' lines, each with its own name."
         )
     for cell in cells:
         for key, value in cell.items():
             if value is None:
                 raise UserError(
-                    f"--config: '{key}' has no value in the cell '{cell['name']}' of {path}: give it one, or leave it out."
+                    f"'{key}' has no value in the cell '{cell['name']}' of the recipe {path}: give it one, or leave it out."
                 )
     changes = [{key: value for key, value in cell.items() if key != "name"} for cell in cells]
     return recipe, dict(zip(names, changes, strict=True))
@@ -460,7 +461,7 @@ def saved_settings(settings: TrainingArguments) -> dict[str, Any]:
     command only.
     """
     settings, _ = split_paths(settings)
-    names = [f.name for f in dataclasses.fields(settings) if f.name not in (*_UNSAVED, "resolved")]
+    names = [f.name for f in dataclasses.fields(settings) if f.name not in (*UNSAVED, "resolved")]
     return {name: getattr(settings, name) for name in (*names, "resolved")}
 
 
@@ -470,7 +471,7 @@ def command_line(settings: TrainingArguments) -> str:
     words = ["tiny-diffusers", "train", settings.SCRIPT]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if "help" not in field.metadata or field.name in _UNSAVED or value == default_of(field):
+        if "help" not in field.metadata or field.name in UNSAVED or value == default_of(field):
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{field.name}", *([] if value is True else (str(v) for v in values))]

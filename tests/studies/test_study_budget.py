@@ -1,0 +1,120 @@
+"""Networks that a study narrows so that they train in the minutes that it has."""
+
+import json
+
+import pytest
+import torch
+
+from tiny_diffusers import TinyUNet2DModel
+from tiny_diffusers.data import load_images
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.diffusion import DiffusionArguments
+from tiny_diffusers.families.unets import resolve_unet
+from tiny_diffusers.models.unet_tiny import PRESETS
+from tiny_diffusers.studies import budget
+from tiny_diffusers.studies import study as studies
+
+
+CELLS = [
+    {"name": "wide", "block_out_channels": [64, 128]},
+    {"name": "half", "block_out_channels": [32, 64]},
+]
+NARROWED = {
+    "wide": {"block_out_channels": [32, 64], "attention": ["none", "full"]},
+    "half": {"block_out_channels": [16, 32], "attention": ["none", "full"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch):
+    """A step takes 10 ms for each channel."""
+    monkeypatch.setattr(budget, "seconds_a_step", lambda arguments, *_: sum(arguments.block_out_channels) / 100)
+
+
+def fit(study):
+    return budget.fit_networks(study, study.cells)
+
+
+def widths(networks):
+    return {cell: options.get("block_out_channels") for cell, options in networks.items()}
+
+
+def test_all_widths_are_divided_by_one_factor(plan, capsys):
+    # 500 steps in 80 % of 10 minutes are 0.96 s each
+    assert fit(plan({"budget": 10.0}, cells=CELLS)) == (2, NARROWED)
+    assert "about 2 times narrower" in capsys.readouterr().out
+
+
+def test_what_fits_stays(plan):
+    assert fit(plan({"budget": 100.0}, cells=CELLS)) == (1, {"wide": {}, "half": {}})
+
+
+def test_the_runs_have_the_networks_and_the_minutes(plan, work):
+    study = plan({"budget": 10.0}, cells=CELLS)
+    text = (studies.run_study(study) / "README.md").read_text()
+    assert "Narrower networks" in text and "10 minutes each" in text
+    networks = json.loads((study.folder / "study.json").read_text())["networks"]
+    arguments = study.parse(study.runs(networks)[0].flags)
+    assert (arguments.block_out_channels, arguments.max_train_minutes) == ([32, 64], 10.0)
+
+
+def test_a_cell_that_joins_later_is_divided_by_the_same_factor(plan, work):
+    for cells in (["wide"], ["half"]):
+        study = plan({"budget": 10.0, "cells": cells}, cells=CELLS)
+        studies.run_study(study)
+    content = json.loads((study.folder / "study.json").read_text())
+    assert (content["factor"], content["networks"]) == (2, NARROWED)
+
+
+def test_the_narrower_network_keeps_its_levels_with_attention():
+    data = load_images("digits", resolution=32)
+    own = DiffusionArguments()  # 64, 64 and 128 channels, with attention in the middle
+    assert resolve_unet(own, data)["attention"] == ["none", "full", "none"]
+    assert budget.narrow(own, data, 2) == {"block_out_channels": [32, 32, 64], "attention": ["none", "full", "none"]}
+    assert budget.narrow(own, data, 1) == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_can_be_built_at_each_factor(preset):
+    data = load_images("digits", resolution=32)
+    for factor in (2, 4, 8, 16, 32):
+        options = budget.narrow(DiffusionArguments(preset=preset), data, factor)
+        with torch.device("meta"):
+            TinyUNet2DModel(**{**PRESETS[preset], **options, "sample_size": 32})
+
+
+def test_widths_stay_multiples_of_the_groups_and_of_the_heads():
+    data = load_images("digits")
+    arguments = DiffusionArguments(block_out_channels=[96, 192], norm_num_groups=32, attention_head_dim=64)
+    assert budget.narrow(arguments, data, 4)["block_out_channels"] == [32, 64]  # 24 and 48
+    arguments = DiffusionArguments(block_out_channels=[128, 384], attention_head_dim=64)
+    assert budget.narrow(arguments, data, 4)["block_out_channels"] == [32, 128]  # 32 and 96
+
+
+def test_only_unets_that_are_built_from_options_become_narrower(plan, capsys):
+    cells = [*CELLS, {"name": "patches", "network": "transformer"}]
+    factor, networks = fit(plan({"budget": 10.0}, cells=cells))
+    assert factor == 2 and widths(networks) == {"wide": [32, 64], "half": [16, 32], "patches": None}
+    assert "the networks of patches stay" in capsys.readouterr().out
+
+
+def test_the_networks_of_other_families_stay(plan, capsys):
+    study = plan(
+        {"budget": 1.0, "num_inference_steps": None}, name="vae_x.yaml", cells=[{"name": "a"}], study={"seeds": 0}
+    )
+    assert fit(study) == (None, {"a": {}})
+    assert "the networks of a stay" in capsys.readouterr().out
+
+
+def test_different_cells_stay_different(plan, capsys):
+    cells = [{"name": "a", "block_out_channels": [208, 240]}, {"name": "b", "block_out_channels": [104, 120]}]
+    factor, networks = fit(plan({"budget": 0.1}, cells=cells))
+    assert factor == 16 and widths(networks) == {"a": [16, 16], "b": [8, 8]}  # divided by 32, both have 8 and 8
+    assert "fewer than 500 steps fit" in capsys.readouterr().out
+
+
+def test_a_cell_that_would_be_the_same_as_another_does_not_join(plan, work):
+    cells = [{"name": "a", "block_out_channels": [64, 64]}, {"name": "b", "block_out_channels": [60, 60]}]
+    studies.run_study(plan({"budget": 8.0, "cells": ["a"]}, cells=cells))
+    with pytest.raises(UserError, match="2 times narrower.*two of these cells"):
+        studies.run_study(plan({"budget": 8.0}, cells=cells))
