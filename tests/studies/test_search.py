@@ -202,6 +202,8 @@ def test_if_the_first_trials_fail_the_search_ends_and_they_are_tried_again(
     assert "the first 3 trials have failed" in capsys.readouterr().err
     failed = trials_of(folder)
     assert [trial["outcome"] for trial in failed] == 3 * ["failed"]
+    other = recipe(RECIPE.replace("digits\n", "other/images\n"))
+    assert main(["search", other, "--output_dir", str(folder)]) == 2 and trials_of(folder) == failed
     assert main(["search", recipe(), "--output_dir", str(folder), "--trials", "1"]) == 0
     (trial,) = trials_of(folder)
     assert trial["outcome"] == "finished" and trial["flags"] == failed[0]["flags"]

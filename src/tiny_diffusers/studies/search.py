@@ -85,9 +85,6 @@ class Search:
                 pruner=pruner if self.plan.arguments.prune else optuna.pruners.NopPruner(),
             )
             study = create()
-            if _all_failed(study.get_trials(deepcopy=False)):  # they are tried again
-                optuna.delete_study(study_name="search", storage=storage)
-                study = create()
         except Exception as error:  # of SQLAlchemy, which says the same in many ways
             raise UserError(
                 f"{database} can't be used ({first_line(error)}): try again, or name another --output_dir."
@@ -99,6 +96,9 @@ class Search:
                     f"--output_dir: {self.folder} holds another search ({name}: {earlier.get(name)}, and not "
                     f"{identity.get(name)}): name another folder."
                 )
+        if self._is_hopeless(study.get_trials(deepcopy=False)):  # its trials are tried again
+            optuna.delete_study(study_name="search", storage=storage)
+            study = create()
         study.set_user_attr("plan", identity)
         return study
 
@@ -150,6 +150,11 @@ class Search:
             self.stop_signal = self.stop_signal or signal.SIGTERM  # for the other workers
             raise
 
+    def _is_hopeless(self, trials: list["optuna.trial.FrozenTrial"]) -> bool:
+        """Checks that all of the first trials have failed, so that every process of the search ends."""
+        enough = len(trials) >= min(_MAX_FAILURES, self.plan.arguments.trials)
+        return enough and all(outcome_of(entry) == "failed" for entry in trials)
+
     def _lock(self, name: str) -> filelock.FileLock:
         return filelock.FileLock(self.folder / f".{name}.lock")
 
@@ -162,7 +167,7 @@ class Search:
             if entry.state == optuna.trial.TrialState.RUNNING and _try_to_acquire(lock):
                 held.callback(lock.release)
                 return self._suggest(entry.number, lambda entry=entry: optuna.Trial(study, entry._trial_id))
-        if len(trials) >= _MAX_FAILURES and _all_failed(trials):
+        if self._is_hopeless(trials):
             note = trials[0].user_attrs.get("note")
             raise UserError(
                 f"the first {len(trials)} trials have failed, and the same command tries them again: {note}"
@@ -294,10 +299,6 @@ def _refuse_stopped(process: subprocess.Popen, run: RunFolder) -> None:
     """Leaves a trial whose process was stopped from outside to be taken up again."""
     if process.returncode in STOPPED:
         raise UserError(f"trial {run.path.name} was stopped: the same command goes on from there.")
-
-
-def _all_failed(trials: list["optuna.trial.FrozenTrial"]) -> bool:
-    return bool(trials) and all(outcome_of(entry) == "failed" for entry in trials)
 
 
 def _try_to_acquire(lock: filelock.FileLock) -> bool:
