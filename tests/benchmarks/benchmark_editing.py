@@ -35,6 +35,7 @@ from tiny_diffusers.plots import image_grid
 METHODS = {
     "DDNM": {"method": "ddnm"},
     "DDNM, each step 3 times": {"method": "ddnm", "jump_n_sample": 3},
+    "DDNM, each step 5 times": {"method": "ddnm", "jump_n_sample": 5},
     "pseudo-inverse guidance": {"method": "pigdm"},
 }
 
