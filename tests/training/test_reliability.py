@@ -72,6 +72,7 @@ def _assert_equal(one, other):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_one_left_alone():
     command = [sys.executable, str(HARNESS), "--work", "training", "--kills", "3", "--inside", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
