@@ -36,3 +36,9 @@ def test_the_links_of_a_page_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
     local = [link for link in links if not link.startswith("http")]
     assert local and [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_the_first_page_leads_to_each_other_page():
+    links = re.findall(r"\]\(([^)]+\.md)\)", (DOCS / "index.md").read_text())
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted([*links, "index.md"]) == sorted(pages)
