@@ -162,7 +162,7 @@ def test_both_are_resized_and_cropped_at_their_centre(load, tmp_path):
     [
         ("edges", None, "Unknown conditioning_column .*'edges': it must be one of conditioning_image"),
         ("conditioning_image", lambda i: image(0, size=(4, 4)), "have 4x4 pixels, and its images 8x8.*`resolution`"),
-        ("conditioning_image", lambda i: image(0, size=(4, 8)), "conditioning images of 'data' are not square"),
+        ("conditioning_image", lambda i: image(0, size=(4, 8)), "have 8x4 pixels, and its images 8x8.*`resolution`"),
     ],
 )
 def test_a_column_that_does_not_fit_is_one_line(load, tmp_path, column, pair, words):

@@ -32,7 +32,7 @@ _READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
 
 def decode_source(
     source: Source,
-    resolution: int | None,
+    resolution: tuple[int, int] | None,
     center_crop: bool,
     channels: int | None,
     conditioning_channels: int | None = None,
@@ -44,7 +44,8 @@ def decode_source(
     Args:
         source ([`Source`]): The encoded images. Those with conditioning images are cropped at their centre, so that both
             show the same.
-        resolution, center_crop, channels, conditioning_channels: As in [`load_images`].
+        resolution (`tuple[int, int]`, *optional*): Height and width of the images.
+        center_crop, channels, conditioning_channels: As in [`load_images`].
         scratch (`Path`, *optional*): Folder for images that do not fit in memory. Defaults to the system's temporary
             folder.
 
@@ -52,8 +53,7 @@ def decode_source(
         [`ImageData`]: The decoded images, with notes on what was converted, resized and skipped.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If the images are not square or differ in size and `resolution` is None,
-            if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
+        [`~tiny_diffusers.errors.UserError`]: If the images differ in size and `resolution` is None, if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
     """
     is_paired = source.read_conditioning is not None
     options = (resolution, center_crop or is_paired)
@@ -67,7 +67,7 @@ def decode_source(
         if len(intact) < len(kept):
             images, kept = images[intact], [kept[index] for index in intact]
         if conditioning_images.shape[2:] != images.shape[2:]:
-            sizes = [f"{array.shape[3]}x{array.shape[2]}" for array in (conditioning_images, images)]
+            sizes = ["x".join(map(str, array.shape[2:])) for array in (conditioning_images, images)]
             raise UserError(
                 f"The conditioning images of '{source.name}' have {sizes[0]} pixels, and its images {sizes[1]}: make them "
                 "equally large, or set `resolution`."
@@ -89,7 +89,12 @@ def decode_source(
 
 
 def _decode_images(
-    source: Source, what: str, resolution: int | None, center_crop: bool, channels: int | None, scratch: Path | None
+    source: Source,
+    what: str,
+    resolution: tuple[int, int] | None,
+    center_crop: bool,
+    channels: int | None,
+    scratch: Path | None,
 ) -> tuple[np.ndarray, list[int], list[str]]:
     """Decodes one image of each row: uint8 (N, C, H, W). Also returns the positions of the N rows, and the notes."""
     name, total = source.name, len(source.rows)
@@ -102,18 +107,14 @@ def _decode_images(
         if image is None:
             broken.append(said)
             continue
-        height, width = image.shape[1:]
         if storage is None:
-            if height != width:
-                raise UserError(
-                    f"The {what} of '{name}' are not square ({width}x{height}): make them square, or set `resolution`."
-                )
-            side = width
-            storage = _allocate((total, channels or 3, side, side), scratch)
-        if (height, width) != (side, side):
+            size = image.shape[1:]
+            storage = _allocate((total, channels or 3, *size), scratch)
+        if image.shape[1:] != size:
+            sizes = ", ".join("x".join(map(str, each)) for each in (size, image.shape[1:]))
             raise UserError(
-                f"The {what} of '{name}' differ in size ({side}x{side}, {width}x{height}): resize them to one size, "
-                "or set `resolution`."
+                f"The {what} of '{name}' differ in size ({sizes}; height x width): resize them to one size, or set "
+                "`resolution`."
             )
         storage[len(kept)] = image  # a grey image is repeated over the channels
         wide |= {len(kept): change for change in said if isinstance(change, int)}
@@ -138,7 +139,7 @@ def _decode_images(
 
     grey = changes.pop("grey", 0)
     if channels is None and grey == len(kept):
-        images = _allocate((len(kept), 1, side, side), scratch)
+        images = _allocate((len(kept), 1, *size), scratch)
         images[:] = storage[: len(kept), :1]
     else:
         images = storage[: len(kept)]
@@ -196,7 +197,7 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
 
 
 def _decode_image(
-    encoded: dict, resolution: int | None, center_crop: bool, channels: int | None, bits: int
+    encoded: dict, resolution: tuple[int, int] | None, center_crop: bool, channels: int | None, bits: int
 ) -> tuple[np.ndarray, list[str | int]]:
     """
     Decodes an image to uint8 (1 or 3, H, W). Also returns what was changed: for values of more than 8 bits, or in
@@ -218,22 +219,38 @@ def _decode_image(
         changes.append("were in colour, converted to grey")
 
     if resolution is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.width != image.height and center_crop:
-            changes.append("were not square: their centre was taken")
-        elif image.width != image.height:
-            position = zlib.crc32(content) / 2**32  # pseudo-random, but depends only on this file's bytes
-            left, top = int(position * (image.width - side + 1)), int(position * (image.height - side + 1))
-            changes.append("were not square: a square at a random position was taken (center_crop takes the centre)")
-        if side != resolution:
-            changes.append(f"were {'enlarged' if side < resolution else 'reduced'} to {resolution}x{resolution}")
-        box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-
+        # The position is pseudo-random, but depends only on this file's bytes.
+        image, said = _crop_and_resize(image, *resolution, None if center_crop else zlib.crc32(content) / 2**32)
+        changes += said
     if image.mode == "L":
         return np.asarray(image)[None], [*changes, "grey"]
     return np.asarray(image).transpose(2, 0, 1), changes  # (H, W, C) -> (C, H, W)
+
+
+def _crop_and_resize(
+    image: Image.Image, height: int, width: int, position: float | None
+) -> tuple[Image.Image, list[str]]:
+    """
+    Resizes the largest crop with the aspect ratio of `height` x `width`, at a position in [0, 1) or at the centre (None).
+    Also returns what was changed.
+    """
+    changes = []
+    crop_width = max(1, min(image.width, round(image.height * width / height)))
+    crop_height = max(1, min(image.height, round(image.width * height / width)))
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    if (crop_width, crop_height) != image.size:
+        shape, crop = ("were not square", "square") if height == width else ("had another aspect ratio", "crop")
+        if position is None:
+            changes.append(f"{shape}: their centre was taken")
+        else:
+            left = int(position * (image.width - crop_width + 1))
+            top = int(position * (image.height - crop_height + 1))
+            changes.append(f"{shape}: a {crop} at a random position was taken (center_crop takes the centre)")
+    if (crop_width, crop_height) != (width, height):
+        is_smaller = crop_width * crop_height < width * height
+        changes.append(f"were {'enlarged' if is_smaller else 'reduced'} to {height}x{width}")
+    box = (left, top, left + crop_width, top + crop_height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box), changes
 
 
 def read_picture(path: Path) -> Image.Image:

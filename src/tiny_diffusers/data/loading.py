@@ -25,7 +25,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     conditioning_column: str | None = None,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     center_crop: bool = False,
     classes: str | Sequence[str | int] | None = None,
     max_samples: int | None = None,
@@ -38,9 +38,9 @@ def load_images(
     Loads the images of a dataset, decoded to uint8 and brought to one size.
 
     Each image becomes 8-bit grey or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
-    are blended with white, and the EXIF orientation is applied. Then its largest square (see `center_crop`) is resized
-    to `resolution` with Pillow's antialiased bicubic filter. Files that cannot be decoded are skipped and named in the
-    notes. The result is cached on disk for the next start.
+    are blended with white, and the EXIF orientation is applied. Then its largest crop with the aspect ratio of
+    `resolution` (see `center_crop`) is resized to it with Pillow's antialiased bicubic filter. Files that cannot be
+    decoded are skipped and named in the notes. The result is cached on disk for the next start.
 
     Args:
         dataset_name (`str`, defaults to `"digits"`): A Hub id, a folder, a file or `"digits"`. A folder has the layout
@@ -56,10 +56,11 @@ def load_images(
             label, labels or y, for the labels. `label_column="none"` reads no labels.
         conditioning_column (`str`, *optional*): A second column of images, of the same size, that is read as
             `conditioning_images`. In a folder it is a column of file names in its metadata, such as `conditioning_image`
-            or `conditioning_image_file_name`; these files are then no images of their own. Images that are not square
-            are cropped at their centre, as these are.
-        resolution (`int`, *optional*): Side of the images in pixels. Not needed if all are squares of one size.
-        center_crop (`bool`, defaults to `False`): Crop images that are not square at their centre. By default the
+            or `conditioning_image_file_name`; these files are then no images of their own. Images are then cropped
+            at their centre, as these are.
+        resolution (`int` or `tuple[int, int]`, *optional*): Side of square images in pixels, or height and width. Not
+            needed if all images have one size.
+        center_crop (`bool`, defaults to `False`): Crop images of another aspect ratio at their centre. By default the
             position is pseudo-random and depends only on the bytes of the file.
         classes (`str` or sequence of `str` or `int`, *optional*):
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
@@ -71,22 +72,21 @@ def load_images(
         require_labels (`bool`, defaults to `False`): Raise an error if an image has no label.
 
     Returns:
-        [`ImageData`]: uint8 images of shape `(N, C, resolution, resolution)`, in the order of the dataset.
+        [`ImageData`]: uint8 images of shape `(N, C, height, width)`, in the order of the dataset.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if no
-            resolution can be inferred, or if more than 1 % of the images are broken.
+        [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if the
+            images differ in size and `resolution` is None, or if more than 1 % of the images are broken.
     """
-    for name, value in (("resolution", resolution), ("max_samples", max_samples)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
+    resolution = _height_and_width(resolution)
+    if max_samples is not None and max_samples < 1:
+        raise UserError(f"max_samples must be at least 1, not {max_samples}.")
     for name, value in (("channels", channels), ("conditioning_channels", conditioning_channels)):
         if value not in (None, 1, 3):
             raise UserError(f"{name} must be 1 (grey), 3 (RGB) or None (grey if all images are), not {value}.")
     if train_data_dir is not None and dataset_name != "digits":
         raise UserError(f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}': give only one.")
 
-    # The cache key depends on the order of these options.
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
     if conditioning_column is not None:
         options["conditioning_channels"] = conditioning_channels
@@ -122,6 +122,7 @@ def load_images(
         reader, files = _choose_reader(path, name, dataset_config_name)
     columns = (image_column, label_column if has_labels else None, conditioning_column)
     root = cache_root(cache_dir)
+    is_square = resolution is not None and resolution[0] == resolution[1]
     # The folder is part of the key: its parent may hold the same files, in other classes.
     request = (
         path and os.fspath(path),
@@ -131,7 +132,7 @@ def load_images(
         has_labels,
         classes,
         max_samples,
-        options,
+        options | {"resolution": resolution[0] if is_square else resolution},  # in this order
     )
     directory = root / cache_key(files, *request)
     data = read_cache(directory)
@@ -144,6 +145,16 @@ def load_images(
     else:
         source = reader(path, name, split, *columns)
     return write_cache(directory, decode(source, root))
+
+
+def _height_and_width(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Returns the height and width that `resolution` stands for, or None if it is None."""
+    if resolution is None:
+        return None
+    sides = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"resolution must be at least 1, or a height and a width of at least 1, not {resolution}.")
+    return sides
 
 
 def _choose_reader(path: Path, name: str, config: str | None) -> tuple[Callable | None, list[Path]]:
