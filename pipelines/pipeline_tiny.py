@@ -924,7 +924,13 @@ def predict_original_sample(
 
 
 def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
+    """Returns the height and width of a network's `sample_size`, the side of squares or a pair."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_positive_int, pair)):
+        raise ValueError(
+            f"`sample_size` must be the side of the images in pixels, or their height and width, got {size!r}."
+        )
+    return pair
 
 
 def _is_positive_int(value: Any) -> bool:

@@ -269,6 +269,7 @@ def _describe(folder: Path) -> dict[str, object]:
     """Returns the template's facts about the checkpoint in `folder`, from its configs and the headers of its weights."""
     from safetensors import safe_open
 
+    from .models.layers_tiny import height_and_width
     from .pipelines.pipeline_tiny_operators import Conditioning
 
     index_path = folder / MODEL_INDEX
@@ -292,8 +293,7 @@ def _describe(folder: Path) -> dict[str, object]:
     else:
         loads_in = "tiny-diffusers"
 
-    size = network["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(network["sample_size"])
     channels = network.get("in_channels", network.get("out_channels"))
     conditioning = None
     if index.get("conditioning") is not None:
@@ -307,7 +307,7 @@ def _describe(folder: Path) -> dict[str, object]:
     return {
         "network": markdown(network["_class_name"]),
         "parameters": f"{parameters / 1e6:.2f} M",
-        "image_size": f"{width}x{height}",
+        "image_size": f"{height}x{width}",
         "colour": "grey" if channels == 1 else "colour",
         "conditioning": conditioning and conditioning.description,
         "channels": (network.get("in_channels"), network.get("out_channels")),

@@ -13,10 +13,13 @@ from tiny_diffusers.models.layers_tiny import (
     SIZES,
     TimeEmbedding,
     _CPUAttention,
+    as_sample_size,
     check_choice,
+    check_levels,
     check_shape,
     check_sizes,
     class_weights,
+    height_and_width,
     self_attention,
 )
 
@@ -95,7 +98,7 @@ def test_every_integer_option_of_a_network_has_a_limit(name):
 
 def test_sizes_are_integers_within_their_limits():
     check_sizes({"sample_size": 1024, "block_out_channels": (1, 4096), "num_class_embeds": None, "other": "any"})
-    check_sizes({"in_channels": 17})
+    check_sizes({"in_channels": 17, "sample_size": (1, 1024)})
     with pytest.raises(ValueError, match="num_layers None is not possible: it must be an integer from 1 to 8"):
         check_sizes({"num_layers": None}, num_layers=(1, 8))
     refused = {
@@ -103,13 +106,32 @@ def test_sizes_are_integers_within_their_limits():
         "sample_size None": {"sample_size": None},
         "layers_per_block True": {"layers_per_block": True},
         "latent_dim 2.0": {"latent_dim": 2.0},
-        r"sample_size \(8, 8\)": {"sample_size": (8, 8)},
+        "sample_size 1025 .* from 1 to 1024, or a height and a width": {"sample_size": (8, 1025)},
+        r"sample_size \(8, 8, 8\)": {"sample_size": (8, 8, 8)},
         "block_out_channels 4097": {"block_out_channels": (8, 4097)},
         "in_channels 17 .* from 1 to 16": {"in_channels": 17},
     }
     for message, config in refused.items():
         with pytest.raises(ValueError, match=message):
             check_sizes(config, in_channels=(1, 16))
+
+
+def test_a_height_and_width_are_a_pair_and_of_squares_the_side():
+    assert [as_sample_size(size) for size in (12, (12, 12), [12, 16])] == [12, 12, (12, 16)]
+    assert [height_and_width(size) for size in (12, (12, 16))] == [(12, 12), (12, 16)]
+    assert as_sample_size([8, 8, 8]) == (8, 8, 8)  # for `check_sizes` to refuse
+
+
+def test_levels_divide_both_sides_or_the_nearest_size_is_named():
+    check_levels({"block_out_channels": (8, 8), "sample_size": (12, 16)}, 4)
+    for size, message in {
+        9: "sample_size 9 .* 2 levels: each side must be a multiple of 4. .* the nearest size is 8",
+        (12, 15): "sample_size 12x15 .* multiple of 4. .* the nearest size is 12x16",
+        (1, 6): "sample_size 1x6 .* the nearest size is 4x8",
+        (11, 13): "the nearest size is 12",
+    }.items():
+        with pytest.raises(ValueError, match=f"{message}\\.$"):
+            check_levels({"block_out_channels": (8, 8), "sample_size": size}, 4)
 
 
 def test_an_unknown_name_is_refused_with_its_closest_match():

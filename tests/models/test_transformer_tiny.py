@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
 from tiny_diffusers.models import TinyTransformer2DModel
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.transformer_tiny import (
     CHOICES,
     PRESETS,
@@ -34,6 +35,7 @@ OPTIONS = [
     {"time_embedding": "fourier", "act_fn": "silu"},
     {"time_embedding": "learned", "num_train_timesteps": 20},
     {"time_embedding_dim": 12, "num_class_embeds": K},
+    *({"sample_size": (4, 12), "position_embedding": kind} for kind in CHOICES["position_embedding"]),
 ]
 
 
@@ -49,8 +51,8 @@ def make(seed: int = 0, **options) -> TinyTransformer2DModel:
 
 def images(transformer: TinyTransformer2DModel, batch_size: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    size = transformer.config.sample_size
-    return torch.randn(batch_size, transformer.config.in_channels, size, size, generator=generator)
+    size = height_and_width(transformer.config.sample_size)
+    return torch.randn(batch_size, transformer.config.in_channels, *size, generator=generator)
 
 
 def shuffle_patches(x: torch.Tensor, order: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -65,7 +67,7 @@ def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(
     labels = torch.tensor([0, K]) if "num_class_embeds" in options else None
 
     output = transformer(sample, timesteps, labels).sample
-    assert output.shape == (2, transformer.config.out_channels, 8, 8)
+    assert output.shape == (2, transformer.config.out_channels, *sample.shape[2:])
 
     transformer.train()(sample, timesteps, labels).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transformer.parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
+from ..resolution import parse_resolution, to_size
 from .sampling import check_unconditioned, default_classes
 from .shared import (
     PICTURE_SUFFIXES,
@@ -56,22 +57,24 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _load_picture(path: Path, channels: int | None, side: int | None) -> "torch.Tensor":
-    """Loads the central square of a picture: uint8 (1, C, side, side)."""
+def _load_picture(path: Path, channels: int | None, size: int | tuple[int, int] | None) -> "torch.Tensor":
+    """Loads the centre of a picture, of the height and width `size` or a square: uint8 (1, C, H, W)."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
+    from ..models.layers_tiny import height_and_width
+
     picture = read_picture("--image", path)
-    side = side or min(*picture.size, MAX_SIDE)
+    height, width = height_and_width(size or min(*picture.size, MAX_SIDE))
     if channels is not None:
         picture = picture.convert("L" if channels == 1 else "RGB")
-    pixels = np.array(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels.reshape(1, side, side, -1)).permute(0, 3, 1, 2)
+    pixels = np.array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.reshape(1, height, width, -1)).permute(0, 3, 1, 2)
 
 
 def _load_dataset(
-    given: dict, run: Path | None, index: int, count: int, channels: int | None = None, side: int | None = None
+    given: dict, run: Path | None, index: int, count: int, shape: tuple[int, int, int] | None = None
 ) -> "torch.Tensor":
     """Loads images of a dataset, by given flags or as a run has it: uint8 (count, C, H, W), from `index` on."""
     from ..evaluation import references
@@ -79,7 +82,7 @@ def _load_dataset(
 
     given = {name: value for name, value in given.items() if value is not None}
     flags = references.flags_of_run(RunFolder(run), given) if run is not None else {}
-    images = references.load_reference(references.choose(given, flags), channels, side)[0].images
+    images = references.load_reference(references.choose(given, flags), shape)[0].images
     if index + count > len(images):
         raise UserError(
             f"There are {len(images):,} images, numbered from 0: {count} from number {index} on are too many."
@@ -89,15 +92,13 @@ def _load_dataset(
 
 def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "torch.Tensor":
     """Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them."""
-    channels, _, side = pipe._image_shape
+    shape = channels, *size = pipe._image_shape
     if args.image is not None:
         if args.dataset_name is not None:
             raise UserError("--image and --dataset_name: give only one.")
-        return _load_picture(args.image, channels, side)
+        return _load_picture(args.image, channels, size)
     run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
-    return _load_dataset(
-        {"dataset_name": args.dataset_name, "split": args.split}, run, args.index, count, channels, side
-    )
+    return _load_dataset({"dataset_name": args.dataset_name, "split": args.split}, run, args.index, count, shape)
 
 
 def _to_pil(images: "torch.Tensor") -> list:
@@ -164,7 +165,9 @@ def forward_parser() -> argparse.ArgumentParser:
         "3T/4, T - 1)",
     )
     add_beta_arguments(parser)
-    parser.add_argument("--resolution", type=positive_number, help="side that the image is resized to, in pixels")
+    parser.add_argument(
+        "--resolution", type=parse_resolution, help="side, or height x width, that the image is resized to, in pixels"
+    )
     _add_selection_arguments(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
     add_picture_output(parser, "forward.png")
@@ -208,7 +211,7 @@ def _load_source(args: argparse.Namespace) -> "torch.Tensor":
     RealImages(resolution=args.resolution)  # checks its range
     source = Path(args.source)
     if source.suffix.lower() in PICTURE_SUFFIXES:
-        return _load_picture(source, None, args.resolution)
+        return _load_picture(source, None, to_size(args.resolution))
     given = {"split": args.split, "resolution": args.resolution}
     if RunFolder(source).config.is_file():
         return _load_dataset(given, source, args.index, 1)

@@ -65,8 +65,10 @@ class SmallClassifier(nn.Module):
     def layers(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the output of each block for uint8 images (B, C, H, W): (B, width, height, width) each."""
         hidden = normalize(images)
-        if max(images.shape[-2:]) > _MAX_SIDE:
-            hidden = F.interpolate(hidden, size=(_MAX_SIDE, _MAX_SIDE), mode="area")
+        longer = max(images.shape[-2:])
+        if longer > _MAX_SIDE:  # the aspect ratio is kept
+            size = [max(1, side * _MAX_SIDE // longer) for side in images.shape[-2:]]
+            hidden = F.interpolate(hidden, size=size, mode="area")
         hidden = hidden.contiguous(memory_format=torch.channels_last)
         outputs = []
         for block in self.blocks:

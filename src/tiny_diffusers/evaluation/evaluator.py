@@ -96,6 +96,7 @@ def evaluate(
     extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
     reference = _as_data(reference, "reference")
     shape = tuple(reference.images.shape[1:])
+    extractor = extractor.of_images(*shape[1:])
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
         image_sets.check(training.images.numpy(), shape, "The training images")

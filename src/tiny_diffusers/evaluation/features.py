@@ -12,7 +12,7 @@ import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -58,6 +58,7 @@ class Extractor:
         classifier (`nn.Linear`, *optional*): Maps features to the network's logits, for the Inception Score.
         layers (`Callable`, *optional*): uint8 (B, C, H, W) on the device -> the outputs of several layers, (B, channels,
             height, width) each, for the perceptual distance.
+        square_above (`int`, *optional*): Images with a longer side than this are resized to a square. None if none are.
     """
 
     name: str
@@ -66,6 +67,15 @@ class Extractor:
     device: torch.device
     classifier: nn.Linear | None = None
     layers: Callable[[torch.Tensor], list[torch.Tensor]] | None = None
+    square_above: int | None = None
+
+    def of_images(self, height: int, width: int) -> "Extractor":
+        """Returns the extractor for images of this size: its preprocessing says if it changes their aspect ratio."""
+        is_squared = self.square_above is not None and max(height, width) > self.square_above
+        if height == width or not is_squared:
+            return self
+        preprocessing = self.preprocessing | {"aspect ratio": f"{height}x{width} is made square"}
+        return replace(self, preprocessing=preprocessing)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -264,7 +274,8 @@ def _network_extractor(
         return output
 
     prepared_layers = None if layers is None else lambda images: layers(prepare(images))
-    return Extractor(name, forward, preprocessing, device, classifier, prepared_layers)
+    square_above = None if inputs.size is None else 0
+    return Extractor(name, forward, preprocessing, device, classifier, prepared_layers, square_above)
 
 
 # The built-in extractors
@@ -350,7 +361,7 @@ def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
         "input": "x / 255",
         "dtype": "float32",
     }
-    return Extractor("pixels", forward, preprocessing, device)
+    return Extractor("pixels", forward, preprocessing, device, square_above=_PIXELS_SIDE)
 
 
 def _load_inception(weights: str | Path | None, dtype: str, device: torch.device) -> Extractor:
@@ -377,7 +388,9 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     if _is_torchscript(path):
         script = torch.jit.load(str(path), map_location="cpu").eval().to(device)
         preprocessing |= {"resize": "by the TorchScript itself", "input": "by the TorchScript itself"}
-        return Extractor("inception", lambda x: script(to_rgb(x), return_features=True), preprocessing, device)
+        return Extractor(
+            "inception", lambda x: script(to_rgb(x), return_features=True), preprocessing, device, square_above=0
+        )
 
     if not sha256.startswith(INCEPTION_HASH):
         raise UserError(
@@ -397,7 +410,9 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     classifier = nn.Linear(2048, 1008, bias=False).requires_grad_(False)  # no bias in the original Inception Score
     classifier.weight.copy_(network.fc.weight)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Extractor("inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier)
+    return Extractor(
+        "inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier, square_above=0
+    )
 
 
 def _find_inception() -> Path | None:

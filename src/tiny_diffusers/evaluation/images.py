@@ -218,7 +218,7 @@ def check_shape(given: tuple[int, int, int], shape: tuple[int, int, int], what: 
     """Checks that images of the shape `given` have the reference's (C, H, W)."""
 
     def describe(channels: int, height: int, width: int) -> str:
-        return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+        return f"{height}x{width} {'grey' if channels == 1 else 'colour'}"
 
     if given != shape:
         raise UserError(f"{what} are {describe(*given)} and the reference's are {describe(*shape)}: they must agree.")

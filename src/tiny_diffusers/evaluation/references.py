@@ -4,7 +4,7 @@ The real images of an evaluation: those that flags name, and what they leave ope
     given = {"split": "test"}
     run = flags_of_run(RunFolder("runs/digits"), given)  # {"dataset_name": "digits", "resolution": 8, ...}
     images = choose(given, run)
-    reference, training, images = load_real_images(images, channels=1, side=8, state=processes())
+    reference, training, images = load_real_images(images, shape=(1, 8, 8), state=processes())
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..flags import FlagParser, Flags, as_flags, flag
 from ..paths import local_path, restore_paths
+from ..resolution import Resolution, to_size
 from ..runs import RunFolder
 
 
@@ -46,10 +47,10 @@ class RealImages(Flags):
     label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
     conditioning_column: str | None = flag(None, "Column of the conditioning images of a model that takes some.")
     classes: str | None = flag(None, "Names or ids, such as cat,frog, if the model has only these.")
-    resolution: int | None = flag(
-        None, "Side that images are resized to; the model's if not given.", within="[1, 1024]"
+    resolution: Resolution | None = flag(
+        None, "Side, or height x width, that images are resized to; the model's if not given.", within="[1, 1024]"
     )
-    center_crop: bool = flag(False, "Crop the center of images that are not square.")
+    center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
     split: str | None = flag(
         None, "Split to measure against; of test, validation and the training's, the first that there is."
     )
@@ -111,15 +112,17 @@ def is_same_dataset(given: str, runs: str | None) -> bool:
 
 
 def load_real_images(
-    images: RealImages, channels: int, side: int, state: "PartialState", conditioning_channels: int | None = None
+    images: RealImages,
+    shape: tuple[int, int, int],
+    state: "PartialState",
+    conditioning_channels: int | None = None,
 ) -> "tuple[ImageData, ImageData | None, RealImages]":
     """
     Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache.
 
     Args:
         images ([`RealImages`]): The images.
-        channels (`int`): Channels of the model's images.
-        side (`int`): Side of the model's images in pixels.
+        shape (`tuple[int, int, int]`): (C, H, W) of the model's images.
         state (`PartialState`): The processes.
         conditioning_channels (`int`, *optional*): Channels of the images that the model takes as a condition.
 
@@ -130,10 +133,10 @@ def load_real_images(
     from ..data import UnknownSplitError, load_images
 
     with state.main_process_first():
-        reference, split = load_reference(images, channels, side, conditioning_channels)
+        reference, split = load_reference(images, shape, conditioning_channels)
         training = None
         if images.train_split != "none":
-            options = _load_options(images, channels, side, conditioning_channels)
+            options = _load_options(images, shape, conditioning_channels)
             try:
                 training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
             except UnknownSplitError as error:
@@ -146,8 +149,7 @@ def load_real_images(
 
 def load_reference(
     images: RealImages,
-    channels: int | None = None,
-    side: int | None = None,
+    shape: tuple[int, int, int] | None = None,
     conditioning_channels: int | None = None,
 ) -> "tuple[ImageData, str]":
     """
@@ -155,8 +157,8 @@ def load_reference(
 
     Args:
         images ([`RealImages`]): The images.
-        channels (`int`, *optional*): Their channels; by default those of the dataset.
-        side (`int`, *optional*): Their side in pixels where `images` name none; by default that of the dataset.
+        shape (`tuple[int, int, int]`, *optional*): Their (C, H, W), the size where `images` name none; by default those of
+            the dataset.
         conditioning_channels (`int`, *optional*): Channels of their conditioning images; by default those of the dataset.
 
     Returns:
@@ -164,7 +166,7 @@ def load_reference(
     """
     from ..data import UnknownSplitError, load_images
 
-    options = _load_options(images, channels, side, conditioning_channels)
+    options = _load_options(images, shape, conditioning_channels)
     splits = [images.split] if images.split is not None else ["test", "validation", _train_split(images)]
     for split in splits[:-1]:
         with contextlib.suppress(UnknownSplitError):
@@ -177,12 +179,13 @@ def _train_split(images: RealImages) -> str:
 
 
 def _load_options(
-    images: RealImages, channels: int | None, side: int | None, conditioning_channels: int | None
+    images: RealImages, shape: tuple[int, int, int] | None, conditioning_channels: int | None
 ) -> dict[str, Any]:
     options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
-    options["resolution"] = images.resolution or side
+    channels, *size = shape or (None,)
+    options["resolution"] = to_size(images.resolution) or tuple(size) or None
     return options | {"channels": channels, "conditioning_channels": conditioning_channels}
 
 

@@ -16,7 +16,7 @@ from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.draws import DataOrder
-from ..training.family import Batch, Family, check_images, class_grid, loaded_options
+from ..training.family import Batch, Family, check_images, class_grid, loaded_options, sample_size
 
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialized from
@@ -148,10 +148,9 @@ def build_pixelcnn(
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
     fixed = {
-        "sample_size": resolution,
-        "in_channels": channels,
+        "sample_size": sample_size(data),
+        "in_channels": data.images.shape[1],
         "num_class_embeds": len(data.id2label) if settings.class_conditional else None,
     }
     if pretrained is not None:

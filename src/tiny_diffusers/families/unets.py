@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,14 @@ from ..files import load_json
 from ..flags import flag
 from ..hardware import default_device
 from ..models import transformer_tiny, unet_tiny
+from ..models.layers_tiny import height_and_width
 from ..models.transformer_tiny import TinyTransformer2DModel
 from ..models.unet_tiny import CHOICES, TinyUNet2DModel
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, objective_of, try_stock_network
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
+from ..training.family import asked_options, check_images, check_network_flags, load_pretrained, sample_size
 from ..training.settings import earlier_settings
 from .transformers import TransformerArguments, default_transformer, warn_of_costly_tokens
 
@@ -74,19 +76,20 @@ class ConditionalUNetArguments(UNetArguments):
     )
 
 
-def default_network(resolution: int) -> dict[str, Any]:
+def default_network(height: int, width: int) -> dict[str, Any]:
     """
     Returns the network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that
-    there are many steps, and from 24 pixels on patches, so that the costly first level has a quarter of the positions.
+    there are many steps, and from 24x24 pixels on patches, so that the costly first level has a quarter of the positions.
     """
+    area, divisor = height * width, math.gcd(height, width)
     network = {"patch_size": 1, "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
-    if resolution < 24:
+    if area < 24**2:
         return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
-    if resolution % 4 == 0:  # enough halvings are left for the levels
+    if divisor % 4 == 0:  # enough halvings are left for the levels
         network["patch_size"] = 2
-    if resolution % 8:  # such as 28 or 30, which cannot be halved once more
+    if divisor % 8:  # such as 28 or 30, which cannot be halved once more
         return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
-    if resolution < 48:
+    if area < 48**2:
         return network | {"block_out_channels": [64, 64, 128], "attention": ["none", "full", "none"]}
     return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"]}
 
@@ -115,9 +118,9 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     if arguments.preset:
         defaults = {}
     elif network == "transformer":
-        defaults = default_transformer(data.images.shape[-1])
+        defaults = default_transformer(*data.images.shape[2:])
     else:
-        defaults = default_network(data.images.shape[-1])
+        defaults = default_network(*data.images.shape[2:])
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
     return {"network": network} | nothing | defaults | given
@@ -160,9 +163,9 @@ def build_unet(
     sources = [f"--{name}" for name in sources if getattr(settings, name)]
     if len(sources) > 1:
         raise UserError(f"{' and '.join(sources)}: each stands for a network of its own, so give one of them.")
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    channels = data.images.shape[1]
     fixed = {
-        "sample_size": resolution,
+        "sample_size": sample_size(data),
         "in_channels": channels if conditioning is None else channels + conditioning.shape[0],
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
@@ -255,7 +258,7 @@ def _pretrained_unet(
             f"{_describe_condition(kind_asked)}: start from a checkpoint of the same conditioning, or leave the flag out."
         )
     channels = unet.config.in_channels - (conditioning.shape[0] if conditioning is not None else 0)
-    check_images(settings, data, channels, unet.config.get("sample_size") or data.images.shape[-1])
+    check_images(settings, data, channels, unet.config.get("sample_size") or sample_size(data))
     _check_checkpoint(pipeline, settings, channels)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
@@ -381,13 +384,13 @@ def _warn_of_costly_attention(unet: TinyUNet2DModel) -> None:
     ]
     layers.append((len(widths) - 1, widths[-1], config.mid_attention, 1, "--mid_attention"))
     for level, width, kind, count, where in layers:
-        side = config.sample_size // config.patch_size >> level
-        positions = side**2
+        rows, columns = (side // config.patch_size >> level for side in height_and_width(config.sample_size))
+        positions = rows * columns
         if kind == "full" and positions >= _COSTLY_POSITIONS:
             attention = 4 * positions**2 * width  # two matrix products, a multiplication and an addition each
             convolutions = 2 * 2 * 9 * positions * width**2  # two of 3x3 a block
             logger.warning(
-                f"full attention over {side}x{side} positions costs {count * attention / 1e9:.1f} GFLOP an image and "
+                f"full attention over {rows}x{columns} positions costs {count * attention / 1e9:.1f} GFLOP an image and "
                 f"pass, {attention / convolutions:.0f} times the convolutions beside it: on a CPU give 'linear' or "
                 f"'none' for {where}, or a larger --patch_size."
             )

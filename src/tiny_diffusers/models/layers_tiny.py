@@ -8,7 +8,7 @@ reuse none of its names.
 import difflib
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -237,17 +237,34 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"Unknown {name} {value!r}: it must be one of {', '.join(map(str, allowed))}.{hint}")
 
 
+def as_sample_size(size: int | Sequence[int]) -> int | tuple[int, int]:
+    """Returns a height and width as a config has them: the side of a square, or else a tuple. [12, 16] -> (12, 16)"""
+    if not isinstance(size, (list, tuple)):
+        return size
+    return size[0] if len(size) == 2 and size[0] == size[1] else tuple(size)
+
+
+def height_and_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns the height and the width of images: 32 -> (32, 32)"""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+
+
 def check_sizes(config: Mapping, **limits: tuple[int, int]) -> None:
     """
     Raises a ValueError unless the sizes in a config are integers within `SIZES`, or within `limits`. Those of
-    `OPTIONAL_SIZES` may be None, unless they are in `limits`.
+    `OPTIONAL_SIZES` may be None, unless they are in `limits`. `sample_size` may be a pair.
     """
     for name, (low, high) in {**SIZES, **limits}.items():
         if name not in config or (config[name] is None and name in OPTIONAL_SIZES and name not in limits):
             continue
-        for value in config[name] if name in ("block_out_channels", "dilations") else (config[name],):
+        given = config[name]
+        is_pair = name == "sample_size" and isinstance(given, tuple) and len(given) == 2
+        for value in given if is_pair or name in ("block_out_channels", "dilations") else (given,):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
+                pair = ", or a height and a width" if name == "sample_size" else ""
+                raise ValueError(
+                    f"{name} {value!r} is not possible: it must be an integer from {low} to {high}{pair}."
+                )
 
 
 def check_dropout(dropout: float) -> None:
@@ -257,14 +274,28 @@ def check_dropout(dropout: float) -> None:
 
 
 def check_levels(config: Mapping, multiple: int, advice: str = "") -> None:
-    """Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `sample_size` is a multiple of `multiple`."""
-    levels, size = len(config["block_out_channels"]), config["sample_size"]
+    """
+    Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `multiple` divides the height and the width.
+    `advice` says what else to change.
+    """
+    levels = len(config["block_out_channels"])
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"block_out_channels has {levels} levels: it must have 1 to {MAX_LEVELS}.")
-    if size % multiple:
+    check_multiple(config, multiple, f"{levels} levels", f"{advice}or fewer levels in block_out_channels")
+
+
+def check_multiple(config: Mapping, multiple: int, reason: str, advice: str) -> None:
+    """Raises a ValueError, with the nearest size that is possible, unless `multiple` divides the height and the width."""
+    size = height_and_width(config["sample_size"])
+    if any(side % multiple for side in size):
+        nearest = as_sample_size([max(multiple, multiple * round(side / multiple)) for side in size])
+        given, nearest = (
+            f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
+            for value in (config["sample_size"], nearest)
+        )
         raise ValueError(
-            f"sample_size {size} is not possible with {levels} levels: it must be a multiple of {multiple}. "
-            f"Take another size, {advice}or fewer levels in block_out_channels."
+            f"sample_size {given} is not possible with {reason}: each side must be a multiple of {multiple}. "
+            f"Take another size, {advice}; the nearest size is {nearest}."
         )
 
 

@@ -19,12 +19,15 @@ from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
     TimeEmbedding,
+    as_sample_size,
     check_choice,
     check_dropout,
+    check_multiple,
     check_parameters,
     check_shape,
     check_sizes,
     embed_classes,
+    height_and_width,
     self_attention,
 )
 
@@ -54,14 +57,10 @@ def _check_config(config: dict) -> None:
         check_choice(name, config[name], allowed)
     check_sizes(config, num_layers=(1, 64), attention_head_dim=(1, 4096))
     check_dropout(config["dropout"])
-    ratio, size, patch_size = config["mlp_ratio"], config["sample_size"], config["patch_size"]
+    ratio, patch_size = config["mlp_ratio"], config["patch_size"]
     if not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
         raise ValueError(f"mlp_ratio {ratio!r} is not possible: it must be a number in (0, 64].")
-    if size % patch_size:
-        raise ValueError(
-            f"sample_size {size} is not possible with patches of {patch_size} pixels: it must be a multiple. Take "
-            "another size, or a smaller patch_size."
-        )
+    check_multiple(config, patch_size, f"patches of {patch_size} pixels", "or a smaller patch_size")
     kind, heads, head_dim = (config[k] for k in ("position_embedding", "num_attention_heads", "attention_head_dim"))
     name, features = ("attention_head_dim", head_dim) if kind == "relative" else ("the width", heads * head_dim)
     multiple = {"sinusoidal": 4, "fourier": 2, "relative": 4}.get(kind, 1)
@@ -72,9 +71,14 @@ def _check_config(config: dict) -> None:
         )
     width = heads * head_dim
     block = 4 * width**2 + 2 * ratio * width**2 + 6 * width * (config["time_embedding_dim"] or width)
-    positions = (size // patch_size) ** 2 * width if kind == "learned" else 0
+    positions = _count_tokens(config) * width if kind == "learned" else 0
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "sample_size")
     check_parameters(config["num_layers"] * block + positions, config, names, "Make it narrower.")
+
+
+def _count_tokens(config: dict) -> int:
+    """Returns the number L of patches of an image."""
+    return math.prod(side // config["patch_size"] for side in height_and_width(config["sample_size"]))
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
@@ -191,9 +195,9 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images, a multiple of `patch_size`. Unless its position embedding is learned, the
-            network also takes images of other such sizes.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width: multiples of `patch_size`. Unless its position embedding is
+            learned, the network also takes images of other such sizes.
         in_channels (`int`, *optional*, defaults to 3): Input channels.
         out_channels (`int`, *optional*, defaults to 3): Output channels, twice `in_channels` for a learned variance.
         patch_size (`int`, *optional*, defaults to 4):
@@ -244,7 +248,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         out_channels: int = 3,
         patch_size: int = 4,
@@ -262,6 +266,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
+        self.register_to_config(sample_size=as_sample_size(sample_size))
         _check_config(self.config)
         width = num_attention_heads * attention_head_dim
         time_embedding_dim = time_embedding_dim or width
@@ -277,7 +282,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
         self.pos_embed = None
         if position_embedding == "learned":
-            self.pos_embed = nn.Parameter(0.02 * torch.randn((sample_size // patch_size) ** 2, width))
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(_count_tokens(self.config), width))
 
         # blocks: with long skips, the second half ends those that the first begins
         self.num_skips = num_layers // 2 if long_skips else 0
@@ -317,10 +322,11 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
-        patch_size, size = self.config.patch_size, self.config.sample_size
-        if self.pos_embed is not None and (H, W) != (size, size):
+        patch_size, size = self.config.patch_size, height_and_width(self.config.sample_size)
+        if self.pos_embed is not None and (H, W) != size:
             raise ValueError(
-                f"sample has height {H} and width {W}: this network has learned positions and takes {size} and {size}."
+                f"sample has height {H} and width {W}: this network has learned positions and takes {size[0]} and "
+                f"{size[1]}."
             )
         if H % patch_size or W % patch_size:
             raise ValueError(f"sample has height {H} and width {W}: this network takes multiples of {patch_size}.")

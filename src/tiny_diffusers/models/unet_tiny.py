@@ -25,6 +25,7 @@ from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
     TimeEmbedding,
+    as_sample_size,
     check_choice,
     check_dropout,
     check_levels,
@@ -96,7 +97,8 @@ def _resolve_config(config: dict) -> tuple[dict, Sequence[str]]:
         attention = ["full" if level == 1 else "none" for level in range(len(widths))]
     attention = attention if isinstance(attention, str) else tuple(attention)  # tuples, as JSON turns them into lists
     kinds = (attention,) * len(widths) if isinstance(attention, str) else attention
-    resolved = {"block_out_channels": widths, "attention": attention}
+    size = as_sample_size(config["sample_size"])
+    resolved = {"sample_size": size, "block_out_channels": widths, "attention": attention}
     _check_options({**config, **resolved}, kinds)
 
     groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
@@ -342,9 +344,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images, a multiple of `patch_size * 2 ** (len(block_out_channels) - 1)`. The
-            network also takes images of other such sizes.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width: multiples of `patch_size * 2 ** (len(block_out_channels) - 1)`.
+            The network also takes images of other such sizes.
         in_channels (`int`, *optional*, defaults to 3): Input channels.
         out_channels (`int`, *optional*, defaults to 3): Output channels, twice `in_channels` for a learned variance.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 128)`):
@@ -416,7 +418,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: Sequence[int] = (64, 128, 128),

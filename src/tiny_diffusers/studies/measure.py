@@ -48,10 +48,9 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
 
     images = references.choose({}, references.flags_of_run(run.folder, {}))
-    channels, _, side = pipe._image_shape
     conditioning = getattr(pipe, "_conditioning", None)
     conditioning_channels = None if conditioning is None else conditioning.shape[0]
-    reference, training, images = references.load_real_images(images, channels, side, state, conditioning_channels)
+    reference, training, images = references.load_real_images(images, pipe._image_shape, state, conditioning_channels)
     load, paths = references.describe(images)
     notes = references.find_mismatches(run.folder, reference, training)
 

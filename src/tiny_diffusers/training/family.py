@@ -10,8 +10,10 @@ from torch import nn
 
 from ..data import ImageData
 from ..errors import UserError, refusals
+from ..models.layers_tiny import as_sample_size, height_and_width
 from ..pipelines.pipeline_tiny import TinyPipeline
 from ..pipelines.pipeline_tiny_operators import Conditioning
+from ..resolution import spell_resolution
 from .arguments import TrainingArguments, network_options
 from .draws import Draws
 
@@ -105,16 +107,21 @@ def class_grid(id2label: dict[int, str], num_images: int) -> tuple[list[int], in
     return labels, per_class, {"columns": per_class, "row_labels": [id2label[label] for label in classes]}
 
 
-def halving_widths(resolution: int) -> list[int]:
+def sample_size(data: ImageData) -> int | tuple[int, int]:
+    """Returns the size of the images as a network's config has it: the side of squares, or the height and the width."""
+    return as_sample_size(tuple(data.images.shape[2:]))
+
+
+def halving_widths(height: int, width: int) -> list[int]:
     """
-    Returns the widths of the levels, finest first: 64, 128, ... for as many halvings as bring the images to 4 pixels a
-    side or to an odd number, five at most. At 64 pixels these are DCGAN's.
+    Returns the widths of the levels, finest first: 64, 128, ... for as many halvings as bring the shorter side to 4 pixels
+    or one of both to an odd number, five at most. At 64x64 pixels these are DCGAN's.
     """
     widths = [64]
-    resolution //= 2
-    while resolution > 4 and resolution % 2 == 0 and len(widths) < 5:
+    height, width = height // 2, width // 2
+    while min(height, width) > 4 and height % 2 == width % 2 == 0 and len(widths) < 5:
         widths.append(2 * widths[-1])
-        resolution //= 2
+        height, width = height // 2, width // 2
     return widths
 
 
@@ -147,7 +154,7 @@ def check_images(arguments: TrainingArguments, data: ImageData, channels: int, s
     Args:
         arguments ([`TrainingArguments`]): The settings.
         data ([`ImageData`]): The images.
-        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images.
+        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images, the size as its config has it.
 
     Raises:
         UserError: If it is not; it says what to do.
@@ -161,11 +168,11 @@ def check_images(arguments: TrainingArguments, data: ImageData, channels: int, s
             f"{other}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or leave the flag "
             "out to train a new network."
         )
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     if [height, width] != given_size:
         raise UserError(
             f"{source} {height}x{width} pixels, but those of {data.name} have {given_size[0]}x{given_size[1]}: give "
-            f"--resolution {height}."
+            f"--resolution {spell_resolution(height, width)}."
         )
 
 

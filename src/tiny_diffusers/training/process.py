@@ -14,6 +14,7 @@ from .. import hardware
 from ..data import ImageData, load_images
 from ..errors import UserError, exit_status, unknown
 from ..pipelines.pipeline_tiny import TinyPipeline
+from ..resolution import to_size
 from .arguments import TrainingArguments
 from .family import load_pretrained
 
@@ -113,7 +114,7 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
             label_column=arguments.label_column,
             conditioning_column=conditioning_column,
             conditioning_channels=None if conditioning is None else conditioning.shape[0],
-            resolution=arguments.resolution,
+            resolution=to_size(arguments.resolution),
             center_crop=arguments.center_crop,
             classes=arguments.classes,
             max_samples=arguments.max_train_samples,

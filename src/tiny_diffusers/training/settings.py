@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data import ImageData
+from ..resolution import spell_resolution
 from ..runs import RunFolder
 from .arguments import Arguments, TrainingArguments, is_open, network_options, read_settings, saved_settings
 
@@ -41,7 +42,7 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
         arguments,
         num_threads=torch.get_num_threads(),
         mixed_precision=accelerator.mixed_precision,
-        resolution=data.images.shape[-1],
+        resolution=spell_resolution(*data.images.shape[2:]),
         output_dir=_output_dir(arguments, data),
         **options,
     )
