@@ -148,6 +148,12 @@ def build_pixelcnn(
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
+    if data.value_range is not None:
+        low, high = data.value_range
+        raise UserError(
+            f"A PixelCNN draws one of 256 levels for each value, and those of {data.name} go from {low:g} to {high:g}: save "
+            "them as 8 bits, leave --value_range out, or train another family."
+        )
     fixed = {
         "sample_size": sample_size(data),
         "in_channels": data.images.shape[1],
@@ -155,7 +161,7 @@ def build_pixelcnn(
     }
     if pretrained is not None:
         config = pretrained.pixelcnn.config
-        check_images(settings, data, config.in_channels, config.sample_size)
+        check_images(settings, data, config.in_channels, config.sample_size, None)
         if config.num_class_embeds != fixed["num_class_embeds"]:
             raise UserError(
                 f"--pretrained_model_name_or_path: its num_class_embeds is {config.num_class_embeds}, but {data.name} and "

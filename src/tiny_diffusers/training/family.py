@@ -147,14 +147,20 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
     return pipeline
 
 
-def check_images(arguments: TrainingArguments, data: ImageData, channels: int, size: int | tuple[int, int]) -> None:
+def check_images(
+    arguments: TrainingArguments,
+    data: ImageData,
+    channels: int,
+    size: int | tuple[int, int],
+    value_range: dict[str, float] | None,
+) -> None:
     """
     Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
 
     Args:
         arguments ([`TrainingArguments`]): The settings.
         data ([`ImageData`]): The images.
-        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images, the size as its config has it.
+        channels (`int`), size (`int` or `tuple[int, int]`), value_range (`dict`): Those of the checkpoint's images.
 
     Raises:
         UserError: If it is not; it says what to do.
@@ -162,12 +168,19 @@ def check_images(arguments: TrainingArguments, data: ImageData, channels: int, s
     _, given_channels, *given_size = data.images.shape
     source = f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} makes images of"
     if channels != given_channels:
-        other = "grey images (Pillow converts one by `image.convert('L')`)" if channels == 1 else "images of its kind"
         raise UserError(
-            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: train on "
-            f"{other}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or leave the flag "
-            "out to train a new network."
+            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: give "
+            f"--channels {channels}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or "
+            "leave the flag out to train a new network."
         )
+    limits = None if value_range is None else (value_range["low"], value_range["high"])
+    if limits != data.value_range:
+        expected, given = (
+            "8 bits" if each is None else f"values from {each[0]:g} to {each[1]:g}"
+            for each in (limits, data.value_range)
+        )
+        remedy = "leave --value_range out" if limits is None else f"give --value_range {limits[0]!r} {limits[1]!r}"
+        raise UserError(f"{source} {expected}, but those of {data.name} have {given}: {remedy}.")
     height, width = height_and_width(size)
     if [height, width] != given_size:
         raise UserError(
