@@ -306,10 +306,10 @@ class TinyPipeline(DiffusionPipeline):
         self.register_to_config(value_range=limits)
 
     @property
-    def _value_range(self) -> tuple[float, float]:
-        """Returns the values that arrays have where tensors have 0 and 1."""
-        limits = self.config.get("value_range") or {"low": 0.0, "high": 1.0}
-        return limits["low"], limits["high"]
+    def _value_range(self) -> tuple[float, float] | None:
+        """Returns the values that arrays have where tensors have 0 and 1, or None for 8-bit images: their arrays do, too."""
+        limits = self.config.get("value_range")
+        return None if limits is None else (limits["low"], limits["high"])
 
     @property
     def _default_eta(self) -> float:
@@ -477,7 +477,7 @@ class TinyPipeline(DiffusionPipeline):
 
     def _from_values(self, images: Images) -> Images:
         """Scales arrays in the value range to [0, 1], as tensors and PIL images are."""
-        if "value_range" not in self.config:
+        if self._value_range is None:
             return images
         low, high = self._value_range
 
@@ -495,6 +495,8 @@ class TinyPipeline(DiffusionPipeline):
 
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         """Checks that images are uint8 and returns them on the device in float32, still from 0 to 255."""
+        if self._value_range is not None:
+            raise ValueError(f"Bits/dim are of 8-bit images, and this model's have values in {self._value_range}.")
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         return images.to(self._execution_device, torch.float32)
@@ -661,8 +663,8 @@ class TinyPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
         if output_type == "np":
-            low, high = self._value_range
-            return images if "value_range" not in self.config else low + (high - low) * images
+            low, high = self._value_range or (0.0, 1.0)
+            return low + (high - low) * images
         return [to_picture(image, self.show_channels) for image in (images * 255).round().astype(np.uint8)]
 
     # ------------------------------------------------------------------------------- loading and saving

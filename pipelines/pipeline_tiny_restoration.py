@@ -260,7 +260,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             mean, std = samples.mean(dim=1), samples.std(dim=1, correction=0)
             if output_type != "latent":  # whose values are about [-1, 1]
                 mean, std = (self._to_images(2 * part - 1, output_type) for part in (mean, std))
-            if output_type == "np":
+            if output_type == "np" and self._value_range is not None:
                 std = std - self._value_range[0]
         output = TinyRestorationPipelineOutput(images=output.images, mean=mean, std=std)
         return output if return_dict else output.to_tuple()

@@ -87,6 +87,11 @@ def held_out(num_images: int, share: float, seed: int = 0) -> tuple[torch.Tensor
     return order[count:].sort().values, order[:count]
 
 
+def spell_values(value_range: tuple[float, float] | None) -> str:
+    """Returns a value range in words; None is that of 8-bit images."""
+    return "8 bits" if value_range is None else f"values from {value_range[0]:g} to {value_range[1]:g}"
+
+
 def normalize(images: torch.Tensor, value_range: tuple[float, float] | None = None) -> torch.Tensor:
     """
     Converts images of any shape to float32 in [-1, 1] on the same device: uint8 by x / 127.5 - 1, and values between the

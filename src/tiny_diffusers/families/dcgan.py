@@ -196,7 +196,7 @@ def build_dcgan(
             data,
             pretrained.generator.config.out_channels,
             pretrained.generator.config.sample_size,
-            pretrained.config.get("value_range"),
+            pretrained._value_range,
         )
         _check_classes(pretrained, data, num_class_embeds)
         return pretrained.generator, pretrained.discriminator

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData, held_out, normalize
+from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
@@ -149,9 +150,8 @@ def build_pixelcnn(
         UserError: If it does not fit the data, or cannot be built.
     """
     if data.value_range is not None:
-        low, high = data.value_range
         raise UserError(
-            f"A PixelCNN draws one of 256 levels for each value, and those of {data.name} go from {low:g} to {high:g}: save "
+            f"A PixelCNN draws one of 256 levels for each value, and {data.name} has {spell_values(data.value_range)}: save "
             "them as 8 bits, leave --value_range out, or train another family."
         )
     fixed = {

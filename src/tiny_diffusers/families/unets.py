@@ -263,7 +263,7 @@ def _pretrained_unet(
         data,
         channels,
         unet.config.get("sample_size") or sample_size(data),
-        pipeline.config.get("value_range"),
+        pipeline._value_range,
     )
     _check_checkpoint(pipeline, settings, channels)
     if id2label is not None:

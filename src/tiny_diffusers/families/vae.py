@@ -119,7 +119,7 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
             data,
             pretrained.vae.config.in_channels,
             pretrained.vae.config.sample_size,
-            pretrained.config.get("value_range"),
+            pretrained._value_range,
         )
         return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData
+from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..models.layers_tiny import as_sample_size, height_and_width
 from ..pipelines.pipeline_tiny import TinyPipeline
@@ -152,7 +153,7 @@ def check_images(
     data: ImageData,
     channels: int,
     size: int | tuple[int, int],
-    value_range: dict[str, float] | None,
+    value_range: tuple[float, float] | None,
 ) -> None:
     """
     Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
@@ -160,7 +161,8 @@ def check_images(
     Args:
         arguments ([`TrainingArguments`]): The settings.
         data ([`ImageData`]): The images.
-        channels (`int`), size (`int` or `tuple[int, int]`), value_range (`dict`): Those of the checkpoint's images.
+        channels (`int`), size (`int` or `tuple[int, int]`), value_range (`tuple[float, float]`, *optional*): Those of the
+            checkpoint's images, the size as the network's config has it.
 
     Raises:
         UserError: If it is not; it says what to do.
@@ -173,13 +175,11 @@ def check_images(
             f"--channels {channels}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or "
             "leave the flag out to train a new network."
         )
-    limits = None if value_range is None else (value_range["low"], value_range["high"])
-    if limits != data.value_range:
-        expected, given = (
-            "8 bits" if each is None else f"values from {each[0]:g} to {each[1]:g}"
-            for each in (limits, data.value_range)
+    if value_range != data.value_range:
+        expected, given = map(spell_values, (value_range, data.value_range))
+        remedy = (
+            "leave --value_range out" if value_range is None else "give --value_range {!r} {!r}".format(*value_range)
         )
-        remedy = "leave --value_range out" if limits is None else f"give --value_range {limits[0]!r} {limits[1]!r}"
         raise UserError(f"{source} {expected}, but those of {data.name} have {given}: {remedy}.")
     height, width = height_and_width(size)
     if [height, width] != given_size:
