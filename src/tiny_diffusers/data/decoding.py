@@ -306,8 +306,10 @@ def _decode_content(content: bytes, options: _Options) -> tuple[list[Image.Image
 
 def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
     """
-    Returns an image (H, W), (H, W, C) or (C, H, W) as (C, H, W). The axis of channels has the length `channels` or, if that
-    is None, 1 or 3, the last coming first, or fewer than both others.
+    Returns an image (H, W), (H, W, C) or (C, H, W) as (C, H, W).
+
+    The axis of channels has the length `channels`. If that is None, 1 or 3, it has the length 1 or 3, the last axis coming
+    before the first; else it is shorter than both others, and these are equal or at least twice as long.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If neither the first nor the last axis is that of channels, or both are.
@@ -315,17 +317,18 @@ def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
     if array.ndim == 2:
         return array[None]
     if channels in (None, 1, 3) and has_grey_or_rgb(array):
-        axes = [-1 if array.shape[-1] in (1, 3) else 0]
-    elif channels is not None:
-        axes = [axis for axis in (0, -1) if array.shape[axis] == channels]
+        return np.moveaxis(array, -1 if array.shape[-1] in (1, 3) else 0, 0)
+    first, middle, last = array.shape
+    if channels is not None:
+        axes = [axis for axis, length in ((0, first), (-1, last)) if length == channels]
     else:
-        axes = [axis for axis in (0, -1) if array.shape[axis] < min(array.shape[1], array.shape[-1 - axis])]
+        candidates = ((0, first, sorted((middle, last))), (-1, last, sorted((first, middle))))
+        axes = [axis for axis, length, (a, b) in candidates if length < a and (a == b or 2 * length <= a)]
     if len(axes) != 1:
-        what = "shorter than the others" if channels is None else f"{channels} long"
+        is_asked = f"are {channels} long" if channels is not None else "look like it"
         raise UserError(
-            f"The axis of channels is unclear in images of shape {array.shape}: "
-            f"{'both the first and the last are' if axes else 'neither the first nor the last is'} {what}. Set `channels` "
-            "to the length of one of them alone."
+            f"The axis of channels is unclear in images of shape {array.shape}: {'both' if axes else 'none'} of the first and "
+            f"the last {is_asked}. Set `channels` to the length of one of them alone."
         )
     return np.moveaxis(array, axes[0], 0)
 

@@ -70,9 +70,9 @@ def load_images(
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
         max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
         channels (`int`, *optional*): 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA), to which pictures are converted,
-            or the number of pages of a picture, each of which becomes a channel. Arrays keep their channels: (H, W, C) or
-            (C, H, W), and `channels` says which of the axes has them if it is neither 1 or 3 long nor the shortest.
-            Defaults to 1 if all pictures are grey, else to 3, and for arrays to the channels that they have.
+            or the number of pages of a picture, each of which becomes a channel. Arrays keep their channels, in the first
+            axis or in the last: the one of this length or, if it is not given, of the length 1 or 3, or that is clearly the
+            shortest. Defaults to 1 if all pictures are grey, else to 3, and for arrays to the channels that they have.
         conditioning_channels (`int`, *optional*): The same for the conditioning images.
         value_range (`tuple[float, float]` or `"measured"`, *optional*): Keep values of any depth as float32 in these
             limits, or in those of the data's own smallest and largest value, instead of scaling them to 8 bits. By default
