@@ -66,10 +66,10 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "images": len(data),
         "held_out": len(held_out) if held_out is not None else 0,
         "shape": list(data.images.shape[1:]),
-        "value_range": data.value_range and list(data.value_range),
         "classes": list(data.id2label.values()) if data.id2label else None,
         "fingerprint": data.fingerprint,
         "notes": data.notes,
+        **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
 
 
