@@ -33,8 +33,9 @@ class ClassConditioningMixin:
         null_class_id: Optional[int] = -1,
         class_dropout_prob: Optional[float] = None,
         conditioning: Optional[str] = None,
+        value_range: Optional[dict] = None,
     ):
-        super().__init__(unet, scheduler)
+        super().__init__(unet, scheduler, value_range)
         self._register_classes(id2label, null_class_id, class_dropout_prob)
         self._register_conditioning(conditioning)
 

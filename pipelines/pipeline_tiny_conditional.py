@@ -35,6 +35,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         conditioning (`str`, *optional*):
             The image that the network takes as a condition: `"grayscale"`, the grey image; `"low_resolution:F"`, an
             image F times smaller; `"image:K"`, another image with K channels. None for a network that takes none.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
 
     Example:
 
@@ -103,7 +105,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.

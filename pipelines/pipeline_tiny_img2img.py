@@ -29,6 +29,8 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
 
     Example:
 
@@ -96,7 +98,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
                 The fresh noise in each step: η of DDIM, in [0, 1], or of flow and EDM, at least 0. Defaults to 1, and to
                 0 with `inversion` or a second-order solver. Other schedulers ignore it.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.

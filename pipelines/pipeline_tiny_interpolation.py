@@ -35,6 +35,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
 
     Example:
 
@@ -102,8 +104,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             eta (`float`, *optional*, defaults to 0.0):
                 η of DDIM, in [0, 1], or of flow and EDM, at least 0. Above 0, the path is not smooth.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(num_frames, H, W, C)` in [0, 1]), `"pt"` (`(num_frames, C, H, W)` in
-                [0, 1]) or `"latent"` (the denoised latents, unclipped, about [-1, 1]).
+                `"pil"`, `"np"` (`(num_frames, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(num_frames, C, H, W)`
+                in [0, 1]) or `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):

@@ -97,6 +97,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
 
     Example:
 
@@ -185,7 +187,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             eta (`float`, *optional*, defaults to 1.0):
                 The amount of fresh noise per step, in [0, 1]: 0 is DDIM, 1 is DDPM, whose scheduler always has 1.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyRestorationPipelineOutput`] instead of a plain tuple.
@@ -258,6 +260,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             mean, std = samples.mean(dim=1), samples.std(dim=1, correction=0)
             if output_type != "latent":  # whose values are about [-1, 1]
                 mean, std = (self._to_images(2 * part - 1, output_type) for part in (mean, std))
+            if output_type == "np" and self._value_range is not None:
+                std = std - self._value_range[0]
         output = TinyRestorationPipelineOutput(images=output.images, mean=mean, std=std)
         return output if return_dict else output.to_tuple()
 
@@ -312,7 +316,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
                 )
             y = y if callable(operator) else 2 * y - 1
         else:
-            y = self._preprocess(image, None, image_shape=shape)
+            y = self._preprocess(self._from_values(image), None, image_shape=shape)
         return built.coordinates(y) if operator == "inpaint" else built.observed_coordinates(y)
 
     @torch.no_grad()

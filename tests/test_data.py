@@ -128,7 +128,8 @@ def test_channels_can_be_asked_for():
         ({"resolution": 0}, ["resolution must be at least 1,", "not 0"]),
         ({"resolution": (8, 0)}, ["a height and a width of at least 1, not (8, 0)"]),
         ({"max_samples": 0}, ["max_samples must be at least 1, not 0"]),
-        ({"channels": 4}, ["channels must be 1 (grey), 3 (RGB) or None", "not 4"]),
+        ({"channels": 0}, ["channels must be at least 1, or None", "not 0"]),
+        ({"channels": 5}, ["'digits' have 1 channels, and 5 are asked for"]),
         ({"train_data_dir": "/no/such/folder"}, ["There is no folder '/no/such/folder'"]),
         ({"dataset_name": "mnist", "train_data_dir": "."}, ["dataset_name 'mnist'", "train_data_dir '.'", "only one"]),
         ({"dataset_name": "no/such/folder"}, ["no/such/folder", "no folder", "Hub", "digits"]),
@@ -221,7 +222,7 @@ def test_every_mode_becomes_eight_bit_grey_or_rgb(load, folder):
     assert set(data.notes) == {
         "1 of 8 images had a palette, converted to RGB",
         "2 of 8 images had an alpha channel, laid on white",
-        "1 of 8 images had 16 bits a pixel, scaled to 8",
+        "1 of 8 images had 16 bits a pixel, scaled to 8 (value_range keeps them)",
         "1 of 8 images were CMYK, converted to RGB",
         "4 of 8 images were grey, converted to RGB",
     }

@@ -124,7 +124,7 @@ def test_conditionals_with_and_without_a_cache_equal_those_of_the_whole_image(
 
 
 @pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
-@pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 3), (3, 1, 5), (3, 1, 2)])
+@pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 3), (3, 1, 5), (3, 1, 2), (6, 1, 2)])
 def test_probabilities_of_all_images_sum_to_one(variant, channels, size, levels):
     model = make_model(variant, channels, size, levels)
     dimensions = channels * size * size

@@ -17,7 +17,9 @@ from .shared import (
     add_guidance_interval,
     add_output_argument,
     add_sampling_arguments,
+    add_show_channels,
     add_temperature,
+    are_pictures,
     call_options,
     check_numbered,
     comma_separated,
@@ -50,6 +52,7 @@ def sample_parser() -> argparse.ArgumentParser:
     parser = make_parser("sample")
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
+    add_show_channels(parser)
     parser.add_argument(
         "--num_images",
         type=positive_number,
@@ -82,7 +85,12 @@ def sample_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="also show K states of the denoising: one row for each image, from noise to the image",
     )
-    add_output_argument(parser, "samples.png", "one picture of all images, or numbered PNGs in a folder")
+    add_output_argument(
+        parser,
+        "samples.png",
+        "one picture of all images, or numbered files in a folder: PNGs, or .npy (H, W, C) of images that no picture "
+        "holds, unless --show_channels is given",
+    )
     return parser
 
 
@@ -126,6 +134,8 @@ def sample(args: argparse.Namespace) -> None:
         check_enough_images(num_images, labels)
         labels = spread(labels, num_images)
 
+    if output.is_dir() and not are_pictures(pipe):
+        options["output_type"] = "np"
     say(f"drawing {num_images} images, {output} ...", sys.stderr)
     began = time.perf_counter()
     given = None if pictures is None else spread(pictures, num_images)
@@ -182,7 +192,7 @@ def draw_images(
 ) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
     """
     Draws images, image i with the seed `seed + i` and the i-th of the labels and of the conditioning pictures, and, if the
-    options ask for them, the states of their denoising.
+    options ask for them, the states of their denoising. With the option `output_type="np"` the images are arrays.
     """
     from ..pipelines.pipeline_tiny import image_generators
     from ..progress import bar_options
@@ -198,7 +208,7 @@ def draw_images(
         generator = image_generators(seed, stop - start, first=start)
         with refusals():
             drawn = pipe(batch_size=stop - start, generator=generator, **options)
-        images += drawn.images
+        images.extend(drawn.images)
         intermediates = getattr(drawn, "intermediates", None) or []
         states = states or [[] for _ in intermediates]
         for state, intermediate in zip(states, intermediates, strict=True):
@@ -257,6 +267,7 @@ def interpolate_parser() -> argparse.ArgumentParser:
     parser = make_parser("interpolate")
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
+    add_show_channels(parser)
     parser.add_argument("--seeds", type=two_seeds, help="seeds of the two ends (default: 0,1)")
     parser.add_argument(
         "--seed",

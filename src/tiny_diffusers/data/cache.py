@@ -45,14 +45,17 @@ def read_cache(directory: Path) -> ImageData | None:
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     labels, class_names = record.pop("labels"), record.pop("class_names")
+    value_range = record.pop("value_range", None)
     data = ImageData(
         images=images,
         labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
         id2label=None if class_names is None else dict(enumerate(class_names)),
         conditioning_images=conditioning_images,
+        value_range=value_range and tuple(value_range),
         **record,
     )
-    return data if data.fingerprint == compute_fingerprint(images, data.labels, conditioning_images) else None
+    found = compute_fingerprint(images, data.labels, conditioning_images, data.value_range)
+    return data if data.fingerprint == found else None
 
 
 def _map(file: Path) -> torch.Tensor:
@@ -69,6 +72,7 @@ def write_cache(directory: Path, data: ImageData) -> ImageData:
         "split": data.split,
         "fingerprint": data.fingerprint,
         "notes": data.notes,
+        "value_range": data.value_range,
     }
     record["checksum"] = _checksum(record)
 

@@ -148,6 +148,10 @@ def read_dataset(
         roots = [Path(cache).expanduser().resolve() for cache in caches]
 
     def reader(column: str) -> Callable[[list[int]], list[dict | None]]:
+        dtype = _array_dtype(dataset.features[column])
+        if dtype is not None:
+            arrays = dataset.select_columns([column])
+            return lambda rows: [image and {"array": np.asarray(image, dtype)} for image in arrays[rows][column]]
         encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         return lambda rows: [_confine(image, roots) for image in encoded[rows][column]]
 
@@ -189,10 +193,13 @@ def _confine(encoded: dict | None, roots: list[Path]) -> dict | None:
 
 
 def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str, flag: str = "image_column") -> list[str]:
-    """Returns the given column, or else all columns that hold images."""
+    """Returns the given column, or else all columns that hold images, or else all that hold arrays."""
     if given is not None and given not in dataset.column_names:
         raise unknown(f"{flag} of '{name}'", given, dataset.column_names)
-    found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
+    features = dataset.features.items()
+    images = [column for column, feature in features if _holds_images(feature)]
+    arrays = [column for column, feature in features if _array_dtype(feature) is not None]
+    found = images + arrays if given is not None else images or arrays
     if not found:
         raise UserError(f"'{name}' has no image column: its columns are {', '.join(dataset.column_names)}.")
     if given is not None and given not in found:
@@ -207,6 +214,19 @@ def _holds_images(feature: object) -> bool:
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _array_dtype(feature: object) -> str | None:
+    """Returns the dtype of a column of arrays, `Array2D`, `Array3D` or nested lists of two or three levels; else None."""
+    import datasets
+
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return feature.dtype
+    levels = 0
+    while hasattr(feature, "feature"):
+        levels, feature = levels + 1, feature.feature
+    is_number = isinstance(feature, datasets.Value) and np.dtype(feature.pa_type.to_pandas_dtype()).kind in "iubf"
+    return feature.dtype if is_number and levels in (2, 3) else None
 
 
 def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, splits: list[str]) -> list[str]:

@@ -1,9 +1,11 @@
 """Loads images by name: from the cache, or read, selected, decoded and written to the cache."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError, unknown
 from ..paths import local_path
@@ -31,14 +33,16 @@ def load_images(
     max_samples: int | None = None,
     channels: int | None = None,
     conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | Literal["measured"] | None = None,
     cache_dir: str | os.PathLike | None = None,
     require_labels: bool = False,
 ) -> ImageData:
     """
-    Loads the images of a dataset, decoded to uint8 and brought to one size.
+    Loads the images of a dataset, decoded and brought to one size.
 
-    Each image becomes 8-bit grey or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
-    are blended with white, and the EXIF orientation is applied. Then its largest crop with the aspect ratio of
+    Each picture becomes 8-bit grey or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
+    are blended with white, and the EXIF orientation is applied. Other channels are kept where `channels` asks for them, and
+    other values where `value_range` does. Then its largest crop with the aspect ratio of
     `resolution` (see `center_crop`) is resized to it with Pillow's antialiased bicubic filter. Files that cannot be
     decoded are skipped and named in the notes. The result is cached on disk for the next start.
 
@@ -46,7 +50,7 @@ def load_images(
         dataset_name (`str`, defaults to `"digits"`): A Hub id, a folder, a file or `"digits"`. A folder has the layout
             of a Hub repository, or images, optionally in a sub-folder for each class; if all folders at the first
             level are named train, test, val, valid or validation, they are splits. A file is a .zip of such a folder,
-            .npz, .npy, .parquet or .arrow. `"digits"` are scikit-learn's 1,797 handwritten 8x8 digits. They need no
+            .npz, .npy, .parquet or .arrow, whose arrays may have any number of channels. `"digits"` are scikit-learn's 1,797 handwritten 8x8 digits. They need no
             network and have the split `"train"` only.
         dataset_config_name (`str`, *optional*): The configuration, for a dataset with several.
         train_data_dir (`str` or `os.PathLike`, *optional*): A folder or file, instead of `dataset_name`.
@@ -65,14 +69,21 @@ def load_images(
         classes (`str` or sequence of `str` or `int`, *optional*):
             Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
         max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
-        channels (`int`, *optional*): 1 or 3. Defaults to 1 if all images are grey, else 3.
+        channels (`int`, *optional*): 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA), to which pictures are converted,
+            or the number of pages of a picture, each of which becomes a channel. Arrays keep their channels, in the first
+            axis or in the last: the one of this length or, if it is not given, of the length 1 or 3, or that is clearly the
+            shortest. Defaults to 1 if all pictures are grey, else to 3, and for arrays to the channels that they have.
         conditioning_channels (`int`, *optional*): The same for the conditioning images.
+        value_range (`tuple[float, float]` or `"measured"`, *optional*): Keep values of any depth as float32 in these
+            limits, or in those of the data's own smallest and largest value, instead of scaling them to 8 bits. By default
+            floating-point values are kept as measured, and others are scaled. Conditioning images are always of 8 bits.
         cache_dir (`str` or `os.PathLike`, *optional*): Folder for the caches of `datasets` and of the decoded images.
             Defaults to their own: for the images `$TINY_DIFFUSERS_CACHE` or `$HF_HOME/tiny_diffusers`.
         require_labels (`bool`, defaults to `False`): Raise an error if an image has no label.
 
     Returns:
-        [`ImageData`]: uint8 images of shape `(N, C, height, width)`, in the order of the dataset.
+        [`ImageData`]: Images of shape `(N, C, height, width)`, in the order of the dataset: uint8, or float32 with the
+            range of their values.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if the
@@ -82,14 +93,17 @@ def load_images(
     if max_samples is not None and max_samples < 1:
         raise UserError(f"max_samples must be at least 1, not {max_samples}.")
     for name, value in (("channels", channels), ("conditioning_channels", conditioning_channels)):
-        if value not in (None, 1, 3):
-            raise UserError(f"{name} must be 1 (grey), 3 (RGB) or None (grey if all images are), not {value}.")
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, or None for those of the dataset, not {value}.")
+    value_range = None if value_range is None else _limits(value_range)
     if train_data_dir is not None and dataset_name != "digits":
         raise UserError(f"dataset_name '{dataset_name}' and train_data_dir '{train_data_dir}': give only one.")
 
     options = {"resolution": resolution, "center_crop": center_crop, "channels": channels}
     if conditioning_column is not None:
         options["conditioning_channels"] = conditioning_channels
+    if value_range is not None:
+        options["value_range"] = value_range
     has_labels = label_column != "none"
 
     def decode(source: Source, scratch: Path | None = None) -> ImageData:
@@ -155,6 +169,21 @@ def _height_and_width(resolution: int | Sequence[int] | None) -> tuple[int, int]
     if len(sides) != 2 or min(sides) < 1:
         raise UserError(f"resolution must be at least 1, or a height and a width of at least 1, not {resolution}.")
     return sides
+
+
+def _limits(value_range: Sequence[float | str]) -> tuple[float, float] | Literal["measured"]:
+    """Returns the limits that `value_range` stands for, which may be given as text, or "measured"."""
+    words = [value_range] if isinstance(value_range, str) else list(value_range)
+    if words == ["measured"]:
+        return "measured"
+    try:
+        low, high = map(float, words)
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        given = " ".join(map(str, words))
+        raise UserError(f"value_range must be two finite numbers, the lower one first, or 'measured', not '{given}'.")
+    return low, high
 
 
 def _choose_reader(path: Path, name: str, config: str | None) -> tuple[Callable | None, list[Path]]:

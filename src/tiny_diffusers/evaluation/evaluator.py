@@ -25,6 +25,7 @@ from PIL import Image
 from .. import hardware
 from ..data import ImageData, cache_root
 from ..data.folders import abbreviate
+from ..data.images import spell_values
 from ..errors import UserError
 from ..files import replacing
 from ..paths import public_name
@@ -74,7 +75,7 @@ def evaluate(
         pipe_or_images (`DiffusionPipeline`, [`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
             A pipeline to draw images from, or images: (N, C, H, W), uint8 or floats in [0, 1], or a list of PIL images.
         reference ([`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
-            Real images of the same size and channels, with labels if classes are to be measured.
+            Real images of the same size, channels and value range, with labels if classes are to be measured.
         protocol ([`Protocol`], *optional*): Settings of the evaluation.
         training ([`~tiny_diffusers.data.ImageData`], *optional*): The training set of the model, for the distance to
             it and for the baselines. Without it, the baselines are made of the reference's images.
@@ -95,10 +96,19 @@ def evaluate(
     state = processes()
     extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
     reference = _as_data(reference, "reference")
+    _check_values(pipe_or_images, reference)
+    reference = image_sets.as_levels(reference)
     shape = tuple(reference.images.shape[1:])
     extractor = extractor.of_images(*shape[1:])
+    if protocol.feature_channels is not None:
+        if max(protocol.feature_channels) >= shape[0]:
+            raise UserError(
+                f"feature_channels {protocol.feature_channels}: the images have the channels 0 to {shape[0] - 1}."
+            )
+        extractor = extractor.of_channels(protocol.feature_channels)
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
+        training = image_sets.as_levels(training)
         image_sets.check(training.images.numpy(), shape, "The training images")
         training = _with_labels_of(reference, training)
     left_out = {
@@ -108,6 +118,7 @@ def evaluate(
     }
     measured_metrics = [metric for metric in protocol.metrics if left_out.get(metric) is None]
     samples = cache_root() / "samples"
+    files = FeatureFiles(extractor, shape, state)  # refuses channels that the features lack, before images are drawn
 
     # 1. Images
     if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
@@ -122,7 +133,6 @@ def evaluate(
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
-    files = FeatureFiles(extractor, shape, state)
     generated = files.of_images(data, "the images", limit=protocol.num_images)
     real = files.of_images(reference, "the reference")
     seen = None
@@ -195,6 +205,17 @@ def _as_data(images: Images, name: str) -> ImageData:
     return ImageData(pixels, None, None, name, "as given", image_sets.fingerprint(pixels.numpy()))
 
 
+def _check_values(given: DiffusionPipeline | Images, reference: ImageData) -> None:
+    """Refuses to compare images of one value range with those of another."""
+    if isinstance(given, ImageData | DiffusionPipeline):
+        value_range = given.value_range if isinstance(given, ImageData) else getattr(given, "_value_range", None)
+        if value_range != reference.value_range:
+            raise UserError(
+                f"The images have {spell_values(value_range)} and the reference's {spell_values(reference.value_range)}: "
+                "load the reference with the value_range of the images."
+            )
+
+
 # Images
 
 
@@ -204,7 +225,7 @@ def _given_images(
     """Returns images that need not be drawn, and their entry in the report."""
     if protocol.kind == "reconstructions":
         raise UserError("Reconstructions need a pipeline with a `reconstruct` method, a VAE: images were given.")
-    data = _with_labels_of(reference, _as_data(images, name or "images"))
+    data = _with_labels_of(reference, image_sets.as_levels(_as_data(images, name or "images")))
     return data, {**describe_images(name or data.name), "fingerprint": data.fingerprint}
 
 
@@ -233,6 +254,7 @@ def draw_images(
         state (`PartialState`): The processes.
         name (`str`, *optional*): Name of the model.
     """
+    real = image_sets.as_levels(real)
     reconstructs = protocol.kind == "reconstructions"
     if reconstructs and not hasattr(pipe, "reconstruct"):
         raise UserError(
@@ -261,6 +283,7 @@ def draw_images(
     images = image_sets.sample(
         pipe,
         shape,
+        real.images.numpy().dtype,
         cache_root() / "samples" / source["key"],
         num_images=protocol.num_images if originals is None else len(originals),
         seed=protocol.seed,
@@ -515,4 +538,5 @@ def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:
         closest = np.argsort(distances, kind="stable")[:columns]
         rows["nearest to training"] = generated.data.images.numpy()[generated.order[closest]]
         rows["what they are near"] = sets.training.data.images.numpy()[sets.training.order[nearest[closest]]]
-    return image_grid(np.concatenate(list(rows.values())), columns, row_labels=list(rows))
+    images = image_sets.as_pictures(np.concatenate(list(rows.values())))
+    return image_grid(images, columns, row_labels=list(rows))

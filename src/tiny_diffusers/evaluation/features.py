@@ -51,7 +51,7 @@ class Extractor:
 
     Args:
         name (`str`): Name of the features in a report.
-        forward (`Callable`): uint8 (B, C, H, W) on the device -> floating point (B, D).
+        forward (`Callable`): Images (B, C, H, W) in [0, 255] on the device -> floating point (B, D).
         preprocessing (`dict`): The network and everything that is done to an image, in JSON values. These texts are
             part of reports and of the keys of cached features: rewording one makes earlier reports incomparable.
         device (`torch.device`): Device of the network.
@@ -77,9 +77,22 @@ class Extractor:
         preprocessing = self.preprocessing | {"aspect ratio": f"{height}x{width} is made square"}
         return replace(self, preprocessing=preprocessing)
 
+    def of_channels(self, channels: Sequence[int]) -> "Extractor":
+        """Returns the extractor that sees only these channels of images, in this order: its preprocessing says so."""
+        chosen, layers = list(channels), self.layers
+        return replace(
+            self,
+            forward=lambda images: self.forward(images[:, chosen]),
+            layers=None if layers is None else lambda images: layers(images[:, chosen]),
+            preprocessing=self.preprocessing | {"channels": chosen},
+        )
+
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Extracts features (B, D), float32 on the CPU, from uint8 images (B, C, H, W), C = 1 (grey) or 3 (RGB)."""
+        """
+        Extracts features (B, D), float32 on the CPU, from images (B, C, H, W), uint8 or floats in [0, 255]. Networks take
+        C = 1 (grey) or 3 (RGB).
+        """
         return self.forward(images.to(self.device)).float().cpu()
 
     @torch.inference_mode()
@@ -197,7 +210,12 @@ def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torc
 
 
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W)."""
+    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W); other channels are refused."""
+    if images.shape[1] not in (1, 3):
+        raise UserError(
+            f"A network's features are of images with 1 or 3 channels, and these have {images.shape[1]}: choose the features "
+            "'pixels', or 1 or 3 of the channels as feature_channels."
+        )
     return images.expand(-1, 3, -1, -1)
 
 

@@ -60,7 +60,9 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
     if isinstance(given, IMAGE_TYPES):
         return "images alone have no likelihood"
     scheduler, reason = getattr(given, "scheduler", None), None
-    if hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
+    if getattr(given, "_value_range", None) is not None:
+        reason = "they are of 8-bit images"
+    elif hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
         labels = None if reference.labels is None else reference.labels[:1]
         try:
             _bits(given, reference.images[:1], labels, image_generators(0, 1))

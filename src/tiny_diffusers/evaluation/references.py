@@ -116,6 +116,7 @@ def load_real_images(
     shape: tuple[int, int, int],
     state: "PartialState",
     conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> "tuple[ImageData, ImageData | None, RealImages]":
     """
     Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache.
@@ -125,6 +126,7 @@ def load_real_images(
         shape (`tuple[int, int, int]`): (C, H, W) of the model's images.
         state (`PartialState`): The processes.
         conditioning_channels (`int`, *optional*): Channels of the images that the model takes as a condition.
+        value_range (`tuple[float, float]`, *optional*): The values of the model's images, if they are not of 8 bits.
 
     Returns:
         `tuple[ImageData, ImageData | None, RealImages]`: The reference, the training set, and `images` with the splits
@@ -133,10 +135,10 @@ def load_real_images(
     from ..data import UnknownSplitError, load_images
 
     with state.main_process_first():
-        reference, split = load_reference(images, shape, conditioning_channels)
+        reference, split = load_reference(images, shape, conditioning_channels, value_range)
         training = None
         if images.train_split != "none":
-            options = _load_options(images, shape, conditioning_channels)
+            options = _load_options(images, shape, conditioning_channels, value_range)
             try:
                 training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
             except UnknownSplitError as error:
@@ -151,6 +153,7 @@ def load_reference(
     images: RealImages,
     shape: tuple[int, int, int] | None = None,
     conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> "tuple[ImageData, str]":
     """
     Loads the real images alone: the given split, or the first that there is of test, validation and the training's.
@@ -160,13 +163,14 @@ def load_reference(
         shape (`tuple[int, int, int]`, *optional*): Their (C, H, W), the size where `images` name none; by default those of
             the dataset.
         conditioning_channels (`int`, *optional*): Channels of their conditioning images; by default those of the dataset.
+        value_range (`tuple[float, float]`, *optional*): Their values, as in [`~tiny_diffusers.data.load_images`].
 
     Returns:
         `tuple[ImageData, str]`: The images and the split.
     """
     from ..data import UnknownSplitError, load_images
 
-    options = _load_options(images, shape, conditioning_channels)
+    options = _load_options(images, shape, conditioning_channels, value_range)
     splits = [images.split] if images.split is not None else ["test", "validation", _train_split(images)]
     for split in splits[:-1]:
         with contextlib.suppress(UnknownSplitError):
@@ -179,14 +183,18 @@ def _train_split(images: RealImages) -> str:
 
 
 def _load_options(
-    images: RealImages, shape: tuple[int, int, int] | None, conditioning_channels: int | None
+    images: RealImages,
+    shape: tuple[int, int, int] | None,
+    conditioning_channels: int | None,
+    value_range: tuple[float, float] | None,
 ) -> dict[str, Any]:
     options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
     channels, *size = shape or (None,)
     options["resolution"] = to_size(images.resolution) or tuple(size) or None
-    return options | {"channels": channels, "conditioning_channels": conditioning_channels}
+    options |= {"channels": channels, "conditioning_channels": conditioning_channels}
+    return options | {"value_range": value_range}
 
 
 def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:

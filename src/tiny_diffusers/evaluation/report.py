@@ -115,6 +115,9 @@ class Protocol(Flags):
     feature_dtype: FeatureDtype = flag(
         "float32", "Dtype of the feature network; bfloat16 is faster and shifts distances by 1 or 2 percent."
     )
+    feature_channels: list[int] | None = flag(
+        None, "Channels, numbered from 0, that the features see: 1 or 3 for a network.", within="[0, 1024)"
+    )
     metrics: list[Literal[Metric, "all"]] = flag(
         [name for name in METRICS if name not in _SLOW_METRICS],
         f"Metrics: {', '.join(METRICS)}, or all.",

@@ -191,7 +191,13 @@ def build_dcgan(
     channels = data.images.shape[1]
     num_class_embeds = len(data.id2label) if settings.class_conditional else None
     if pretrained is not None:
-        check_images(settings, data, pretrained.generator.config.out_channels, pretrained.generator.config.sample_size)
+        check_images(
+            settings,
+            data,
+            pretrained.generator.config.out_channels,
+            pretrained.generator.config.sample_size,
+            pretrained._value_range,
+        )
         _check_classes(pretrained, data, num_class_embeds)
         return pretrained.generator, pretrained.discriminator
 

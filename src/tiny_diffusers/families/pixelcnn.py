@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData, held_out, normalize
+from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
@@ -148,6 +149,11 @@ def build_pixelcnn(
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
+    if data.value_range is not None:
+        raise UserError(
+            f"A PixelCNN draws one of 256 levels for each value, and {data.name} has {spell_values(data.value_range)}: save "
+            "them as 8 bits, leave --value_range out, or train another family."
+        )
     fixed = {
         "sample_size": sample_size(data),
         "in_channels": data.images.shape[1],
@@ -155,7 +161,7 @@ def build_pixelcnn(
     }
     if pretrained is not None:
         config = pretrained.pixelcnn.config
-        check_images(settings, data, config.in_channels, config.sample_size)
+        check_images(settings, data, config.in_channels, config.sample_size, None)
         if config.num_class_embeds != fixed["num_class_embeds"]:
             raise UserError(
                 f"--pretrained_model_name_or_path: its num_class_embeds is {config.num_class_embeds}, but {data.name} and "

@@ -258,7 +258,13 @@ def _pretrained_unet(
             f"{_describe_condition(kind_asked)}: start from a checkpoint of the same conditioning, or leave the flag out."
         )
     channels = unet.config.in_channels - (conditioning.shape[0] if conditioning is not None else 0)
-    check_images(settings, data, channels, unet.config.get("sample_size") or sample_size(data))
+    check_images(
+        settings,
+        data,
+        channels,
+        unet.config.get("sample_size") or sample_size(data),
+        pipeline._value_range,
+    )
     _check_checkpoint(pipeline, settings, channels)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)

@@ -114,7 +114,13 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
     """
     channels = data.images.shape[1]
     if pretrained is not None:
-        check_images(settings, data, pretrained.vae.config.in_channels, pretrained.vae.config.sample_size)
+        check_images(
+            settings,
+            data,
+            pretrained.vae.config.in_channels,
+            pretrained.vae.config.sample_size,
+            pretrained._value_range,
+        )
         return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone

@@ -81,6 +81,18 @@ class DataArguments(Flags):
         decides=(_NETWORK,),
     )
     center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
+    channels: int | None = flag(
+        None,
+        "1 (grey), 2 (grey and alpha), 3 (RGB), 4 (RGBA), or those that arrays and files of several pages have.",
+        within="[1, 1024]",
+        decides=(_NETWORK,),
+    )
+    value_range: list[str] | None = flag(
+        None, "Train on values as they are, from LOW to HIGH or 'measured', not scaled to 8 bits."
+    )
+    show_channels: list[int] | None = flag(
+        None, "One or three channels, from 0, that sample grids show.", within="[0, 1024)", changes_run=False
+    )
     random_flip: bool = flag(False, "Flip half of the images left to right.")
     random_crop_padding: int = flag(0, "Shift images by up to this many pixels each way.", within="[0, inf)")
     color_jitter: float = flag(0.0, "Change brightness, contrast and saturation by up to this share.", within="[0, 1]")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData
+from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..models.layers_tiny import as_sample_size, height_and_width
 from ..pipelines.pipeline_tiny import TinyPipeline
@@ -147,14 +148,21 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
     return pipeline
 
 
-def check_images(arguments: TrainingArguments, data: ImageData, channels: int, size: int | tuple[int, int]) -> None:
+def check_images(
+    arguments: TrainingArguments,
+    data: ImageData,
+    channels: int,
+    size: int | tuple[int, int],
+    value_range: tuple[float, float] | None,
+) -> None:
     """
     Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
 
     Args:
         arguments ([`TrainingArguments`]): The settings.
         data ([`ImageData`]): The images.
-        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images, the size as its config has it.
+        channels (`int`), size (`int` or `tuple[int, int]`), value_range (`tuple[float, float]`, *optional*): Those of the
+            checkpoint's images, the size as the network's config has it.
 
     Raises:
         UserError: If it is not; it says what to do.
@@ -162,12 +170,17 @@ def check_images(arguments: TrainingArguments, data: ImageData, channels: int, s
     _, given_channels, *given_size = data.images.shape
     source = f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} makes images of"
     if channels != given_channels:
-        other = "grey images (Pillow converts one by `image.convert('L')`)" if channels == 1 else "images of its kind"
         raise UserError(
-            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: train on "
-            f"{other}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or leave the flag "
-            "out to train a new network."
+            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: give "
+            f"--channels {channels}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or "
+            "leave the flag out to train a new network."
         )
+    if value_range != data.value_range:
+        expected, given = map(spell_values, (value_range, data.value_range))
+        remedy = (
+            "leave --value_range out" if value_range is None else "give --value_range {!r} {!r}".format(*value_range)
+        )
+        raise UserError(f"{source} {expected}, but those of {data.name} have {given}: {remedy}.")
     height, width = height_and_width(size)
     if [height, width] != given_size:
         raise UserError(

@@ -69,6 +69,7 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "classes": list(data.id2label.values()) if data.id2label else None,
         "fingerprint": data.fingerprint,
         "notes": data.notes,
+        **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
 
 
@@ -93,14 +94,23 @@ def print_summary(trainer: "Trainer") -> None:
         say(trainer.time_plan.describe(trainer.elapsed))
 
 
+def build_pipeline(trainer: "Trainer", networks: dict[str, nn.Module]) -> Any:
+    """Builds the family's pipeline around networks, for the values of the training data."""
+    pipeline = trainer.family.pipeline(networks)
+    if trainer.data.value_range is not None:
+        pipeline.register_to_config(value_range=dict(zip(("low", "high"), trainer.data.value_range, strict=True)))
+    pipeline.show_channels = trainer.settings.show_channels
+    return pipeline
+
+
 def save_pipeline(trainer: "Trainer") -> None:
     """Saves the pipeline around the EMA networks, with the code that it needs."""
-    hub.export(trainer.family.pipeline(trainer.networks()), trainer.folder.path)
+    hub.export(build_pipeline(trainer, trainer.networks()), trainer.folder.path)
 
 
 def save_pipeline_config(trainer: "Trainer", folder: Path) -> None:
     """Saves all of the pipeline but the weights: with these it is `TinyPipeline.from_pretrained(folder)`."""
-    pipeline = trainer.family.pipeline(trainer.networks())
+    pipeline = build_pipeline(trainer, trainer.networks())
     for name, component in pipeline.components.items():
         if isinstance(component, SchedulerMixin):
             component.save_pretrained(folder / name)
@@ -122,7 +132,7 @@ def draw_grid(trainer: "Trainer", draw: Draw, num_images: int) -> Image.Image | 
     dtype = default_dtype(trainer.device)
     # nn.Module's own `to`: that of diffusers warns at every cast
     copies = {name: nn.Module.to(copy.deepcopy(module).eval(), dtype) for name, module in trainer.networks().items()}
-    pipeline = trainer.family.pipeline(copies)
+    pipeline = build_pipeline(trainer, copies)
     pipeline.set_progress_bar_config(desc="samples", leave=False, delay=2, **bar_options())
     try:
         images, options = draw(pipeline, num_images, trainer.settings.seed)

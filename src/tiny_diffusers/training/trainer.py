@@ -76,9 +76,8 @@ class Trainer:
         self._warn_of_absent_classes()
         self.order = DataOrder(settings.seed, len(self.train_indices))
         self.augmentation = {name: getattr(settings, name) for name in _AUGMENTATIONS if getattr(settings, name)}
-        augment(
-            normalize(data.images[:1]), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation
-        )  # refuses what is too large
+        # Refuses what does not fit the images.
+        augment(normalize(data.images[:1], data.value_range), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation)
         micro_batches = settings.gradient_accumulation_steps
         self.global_batch = settings.train_batch_size * accelerator.num_processes * micro_batches
         self.steps_per_epoch = len(self.train_indices) / self.global_batch
@@ -567,7 +566,7 @@ class Trainer:
 
     def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
         data, family = self.data, self.family
-        images, labels, conditioning_images = self._load(data.images, indices), None, None
+        images, labels, conditioning_images = self._load(data.images, indices, data.value_range), None, None
         if data.conditioning_images is not None:
             conditioning_images = self._load(data.conditioning_images, indices)
         if training and self.augmentation:
@@ -588,8 +587,10 @@ class Trainer:
                 conditioning_images = conditioning_images.masked_fill(dropped[:, None, None, None], 0)
         return Batch(images, labels, draws, conditioning_images)
 
-    def _load(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return normalize(images[indices].to(self.device, non_blocking=True))
+    def _load(
+        self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None
+    ) -> torch.Tensor:
+        return normalize(images[indices].to(self.device, non_blocking=True), value_range)
 
     # --------------------------------------------------------------------------------------------- measurements
 
