@@ -76,15 +76,18 @@ def decode_source(
         conditioning_images = torch.from_numpy(conditioning_images)
     images = torch.from_numpy(images)
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
+    conditions = None if source.conditions is None else torch.from_numpy(source.conditions[kept])
     return ImageData(
         images=images,
         labels=labels,
         id2label=None if labels is None else dict(enumerate(source.class_names)),
         name=source.name,
         split=source.split,
-        fingerprint=compute_fingerprint(images, labels, conditioning_images),
+        fingerprint=compute_fingerprint(images, labels, conditioning_images, conditions, source.condition_names),
         notes=source.notes + notes,
         conditioning_images=conditioning_images,
+        conditions=conditions,
+        condition_names=source.condition_names,
     )
 
 

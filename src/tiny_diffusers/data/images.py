@@ -24,6 +24,9 @@ class ImageData:
         notes (`list[str]`): Messages to the user: what was converted, resized or skipped.
         conditioning_images (`torch.Tensor` of shape `(N, K, H, W)`, *optional*): uint8, K = 1 or 3: of each image, the
             one that a model is given to generate it from.
+        conditions (`torch.Tensor` of shape `(N, D)`, *optional*): float32: the numbers and labels of each image, in the
+            data's units, without missing values.
+        condition_names (`list[str]`, *optional*): Name of each of the D conditions.
     """
 
     images: torch.Tensor
@@ -34,21 +37,37 @@ class ImageData:
     fingerprint: str
     notes: list[str] = field(default_factory=list)
     conditioning_images: torch.Tensor | None = None
+    conditions: torch.Tensor | None = None
+    condition_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
 
+def fingerprint_of(data: ImageData) -> str:
+    """Computes the fingerprint that these data have."""
+    return compute_fingerprint(
+        data.images, data.labels, data.conditioning_images, data.conditions, data.condition_names
+    )
+
+
 def compute_fingerprint(
-    images: torch.Tensor, labels: torch.Tensor | None, conditioning_images: torch.Tensor | None = None
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    conditioning_images: torch.Tensor | None = None,
+    conditions: torch.Tensor | None = None,
+    condition_names: list[str] | None = None,
 ) -> str:
-    """Computes the sha256 of images, labels and conditioning images, as hexadecimal digits."""
+    """Computes the sha256 of images, labels, conditioning images and conditions, as hexadecimal digits."""
     digest = hashlib.sha256(repr((tuple(images.shape), labels is not None)).encode())
     digest.update(images.numpy())
     if labels is not None:
         digest.update(labels.numpy())
     if conditioning_images is not None:
         digest.update(conditioning_images.numpy())
+    if conditions is not None:
+        digest.update(repr(condition_names).encode())
+        digest.update(conditions.numpy())
     return digest.hexdigest()
 
 
