@@ -43,7 +43,9 @@ class ConditionStatistics:
         if not all(isinstance(each, (list, tuple)) and 0 < len(each) == len(self.names) for each in lists):
             raise ValueError(f"`condition_statistics` must hold lists of one length: {', '.join(_FIELDS)}.")
         if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
-            raise ValueError(f"`condition_statistics` must hold a name of its own for each condition, got {self.names}.")
+            raise ValueError(
+                f"`condition_statistics` must hold a name of its own for each condition, got {self.names}."
+            )
         for field, values in zip(_FIELDS[1:], lists[1:], strict=True):
             for name, value in zip(self.names, values, strict=True):
                 is_number = isinstance(value, (int, float)) and math.isfinite(value)
@@ -139,7 +141,9 @@ class ConditionStatistics:
         count = max(map(len, parsed))
         for name, column in zip(self.names, parsed, strict=True):
             if len(column) not in (1, count):
-                raise ValueError(f"`conditions` has {len(column)} values of '{name}': give one, or {count} as of others.")
+                raise ValueError(
+                    f"`conditions` has {len(column)} values of '{name}': give one, or {count} as of others."
+                )
         return torch.stack([column.expand(count) for column in parsed], dim=1)
 
     def warn_of_far_values(self, values: torch.Tensor, stacklevel: int):
@@ -167,7 +171,9 @@ class ConditionsMixin:
         if condition_statistics is not None:
             given = dict(condition_statistics)
             if set(given) != set(_FIELDS):
-                raise ValueError(f"`condition_statistics` must be a dict of {', '.join(_FIELDS)}, got {sorted(given)}.")
+                raise ValueError(
+                    f"`condition_statistics` must be a dict of {', '.join(_FIELDS)}, got {sorted(given)}."
+                )
             self._condition_statistics = ConditionStatistics(**given)
         names = [] if condition_statistics is None else self._condition_statistics.names
         if len(names) != (count or 0):
@@ -208,5 +214,7 @@ class ConditionsMixin:
         if encoded is None:
             return None
         if len(encoded) not in (1, batch_size):
-            raise ValueError(f"`conditions` must be one row, or one for each of {batch_size} images, got {len(encoded)}.")
+            raise ValueError(
+                f"`conditions` must be one row, or one for each of {batch_size} images, got {len(encoded)}."
+            )
         return encoded.expand(batch_size, -1)

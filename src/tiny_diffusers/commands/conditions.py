@@ -33,7 +33,9 @@ def named_numbers(text: str) -> tuple[str, list[float]]:
     return name.strip(), finite_numbers(numbers)
 
 
-def conditions_to_draw(pipe: "DiffusionPipeline", args: argparse.Namespace) -> tuple[list[dict[str, float]], list[str]]:
+def conditions_to_draw(
+    pipe: "DiffusionPipeline", args: argparse.Namespace
+) -> tuple[list[dict[str, float]], list[str]]:
     """
     Returns each combination of the values of `--condition`, with a text for it; without the flag, some that show what the
     first condition does; of a network without conditions, none.
@@ -51,7 +53,9 @@ def conditions_to_draw(pipe: "DiffusionPipeline", args: argparse.Namespace) -> t
     return rows, [", ".join(f"{name} {row[name]:g}" for name in shown) for row in rows]
 
 
-def condition_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, most: float) -> dict[str, Any]:
+def condition_options(
+    call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, most: float
+) -> dict[str, Any]:
     """
     Returns `conditions` for `call`, the pipeline's own or its interpolation, as `--condition` gives them: name -> values,
     `most` of each at most; empty without the flag.

@@ -1,7 +1,7 @@
 """Decoded images: their container, the held-out split and the conversion between uint8 and [-1, 1]."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,6 +42,13 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, rows: torch.Tensor) -> "ImageData":
+        """Returns the images of these rows, with what belongs to them and their fingerprint."""
+        names = ("images", "labels", "conditioning_images", "conditions")
+        arrays = {name: getattr(self, name) for name in names}
+        taken = replace(self, **{name: None if array is None else array[rows] for name, array in arrays.items()})
+        return replace(taken, fingerprint=fingerprint_of(taken))
 
 
 def fingerprint_of(data: ImageData) -> str:

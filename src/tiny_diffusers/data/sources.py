@@ -237,7 +237,9 @@ def _take_complete(source: Source, drop_missing: bool) -> Source:
     if count == 0:
         return source
     names = [source.condition_names[i] for i in np.flatnonzero(missing.any(axis=0))]
-    said = f"{count:,} of {total:,} images of '{source.name}' ({count / total:.1%}) have no value of {', '.join(names)}"
+    said = (
+        f"{count:,} of {total:,} images of '{source.name}' ({count / total:.1%}) have no value of {', '.join(names)}"
+    )
     if count == total or not drop_missing:
         remedy = "leave that out" if count == total else "--drop_missing leaves these images out"
         raise UserError(f"{said}: {remedy}.")

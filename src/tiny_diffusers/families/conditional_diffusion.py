@@ -47,7 +47,9 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
         "Columns of numbers, of 0 and 1, or of lists of labels that the network is given by name: 'age,smiling'. Labels are "
         "then not required; those that the data have are conditions as well, unless --label_column is none.",
     )
-    drop_missing: bool = flag(False, "Leave out images without a value in --condition_columns, instead of refusing them.")
+    drop_missing: bool = flag(
+        False, "Leave out images without a value in --condition_columns, instead of refusing them."
+    )
     class_dropout_prob: float = flag(
         0.1,
         "Share of the labels that are dropped, and of the conditions and conditioning images with them; guidance needs "
@@ -117,7 +119,9 @@ def measure_conditions(settings: ConditionalArguments, data: ImageData) -> Condi
     if data.conditions is None:
         return None
     with refusals("--condition_columns: "):
-        statistics = ConditionStatistics.measure(data.conditions[split_indices(settings, data)[0]], data.condition_names)
+        statistics = ConditionStatistics.measure(
+            data.conditions[split_indices(settings, data)[0]], data.condition_names
+        )
     earlier = getattr(load_pretrained(settings, TinyPipeline), "_condition_statistics", None)
     if earlier is None:
         return statistics

@@ -77,9 +77,7 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
 def _describe_conditions(data: ImageData) -> dict[str, str]:
     """Describes the conditions by name, with the values that the images have."""
     lows, highs = (limit(dim=0).values.tolist() for limit in (data.conditions.min, data.conditions.max))
-    return {
-        name: f"{low:g} to {high:g}" for name, low, high in zip(data.condition_names, lows, highs, strict=True)
-    }
+    return {name: f"{low:g} to {high:g}" for name, low, high in zip(data.condition_names, lows, highs, strict=True)}
 
 
 def print_summary(trainer: "Trainer") -> None:
