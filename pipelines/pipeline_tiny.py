@@ -540,9 +540,16 @@ class TinyPipeline(DiffusionPipeline):
         self._num_timesteps = len(scheduler.timesteps)
         return scheduler
 
-    def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def _predict(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the network on a sample in the network's dtype. The prediction is in float32 at least."""
-        condition = {} if labels is None else {"class_labels": labels}
+        given = {"class_labels": labels, "conditions": conditions}
+        condition = {name: values for name, values in given.items() if values is not None}
         model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 

@@ -30,6 +30,16 @@ def diffusion(tiny_unet):
     return pipe, inputs, lambda *inputs: pipe.unet(*inputs).sample
 
 
+def conditions(tiny_unet):
+    statistics = {"names": ["a", "b"], "means": [0, 0], "deviations": [1, 1], "lows": [0, 0], "highs": [1, 1]}
+    pipe = TinyConditionalPipeline(tiny_unet(num_conditions=2), TinyDDIMScheduler(), condition_statistics=statistics)
+    values = (
+        torch.linspace(-1, 1, 10).view(5, 2).index_fill(0, torch.tensor([1]), float("nan"))
+    )  # and none of an image
+    inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "conditions": values}
+    return pipe, inputs, lambda sample, timestep, values: pipe.unet(sample, timestep, conditions=values).sample
+
+
 def transformer(tiny_unet):
     sizes = {"sample_size": SIZE, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_class_embeds": 3}
     layers = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "position_embedding": "relative"}
@@ -69,6 +79,7 @@ slow = pytest.mark.slow
     "build",
     [
         pytest.param(diffusion, marks=slow),
+        pytest.param(conditions, marks=slow),
         pytest.param(transformer, marks=slow),
         vae,
         pytest.param(dcgan, marks=slow),
@@ -92,6 +103,7 @@ def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
     "build",
     [
         diffusion,
+        conditions,
         *(pytest.param(each, marks=slow) for each in (transformer, dcgan, pixelcnn("gated"), pixelcnn("plusplus"))),
     ],
 )

@@ -148,6 +148,8 @@ def _example_inputs(network: nn.Module) -> dict[str, Any]:
         inputs["timestep"] = 0
     if "class_labels" in names and config.get("num_class_embeds"):
         inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+    if "conditions" in names and config.get("num_conditions"):
+        inputs["conditions"] = torch.zeros(1, config.num_conditions)
     return {name: value.to(network.device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_diffusers import models
+from tiny_diffusers import TinyTransformer2DModel, TinyUNet2DModel, models
 from tiny_diffusers.models.layers_tiny import (
     SIZES,
     TimeEmbedding,
@@ -147,3 +147,25 @@ def test_a_shape_that_does_not_fit_is_refused(shape):
     check_shape("sample", torch.zeros(2, 3, 8, 9), 3, 8, "width")
     with pytest.raises(ValueError, match=r"this network takes \(batch, 3, 8, width\)"):
         check_shape("sample", torch.zeros(shape), 3, 8, "width")
+
+
+@pytest.mark.parametrize("network_class", [TinyUNet2DModel, TinyTransformer2DModel])
+def test_a_row_of_nan_is_none_and_conditions_of_another_shape_are_refused(network_class):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 8)} if network_class is TinyUNet2DModel else {"num_layers": 1}
+    network = network_class(sample_size=8, in_channels=1, out_channels=1, **sizes, num_conditions=2).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sample, values = torch.randn(2, 1, 8, 8), torch.tensor([[0.5, -1.0], [float("nan")] * 2])
+    mixed, none = network(sample, 3, conditions=values).sample, network(sample, 3).sample
+    alone = network(sample[:1], 3, conditions=values[:1]).sample
+    torch.testing.assert_close(mixed, torch.cat([alone, none[1:]]))
+    assert mixed.isfinite().all() and not torch.allclose(mixed[0], none[0])
+    for wrong in (values[:1], values[:, :1], values.nan_to_num().long()):
+        with pytest.raises(ValueError, match=r"it must be floats of shape \(2, 2\), standardized"):
+            network(sample, 3, conditions=wrong)
+    without = network_class(sample_size=8, in_channels=1, out_channels=1, **sizes)
+    with pytest.raises(ValueError, match="build it with num_conditions"):
+        without(sample, 3, conditions=values)
+    with pytest.raises(ValueError, match="num_conditions 0 is not possible"):
+        network_class(num_conditions=0)

@@ -54,6 +54,8 @@ OPTIONS = [
     {"resnet_time_scale_shift": "scale_shift"},
     {"num_class_embeds": K, "class_conditioning": "scale", "resnet_time_scale_shift": "scale_shift"},
     {"sample_size": (12, 16), "in_channels": 2, "out_channels": 2, "patch_size": 2},
+    {"num_conditions": 2},
+    {"num_class_embeds": K, "class_conditioning": "scale", "num_conditions": 2},
 ]
 
 
@@ -95,17 +97,19 @@ def images(unet: TinyUNet2DModel, batch_size: int = 2) -> torch.Tensor:
 def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(options, tmp_path):
     unet = make(**options)
     sample, timesteps = images(unet), torch.tensor([3, 17])
-    labels = torch.tensor([0, K]) if "num_class_embeds" in options else None
+    given = {"class_labels": torch.tensor([0, K])} if "num_class_embeds" in options else {}
+    if "num_conditions" in options:
+        given["conditions"] = torch.tensor([[0.5, -1.0], [float("nan")] * 2])
 
-    output = unet(sample, timesteps, labels).sample
+    output = unet(sample, timesteps, **given).sample
     assert output.shape == (2, unet.config.out_channels, *sample.shape[2:])
 
-    unet.train()(sample, timesteps, labels).sample.square().sum().backward()
+    unet.train()(sample, timesteps, **given).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
 
     unet.eval().save_pretrained(tmp_path)
     loaded = TinyUNet2DModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(sample, timesteps, labels).sample, output)
+    assert torch.equal(loaded(sample, timesteps, **given).sample, output)
     public = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     assert {name: loaded.config[name] for name in public} == public
 

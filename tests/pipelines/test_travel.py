@@ -101,6 +101,8 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     for parameter in transformer.eval().parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     pixelcnn = models.TinyPixelCNNModel((4, 6), 1, 4, hidden_channels=8, num_layers=1).eval()
+    statistics = {"names": ["smiling", "age"], "means": [0.5, 40], "deviations": [0.5, 10]}
+    statistics |= {"lows": [0, 20], "highs": [1, 60]}
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
         "rectangle": (TinyPipeline(make_unet(stock=False, sample_size=(8, 12)), ddim), {"batch_size": 2, **steps}),
@@ -114,6 +116,12 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
                 make_unet(stock=False, classes=3, in_channels=2), ddim, labels, conditioning="low_resolution:2"
             ),
             {"image": image[:, ::2, ::2], **guided},
+        ),
+        "by_conditions": (
+            TinyConditionalPipeline(
+                make_unet(stock=False, classes=3, num_conditions=2), ddim, labels, condition_statistics=statistics
+            ),
+            {"conditions": {"age": [20, 60], "smiling": 1}, **guided},
         ),
         "by_image_around_stock": (
             TinyConditionalPipeline(make_unet(in_channels=2), ddim, conditioning="image:1"),

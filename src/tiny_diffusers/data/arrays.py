@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from ..errors import UserError, first_line, unknown
+from .conditions import parse_conditions
 from .decoding import has_grey_or_rgb
 from .sources import (
     LABEL_NAMES,
@@ -29,6 +30,7 @@ def read_arrays(
     image_column: str | None,
     label_column: str | None,
     conditioning_column: str | None,
+    condition_columns: tuple[str, ...] = (),
 ) -> Source:
     """
     Reads an .npy or .npz file of images, of numbers of any kind.
@@ -40,8 +42,9 @@ def read_arrays(
     Args:
         file (`Path`): The file.
         name (`str`): The file as the user spelled it.
-        split, image_column, label_column, conditioning_column (`str`): As in [`load_images`]. Columns are the names of
-            arrays, and those of another split stand for this one's: `edges_train` for `edges_test`.
+        split, image_column, label_column, conditioning_column (`str`), condition_columns (`tuple[str]`): As in
+            [`load_images`]. Columns are the names of arrays, and those of another split stand for this one's:
+            `edges_train` for `edges_test`. Conditions are named without the split.
 
     Returns:
         [`Source`]: The images of the split: as arrays, or encoded as PGM or PPM where these formats can hold them.
@@ -64,6 +67,10 @@ def read_arrays(
         for kind, column in (("image", image_column), ("label", label_column), ("conditioning", conditioning_column))
     )
 
+    measured = {
+        _without_split(column): _find_column(arrays, column, f"condition_columns of '{name}'")
+        for column in condition_columns
+    }
     image_columns = [
         each
         for each, array in arrays.items()
@@ -83,8 +90,25 @@ def read_arrays(
             f"'{image_columns[0]}': its arrays are {shapes}."
         )
 
+    conditions, condition_names = None, None
+    if measured:
+        for column in measured.values():
+            if arrays[column].ndim not in (1, 2) or len(arrays[column]) != len(images):
+                raise UserError(
+                    f"condition column '{column}' of '{name}' holds no values, one or a row of them for each image: its "
+                    f"arrays are {shapes}."
+                )
+        values = {
+            column: (arrays[each].ravel() if arrays[each].shape[1:] == (1,) else arrays[each]).tolist()
+            for column, each in measured.items()
+        }
+        conditions, condition_names = parse_conditions(values, name)
+
     label_columns = [
-        each for each, array in arrays.items() if _is_labels(array, images) and label_column in (None, each)
+        each
+        for each, array in arrays.items()
+        if _is_labels(array, images)
+        and (label_column == each or (label_column is None and each not in measured.values()))
     ]
     if label_column is not None and not label_columns:
         raise UserError(
@@ -114,6 +138,8 @@ def read_arrays(
         class_names=class_names,
         notes=notes,
         read_conditioning=None if paired is None else _reader(paired),
+        conditions=None if conditions is None else conditions[rows],
+        condition_names=condition_names,
     )
 
 

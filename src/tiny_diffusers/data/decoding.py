@@ -102,17 +102,21 @@ def decode_source(
         conditioning_images = torch.from_numpy(conditioning_images)
     images = torch.from_numpy(images)
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
-    return ImageData(
+    conditions = None if source.conditions is None else torch.from_numpy(source.conditions[kept])
+    data = ImageData(
         images=images,
         labels=labels,
         id2label=None if labels is None else dict(enumerate(source.class_names)),
         name=source.name,
         split=source.split,
-        fingerprint=compute_fingerprint(images, labels, conditioning_images, value_range),
+        fingerprint="",
         notes=source.notes + notes,
         conditioning_images=conditioning_images,
         value_range=value_range,
+        conditions=conditions,
+        condition_names=source.condition_names,
     )
+    return replace(data, fingerprint=compute_fingerprint(data))
 
 
 def _holds_floats(source: Source) -> bool:

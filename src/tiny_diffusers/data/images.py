@@ -1,7 +1,7 @@
 """Decoded images: their container, the held-out split and the conversion between their values and [-1, 1]."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,9 @@ class ImageData:
             one that a model is given to generate it from.
         value_range (`tuple[float, float]`, *optional*): The values of images that are not of 8 bits: those that a model
             takes as -1 and 1. The images are float32 and lie between them.
+        conditions (`torch.Tensor` of shape `(N, D)`, *optional*): float32: the numbers and labels of each image, in the
+            data's units, without missing values.
+        condition_names (`list[str]`, *optional*): Name of each of the D conditions.
     """
 
     images: torch.Tensor
@@ -37,26 +40,33 @@ class ImageData:
     notes: list[str] = field(default_factory=list)
     conditioning_images: torch.Tensor | None = None
     value_range: tuple[float, float] | None = None
+    conditions: torch.Tensor | None = None
+    condition_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: torch.Tensor) -> "ImageData":
+        """Returns the images of these rows, with what belongs to them and their fingerprint."""
+        names = ("images", "labels", "conditioning_images", "conditions")
+        arrays = {name: getattr(self, name) for name in names}
+        taken = replace(self, **{name: None if array is None else array[rows] for name, array in arrays.items()})
+        return replace(taken, fingerprint=compute_fingerprint(taken))
 
-def compute_fingerprint(
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    conditioning_images: torch.Tensor | None = None,
-    value_range: tuple[float, float] | None = None,
-) -> str:
-    """Computes the sha256 of images, labels, conditioning images and value range, as hexadecimal digits."""
-    digest = hashlib.sha256(repr((tuple(images.shape), labels is not None)).encode())
-    digest.update(images.numpy())
-    if labels is not None:
-        digest.update(labels.numpy())
-    if conditioning_images is not None:
-        digest.update(conditioning_images.numpy())
-    if value_range is not None:
-        digest.update(repr(tuple(value_range)).encode())
+
+def compute_fingerprint(data: ImageData) -> str:
+    """Computes the sha256 of images, labels, conditioning images, value range and conditions, as hexadecimal digits."""
+    digest = hashlib.sha256(repr((tuple(data.images.shape), data.labels is not None)).encode())
+    digest.update(data.images.numpy())
+    if data.labels is not None:
+        digest.update(data.labels.numpy())
+    if data.conditioning_images is not None:
+        digest.update(data.conditioning_images.numpy())
+    if data.value_range is not None:
+        digest.update(repr(tuple(data.value_range)).encode())
+    if data.conditions is not None:
+        digest.update(repr(data.condition_names).encode())
+        digest.update(data.conditions.numpy())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from ..errors import UserError, unknown
 from ..paths import local_path
 from .arrays import read_arrays
 from .cache import cache_key, cache_root, read_cache, write_cache
+from .conditions import as_columns
 from .decoding import decode_source
 from .folders import is_repository, list_files, read_folder
 from .hf_datasets import open_dataset, read_dataset
@@ -27,6 +28,8 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     conditioning_column: str | None = None,
+    condition_columns: str | Sequence[str] | None = None,
+    drop_missing: bool = False,
     resolution: int | tuple[int, int] | None = None,
     center_crop: bool = False,
     classes: str | Sequence[str | int] | None = None,
@@ -62,6 +65,11 @@ def load_images(
             `conditioning_images`. In a folder it is a column of file names in its metadata, such as `conditioning_image`
             or `conditioning_image_file_name`; these files are then no images of their own. Images are then cropped
             at their centre, as these are.
+        condition_columns (`str` or sequence of `str`, *optional*): Columns of numbers, of 0 and 1, of bools, or of lists
+            of labels, such as `"age,smiling"`, that are read as `conditions`. A list of names or ids becomes a condition
+            for each label, 1 where the image has it; lists of 0 and 1, or of floats, become one for each position.
+        drop_missing (`bool`, defaults to `False`): Leave out images without a value in these columns, instead of raising
+            an error.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of square images in pixels, or height and width. Not
             needed if all images have one size.
         center_crop (`bool`, defaults to `False`): Crop images of another aspect ratio at their centre. By default the
@@ -87,7 +95,8 @@ def load_images(
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if the
-            images differ in size and `resolution` is None, or if more than 1 % of the images are broken.
+            images differ in size and `resolution` is None, if a condition is missing or no number, or if more than 1 % of
+            the images are broken.
     """
     resolution = _height_and_width(resolution)
     if max_samples is not None and max_samples < 1:
@@ -105,16 +114,22 @@ def load_images(
     if value_range is not None:
         options["value_range"] = value_range
     has_labels = label_column != "none"
+    condition_columns = as_columns(condition_columns)
+    if drop_missing and not condition_columns:
+        raise UserError("drop_missing leaves out images without a condition: give condition_columns, or leave it out.")
 
     def decode(source: Source, scratch: Path | None = None) -> ImageData:
         if not has_labels:
             source = replace(source, labels=None, class_names=None)
-        return decode_source(select(source, classes, max_samples, require_labels), **options, scratch=scratch)
+        selected = select(source, classes, max_samples, require_labels, drop_missing)
+        return decode_source(selected, **options, scratch=scratch)
 
     if train_data_dir is None and dataset_name == "digits":
         source = read_digits(split)
         if conditioning_column is not None:
             raise unknown("conditioning_column of 'digits'", conditioning_column, source.columns)
+        if condition_columns:
+            raise UserError(f"'digits' has no condition column {condition_columns[0]}: it has labels alone.")
         if Path("digits").exists():
             source.notes.append("'digits' is the embedded dataset: name the folder or file of this name ./digits")
         return decode(source)
@@ -148,6 +163,8 @@ def load_images(
         max_samples,
         options | {"resolution": resolution[0] if is_square else resolution},  # in this order
     )
+    if condition_columns:
+        request += (condition_columns, drop_missing)
     directory = root / cache_key(files, *request)
     data = read_cache(directory)
     if data is not None and not (require_labels and data.labels is None):
@@ -155,9 +172,9 @@ def load_images(
 
     if reader is None:
         dataset, splits = opened or open_dataset(*location)
-        source = read_dataset(dataset, splits, name, path, split, *columns, cache_dir)
+        source = read_dataset(dataset, splits, name, path, split, *columns, condition_columns, cache_dir)
     else:
-        source = reader(path, name, split, *columns)
+        source = reader(path, name, split, *columns, condition_columns)
     return write_cache(directory, decode(source, root))
 
 

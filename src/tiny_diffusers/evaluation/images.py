@@ -117,6 +117,7 @@ def sample(
     state: PartialState,
     class_labels: np.ndarray | None = None,
     conditioning_images: Callable[[int, int], torch.Tensor] | None = None,
+    conditions: torch.Tensor | None = None,
     real: np.ndarray | None = None,
 ) -> np.ndarray:
     """
@@ -136,6 +137,7 @@ def sample(
         class_labels (`np.ndarray` of shape `(N,)`, *optional*): The class of each image.
         conditioning_images (`Callable`, *optional*): `conditioning_images(start, stop)` returns those of these images,
             (stop - start, K, h, w) in [0, 1].
+        conditions (`torch.Tensor` of shape `(N, D)`, *optional*): The conditions of each image, in the data's units.
         real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): Images in [0, 255] to reconstruct, instead of sampling.
 
     Returns:
@@ -145,11 +147,13 @@ def sample(
 
     def draw(start: int, stop: int) -> np.ndarray:
         generator = image_generators(seed, stop - start, first=start)
-        conditions = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
+        given = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
         if conditioning_images is not None:
-            conditions["image"] = conditioning_images(start, stop)
+            given["image"] = conditioning_images(start, stop)
+        if conditions is not None:
+            given["conditions"] = conditions[start:stop]
         if real is None:
-            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **conditions, **options)
+            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **given, **options)
         else:
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)

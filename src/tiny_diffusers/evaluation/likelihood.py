@@ -70,6 +70,8 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
             reason = str(error).removesuffix(".")
     elif getattr(given, "_conditioning", None) is not None:
         reason = "they depend on the conditioning image"
+    elif getattr(given, "_condition_statistics", None) is not None:
+        reason = "they depend on the conditions"
     elif scheduler is None:
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):

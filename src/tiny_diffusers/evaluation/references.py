@@ -32,6 +32,8 @@ _SHARED = (
     "image_column",
     "label_column",
     "conditioning_column",
+    "condition_columns",
+    "drop_missing",
     "classes",
     "center_crop",
 )
@@ -46,6 +48,8 @@ class RealImages(Flags):
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
     conditioning_column: str | None = flag(None, "Column of the conditioning images of a model that takes some.")
+    condition_columns: str | None = flag(None, "Columns of the conditions of a model that takes some: age,smiling.")
+    drop_missing: bool = flag(False, "Leave out images without a value in --condition_columns.")
     classes: str | None = flag(None, "Names or ids, such as cat,frog, if the model has only these.")
     resolution: Resolution | None = flag(
         None, "Side, or height x width, that images are resized to; the model's if not given.", within="[1, 1024]"

@@ -145,6 +145,7 @@ def build_unet(
     data: ImageData,
     num_class_embeds: int | None = None,
     conditioning: Conditioning | None = None,
+    num_conditions: int | None = None,
 ) -> nn.Module:
     """
     Builds the network: a checkpoint's, a configuration's, or a [`TinyUNet2DModel`] or [`TinyTransformer2DModel`] by its
@@ -155,6 +156,7 @@ def build_unet(
         data ([`ImageData`]): The images, for their size and channels and, with classes, their names.
         num_class_embeds (`int`, *optional*): Number of classes.
         conditioning ([`Conditioning`], *optional*): The conditioning image, whose channels the network takes as well.
+        num_conditions (`int`, *optional*): Number of conditions.
 
     Raises:
         UserError: If it does not fit the data or the settings, or cannot be built.
@@ -169,12 +171,14 @@ def build_unet(
         "in_channels": channels if conditioning is None else channels + conditioning.shape[0],
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
+        "num_conditions": num_conditions,
         # of Fourier and learned embeddings; EDM's ln(sigma) / 4 is embedded as it is
         "num_train_timesteps": 1 if settings.prediction_type == "edm" else settings.ddpm_num_steps,
     }
     with refusals():
         if settings.pretrained_model_name_or_path:
-            unet = _pretrained_unet(settings, data, data.id2label if num_class_embeds else None, conditioning)
+            id2label = data.id2label if num_class_embeds else None
+            unet = _pretrained_unet(settings, data, id2label, conditioning, num_conditions)
             unet = _apply_flags(unet, settings)
         elif settings.model_config_name_or_path:
             unet = _apply_flags(_configured_unet(settings, fixed), settings)
@@ -242,7 +246,11 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
 
 
 def _pretrained_unet(
-    settings: TrainingArguments, data: ImageData, id2label: dict[int, str] | None, conditioning: Conditioning | None
+    settings: TrainingArguments,
+    data: ImageData,
+    id2label: dict[int, str] | None,
+    conditioning: Conditioning | None,
+    num_conditions: int | None,
 ) -> nn.Module:
     name = settings.pretrained_model_name_or_path
     pipeline = load_pretrained(settings, TinyPipeline)
@@ -266,6 +274,14 @@ def _pretrained_unet(
         pipeline._value_range,
     )
     _check_checkpoint(pipeline, settings, channels)
+    if num_conditions is not None:
+        pipeline.register_modules(unet=_with_conditions(unet, num_conditions, settings))
+        unet = pipeline.unet
+    elif unet.config.get("num_conditions") is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} has conditions: continue with `tiny-diffusers train conditional "
+            "--condition_columns`, on images that have them."
+        )
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
@@ -351,6 +367,25 @@ def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Modu
     return unet
 
 
+def _with_conditions(unet: nn.Module, num_conditions: int, settings: TrainingArguments) -> nn.Module:
+    """Rebuilds a network without conditions for some, whose embedding is drawn; one with conditions stays as it is."""
+    if unet.config.get("num_conditions") is not None:
+        return unet
+    _refuse_stock_conditions(type(unet).__name__, settings.pretrained_model_name_or_path)
+    torch.manual_seed(settings.seed)
+    extended = type(unet).from_config(unet.config, num_conditions=num_conditions)
+    extended.load_state_dict(extended.state_dict() | unet.state_dict())
+    return extended
+
+
+def _refuse_stock_conditions(class_name: str, source: str) -> None:
+    if class_name == "UNet2DModel":
+        raise UserError(
+            f"--condition_columns: the network of {source} is a stock UNet2DModel, which takes no conditions: train a "
+            "TinyUNet2DModel or TinyTransformer2DModel, or leave the flag out."
+        )
+
+
 def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.Module:
     """Builds the network that `--model_config_name_or_path` describes, with what the data and the flags fix."""
     path = Path(settings.model_config_name_or_path)
@@ -365,7 +400,10 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
     if class_name not in classes:
         raise unknown(f"_class_name in {path}", class_name, classes)
     config |= fixed
+    if fixed["num_conditions"] is not None:
+        _refuse_stock_conditions(class_name, str(path))
     if class_name == "UNet2DModel":
+        del config["num_conditions"]
         config["class_embed_type"] = None  # a table
         if fixed["num_class_embeds"] is not None:  # it has no null class of its own
             config["num_class_embeds"] += 1

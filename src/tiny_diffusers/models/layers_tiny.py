@@ -1,5 +1,5 @@
 """
-The embeddings of time and class, the attention and the argument checks that the networks share.
+The embeddings of time, class and conditions, the attention and the argument checks that the networks share.
 
 The file travels with checkpoints as part of a network's code, so it imports none of its siblings, and the networks
 reuse none of its names.
@@ -27,6 +27,7 @@ OPTIONAL_SIZES = {
     "attention_head_dim": (1, 4096),
     "time_embedding_dim": (1, 16384),
     "num_class_embeds": (1, 100_000),
+    "num_conditions": (1, 4096),
 }
 SIZES = {
     **OPTIONAL_SIZES,
@@ -108,6 +109,53 @@ def refuse_labels(class_labels: torch.Tensor | None) -> None:
         raise ValueError(
             "class_labels were given to a network without classes: leave them out, or build it with num_class_embeds."
         )
+
+
+class ConditionEmbedding(nn.Module):
+    """
+    Embedding of standardized numbers by an MLP: linear, activation, linear; and a learned vector for no conditions.
+
+    Args:
+        num_conditions (`int`): Number `D` of conditions.
+        embedding_dim (`int`): Size `E` of the embedding.
+        act_fn (`str`): `"silu"` or `"gelu"`.
+    """
+
+    def __init__(self, num_conditions: int, embedding_dim: int, act_fn: str = "silu"):
+        super().__init__()
+        self.num_conditions = num_conditions
+        self.linear1 = nn.Linear(num_conditions, embedding_dim)
+        self.act = ACTIVATIONS[act_fn]()
+        self.linear2 = nn.Linear(embedding_dim, embedding_dim)
+        self.null = nn.Parameter(torch.randn(embedding_dim))
+
+    def forward(self, conditions: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Conditions (B, D), NaN in a row for none of this image, or None for none at all -> (B, E)"""
+        shape = (batch_size, self.num_conditions)
+        if conditions is None:
+            conditions = self.null.new_full(shape, math.nan)
+        if conditions.shape != shape or not conditions.is_floating_point():
+            raise ValueError(
+                f"conditions has shape {tuple(conditions.shape)} and {conditions.dtype}: for {batch_size} images of this "
+                f"network it must be floats of shape {shape}, standardized; a row of NaN stands for no conditions."
+            )
+        is_null = conditions.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        values = conditions.masked_fill(is_null, 0).to(self.linear1.weight.dtype)
+        embedding = self.linear2(self.act(self.linear1(values)))
+        return torch.where(is_null, self.null.to(embedding.dtype), embedding)
+
+
+def embed_conditions(
+    condition_embed: ConditionEmbedding | None, conditions: torch.Tensor | None, B: int
+) -> torch.Tensor | None:
+    """Applies `condition_embed`, or returns None for a network without conditions."""
+    if condition_embed is not None:
+        return condition_embed(conditions, B)
+    if conditions is not None:
+        raise ValueError(
+            "conditions were given to a network without them: leave them out, or build it with num_conditions."
+        )
+    return None
 
 
 class TimeEmbedding(nn.Module):

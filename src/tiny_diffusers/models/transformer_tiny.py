@@ -18,6 +18,7 @@ from torch import nn
 from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
+    ConditionEmbedding,
     TimeEmbedding,
     as_sample_size,
     check_choice,
@@ -27,6 +28,7 @@ from .layers_tiny import (
     check_shape,
     check_sizes,
     embed_classes,
+    embed_conditions,
     height_and_width,
     self_attention,
 )
@@ -223,6 +225,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
+        num_conditions (`int`, *optional*):
+            Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -264,6 +268,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         act_fn: str = "gelu",
         num_class_embeds: int | None = None,
         num_train_timesteps: int = 1000,
+        num_conditions: int | None = None,
     ):
         super().__init__()
         self.register_to_config(sample_size=as_sample_size(sample_size))
@@ -278,6 +283,9 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
             time_embedding, NUM_TIME_FEATURES, time_embedding_dim, "silu", num_train_timesteps
         )
         self.class_embed = None if num_class_embeds is None else ClassEmbedding(num_class_embeds, time_embedding_dim)
+        self.condition_embed = None
+        if num_conditions is not None:
+            self.condition_embed = ConditionEmbedding(num_conditions, time_embedding_dim)
         self.act = nn.SiLU()
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
         self.pos_embed = None
@@ -302,6 +310,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -311,6 +320,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
                 Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
                 that mix the rows. None stands for no class, row `num_class_embeds`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: With `sample` of shape
@@ -318,7 +329,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
-                CPU), or if labels are given to a network without classes.
+                CPU), or if labels or conditions are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
@@ -334,10 +345,14 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         if timesteps.numel() not in (1, B):
             raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
 
-        # 1. embeddings of time and class
+        # 1. embeddings of time, class and conditions
         emb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, E)
-        cemb = embed_classes(self.class_embed, class_labels, B)
-        emb = self.act(emb if cemb is None else emb + cemb)  # once, for all blocks
+        for other in (
+            embed_classes(self.class_embed, class_labels, B),
+            embed_conditions(self.condition_embed, conditions, B),
+        ):
+            emb = emb if other is None else emb + other
+        emb = self.act(emb)  # once, for all blocks
 
         # 2. patches as tokens, with their positions
         x = F.pixel_unshuffle(sample.to(self.patch_embed.weight.dtype), patch_size)  # (B, C p^2, H / p, W / p)

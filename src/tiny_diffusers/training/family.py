@@ -13,6 +13,7 @@ from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..models.layers_tiny import as_sample_size, height_and_width
 from ..pipelines.pipeline_tiny import TinyPipeline
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..resolution import spell_resolution
 from .arguments import TrainingArguments, network_options
@@ -35,12 +36,14 @@ class Batch:
         draws ([`Draws`]): The random numbers of these images in this step.
         conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
             as the images; zeros where they were dropped.
+        conditions (`torch.Tensor` of shape `(B, D)`, *optional*): float32, standardized; NaN where they were dropped.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     draws: Draws
     conditioning_images: torch.Tensor | None = None
+    conditions: torch.Tensor | None = None
 
 
 class Family:
@@ -52,9 +55,11 @@ class Family:
             of the pipeline's components.
         null_label (`int`, *optional*): The label that stands for no label.
         conditioning ([`Conditioning`], *optional*): The image that the network is given as a condition.
+        condition_statistics ([`ConditionStatistics`], *optional*): Names and standardization of the conditions that the
+            network is given.
         examples ([`Batch`], *optional*): Held-out images, from the loop, for sample grids with a conditioning image.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
-            images that it replaces by zeros with them.
+            images and conditions that it replaces by zeros and NaN with them.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
         preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
     """
@@ -62,6 +67,7 @@ class Family:
     modules: dict[str, nn.Module]
     null_label: int | None = None
     conditioning: Conditioning | None = None
+    condition_statistics: ConditionStatistics | None = None
     examples: Batch | None = None
     label_dropout: float = 0.0
     phases: dict[str, int] = {}

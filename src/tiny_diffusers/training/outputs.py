@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
+from ..data import ImageData
 from ..errors import UserError, say
 from ..hardware import default_dtype
 from ..progress import bar_options
@@ -67,10 +68,17 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "held_out": len(held_out) if held_out is not None else 0,
         "shape": list(data.images.shape[1:]),
         "classes": list(data.id2label.values()) if data.id2label else None,
+        **({} if data.conditions is None else {"conditions": _describe_conditions(data)}),
         "fingerprint": data.fingerprint,
         "notes": data.notes,
         **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
+
+
+def _describe_conditions(data: ImageData) -> dict[str, str]:
+    """Describes the conditions by name, with the values that the images have."""
+    lows, highs = (limit(dim=0).values.tolist() for limit in (data.conditions.min, data.conditions.max))
+    return {name: f"{low:g} to {high:g}" for name, low, high in zip(data.condition_names, lows, highs, strict=True)}
 
 
 def print_summary(trainer: "Trainer") -> None:

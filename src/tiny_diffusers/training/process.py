@@ -113,6 +113,8 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
             image_column=arguments.image_column,
             label_column=arguments.label_column,
             conditioning_column=conditioning_column,
+            condition_columns=getattr(arguments, "condition_columns", None),
+            drop_missing=getattr(arguments, "drop_missing", False),
             conditioning_channels=None if conditioning is None else conditioning.shape[0],
             channels=arguments.channels,
             value_range=arguments.value_range,
