@@ -83,6 +83,7 @@ def sample(folder: Path, values: dict[str, np.ndarray], labels: list, seed: int 
     from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 
     pipe = TinyPipeline.from_pretrained(folder / "run")
+    pipe.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(labels), 100):
         part = slice(start, start + 100)
