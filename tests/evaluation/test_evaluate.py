@@ -132,7 +132,7 @@ class TestProtocol:
         )
 
     def test_the_slow_metrics_are_not_measured_by_default(self):
-        slow = {"nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance"}
+        slow = {"nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement"}
         assert set(METRICS) - set(Protocol().metrics) == slow
         assert Protocol().baselines == list(BASELINES)
 
