@@ -9,6 +9,7 @@ shrinks any run to seconds. What is given on the command line wins.
 """
 
 import dataclasses
+import functools
 import shlex
 import sys
 import time
@@ -276,6 +277,13 @@ def _network_names(arguments_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(arguments_class) if f.name in names]
 
 
+@functools.cache
+def _script_parser(arguments_class: type[Arguments]) -> FlagParser:
+    """Builds the parser of a script's flags, once: a search parses hundreds of command lines."""
+    prog = f"tiny-diffusers train {arguments_class.SCRIPT}"
+    return FlagParser(arguments_class, prog=prog, description=sys.modules[arguments_class.__module__].__doc__)
+
+
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """
     Reads a script's arguments from the command line and the recipe that `--config` (and `--cell`) names.
@@ -288,8 +296,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
         UserError: On an unknown flag, key or cell (naming the nearest known one), or a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    prog = f"tiny-diffusers train {arguments_class.SCRIPT}"
-    parser = FlagParser(arguments_class, prog=prog, description=sys.modules[arguments_class.__module__].__doc__)
+    parser = _script_parser(arguments_class)
     given = parser.given(argv)
     config, cell = given.get("config"), given.get("cell")
     if cell and not config:
@@ -444,7 +451,7 @@ def read_settings(path: Path, arguments_class: type[TrainingArguments]) -> dict[
     for name, value in settings.items():
         _check_value(name, value, path)
     try:
-        given = FlagParser(arguments_class).given(as_flags(settings))
+        given = _script_parser(arguments_class).given(as_flags(settings))
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return {name: given.get(name) for name in settings}
