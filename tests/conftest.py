@@ -1,5 +1,6 @@
 """What tests share: a tiny network, a run that takes a second, and the check of a mistake."""
 
+import functools
 import os
 
 import pytest
@@ -9,6 +10,17 @@ import tiny
 
 # On tensors of a few kilobytes threads only wait for each other: here, and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk():
+    """Waits for no disk, as no test cuts the power, and reads the embedded digits from their file once."""
+    from sklearn import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(datasets, "load_digits", functools.cache(datasets.load_digits))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A training run that takes a second, for all tests: its flags, the run in this process, its log."""
 
-import functools
 import json
 from pathlib import Path
 from unittest import mock
@@ -20,24 +19,17 @@ TINY_DIFFUSION = [*TINY_NETWORK, *TINY_RUN, "--ddpm_num_inference_steps", "2"]
 def train(folder: Path, *argv: str, steps: int | None = 6, script=None, flags=TINY_DIFFUSION, plots=False) -> Path:
     """
     Runs a script (the unconditional one by default) in this process; returns the run's folder. The loss curves are
-    drawn only with `plots`: matplotlib takes a third of a tiny run. The embedded digits are read from their file once.
+    drawn only with `plots`: matplotlib takes a third of a tiny run.
     """
     from matplotlib.figure import Figure
-    from sklearn import datasets
 
     from tiny_diffusers.train_scripts import train_unconditional
 
     length = ["--max_train_steps", str(steps)] if steps else []
     draw = Figure.savefig if plots else lambda figure, path: Path(path).touch()
-    load_digits = functools.partial(_read_once, datasets.load_digits)
-    with mock.patch.object(Figure, "savefig", draw), mock.patch.object(datasets, "load_digits", load_digits):
+    with mock.patch.object(Figure, "savefig", draw):
         (script or train_unconditional).main([*flags, *length, "--output_dir", str(folder), *argv])
     return folder
-
-
-@functools.cache
-def _read_once(read):
-    return read()
 
 
 def read_log(folder: Path) -> list[dict]:
