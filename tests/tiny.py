@@ -6,7 +6,7 @@ from unittest import mock
 
 
 TINY_NETWORK = [
-    *("--block_out_channels", "8", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
+    *("--block_out_channels", "8", "--norm_num_groups", "4", "--attention", "none", "--mid_attention", "none"),
     *("--layers_per_block", "1"),
 ]
 TINY_RUN = [

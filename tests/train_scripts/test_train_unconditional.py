@@ -194,7 +194,7 @@ def test_dropout_alone_of_the_networks_flags_is_applied_to_a_pretrained_network(
     a, b = (load_file(Path(folder) / "unet" / WEIGHTS) for folder in (first, second))
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
-    differing = ["--block_out_channels 8 16 (it has 8 8)", "--patch_size 2 (it has 1)", "leave such flags out"]
+    differing = ["--block_out_channels 8 16 (it has 8)", "--patch_size 2 (it has 1)", "leave such flags out"]
     check_mistake([*loaded, "--block_out_channels", "8", "16", "--patch_size", "2"], differing)
     check_mistake([*loaded, "--dropout", "1.5"], ["dropout 1.5", "[0, 1)"])
     check_mistake([*loaded, "--preset", "plain-256"], ["--pretrained_model_name_or_path and --preset", "one of them"])
@@ -437,7 +437,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_stop_the_run(trai
         (["--report_to", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--optimizer", "adamm"], ["adamm", "adam"]),
         (["--norm_num_groups", "3"], ["3", "8"]),
-        (["--resolution", "9"], ["9"]),
+        (["--resolution", "9", "--block_out_channels", "8", "8"], ["9"]),
         (["--dataset_name", "no/such/folder"], ["no/such/folder"]),
         (["--classes", "11"], ["11"]),
         (["--split", "trian"], ["trian", "train"]),
