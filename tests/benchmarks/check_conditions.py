@@ -1,8 +1,8 @@
 """
 Checks that images have the numbers and the class that they are asked to have.
 
-    python tests/benchmarks/check_conditions.py blobs [--max_train_minutes 5]
-    python tests/benchmarks/check_conditions.py mnist [--max_train_minutes 10] [--dataset_name ylecun/mnist]
+    python tests/benchmarks/check_conditions.py blobs
+    python tests/benchmarks/check_conditions.py mnist [--dataset_name ylecun/mnist]
 
 `blobs`: Gaussian blobs at a position (x, y) and of a size given by three numbers, in a colour given by a class. The model
 is trained on five values of each number, and the blobs are measured at these values and halfway between them: prints the
@@ -68,10 +68,10 @@ def measure_digits(images: np.ndarray) -> dict[str, np.ndarray]:
     return {"slant": slant, "thickness": 2 * area / perimeter}
 
 
-def train(file: Path, folder: Path, columns: str, label_column: str, minutes: float) -> None:
+def train(file: Path, folder: Path, columns: str, label_column: str, steps: int) -> None:
     from tiny_diffusers.train_scripts import train_conditional
 
-    length = ("--max_train_minutes", str(minutes), "--overwrite_output_dir", "--output_dir", str(folder / "run"))
+    length = ("--max_train_steps", str(steps), "--overwrite_output_dir", "--output_dir", str(folder / "run"))
     train_conditional.main(
         ["--train_data_dir", str(file), "--condition_columns", columns, "--label_column", label_column, *length]
     )
@@ -123,7 +123,7 @@ def check_blobs(args: argparse.Namespace, folder: Path) -> bool:
         colours = rng.integers(0, 3, args.num_train)
         file = folder / "blobs.npz"
         np.savez(file, image=draw_blobs(values, colours), colour=np.array(COLOURS)[colours], **values)
-        train(file, folder, ",".join(VALUES), "colour", args.max_train_minutes)
+        train(file, folder, ",".join(VALUES), "colour", args.max_train_steps)
     passed = True
     between = {name: (column[1:] + column[:-1]) / 2 for name, column in VALUES.items()}
     for where, columns in (("at the values of training", VALUES), ("between them", between)):
@@ -147,7 +147,7 @@ def check_mnist(args: argparse.Namespace, folder: Path) -> bool:
     values = measure_digits(images / 255)
     if not args.skip_training:
         np.savez(folder / "digits.npz", image=images, label=data.labels.numpy(), **values)
-        train(folder / "digits.npz", folder, ",".join(values), "label", args.max_train_minutes)
+        train(folder / "digits.npz", folder, ",".join(values), "label", args.max_train_steps)
     rng = np.random.default_rng(0)
     ranges = {name: np.quantile(column, (0.05, 0.95)) for name, column in values.items()}
     asked = {name: rng.uniform(low, high, args.num_images) for name, (low, high) in ranges.items()}
@@ -168,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=[*CHECKS])
     parser.add_argument("--dataset_name", default="ylecun/mnist", help="of mnist: a Hub id or a folder")
-    parser.add_argument("--max_train_minutes", type=float, default=5)
+    parser.add_argument("--max_train_steps", type=int, default=1500, help="steps of 32 images")
     parser.add_argument("--num_train", type=int, default=20_000, help="training images")
     parser.add_argument("--num_images", type=int, default=500, help="samples that are measured")
     parser.add_argument("--output", type=Path, default=Path("runs/check-conditions"))
