@@ -40,6 +40,8 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
     ```
     """
 
+    _callback_tensor_inputs = ["latents"]
+
     @torch.no_grad()
     def __call__(
         self,

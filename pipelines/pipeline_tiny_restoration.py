@@ -109,6 +109,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
     ```
     """
 
+    _callback_tensor_inputs = ["latents"]
+
     @torch.no_grad()
     def __call__(
         self,
