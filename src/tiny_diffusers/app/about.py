@@ -39,6 +39,7 @@ class AboutTab:
             [facts, curves, card],
             queue=False,
             show_progress="hidden",
+            trigger_mode="always_last",  # a choice while the page loads counts
             api_name="about",
         )
 

@@ -6,7 +6,7 @@ import gradio as gr
 
 from ..samplers import SCHEDULERS
 from .models import Model
-from .requests import MAX_STEPS, number, whole
+from .requests import MAX_STEPS, number, save_once, whole
 
 
 SAMPLING = ("steps", "sampler", "guidance", "eta", "threshold")
@@ -87,14 +87,21 @@ def sampling_words(
 
 def picture_box(label: str) -> gr.Image:
     """Builds the place of a picture that is made."""
-    return gr.Image(
-        label=label,
-        show_label=False,
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_classes="picture",
+    return save_once(
+        gr.Image(
+            label=label,
+            show_label=False,
+            format="png",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_classes="picture",
+        )
     )
+
+
+def single_images(label: str) -> gr.Gallery:
+    """Builds the hidden place of single images, as which clients of the API get them."""
+    return save_once(gr.Gallery(label=label, format="png", visible=False))
 
 
 def seed_box(label: str = "Seed", value: int = 0, info: str = "the same seed draws the same images") -> gr.Number:

@@ -22,6 +22,7 @@ from .controls import (
     sampling_words,
     seed_box,
     seed_of,
+    single_images,
 )
 from .models import Model, ModelStore
 from .requests import Progress, Task, Tasks, answers, checked, number, streams, watch, whole
@@ -195,7 +196,7 @@ class EditTab:
                 archive = gr.DownloadButton("Download the PNGs", interactive=False)
                 with gr.Accordion("The same results without the app", open=False):
                     command = code_box("With the downloaded picture.png and mask.png", "shell")
-                images = gr.Gallery(label="Single results", format="png", visible=False)
+                images = single_images("Single results")
         of_one_task = [strength, area, factor, sigma, degrade, rows]
         self.controls = [drawing, task, *of_one_task, label, count, seed, *sampling]
         task.input(

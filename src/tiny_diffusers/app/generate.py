@@ -19,6 +19,7 @@ from .controls import (
     sampling_words,
     seed_box,
     seed_of,
+    single_images,
 )
 from .models import Model, ModelStore
 from .requests import MAX_IMAGES, Progress, Task, Tasks, number, streams, watch, whole
@@ -107,7 +108,7 @@ class GenerateTab:
                 with gr.Accordion("The same images without the app", open=False):
                     command = code_box("Command", "shell")
                     python = code_box("Python", "python")
-                images = gr.Gallery(label="Single images", format="png", visible=False)
+                images = single_images("Single images")
         self.controls = [count, seed, classes, *sampling, temperature, truncation]
         self.settings = settings
         outputs = [grid, status, images, archive, command, python]

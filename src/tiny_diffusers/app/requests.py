@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import queue
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
+from gradio import processing_utils
 
 from ..errors import UserError, first_line
 
@@ -214,6 +216,30 @@ def check_upload(content: bytes) -> None:
         raise UserError(
             f"The picture has {picture.width} x {picture.height} pixels: give one of at most {MAX_UPLOAD_PIXELS:,}."
         )
+
+
+def save_once(component: "gr.Image | gr.Gallery") -> "gr.Image | gr.Gallery":
+    """
+    Makes a component keep the file of a picture that it has saved before: Gradio's own saving writes over a file that a
+    browser may be reading.
+    """
+    from PIL.Image import Image
+
+    postprocess = component.postprocess
+
+    def save(picture: Any) -> Any:
+        if not isinstance(picture, Image):
+            return picture
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "image.png"
+            picture.save(file)
+            return processing_utils.save_file_to_cache(file, cache_dir=component.GRADIO_CACHE)
+
+    def save_and_postprocess(value: Any) -> Any:
+        return postprocess([save(picture) for picture in value] if isinstance(value, list) else save(value))
+
+    component.postprocess = save_and_postprocess
+    return component
 
 
 def checked(editor: gr.ImageEditor) -> gr.ImageEditor:

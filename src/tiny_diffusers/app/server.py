@@ -16,13 +16,15 @@ from .requests import MAX_UPLOAD_BYTES, Tasks, answers
 from .walk import WalkTab
 
 
+GENERATE = "generate"  # id of the first tab
 CACHE_SECONDS = 3600  # that files of requests are kept
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none from another server
 MONO_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: auto; }
-.picture { padding-top: 36px; }
+.gradio-container { width: 100%; max-width: 1200px !important; margin: auto; }
+.picture { padding-top: 36px; }  /* of its buttons, which would cover it */
+.picture .image-container, .picture .image-frame { position: static; }
 .status { min-height: 1.6em; }
 footer { display: none !important; }
 """
@@ -40,14 +42,14 @@ def build(store: ModelStore) -> gr.Blocks:
             label="Model",
             interactive=len(store.models) > 1,
         )
-        with gr.Tabs():
-            with gr.Tab("Generate"):
+        with gr.Tabs() as all_tabs:
+            with gr.Tab("Generate", id=GENERATE):
                 generate = GenerateTab(store, tasks, chosen)
-            with gr.Tab("Walk", visible=first.can_walk) as walk_tab:
+            with gr.Tab("Walk", visible=shown_tabs(first)[0]) as walk_tab:
                 walk = WalkTab(store, tasks, chosen)
-            with gr.Tab("Edit", visible=first.can_edit) as edit_tab:
+            with gr.Tab("Edit", visible=shown_tabs(first)[1]) as edit_tab:
                 edit = EditTab(store, tasks, chosen)
-            with gr.Tab("Look inside", visible=bool(views_of(first))) as look_tab:
+            with gr.Tab("Look inside", visible=shown_tabs(first)[2]) as look_tab:
                 look = LookTab(store, tasks, chosen)
             with gr.Tab("Compare", visible=len(store.models) > 1):
                 CompareTab(store, tasks)
@@ -58,20 +60,27 @@ def build(store: ModelStore) -> gr.Blocks:
         @answers
         def choose(index: int) -> list:
             model = store.model(index)
-            shown = [gr.update(visible=visible) for visible in (model.can_walk, model.can_edit, bool(views_of(model)))]
-            return [*shown, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
+            shown = shown_tabs(model)
+            selected = gr.update(selected=GENERATE) if "hidden" in shown else gr.skip()  # the open tab may be hidden
+            shown = [gr.update(visible=visible) for visible in shown]
+            return [selected, *shown, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
 
         controls = [control for tab in tabs for control in tab.controls]
         chosen.change(
             choose,
             chosen,
-            [walk_tab, edit_tab, look_tab, *controls],
+            [all_tabs, walk_tab, edit_tab, look_tab, *controls],
             queue=False,
             api_name=False,
             show_progress="hidden",
         )
         page.unload(tasks.stop)
     return page
+
+
+def shown_tabs(model: Model) -> list[bool | str]:
+    """Returns the `visible` of Walk, Edit and Look inside. `"hidden"` keeps a tab in the page, where an update finds it."""
+    return [can or "hidden" for can in (model.can_walk, model.can_edit, bool(views_of(model)))]
 
 
 def launch(

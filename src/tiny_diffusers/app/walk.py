@@ -75,7 +75,6 @@ class WalkTab:
                 with gr.Row():
                     first_seed = seed_box("First seed", 0, "the sample at the start")
                     second_seed = seed_box("Second seed", 1, "the sample at the end")
-                with gr.Row():
                     first_class, second_class = one_class(model, "First class"), one_class(model, "Second class", 1)
                 count = gr.Slider(2, MAX_IMAGES // 2, 16, step=1, label="Frames", info="both ends included")
                 path = gr.Dropdown(
