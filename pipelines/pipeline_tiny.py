@@ -12,7 +12,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import diffusers
 import numpy as np
@@ -126,8 +126,9 @@ class TinyPipelineOutput(ImagePipelineOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            The images. PIL images have mode `L` for one channel and `RGB` for three. Arrays `(B, H, W, C)` and tensors
-            `(B, C, H, W)` lie in [0, 1].
+            The images. PIL images have mode `L` for one channel, `RGB` for three and `RGBA` for four; of any other number
+            they show the channels side by side. Tensors `(B, C, H, W)` lie in [0, 1], and arrays `(B, H, W, C)` as well,
+            or in the pipeline's `value_range`.
         intermediates (`list[Intermediate]`, *optional*):
             The states and x_0 predictions in sampling order, if `return_intermediates` was given.
     """
@@ -152,6 +153,10 @@ class TinyPipeline(DiffusionPipeline):
             also predicts the variance.
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+
+    `show_channels`, an attribute of every pipeline, is a list of the one or three channels that PIL images show.
 
     Example:
 
@@ -168,9 +173,12 @@ class TinyPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
     _output_types = ("pil", "np", "pt", "latent")
 
-    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin):
+    show_channels: list[int] | None = None
+
+    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin, value_range: Optional[dict] = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._register_value_range(value_range)
         self._objective = objective_of(scheduler)  # of the network, whatever scheduler is put in later
 
     # ------------------------------------------------------------------------------------------- sampling
@@ -210,7 +218,7 @@ class TinyPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
@@ -287,6 +295,21 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
         if return_intermediates is not None and not _is_positive_int(return_intermediates):
             raise ValueError(f"`return_intermediates` must be a positive integer or None, got {return_intermediates}.")
+
+    def _register_value_range(self, value_range: dict[str, float] | None):
+        """Saves the range of values in the pipeline's config, which of 8-bit images has none."""
+        if value_range is None:
+            return
+        limits = {name: float(value_range.get(name, math.nan)) for name in ("low", "high")}
+        if not -math.inf < limits["low"] < limits["high"] < math.inf:
+            raise ValueError(f"`value_range` must be finite numbers, 'low' below 'high', got {value_range}.")
+        self.register_to_config(value_range=limits)
+
+    @property
+    def _value_range(self) -> tuple[float, float] | None:
+        """Returns the values that arrays have where tensors have 0 and 1, or None for 8-bit images: their arrays do, too."""
+        limits = self.config.get("value_range")
+        return None if limits is None else (limits["low"], limits["high"])
 
     @property
     def _default_eta(self) -> float:
@@ -430,9 +453,11 @@ class TinyPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """
         Converts images to (B, C, H, W) in [-1, 1]. PIL images are resized, others if `resize_arrays`. With `image_shape`
-        (C, H, W) instead of the network's, none are.
+        (C, H, W) instead of the network's, none are, and arrays lie in [0, 1].
         """
         resizes = image_shape is None
+        if resizes:
+            images = self._from_values(images)
         channels, height, width = image_shape = image_shape or self._image_shape
         given = images if isinstance(images, (list, tuple)) else [images]
         arrays = [torch.as_tensor(image) for image in given if isinstance(image, (np.ndarray, torch.Tensor))]
@@ -460,8 +485,28 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`images` must be {batch_size or 'B'} images of shape {image_shape}, got {shape}.")
         return sample.to(self._execution_device, self._sample_dtype)
 
+    def _from_values(self, images: Images) -> Images:
+        """Scales arrays in the value range to [0, 1], as tensors and PIL images are."""
+        if self._value_range is None:
+            return images
+        low, high = self._value_range
+
+        def scale(image: Any) -> Any:
+            if not isinstance(image, np.ndarray):
+                return image
+            if not ((image >= low) & (image <= high)).all():
+                raise ValueError(
+                    f"Array `images` must lie in the value range [{low:g}, {high:g}], got {image.min():.3g} to "
+                    f"{image.max():.3g}."
+                )
+            return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
+
+        return [scale(image) for image in images] if isinstance(images, (list, tuple)) else scale(images)
+
     def _from_uint8(self, images: torch.Tensor) -> torch.Tensor:
         """Checks that images are uint8 and returns them on the device in float32, still from 0 to 255."""
+        if self._value_range is not None:
+            raise ValueError(f"Bits/dim are of 8-bit images, and this model's have values in {self._value_range}.")
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, 0 to 255, got {images.dtype}.")
         return images.to(self._execution_device, torch.float32)
@@ -505,9 +550,16 @@ class TinyPipeline(DiffusionPipeline):
         self._num_timesteps = len(scheduler.timesteps)
         return scheduler
 
-    def _predict(self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def _predict(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the network on a sample in the network's dtype. The prediction is in float32 at least."""
-        condition = {} if labels is None else {"class_labels": labels}
+        given = {"class_labels": labels, "conditions": conditions}
+        condition = {name: values for name, values in given.items() if values is not None}
         model_output = self.unet(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
@@ -631,10 +683,9 @@ class TinyPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
         if output_type == "np":
-            return images
-        # diffusers' `numpy_to_pil` squeezes grey images, and with them the sides of a single pixel.
-        pixels = (images * 255).round().astype(np.uint8)
-        return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+            low, high = self._value_range or (0.0, 1.0)
+            return low + (high - low) * images
+        return [to_picture(image, self.show_channels) for image in (images * 255).round().astype(np.uint8)]
 
     # ------------------------------------------------------------------------------- loading and saving
 
@@ -709,6 +760,7 @@ class TinyPipeline(DiffusionPipeline):
         names, _ = cls._get_signature_keys(cls)
         components = {name: pipeline.components[name] for name in names if name in pipeline.components}
         new = super().from_pipe(pipeline, **(components | kwargs))
+        new.show_channels = getattr(pipeline, "show_channels", None)
         if "unet" not in kwargs:  # the network was trained for the same, whatever the scheduler
             new._objective = getattr(pipeline, "_objective", new._objective)
         return new
@@ -758,12 +810,14 @@ class TinyPipeline(DiffusionPipeline):
         Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
         `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
         without this package. This package's own keys stay in both configs, and `from_pretrained` restores its classes.
-        With an image as a condition, which no stock pipeline gives, it names this package's classes.
+        With an image as a condition, which no stock pipeline gives, and for EDM images that are not square, which
+        `ConsistencyModelPipeline` can't draw, it names this package's classes.
         """
         super().save_config(save_directory, **kwargs)
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
             return
-        if self.config.get("conditioning") is not None:
+        is_rectangle = isinstance(self._network.config.sample_size, (list, tuple))
+        if self.config.get("conditioning") is not None or (self._objective == "edm" and is_rectangle):
             return
 
         stock = next(c for c in type(self.scheduler).__mro__ if c.__module__.partition(".")[0] == "diffusers")
@@ -875,6 +929,38 @@ def image_generators(seed: int, num_images: int, first: int = 0) -> list[torch.G
     return [torch.Generator().manual_seed(seed + i) for i in range(first, first + num_images)]
 
 
+def to_picture(pixels: np.ndarray, show_channels: Sequence[int] | None = None) -> PIL.Image.Image:
+    """
+    Converts an image of any number of channels to a picture.
+
+    Args:
+        pixels (`np.ndarray` of shape `(H, W, C)`): The image, uint8.
+        show_channels (`list[int]`, *optional*): The one or three channels to show, in grey or as red, green and blue.
+
+    Returns:
+        `PIL.Image.Image`: `L` for one channel, `RGB` for three and `RGBA` for four; else the channels side by side, `L`.
+
+    Raises:
+        `ValueError`: If `show_channels` names other than one or three channels, or one that the image lacks.
+    """
+    channels = pixels.shape[-1]
+    if show_channels is not None:
+        check_shown_channels(show_channels, channels)
+        pixels = pixels[..., list(show_channels)]
+    elif channels not in (1, 3, 4):
+        pixels = np.concatenate(np.split(pixels, channels, axis=-1), axis=1)  # (H, W, C) -> (H, C W, 1)
+    # diffusers' `numpy_to_pil` squeezes grey images, and with them the sides of a single pixel.
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def check_shown_channels(show_channels: Sequence[int], channels: int):
+    """Checks that `show_channels` names one or three of the channels of an image."""
+    if len(show_channels) not in (1, 3) or not all(0 <= channel < channels for channel in show_channels):
+        raise ValueError(
+            f"`show_channels` must be one or three of the channels 0 to {channels - 1}, got {list(show_channels)}."
+        )
+
+
 def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """
     Computes the spherical linear interpolation (sin((1 - s) θ) x + sin(s θ) y) / sin θ, where θ is the angle between x
@@ -937,7 +1023,13 @@ def predict_original_sample(
 
 
 def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
+    """Returns the height and width of a network's `sample_size`, the side of squares or a pair."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_positive_int, pair)):
+        raise ValueError(
+            f"`sample_size` must be the side of the images in pixels, or their height and width, got {size!r}."
+        )
+    return pair
 
 
 def _is_positive_int(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`ClassConditioningMixin`: class labels in any form, and classifier-free guidance, also by an image."""
+"""`ClassConditioningMixin`: class labels in any form, and classifier-free guidance, also by an image or conditions."""
 
 import contextlib
 import difflib
@@ -18,7 +18,8 @@ ClassLabels = int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Ten
 class ClassConditioningMixin:
     """
     Mixin with class labels and classifier-free guidance, for a [`DiffusionPipeline`] with a class-conditional network. A
-    pipeline of diffusion takes its arguments; others have their own. An image may be a condition as well, or instead.
+    pipeline of diffusion takes its arguments, and has `ConditionsMixin` beside it; others have their own. An image, or
+    numbers by name, may be conditions as well, or instead.
 
     A network has an embedding table with one row per class. The networks of this package have `num_class_embeds` = K
     classes and K + 1 rows, where row K is the null class. A stock [`UNet2DModel`] has `num_class_embeds` rows in all.
@@ -33,10 +34,13 @@ class ClassConditioningMixin:
         null_class_id: Optional[int] = -1,
         class_dropout_prob: Optional[float] = None,
         conditioning: Optional[str] = None,
+        value_range: Optional[dict] = None,
+        condition_statistics: Optional[dict] = None,
     ):
-        super().__init__(unet, scheduler)
+        super().__init__(unet, scheduler, value_range)
         self._register_classes(id2label, null_class_id, class_dropout_prob)
         self._register_conditioning(conditioning)
+        self._register_conditions(condition_statistics)
 
     def _register_conditioning(self, conditioning: str | None):
         """Refuses a network that takes an image as a condition; a pipeline with an argument for it overrides this."""
@@ -78,8 +82,9 @@ class ClassConditioningMixin:
 
     @property
     def _has_condition(self) -> bool:
-        """Returns whether the network takes a class or an image as a condition, and so can be guided."""
-        return self._num_rows > 0 or self.config.get("conditioning") is not None
+        """Returns whether the network takes a class, an image or numbers as conditions, and so can be guided."""
+        others = (self.config.get(name) for name in ("conditioning", "condition_statistics"))
+        return self._num_rows > 0 or any(each is not None for each in others)
 
     @property
     def _num_rows(self) -> int:
@@ -230,11 +235,13 @@ class ClassConditioningMixin:
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         image: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         """
         Returns the guided network as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null). This
         is eq. 6 of [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. Outside the
-        interval, w = 1. The condition c is the class, the image (B, K, H, W), or both; without an image it is zeros.
+        interval, w = 1. The condition c is the class, the image (B, K, H, W) and the numbers (B, D), as far as the network
+        takes them; without them, the image is zeros and the numbers are NaN.
         """
         self._guidance_scale, (start, end) = guidance_scale, guidance_interval
         num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
@@ -243,9 +250,10 @@ class ClassConditioningMixin:
             null_labels = torch.full((len(labels),), self._null_class_id, device=labels.device)
             if labels.is_floating_point():
                 null_labels = torch.nn.functional.one_hot(null_labels, self._num_rows).to(labels.dtype)
-        elif labels is not None or image is None:  # without a null class, w = 1 throughout
+        elif labels is not None or (image is None and conditions is None):  # without a null class, w = 1 throughout
             start = end = 0.0
-        condition, null = (labels, image), (null_labels, null_image)
+        null_conditions = None if conditions is None else torch.full_like(conditions, math.nan)
+        condition, null = (labels, image, conditions), (null_labels, null_image, null_conditions)
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
             w = self.guidance_scale if start <= step / num_timesteps < end else 1.0
@@ -267,14 +275,15 @@ class ClassConditioningMixin:
         timestep: torch.Tensor,
         labels: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if image is not None:
             x_t = torch.cat([x_t, image.to(x_t.dtype)], dim=1)  # (B, C, H, W), (B, K, H, W) -> (B, C + K, H, W)
         is_mixture = labels is not None and labels.is_floating_point()
         if is_mixture and isinstance(self._network, UNet2DModel):
             with _mix_embeddings(self._network.class_embedding):
-                return super()._predict(x_t, timestep, labels)
-        return super()._predict(x_t, timestep, labels)
+                return super()._predict(x_t, timestep, labels, conditions)
+        return super()._predict(x_t, timestep, labels, conditions)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`TinyConditionalPipeline`: sampling by a class, an image or both, with classifier-free guidance."""
+"""`TinyConditionalPipeline`: sampling by a class, conditions, an image or several of them, with classifier-free guidance."""
 
 import PIL.Image
 import torch
@@ -6,13 +6,14 @@ from diffusers import SchedulerMixin
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput, takes
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 from .pipeline_tiny_operators import Conditioning
 
 
-class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
+class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
     r"""
-    Pipeline for generation of small images by their class, by an image as a condition, or by both, with
-    [classifier-free guidance](https://huggingface.co/papers/2207.12598).
+    Pipeline for generation of small images by their class, by conditions (numbers and labels by name), by an image as a
+    condition, or by several of them, with [classifier-free guidance](https://huggingface.co/papers/2207.12598).
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -21,7 +22,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         unet ([`ModelMixin`]):
             The network, called as `unet(sample, timestep, class_labels=labels).sample`: a `TinyUNet2DModel` or
             `TinyTransformer2DModel` with `num_class_embeds` = K, or a stock [`UNet2DModel`] with K + 1. With an image as a
-            condition it takes `sample` and that image, concatenated, and may have no classes.
+            condition it takes `sample` and that image, concatenated, and with `num_conditions` = D it takes standardized
+            `conditions` `(B, D)`; it may then have no classes.
         scheduler ([`SchedulerMixin`]):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
         id2label (`dict[int, str]`, *optional*):
@@ -35,6 +37,11 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         conditioning (`str`, *optional*):
             The image that the network takes as a condition: `"grayscale"`, the grey image; `"low_resolution:F"`, an
             image F times smaller; `"image:K"`, another image with K channels. None for a network that takes none.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -46,6 +53,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
 
     >>> pipe = TinyPipeline.from_pretrained("path/or/hub-id-of-a-checkpoint-with-a-conditioning-image")
     >>> images = pipe(image=PIL.Image.open("picture.png"), batch_size=4).images
+
+    >>> pipe = TinyPipeline.from_pretrained("path/or/hub-id-of-a-checkpoint-with-conditions")
+    >>> images = pipe(conditions={"age": [20, 40, 60], "smiling": 1}).images
     ```
     """
 
@@ -69,9 +79,10 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
         image: Images | PIL.Image.Image | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
-        Samples one image for each label, or for each conditioning image.
+        Samples one image for each label, for each row of conditions, or for each conditioning image.
 
         Args:
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
@@ -79,7 +90,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 rows of the network's class embedding, null class included: they can interpolate between classes.
                 Required for a network with classes unless `guidance_scale` is 0.
             batch_size (`int`, *optional*):
-                The number of images. Defaults to the number of labels, or of conditioning images.
+                The number of images. Defaults to the number of labels, of conditions or of conditioning images.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 w in eps = w eps(x, c) + (1 - w) eps(x, null). 1 is plain conditional sampling and 0 unconditional
                 sampling, each with one pass of the network per step. Values above 1 exaggerate the class.
@@ -103,7 +114,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
@@ -126,12 +137,16 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
                 `conditioning` says; [`~TinyConditionalPipeline.observe`] makes them from whole images. Arrays
                 `(B, h, w, K)` and tensors `(B, K, h, w)` must lie in [0, 1]. Required for a network with a conditioning
                 image unless `guidance_scale` is 0.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions unless `guidance_scale` is 0.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images, and the intermediates if `return_intermediates` is given.
 
         Raises:
-            `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, a class or a condition is unknown, or the samples are not finite.
         """
         eta = self._default_eta if eta is None else eta
         self._check_output(1 if batch_size is None else batch_size, output_type, return_intermediates)
@@ -142,16 +157,19 @@ class TinyConditionalPipeline(ClassConditioningMixin, TinyPipeline):
         if dynamic_thresholding is not None:
             scheduler = _thresholding(scheduler, dynamic_thresholding)
         image = self._encode_image(image, guidance_scale)
-        if batch_size is None and image is not None and len(image) > 1:
-            batch_size = len(image)
+        conditions = self._encode_conditions(conditions, guidance_scale)
+        if batch_size is None:
+            counts = (len(each) for each in (image, conditions) if each is not None)
+            batch_size = next((count for count in counts if count > 1), None)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
         if image is not None:
             if len(image) not in (1, batch_size):
                 raise ValueError(f"`image` must be one, or one for each of {batch_size} samples, got {len(image)}.")
             image = image.expand(batch_size, -1, -1, -1)
+        conditions = self._expand_conditions(conditions, batch_size)
         latents = self._prepare_latents(batch_size, generator, latents)
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval, image)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, image, conditions)
         latents, intermediates = self._denoise(
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )

@@ -23,6 +23,8 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
             A `TinyDCGANDiscriminator`. Sampling doesn't use it; it is saved for further training.
         id2label (`dict[int, str]`, *optional*):
             The class names by id.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are returned in it.
 
     Example:
 
@@ -39,9 +41,14 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
     _optional_components = ["discriminator"]
 
     def __init__(
-        self, generator: ModelMixin, discriminator: Optional[ModelMixin] = None, id2label: Optional[dict] = None
+        self,
+        generator: ModelMixin,
+        discriminator: Optional[ModelMixin] = None,
+        id2label: Optional[dict] = None,
+        value_range: Optional[dict] = None,
     ):
         DiffusionPipeline.__init__(self)
+        self._register_value_range(value_range)
         self.register_modules(generator=generator, discriminator=discriminator)
         self._register_names(id2label)
 
@@ -71,7 +78,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
             latents (`torch.Tensor` of shape `(batch_size, latent_dim)`, *optional*):
                 z, drawn from N(0, I) by default.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the generator's output, in [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.

@@ -39,6 +39,11 @@ class EditingMixin:
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise ValueError(f"`num_images` must be an integer of at least 1, got {num_images!r}.")
 
+    @staticmethod
+    def _repeat(num_images: int, *given: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Repeats what is given for each image for each of its `num_images` samples."""
+        return [None if each is None else each.repeat_interleave(num_images, dim=0) for each in given]
+
     def _preprocess_mask(self, mask_image: Images, image: Images) -> torch.Tensor:
         """Converts masks to (B, 1, H, W), True where they are white, and checks them against the images."""
         _, height, width = self._image_shape

@@ -4,10 +4,11 @@ import torch
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 from .pipeline_tiny_editing import EditingMixin
 
 
-class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
+class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin, TinyPipeline):
     r"""
     Pipeline for image-to-image generation with a diffusion model of small images
     ([SDEdit](https://huggingface.co/papers/2108.01073)): noise is added to an image and removed again. It can also
@@ -29,6 +30,11 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -62,6 +68,8 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
+        conditions: Conditions | None = None,
+        source_conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples images that resemble given ones.
@@ -96,7 +104,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
                 The fresh noise in each step: η of DDIM, in [0, 1], or of flow and EDM, at least 0. Defaults to 1, and to
                 0 with `inversion` or a second-order solver. Other schedulers ignore it.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
@@ -113,6 +121,12 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
                 scheduler's setting, and to True under guidance.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions unless `guidance_scale` is 0.
+            source_conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions of the given images, for the inversion.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The samples, `num_images` of the first image, then of the second, ..., and
@@ -132,7 +146,8 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         num_given, batch_size = len(image), len(image) * num_images
         self._check_generator(generator, batch_size)
         labels, _ = self._encode_class_labels(class_labels, num_given, guidance_scale)
-        source, source_guidance = self._encode_source(source_class_labels, num_given, inversion)
+        conditions = self._encode_conditions(conditions, guidance_scale, num_given)
+        *source, source_guidance = self._encode_source(source_class_labels, source_conditions, num_given, inversion)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         begin = self._first_step(strength, scheduler)
@@ -143,7 +158,10 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         elif inversion:
             inverted = self._clipping_scheduler(clip_sample)  # guidance clips, and the inversion has none
             inverted = self._set_timesteps(inverted, num_inference_steps, timesteps)
-            predict = self._guided_predict(source, source_guidance, (0.0, 1.0))
+            labels_of_source, conditions_of_source = source
+            predict = self._guided_predict(
+                labels_of_source, source_guidance, (0.0, 1.0), conditions=conditions_of_source
+            )
             latents = self._invert(image, predict, inverted, begin)
             latents = latents.repeat_interleave(num_images, dim=0)
         else:
@@ -153,31 +171,39 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
                 latents = self._add_noise(image, latents, scheduler, begin)
 
         # 2. denoise them
-        labels = None if labels is None else labels.repeat_interleave(num_images, dim=0)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        labels, conditions = self._repeat(num_images, labels, conditions)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         latents, intermediates = self._denoise(
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates, begin
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
 
     def _encode_source(
-        self, source_class_labels: ClassLabels | None, num_given: int, inversion: bool
-    ) -> tuple[torch.Tensor | None, float]:
-        """Returns the labels of the given images and the guidance scale of their inversion: 0 without labels."""
+        self,
+        source_class_labels: ClassLabels | None,
+        source_conditions: Conditions | None,
+        num_given: int,
+        inversion: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        """
+        Returns the labels and conditions of the given images and the guidance scale of their inversion: 0 without either.
+        """
+        given = {"source_class_labels": source_class_labels, "source_conditions": source_conditions}
+        given = [name for name, values in given.items() if values is not None]
         if not inversion:
-            if source_class_labels is not None:
-                raise ValueError(
-                    "`source_class_labels` are for the inversion: give `inversion=True`, or leave them out."
-                )
-            return None, 1.0
-        if source_class_labels is not None or self._num_rows == 0:
-            return self._encode_class_labels(source_class_labels, num_given)[0], 1.0
-        if self._null_class_id is None or self.config.class_dropout_prob == 0:
+            if given:
+                raise ValueError(f"`{given[0]}` are for the inversion: give `inversion=True`, or leave them out.")
+            return None, None, 1.0
+        guidance_scale = None if given or not self._has_condition else 0.0
+        lacks_null = self._num_rows and self._null_class_id is None
+        if guidance_scale == 0 and (lacks_null or self.config.class_dropout_prob == 0):
             raise ValueError(
                 "The network has no trained null class to invert images with: give their classes as "
-                "`source_class_labels`."
+                "`source_class_labels`, and their conditions as `source_conditions`."
             )
-        return self._encode_class_labels(None, num_given, 0.0)[0], 0.0
+        labels, _ = self._encode_class_labels(source_class_labels, num_given, guidance_scale)
+        conditions = self._encode_conditions(source_conditions, guidance_scale, num_given)
+        return labels, conditions, 1.0 if guidance_scale is None else 0.0
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

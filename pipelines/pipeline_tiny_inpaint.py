@@ -4,10 +4,11 @@ import torch
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 from .pipeline_tiny_editing import EditingMixin
 
 
-class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
+class TinyInpaintPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin, TinyPipeline):
     r"""
     Pipeline for inpainting with a diffusion model of small images that was not trained for it, by
     [RePaint](https://huggingface.co/papers/2201.09865): at each noise level the known pixels are replaced by noisy ones
@@ -28,6 +29,11 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -62,6 +68,7 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples what a mask hides of images.
@@ -94,7 +101,7 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             eta (`float`, *optional*, defaults to 1.0):
                 η of DDIM, in [0, 1], or of flow and EDM, at least 0. DDPM ignores it.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
@@ -109,6 +116,10 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             clip_sample (`bool`, *optional*):
                 Whether to clip the predicted x_0 to the range of images. Defaults to the scheduler's setting, and to True
                 under guidance.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions unless `guidance_scale` is 0.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The samples, `num_images` of the first image, then of the second, .... The
@@ -129,14 +140,15 @@ class TinyInpaintPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
             raise ValueError(f"Give one `mask_image`, or one for each of {len(image)} images, got {len(hidden)}.")
         self._check_generator(generator, len(image) * num_images)
         labels, _ = self._encode_class_labels(class_labels, len(image), guidance_scale)
+        conditions = self._encode_conditions(conditions, guidance_scale, len(image))
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         signals, levels = self._noise_levels(scheduler)
 
         image = image.repeat_interleave(num_images, dim=0)
         hidden = hidden.expand(len(image) // num_images, -1, -1, -1).repeat_interleave(num_images, dim=0)
-        labels = None if labels is None else labels.repeat_interleave(num_images, dim=0)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        labels, conditions = self._repeat(num_images, labels, conditions)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         scheduler_step = self._step_function(scheduler, eta, generator, image.shape[1])
         device_timesteps = scheduler.timesteps.to(image.device)
 

@@ -1,4 +1,4 @@
-"""`TinyInterpolationPipeline`: interpolation between two seeds, latents, images or classes."""
+"""`TinyInterpolationPipeline`: interpolation between two seeds, latents, images, classes or conditions."""
 
 import inspect
 
@@ -8,16 +8,17 @@ from diffusers.utils import logging
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput, slerp
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 from .pipeline_tiny_editing import EditingMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
+class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin, TinyPipeline):
     r"""
     Pipeline for the interpolation between two samples of a diffusion model. Its ends are two seeds, two latents or two
-    images, and it can interpolate between two classes at the same time.
+    images, and it can interpolate between two classes, or two values of conditions, at the same time.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -35,6 +36,11 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -69,6 +75,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples the frames of an interpolation, in order. The first and the last frame are the two samples themselves.
@@ -102,8 +109,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             eta (`float`, *optional*, defaults to 0.0):
                 η of DDIM, in [0, 1], or of flow and EDM, at least 0. Above 0, the path is not smooth.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(num_frames, H, W, C)` in [0, 1]), `"pt"` (`(num_frames, C, H, W)` in
-                [0, 1]) or `"latent"` (the denoised latents, unclipped, about [-1, 1]).
+                `"pil"`, `"np"` (`(num_frames, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(num_frames, C, H, W)`
+                in [0, 1]) or `"latent"` (the denoised latents, unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -120,6 +127,10 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
+            conditions (`dict[str, float]`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, with a value or a list of two to interpolate between; or
+                values of shape `(1, D)` or `(2, D)`, in the order of `condition_statistics`. Required for a network with
+                conditions unless `guidance_scale` is 0.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The frames as `images`, ready for `diffusers.utils.export_to_gif`, and
@@ -140,12 +151,13 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
         if sum(given is not None for given in (seeds, latents, images)) != 1:
             raise ValueError("Give exactly one of `seeds`, `latents` and `images`, for the two ends.")
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
+        conditions = self._encode_conditions(conditions, guidance_scale, 2)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:
-            predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+            predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
             latents = self._invert(self._preprocess(images, 2), predict, scheduler)
         else:
             latents = self._prepare_ends(seeds, latents)
@@ -154,6 +166,8 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
         share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)
         frames = (slerp if interpolation == "slerp" else torch.lerp)(latents[:1], latents[1:], share.view(-1, 1, 1, 1))
         labels = self._interpolate_labels(labels, share[:, None])
+        if conditions is not None:
+            conditions = torch.lerp(*conditions, share[:, None].to(conditions.dtype))  # (num_frames, D)
 
         # 3. denoise the frames
         if _adds_noise(self.scheduler, eta):
@@ -161,7 +175,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
                 f"{type(self.scheduler).__name__} with eta={eta} adds noise at each step: the path won't be smooth. "
                 f"Use `{self._own_scheduler}` with `eta=0`."
             )
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         frames, intermediates = self._denoise(
             frames, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
@@ -177,6 +191,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
         num_inference_steps: int = 50,
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
+        conditions: Conditions | None = None,
     ) -> torch.Tensor:
         r"""
         Finds the latents of images by running DDIM, or the ODE of flow or EDM, backwards, with two passes of the network
@@ -190,7 +205,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
             images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
                 The images, resized to the network's size. Arrays `(B, H, W, C)` and tensors `(B, C, H, W)` must lie in
                 [0, 1].
-            class_labels, guidance_scale, guidance_interval, num_inference_steps, timesteps, clip_sample:
+            class_labels, guidance_scale, guidance_interval, num_inference_steps, timesteps, clip_sample, conditions:
                 As for sampling.
 
         Returns:
@@ -203,9 +218,10 @@ class TinyInterpolationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeli
         self._check_guidance(guidance_scale, guidance_interval)
         sample = self._preprocess(images, None)
         labels, _ = self._encode_class_labels(class_labels, len(sample), guidance_scale)
+        conditions = self._encode_conditions(conditions, guidance_scale, len(sample))
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         latents = self._invert(sample, predict, scheduler)
         self.maybe_free_model_hooks()
         return latents

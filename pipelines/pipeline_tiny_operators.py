@@ -87,7 +87,7 @@ class Conditioning:
     def description(self) -> str:
         """Returns what the condition is, in words."""
         channels, height, width = self.shape
-        return f"a {'grey' if channels == 1 else 'colour'} image of {width}x{height} pixels ({self.kind})"
+        return f"a {'grey' if channels == 1 else 'colour'} image of {height}x{width} pixels ({self.kind})"
 
     def observe(self, sample: torch.Tensor) -> torch.Tensor:
         """Makes the condition from images: (B, C, H, W) -> (B, K, h, w)"""

@@ -98,7 +98,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                 Whether to compute only what is new at each step. False evaluates the whole network at each step: the
                 same images, hundreds of times slower.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]) or `"pt"` (`(B, C, H, W)` in [0, 1]).
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1]) or `"pt"` (`(B, C, H, W)` in [0, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):

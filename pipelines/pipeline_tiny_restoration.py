@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 from .pipeline_tiny_editing import EditingMixin
 from .pipeline_tiny_operators import LinearOperator
 
@@ -76,7 +77,7 @@ class TinyRestorationPipelineOutput(TinyPipelineOutput):
     std: Images | None = None
 
 
-class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline):
+class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin, TinyPipeline):
     r"""
     Pipeline for the restoration of images from y = A x + noise with a diffusion model that was not trained for it.
     A is a task by name (`inpaint`, `super_resolution`, `colorize`, `deblur`) or any linear function. Several samples
@@ -97,6 +98,11 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             The row of the network's null class, by default the last one, or None without a null class.
         class_dropout_prob (`float`, *optional*):
             The share of labels that training replaced by the null class, or None if unknown. With 0, guidance warns.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -137,6 +143,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_statistics: bool = False,
+        conditions: Conditions | None = None,
     ) -> TinyRestorationPipelineOutput | tuple:
         r"""
         Samples images that explain observations.
@@ -187,7 +194,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             eta (`float`, *optional*, defaults to 1.0):
                 The amount of fresh noise per step, in [0, 1]: 0 is DDIM, 1 is DDPM, whose scheduler always has 1.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (unclipped, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyRestorationPipelineOutput`] instead of a plain tuple.
@@ -204,6 +211,10 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
                 the scheduler's setting, and to True under guidance.
             return_statistics (`bool`, *optional*, defaults to `False`):
                 Whether to return the mean and the standard deviation of each observation's samples as well.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions unless `guidance_scale` is 0.
 
         Returns:
             [`TinyRestorationPipelineOutput`] or `tuple`: The samples, and their statistics.
@@ -227,6 +238,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
         num_given, batch_size = len(observed), len(observed) * num_images
         self._check_generator(generator, batch_size)
         labels, _ = self._encode_class_labels(class_labels, num_given, guidance_scale)
+        conditions = self._encode_conditions(conditions, guidance_scale, num_given)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         signals, levels = self._noise_levels(scheduler)
@@ -235,8 +247,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
 
         observed = observed.repeat_interleave(num_images, dim=0)
         observation = _Observation(built, observed, noise_std / built.singular_values)
-        labels = None if labels is None else labels.repeat_interleave(num_images, dim=0)
-        predict = self._guided_predict(labels, guidance_scale, guidance_interval)
+        labels, conditions = self._repeat(num_images, labels, conditions)
+        predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         device_timesteps = scheduler.timesteps.to(observed.device)
         shape = torch.Size((batch_size, *self._image_shape))
 
@@ -260,6 +272,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
             mean, std = samples.mean(dim=1), samples.std(dim=1, correction=0)
             if output_type != "latent":  # whose values are about [-1, 1]
                 mean, std = (self._to_images(2 * part - 1, output_type) for part in (mean, std))
+            if output_type == "np" and self._value_range is not None:
+                std = std - self._value_range[0]
         output = TinyRestorationPipelineOutput(images=output.images, mean=mean, std=std)
         return output if return_dict else output.to_tuple()
 
@@ -314,7 +328,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, EditingMixin, TinyPipeline
                 )
             y = y if callable(operator) else 2 * y - 1
         else:
-            y = self._preprocess(image, None, image_shape=shape)
+            y = self._preprocess(self._from_values(image), None, image_shape=shape)
         return built.coordinates(y) if operator == "inpaint" else built.observed_coordinates(y)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """`TinyVAEPipeline`: samples of a variational autoencoder, reconstructions, interpolations and the likelihood bound."""
 
 import math
+from typing import Optional
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -17,6 +18,8 @@ class TinyVAEPipeline(TinyPipeline):
 
     Parameters:
         vae ([`ModelMixin`]): A `TinyVAEModel`.
+        value_range (`dict[str, float]`, *optional*):
+            The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
 
     Example:
 
@@ -33,8 +36,9 @@ class TinyVAEPipeline(TinyPipeline):
     model_cpu_offload_seq = "vae"
     _network_name = "vae"
 
-    def __init__(self, vae: ModelMixin):
+    def __init__(self, vae: ModelMixin, value_range: Optional[dict] = None):
         DiffusionPipeline.__init__(self)
+        self._register_value_range(value_range)
         self.register_modules(vae=vae)
 
     @torch.no_grad()
@@ -60,7 +64,7 @@ class TinyVAEPipeline(TinyPipeline):
             latents (`torch.Tensor` of shape `(batch_size, latent_dim)`, *optional*):
                 z, drawn from N(0, I) by default.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`L` or `RGB`), `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or
+                `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the decoder's output, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.

@@ -48,6 +48,12 @@ def short_and_alone(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_images_and_both_networks_may_be_rectangles():
+    settings = replace(TINY, resolution="8x12")
+    assert benchmark.noise_images(settings, 2, channels=3).images.shape == (2, 3, 8, 12)
+    assert benchmark.stock_unet(settings).config.sample_size == (8, 12)
+
+
 class TestRow:
     row = Row(
         "speed", "images/s", {"ours": [8.0, 9.0, 40.0], "theirs": [2.0, 3.0, 5.0]}, [("ours", "theirs")], ["a note"]

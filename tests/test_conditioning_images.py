@@ -129,8 +129,8 @@ def test_their_channels_can_be_given(load, tmp_path):
     colour = load(tmp_path / "grey", conditioning_channels=3, **options)
     assert colour.images.shape == (COUNT, 1, 8, 8) and colour.conditioning_images.shape == (COUNT, 3, 8, 8)
     assert (colour.conditioning_images[:, :, 0, 0] == torch.arange(COUNT)[:, None]).all()
-    with pytest.raises(UserError, match="conditioning_channels must be 1 .grey., 3"):
-        load(tmp_path / "data", conditioning_channels=2, **options)
+    with pytest.raises(UserError, match="conditioning_channels must be at least 1.* not 0"):
+        load(tmp_path / "data", conditioning_channels=0, **options)
 
 
 def test_the_cache_keeps_them_apart_from_the_images_alone(load, tmp_path):
@@ -162,7 +162,7 @@ def test_both_are_resized_and_cropped_at_their_centre(load, tmp_path):
     [
         ("edges", None, "Unknown conditioning_column .*'edges': it must be one of conditioning_image"),
         ("conditioning_image", lambda i: image(0, size=(4, 4)), "have 4x4 pixels, and its images 8x8.*`resolution`"),
-        ("conditioning_image", lambda i: image(0, size=(4, 8)), "conditioning images of 'data' are not square"),
+        ("conditioning_image", lambda i: image(0, size=(4, 8)), "have 8x4 pixels, and its images 8x8.*`resolution`"),
     ],
 )
 def test_a_column_that_does_not_fit_is_one_line(load, tmp_path, column, pair, words):

@@ -125,9 +125,11 @@ def test_channels_can_be_asked_for():
         ({"split": "tset"}, ["split", "'tset'", "train"]),
         ({"classes": "1,11"}, ["class", "'11'", "0, 1, 2"]),
         ({"classes": "1,2,1"}, ["classes '1,2,1'", "twice"]),
-        ({"resolution": 0}, ["resolution must be at least 1, not 0"]),
+        ({"resolution": 0}, ["resolution must be at least 1,", "not 0"]),
+        ({"resolution": (8, 0)}, ["a height and a width of at least 1, not (8, 0)"]),
         ({"max_samples": 0}, ["max_samples must be at least 1, not 0"]),
-        ({"channels": 4}, ["channels must be 1 (grey), 3 (RGB) or None", "not 4"]),
+        ({"channels": 0}, ["channels must be at least 1, or None", "not 0"]),
+        ({"channels": 5}, ["'digits' have 1 channels, and 5 are asked for"]),
         ({"train_data_dir": "/no/such/folder"}, ["There is no folder '/no/such/folder'"]),
         ({"dataset_name": "mnist", "train_data_dir": "."}, ["dataset_name 'mnist'", "train_data_dir '.'", "only one"]),
         ({"dataset_name": "no/such/folder"}, ["no/such/folder", "no folder", "Hub", "digits"]),
@@ -220,7 +222,7 @@ def test_every_mode_becomes_eight_bit_grey_or_rgb(load, folder):
     assert set(data.notes) == {
         "1 of 8 images had a palette, converted to RGB",
         "2 of 8 images had an alpha channel, laid on white",
-        "1 of 8 images had 16 bits a pixel, scaled to 8",
+        "1 of 8 images had 16 bits a pixel, scaled to 8 (value_range keeps them)",
         "1 of 8 images were CMYK, converted to RGB",
         "4 of 8 images were grey, converted to RGB",
     }
@@ -243,8 +245,6 @@ def test_exif_orientation_is_applied(load, folder):
 
 def test_images_that_are_not_square_are_cropped_to_a_square(load, folder):
     (array,) = save_images(folder, 1, shape=(8, 20))
-    with pytest.raises(UserError, match="not square .20x8.: make them square, or set `resolution`"):
-        load(str(folder))
     centre = load(str(folder), resolution=8, center_crop=True)
     assert np.array_equal(centre.images[0, 0].numpy(), array[:, 6:14])
     assert "centre" in centre.notes[0]
@@ -253,10 +253,37 @@ def test_images_that_are_not_square_are_cropped_to_a_square(load, folder):
     assert "(center_crop takes the centre)" in anywhere.notes[0]
 
 
+def test_rectangles_of_one_size_are_kept(load, folder):
+    arrays = save_images(folder, 3, shape=(8, 20))
+    data = load(str(folder))
+    assert data.notes == [] and np.array_equal(data.images[:, 0].numpy(), np.stack(arrays))
+    assert load(str(folder), resolution=(8, 20)).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("size, crop", [((8, 10), (8, 10)), ((8, 20), (6, 16)), ((16, 8), (8, 4)), ((1, 99), (1, 16))])
+def test_a_rectangle_is_the_largest_crop_of_its_aspect_ratio(load, folder, size, crop):
+    (array,) = save_images(folder, 1, shape=(8, 16))
+    (height, width), top, left = crop, (8 - crop[0]) // 2, (16 - crop[1]) // 2
+    data = load(str(folder), resolution=size, center_crop=True)
+    box = (left, top, left + width, top + height)
+    expected = Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(data.images[0, 0].numpy(), np.asarray(expected))
+    anywhere = load(str(folder), resolution=size)
+    assert anywhere.images.shape == (1, 1, *size)
+    assert "had another aspect ratio: a crop at a random position" in anywhere.notes[0]
+
+
+def test_a_pair_of_equal_sides_is_the_square(load, folder, tmp_path):
+    save_images(folder, 2, shape=(8, 20))
+    data, again = load(str(folder), resolution=6), load(str(folder), resolution=(6, 6))
+    assert data.fingerprint == again.fingerprint and data.notes == again.notes
+    assert len(list((tmp_path / "cache" / "tiny_diffusers").iterdir())) == 1
+
+
 def test_sizes_that_differ_need_a_resolution(load, folder):
     save_images(folder, 2, pattern="small-{}.png")
     save_images(folder, 1, shape=(16, 16, 3), pattern="tall-{}.png")
-    with pytest.raises(UserError, match="differ in size .8x8, 16x16.: resize them to one size, or set `resolution`"):
+    with pytest.raises(UserError, match="differ in size .8x8, 16x16; height x width.: resize .*, or set `resolution`"):
         load(str(folder))
     data = load(str(folder), resolution=12)
     assert data.images.shape == (3, 3, 12, 12)
@@ -561,6 +588,13 @@ def test_color_jitter_factors():
         expected = Image.fromarray(denormalize(image).permute(1, 2, 0).numpy()).convert("L")
         difference = denormalize(result)[0].int() - torch.from_numpy(np.array(expected)).int()
         assert difference.abs().max() <= 1
+
+
+def test_color_jitter_needs_grey_or_rgb_images():
+    images, uniform = random_batch(channels=4)
+    assert augment(images, uniform, random_flip=True, cutout=3).shape == images.shape
+    with pytest.raises(UserError, match="color_jitter is for images of 1 or 3 channels .grey or RGB., not 4"):
+        augment(images, uniform, color_jitter=0.1)
 
 
 def test_cutout_is_a_square_of_mid_grey():

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 import pytest
+import yaml
 
 from tiny_diffusers.benchmark import Settings
 from tiny_diffusers.errors import UserError
@@ -14,7 +15,8 @@ from tiny_diffusers.families.dcgan import DCGANArguments
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.families.pixelcnn import PixelCNNArguments
 from tiny_diffusers.families.vae import VAEArguments
-from tiny_diffusers.flags import FlagParser, Flags, flag
+from tiny_diffusers.flags import FlagParser, Flags, as_flags, flag
+from tiny_diffusers.resolution import Resolution, to_size
 
 
 CLASSES = (
@@ -62,6 +64,7 @@ class Example(Flags):
     kinds: list[Literal["none", "full"]] | None = flag(None, "Kinds.")
     widths: list[int] | None = flag(None, "Widths.", within="[1, inf)")
     use_ema: bool = flag(True, "EMA.")
+    resolution: Resolution | None = flag(None, "Resolution.", within="[1, 1024]")
     note: str = dataclasses.field(default="")  # no flag
 
 
@@ -74,6 +77,13 @@ class Example(Flags):
         ("--widths 8 0", "--widths 0: it must be a whole number of at least 1."),
         ("--kind smal", "Unknown --kind 'smal': it must be one of small, large. Did you mean 'small'?"),
         ("--kinds none,ful", "Unknown --kinds 'ful': it must be one of none, full. Did you mean 'full'?"),
+        ("--resolution 48x", "'48x' must be a side in pixels, as 32, or height x width, as 48x64"),
+        ("--resolution 48x64x3", "'48x64x3' must be a side"),
+        ("--resolution 32.5", "'32.5' must be a side"),
+        ("--resolution 0", "--resolution 0: it must be in [1, 1024]."),
+        ("--resolution 0x8", "--resolution 0x8: both sides must be in [1, 1024]."),
+        ("--resolution 8x-1", "--resolution 8x-1: both sides must be in [1, 1024]."),
+        ("--resolution 8x99999999999999999999", "both sides must be in [1, 1024]."),
         ("--sed 1", "Unknown argument '--sed'. Did you mean '--seed'"),
         ("--note x", "Unknown argument '--note'"),
         ("--seed x", "--seed"),
@@ -85,6 +95,16 @@ def test_a_mistake_is_one_line(argv, words):
         Example(**FlagParser(Example).given(argv.split()))
     assert str(error.value).startswith(words) or words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "resolution", "size"), [("32", 32, 32), ("32x32", 32, 32), ("48x64", "48x64", (48, 64))]
+)
+def test_a_resolution_is_a_side_or_height_x_width_and_has_one_spelling(text, resolution, size):
+    parser = FlagParser(Example)
+    given = parser.given(["--resolution", text])
+    assert given == {"resolution": resolution} and to_size(resolution) == size
+    assert parser.given(as_flags(given)) == parser.given(as_flags(yaml.safe_load(yaml.safe_dump(given)))) == given
 
 
 def test_lists_are_split_at_spaces_and_commas_and_only_what_is_given_is_returned():

@@ -468,7 +468,7 @@ def test_arrays_named_by_splits(load, tmp_path):
 @pytest.mark.parametrize(
     "arrays, words",
     [
-        ({"images": np.zeros((2, 8, 8))}, "'images' of .* holds float64 values.*save them as uint8"),
+        ({"images": np.zeros((2, 8, 8))}, "All values of the images of 'a' are 0"),
         ({"images": np.full((2, 8, 8), -1)}, "holds values from -1 to -1: they must be from 0 to 65535"),
         ({"x": np.zeros((2, 8), int)}, "no image column: its arrays are x .2, 8.*shape .N, H, W."),
         ({"x": np.array([{}, {}], dtype=object)}, "cannot be read: .*allow_pickle"),
@@ -535,8 +535,9 @@ def test_wide_pixels_are_scaled_by_what_the_set_holds(load, folder, bits, dtype)
         Image.fromarray(np.full((8, 8), value, dtype)).save(folder / f"{number}.tiff")
     data = load(folder)
     assert values(data) == [0, 85, 255]
-    how = {8: "8-bit values in wider pixels, kept", 16: "16 bits a pixel, scaled to 8"}
-    assert data.notes == [f"3 of 3 images had {how.get(bits, f'{bits}-bit values in wider pixels, scaled to 8')}"]
+    wider = "16 bits a pixel" if bits == 16 else f"{bits}-bit values in wider pixels"
+    how = "kept" if bits == 8 else "scaled to 8 (value_range keeps them)"
+    assert data.notes == [f"3 of 3 images had {wider}, {how}"]
 
 
 def test_images_that_are_refused_are_named_with_the_reason(load, folder, monkeypatch):
@@ -551,7 +552,8 @@ def test_images_that_are_refused_are_named_with_the_reason(load, folder, monkeyp
     assert data.notes == [
         "files that are not images, left out: program.eps",
         "broken files skipped, 3: float.tiff (floating-point values have no fixed range), "
-        "int.tiff (integers of more than 16 bits), large.png (more than 67,108,864 pixels)",
+        "int.tiff (holds values from 70000 to 70000: they must be from 0 to 65535, or value_range must be set), "
+        "large.png (more than 67,108,864 pixels)",
     ]
 
 

@@ -19,18 +19,29 @@ from tiny_diffusers.onnx_export import export_onnx
 
 
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # of three classes and no class
-IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+SIZE = (8, 12)
+IMAGES = torch.rand(5, 1, *SIZE, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
 
 def diffusion(tiny_unet):
-    pipe = TinyConditionalPipeline(tiny_unet(num_class_embeds=3), TinyDDIMScheduler())
+    pipe = TinyConditionalPipeline(tiny_unet(num_class_embeds=3, sample_size=SIZE), TinyDDIMScheduler())
     inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "class_labels": LABELS}
     return pipe, inputs, lambda *inputs: pipe.unet(*inputs).sample
 
 
+def conditions(tiny_unet):
+    statistics = {"names": ["a", "b"], "means": [0, 0], "deviations": [1, 1], "lows": [0, 0], "highs": [1, 1]}
+    pipe = TinyConditionalPipeline(tiny_unet(num_conditions=2), TinyDDIMScheduler(), condition_statistics=statistics)
+    values = (
+        torch.linspace(-1, 1, 10).view(5, 2).index_fill(0, torch.tensor([1]), float("nan"))
+    )  # and none of an image
+    inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "conditions": values}
+    return pipe, inputs, lambda sample, timestep, values: pipe.unet(sample, timestep, conditions=values).sample
+
+
 def transformer(tiny_unet):
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_class_embeds": 3}
+    sizes = {"sample_size": SIZE, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_class_embeds": 3}
     layers = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "position_embedding": "relative"}
     network = TinyTransformer2DModel(**sizes, **layers, long_skips=True)
     for parameter in network.eval().parameters():
@@ -41,12 +52,12 @@ def transformer(tiny_unet):
 
 
 def vae(tiny_unet):
-    pipe = TinyVAEPipeline(TinyVAEModel(sample_size=8, in_channels=1, block_out_channels=(8,), latent_dim=4))
+    pipe = TinyVAEPipeline(TinyVAEModel(sample_size=SIZE, in_channels=1, block_out_channels=(8,), latent_dim=4))
     return pipe, {"latents": LATENTS}, pipe.vae.decode
 
 
 def dcgan(tiny_unet):
-    options = {"sample_size": 8, "out_channels": 1, "block_out_channels": (8,), "latent_dim": 4}
+    options = {"sample_size": SIZE, "out_channels": 1, "block_out_channels": (8,), "latent_dim": 4}
     pipe = TinyDCGANPipeline(TinyDCGANGenerator(**options, num_class_embeds=3).eval(), None)
     inputs = {"latents": LATENTS, "class_labels": LABELS}
     return pipe, inputs, lambda *inputs: pipe.generator(*inputs).sample
@@ -54,7 +65,7 @@ def dcgan(tiny_unet):
 
 def pixelcnn(variant):
     def build(tiny_unet):
-        options = {"sample_size": 8, "in_channels": 1, "variant": variant, "hidden_channels": 8, "num_layers": 1}
+        options = {"sample_size": SIZE, "in_channels": 1, "variant": variant, "hidden_channels": 8, "num_layers": 1}
         pipe = TinyPixelCNNPipeline(TinyPixelCNNModel(**options, num_class_embeds=3).eval())
         return pipe, {"sample": IMAGES, "class_labels": LABELS}, lambda *inputs: pipe.pixelcnn(*inputs).sample
 
@@ -68,6 +79,7 @@ slow = pytest.mark.slow
     "build",
     [
         pytest.param(diffusion, marks=slow),
+        pytest.param(conditions, marks=slow),
         pytest.param(transformer, marks=slow),
         vae,
         pytest.param(dcgan, marks=slow),
@@ -91,6 +103,7 @@ def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
     "build",
     [
         diffusion,
+        conditions,
         *(pytest.param(each, marks=slow) for each in (transformer, dcgan, pixelcnn("gated"), pixelcnn("plusplus"))),
     ],
 )

@@ -555,6 +555,25 @@ class TestDescribe:
         assert flow[1].lines[:2] == ["8 → 4 channels", "5 layers"]
         assert [stage.title for stage in parts[3:]] == ["time_embed", "modulation_out"]
 
+    @pytest.mark.parametrize(
+        ("network", "titles"),
+        [
+            (
+                lambda: TinyUNet2DModel((8, 12), 1, 1, (8, 8), layers_per_block=1, attention="none"),
+                ["input", "8x12", "4x6", "8x12", "output"],
+            ),
+            (
+                lambda: TinyTransformer2DModel((8, 12), 1, 1, 2, 1, 1, 8),
+                ["input", "4x6", "output"],
+            ),
+            (lambda: TinyVAEModel((8, 12), 1, 4, (8,)), ["input", "4x6", "vector", "4x6", "8x12", "output"]),
+            (lambda: TinyPixelCNNModel((4, 6), 1, hidden_channels=8, num_layers=1), ["input", "4x6", "output"]),
+        ],
+        ids=["unet", "transformer", "vae", "pixelcnn"],
+    )
+    def test_parts_have_their_height_and_width(self, network, titles):
+        assert [stage.title for stage in stages(network()) if stage.kind != "embedding"] == titles
+
     def test_a_network_of_no_size_is_one_line(self):
         network = UNet2DModel(
             sample_size=None,

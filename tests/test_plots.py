@@ -45,7 +45,19 @@ class TestToPil:
         with pytest.raises(ValueError, match=line):
             to_pil(torch.full((1, 1, 4, 4), value))
 
-    @pytest.mark.parametrize("shape", [(4, 4), (2, 2, 4, 4), (1, 1, 3, 4, 4)])
+    def test_other_channels_are_drawn_side_by_side(self):
+        batch = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 6), dtype=np.uint8)
+        for image, channels in zip(to_pil(batch), batch, strict=True):
+            assert image.mode == "L" and np.array_equal(pixels(image), np.hstack(channels))
+
+    def test_four_channels_are_rgba(self):
+        batch = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 6), dtype=np.uint8)
+        images = to_pil(batch)
+        assert np.array_equal(pixels(images[1]), batch[1].transpose(1, 2, 0))
+        assert image_grid(images, scale=1, padding=0).mode == "RGBA"
+        assert np.array_equal(pixels(image_grid(images, 2, 1, 0)), np.concatenate(list(batch), 2).transpose(1, 2, 0))
+
+    @pytest.mark.parametrize("shape", [(4, 4), (1, 1, 3, 4, 4)])
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(ValueError, match="can't be drawn"):
             to_pil(np.zeros(shape, dtype=np.uint8))

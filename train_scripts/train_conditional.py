@@ -1,9 +1,11 @@
 """
-Train a diffusion model of small images with classes, an image as a condition, or both, for classifier-free guidance.
+Train a diffusion model of small images with classes, numbers and labels by name, an image as a condition, or several of
+them, for classifier-free guidance.
 
     accelerate launch train_scripts/train_conditional.py                                    # the embedded 8x8 digits
     tiny-diffusers train conditional --dataset_name uoft-cs/cifar10 --random_flip --max_train_minutes 60
     tiny-diffusers train conditional --dataset_name path/to/images --resolution 32 --conditioning low_resolution:2
+    tiny-diffusers train conditional --dataset_name path/to/images --resolution 32 --condition_columns age,smiling
 """
 
 import sys
@@ -12,6 +14,7 @@ from tiny_diffusers.families.conditional_diffusion import (
     ConditionalArguments,
     ConditionalDiffusion,
     build_conditioning,
+    measure_conditions,
 )
 from tiny_diffusers.families.diffusion import build_scheduler, resolve_diffusion
 from tiny_diffusers.families.unets import build_unet, resolve_unet
@@ -24,14 +27,16 @@ from tiny_diffusers.training.trainer import Trainer
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConditionalArguments, argv)
     accelerator = setup_process(arguments)
-    data = load_data(arguments, accelerator, require_labels=not arguments.has_conditioning)
+    data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)
     conditioning = build_conditioning(settings, data)
+    statistics = measure_conditions(settings, data)
     num_class_embeds = None if data.id2label is None else len(data.id2label)
-    unet = build_unet(settings, data, num_class_embeds, conditioning)
+    num_conditions = None if statistics is None else len(statistics.names)
+    unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)
     family = ConditionalDiffusion(
         unet,
         scheduler,
@@ -41,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         num_inference_steps=settings.num_inference_steps,
         num_preview_steps=settings.num_preview_steps,
         conditioning=conditioning,
+        condition_statistics=statistics,
     )
 
     Trainer(settings, accelerator, data, family).run()

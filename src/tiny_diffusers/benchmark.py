@@ -37,7 +37,9 @@ from .errors import UserError, unknown
 from .families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
 from .families.unets import build_unet, resolve_unet
 from .flags import Flags, flag
+from .models.layers_tiny import height_and_width
 from .pipelines.pipeline_tiny import TinyPipeline, image_generators
+from .resolution import Resolution, to_size
 from .training.outputs import count_parameters
 from .training.process import MIXED_PRECISION, setup_process
 from .training.settings import resolve_settings
@@ -57,7 +59,7 @@ class Unavailable(UserError):
 class Settings(Flags):
     """Settings of the benchmark; every field is a flag of `tiny-diffusers benchmark`."""
 
-    resolution: int = flag(32, "Side of the images.", within="[1, 4096]")
+    resolution: Resolution = flag(32, "Side of the images, or height x width.", within="[1, 4096]")
     block_out_channels: list[int] = flag(
         [64, 128, 128],
         "Widths of both networks' levels, two or more; the second level has attention.",
@@ -81,6 +83,11 @@ class Settings(Flags):
                 f"--block_out_channels {' '.join(map(str, self.block_out_channels))}: two levels or more are compared, "
                 "the second with attention."
             )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Returns the height and width of the images."""
+        return height_and_width(to_size(self.resolution))
 
 
 @dataclass
@@ -345,7 +352,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def noise_images(settings: Settings, count: int, channels: int) -> ImageData:
     """Draws uniformly random images."""
     generator = torch.Generator().manual_seed(0)
-    shape = (count, channels, settings.resolution, settings.resolution)
+    shape = (count, channels, *settings.size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return ImageData(images, None, None, "noise", "train", fingerprint="")
 
@@ -371,7 +378,7 @@ def stock_unet(settings: Settings) -> nn.Module:
 
     levels = len(settings.block_out_channels)
     return UNet2DModel(
-        sample_size=settings.resolution,
+        sample_size=to_size(settings.resolution),
         block_out_channels=tuple(settings.block_out_channels),
         layers_per_block=settings.layers_per_block,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * (levels - 2)),
@@ -445,7 +452,7 @@ class StockTraining:
             model_cls=type(self.unet),
             model_config=self.unet.config,
         )
-        self.images = torch.rand(settings.batch_size, 3, settings.resolution, settings.resolution).to(device) * 2 - 1
+        self.images = torch.rand(settings.batch_size, 3, *settings.size).to(device) * 2 - 1
 
     def __call__(self) -> None:
         """Takes a step."""
@@ -471,7 +478,7 @@ def _convolution(settings: Settings, dtype: str) -> Iterator[tuple[Callable, dic
         "memory_format": torch.channels_last,
     }
     width = settings.block_out_channels[0]
-    images = torch.randn(settings.batch_size, width, settings.resolution, settings.resolution).to(**placed)
+    images = torch.randn(settings.batch_size, width, *settings.size).to(**placed)
     weight = torch.randn(width, width, 3, 3).to(**placed)
     F.conv2d(images, weight, padding=1)
     yield lambda: F.conv2d(images, weight, padding=1), {"operations": 2 * 9 * width * images.numel()}
@@ -532,7 +539,8 @@ def _training(settings: Settings) -> Iterator[Row]:
         runs = {name: partial(c.rate, settings.batch_size) for name, c in contenders.items()}
         runs |= {name: partial(c.rate, c.facts["operations"] / 1e12) for name, c in convolutions.items()}
         figures = in_turns(runs, settings.rounds)
-    size = f"{settings.resolution}x{settings.resolution}, batch {settings.batch_size}"
+    height, width = settings.size
+    size = f"{height}x{width}, batch {settings.batch_size}"
     yield Row(
         f"training, {size}",
         "images/s",

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 from transformers.hf_argparser import HfArgumentParser
 
 from .errors import UserError, unknown
+from .resolution import Resolution, parse_resolution, to_size
 
 
 T = TypeVar("T")
@@ -77,8 +78,14 @@ class Flags:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             within, given = field.metadata.get("within"), getattr(self, field.name)
+            if within is None:
+                continue
+            if isinstance(given, str):  # of a resolution, the height and the width
+                if not all(_contains(within, side) for side in to_size(given)):
+                    raise UserError(f"{self.DASHES}{field.name} {given}: both sides must be in {within}.")
+                continue
             for value in given if isinstance(given, (list, tuple)) else [given]:
-                if within is not None and value is not None and not _contains(within, value):
+                if value is not None and not _contains(within, value):
                     raise UserError(f"{self.DASHES}{field.name} {value}: it must be {_describe(within, value)}.")
 
 
@@ -195,7 +202,8 @@ class FlagParser(OneLineParser, HfArgumentParser):
     """
     Parser of the flags that dataclasses declare with [`flag`]; a field that is declared otherwise is no flag.
 
-    `Literal` types give the choices. The values of a list are separated by spaces or commas.
+    `Literal` types give the choices. The values of a list are separated by spaces or commas. A [`Resolution`] is a side or
+    height x width.
     """
 
     def __init__(self, *dataclass_types: type, **kwargs):
@@ -214,6 +222,8 @@ class FlagParser(OneLineParser, HfArgumentParser):
         if item_type is str or get_origin(item_type) is Literal:
             self.choices[field.name] = get_args(item_type)
             field.type = list[str]
+        elif field.type in (Resolution, Resolution | None):
+            field.type = parse_resolution
         super()._parse_dataclass_field(parser, field)
 
     def parse_known_args(

@@ -222,6 +222,8 @@ def update_loading(output_dir: str | Path) -> None:
         replace_file(path, text[: section.start()] + loading + text[section.end() :])
 
 
+_PLAIN_NAME = r"[\w][\w .+-]*"  # that may stand in lines that are copied to a shell or Python
+
 # The part of a card's section "Results" that a report replaces
 _REPORT = ("<!-- report -->", "<!-- end of the report -->")
 
@@ -269,6 +271,8 @@ def _describe(folder: Path) -> dict[str, object]:
     """Returns the template's facts about the checkpoint in `folder`, from its configs and the headers of its weights."""
     from safetensors import safe_open
 
+    from .models.layers_tiny import height_and_width
+    from .pipelines.pipeline_tiny_conditions import ConditionStatistics
     from .pipelines.pipeline_tiny_operators import Conditioning
 
     index_path = folder / MODEL_INDEX
@@ -292,8 +296,7 @@ def _describe(folder: Path) -> dict[str, object]:
     else:
         loads_in = "tiny-diffusers"
 
-    size = network["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(network["sample_size"])
     channels = network.get("in_channels", network.get("out_channels"))
     conditioning = None
     if index.get("conditioning") is not None:
@@ -303,16 +306,22 @@ def _describe(folder: Path) -> dict[str, object]:
     if network.get("num_class_embeds") is not None and "id2label" in index:
         names = list((index["id2label"] or {0: "0"}).items())[:4]
         # A name may hold anything: in lines that are copied to a shell or Python, only plain ones stand.
-        classes = [name if re.fullmatch(r"[\w][\w .+-]*", name) else int(class_id) for class_id, name in names]
+        classes = [name if re.fullmatch(_PLAIN_NAME, name) else int(class_id) for class_id, name in names]
+    statistics = index.get("condition_statistics")
+    conditions = ConditionStatistics(**statistics).examples()[0][-1] if statistics else {}
+    if not all(re.fullmatch(_PLAIN_NAME, name) for name in conditions):
+        conditions = {}
     return {
         "network": markdown(network["_class_name"]),
         "parameters": f"{parameters / 1e6:.2f} M",
-        "image_size": f"{width}x{height}",
+        "image_size": f"{height}x{width}",
         "colour": "grey" if channels == 1 else "colour",
         "conditioning": conditioning and conditioning.description,
         "channels": (network.get("in_channels"), network.get("out_channels")),
         "scheduler": {name: markdown(str(value)) for name, value in configs.get("scheduler", {}).items()},
         "classes": classes,  # some of them, for the examples
+        "conditions": {name: float(f"{value:.3g}") for name, value in conditions.items()},  # a value of each
+        "takes_conditions": bool(statistics),
         "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
         "loads_in": loads_in,
     }

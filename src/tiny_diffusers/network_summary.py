@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from .models.layers_tiny import height_and_width
 from .models.pixelcnn_tiny import TinyPixelCNNModel
 from .models.transformer_tiny import TransformerBlock
 from .models.unet_tiny import TinyUNet2DModel
@@ -80,7 +80,7 @@ def stages(network: nn.Module) -> list[Stage]:
     shapes, _ = _run(network)
     inputs = next(iter(_example_inputs(network).values()))
     channels_last = isinstance(network, TinyPixelCNNModel)
-    embeddings, flow = [], []  # of the flow: (side, kind, rows, widths)
+    embeddings, flow = [], []  # of the flow: (size, rows, widths)
     for row in summarize(network):
         # in a transformer, patches are embedded as well, and modulation_out is of the time alone
         is_embedding = "embed" in row.name and row.name not in ("patch_embed", "pos_embed")
@@ -93,31 +93,29 @@ def stages(network: nn.Module) -> list[Stage]:
         if len(row.shape) == 1 and (channels_last or not row.parameters):  # of the classes; of no weights
             continue
         if len(row.shape) == 3:
-            side, width = (row.shape[0], row.shape[2]) if channels_last else (row.shape[1], row.shape[0])
+            size, width = (row.shape[:2], row.shape[2]) if channels_last else (row.shape[1:], row.shape[0])
         elif len(row.shape) == 2:  # tokens of a transformer
-            side, width = math.isqrt(row.shape[0]), row.shape[1]
+            size, width = tuple(side // network.config.patch_size for side in inputs.shape[2:]), row.shape[1]
         else:
-            side, width = 0, row.shape[0]
-        if not flow or flow[-1][0] != side:
-            flow.append((side, [], []))
+            size, width = (), row.shape[0]
+        if not flow or flow[-1][0] != size:
+            flow.append((size, [], []))
         flow[-1][1].append(row)
         flow[-1][2].append(width)
 
     middle = []
-    for side, rows, widths in flow:
+    for size, rows, widths in flow:
         distinct = [str(width) for width, _ in itertools.groupby(widths)]
         shown = distinct if len(distinct) <= 3 else [distinct[0], "...", distinct[-1]]
         layers = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}"
         count = f"{sum(row.parameters for row in rows):,} weights"
-        title = f"{side}x{side}" if side else "vector"
+        title = _shape(size) if size else "vector"
         has_attention = any(row.has_attention for row in rows)
-        unit = " channels" if side else ""
-        middle.append(
-            Stage(title, [" → ".join(shown) + unit, layers, count], side, "maps" if side else "vector", has_attention)
-        )
+        lines = [" → ".join(shown) + (" channels" if size else ""), layers, count]
+        middle.append(Stage(title, lines, max(size, default=0), "maps" if size else "vector", has_attention))
     first, last = tuple(inputs.shape[1:]), shapes[network]
     ends = [
-        Stage(name, [_shape(shape)], shape[-1] if len(shape) > 1 else 0, "end")
+        Stage(name, [_shape(shape)], max(shape[-2:]) if len(shape) > 1 else 0, "end")
         for name, shape in (("input", first), ("output", last))
     ]
     if isinstance(network, (TinyUNet2DModel, UNet2DModel)) or network.config.get("variant") == "plusplus":
@@ -140,18 +138,18 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _example_inputs(network: nn.Module) -> dict[str, Any]:
     """Returns inputs for one image."""
     config, names = network.config, inspect.signature(network.forward).parameters
-    size = config.get("sample_size")
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
     if "latents" in names:
         inputs: dict[str, Any] = {"latents": torch.zeros(1, config.latent_dim)}
     else:
-        if height is None:
+        if config.get("sample_size") is None:
             raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
-        inputs = {"sample": torch.zeros(1, config.in_channels, height, width)}
+        inputs = {"sample": torch.zeros(1, config.in_channels, *height_and_width(config.sample_size))}
     if "timestep" in names:
         inputs["timestep"] = 0
     if "class_labels" in names and config.get("num_class_embeds"):
         inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+    if "conditions" in names and config.get("num_conditions"):
+        inputs["conditions"] = torch.zeros(1, config.num_conditions)
     return {name: value.to(network.device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
 

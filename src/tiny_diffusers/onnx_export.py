@@ -16,12 +16,12 @@ from .pipelines.pipeline_tiny import objective_of
 class _Forward(nn.Module):
     """A network's function of its inputs alone, which returns a tensor."""
 
-    def __init__(self, network: nn.Module, function: Callable):
+    def __init__(self, network: nn.Module, function: Callable, names: list[str]):
         super().__init__()
-        self.network, self.function = network, function
+        self.network, self.function, self.names = network, function, names
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        output = self.function(*inputs)
+        output = self.function(**dict(zip(self.names, inputs, strict=True)))
         return output if isinstance(output, torch.Tensor) else output.sample
 
 
@@ -35,7 +35,8 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
       PixelCNN's image in [0, 1];
     - `timestep`: int64 `(B,)`, or float32 for rectified flow and EDM;
     - `latents`: float32 `(B, latent_dim)`, of a DCGAN or of a VAE, whose decoder it is that is saved;
-    - `class_labels`: int64 `(B,)`, the null class included.
+    - `class_labels`: int64 `(B,)`, the null class included;
+    - `conditions`: float32 `(B, D)`, standardized as the pipeline's `condition_statistics` says; a row of NaN for none.
 
     Args:
         pipe (`DiffusionPipeline`): A pipeline of this package, in float32.
@@ -64,6 +65,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
         "timestep": torch.zeros(2, dtype=torch.float32 if is_continuous else torch.int64),
         "latents": torch.zeros(2, config.get("latent_dim", 0)),
         "class_labels": None if num_classes is None else torch.zeros(2, dtype=torch.int64),
+        "conditions": torch.zeros(2, config.num_conditions) if config.get("num_conditions") else None,
     }
     names = [name for name in inspect.signature(function).parameters if examples.get(name) is not None]
     folder = Path(directory) / pipe._network_name
@@ -71,7 +73,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated parts of torch that its own exporter uses
         program = torch.onnx.export(
-            _Forward(network.eval(), function),
+            _Forward(network.eval(), function, names),
             tuple(examples[name] for name in names),
             input_names=names,
             output_names=["out_sample"],

@@ -116,7 +116,7 @@ def stock_feature_network(device: torch.device) -> Callable[[torch.Tensor], torc
 def _data(settings: DetailSettings) -> Iterator[Row]:
     """Measures the time to draw and normalize a batch, as a share of a training step of the default network."""
     if settings.dataset_name:
-        sets = {settings.dataset_name: load_images(settings.dataset_name, resolution=settings.resolution)}
+        sets = {settings.dataset_name: load_images(settings.dataset_name, resolution=settings.size)}
     else:
         sets = {
             name: noise_images(replace(settings, resolution=side), count, channels)
@@ -300,7 +300,7 @@ def _evaluation_of(trainer: Trainer, settings: DetailSettings) -> Callable[[], A
     """Returns one network evaluation, with the network cast once, as in sampling."""
     dtype = resolve_dtype(settings)
     network = nn.Module.to(copy.deepcopy(trainer.emas["unet"].module), dtype)
-    sample = torch.randn(settings.batch_size, 3, settings.resolution, settings.resolution).to(trainer.device, dtype)
+    sample = torch.randn(settings.batch_size, 3, *settings.size).to(trainer.device, dtype)
     return torch.no_grad()(lambda: network(sample, 500).sample)
 
 
@@ -330,8 +330,8 @@ def _networks(settings: DetailSettings) -> Iterator[Row]:
         steps = {name: lambda t=trainer: batch_size / seconds_of(t.train_step) for name, trainer in trainers.items()}
         figures = in_turns(steps, settings.rounds)
         parameters = [f"{name} {count_parameters(t.family.modules['unet']):,}" for name, t in trainers.items()]
-    side = settings.resolution
-    what = f"training of the default networks, {side}x{side}, batch {batch_size}"
+    height, width = settings.size
+    what = f"training of the default networks, {height}x{width}, batch {batch_size}"
     yield Row(what, "images/s", figures, [names], ["parameters: " + ", ".join(parameters)])
 
 

@@ -104,6 +104,11 @@ class TestClassifier:
         assert network(pixels).shape == (shape[0], 4)
         assert [layer.shape[1] for layer in network.layers(pixels)] == [32, 64, 128]
 
+    def test_reduces_large_images_without_changing_their_aspect_ratio(self):
+        network = classifier.build_classifier(1, 4).eval()
+        layers = network.layers(torch.zeros(1, 1, 48, 64, dtype=torch.uint8))
+        assert [tuple(layer.shape[2:]) for layer in layers] == [(12, 16), (6, 8), (3, 4)]
+
     def test_without_other_real_images_a_fifth_of_the_reference_is_held_out(self):
         training, tested = classifier.split_real_images(bars(), None)
         assert (len(training), len(tested)) == (48, 12)

@@ -54,6 +54,15 @@ class TestPixels:
 
 
 class TestRegistered:
+    def test_a_changed_aspect_ratio_is_part_of_the_preprocessing(self, monkeypatch):
+        monkeypatch.setattr(features, "_REGISTERED", {})
+        extractor = load("pixels")
+        assert extractor.of_images(12, 16) is extractor and extractor.of_images(48, 48) is extractor
+        wide = extractor.of_images(48, 64)
+        assert wide.preprocessing == extractor.preprocessing | {"aspect ratio": "48x64 is made square"}
+        features.register("wide", nn.Flatten(), size=4)
+        assert load("wide").of_images(2, 4).preprocessing["aspect ratio"] == "2x4 is made square"
+
     def test_any_module_sees_rgb_in_its_own_range(self, monkeypatch):
         monkeypatch.setattr(features, "_REGISTERED", {})
         network = nn.Sequential(nn.AvgPool2d(16), nn.Flatten())

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tiny_diffusers import TinyDCGANDiscriminator, TinyDCGANGenerator
+from tiny_diffusers.models.layers_tiny import height_and_width
 
 
 K = 3
@@ -15,6 +16,7 @@ OPTIONS = [
     {"block_out_channels": (8,)},
     {"num_class_embeds": K},
     {"num_class_embeds": K, "class_embed_dim": 5},
+    {"sample_size": (12, 16)},
 ]
 
 
@@ -28,7 +30,7 @@ def inputs(network: nn.Module, batch_size: int = 4) -> torch.Tensor:
     config, generator = network.config, torch.Generator().manual_seed(1)
     if isinstance(network, TinyDCGANGenerator):
         return torch.randn(batch_size, config.latent_dim, generator=generator)
-    shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+    shape = (batch_size, config.in_channels, *height_and_width(config.sample_size))
     return torch.rand(shape, generator=generator) * 2 - 1
 
 
@@ -41,12 +43,13 @@ def test_every_option_trains_every_parameter_and_survives_a_save(network, option
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
     output = model.eval()(inputs(model), labels)[0]
-    size = model.config.sample_size
-    assert output.shape == ((4, 1, size, size) if network is TinyDCGANGenerator else (4,))
+    size = height_and_width(model.config.sample_size)
+    assert output.shape == ((4, 1, *size) if network is TinyDCGANGenerator else (4,))
     model.save_pretrained(tmp_path)
     loaded = network.from_pretrained(tmp_path)
     assert torch.equal(loaded(inputs(model), labels, return_dict=False)[0], output)
     assert loaded.config.block_out_channels == model.config.block_out_channels
+    assert loaded.config.sample_size == model.config.sample_size
 
 
 def test_at_64_pixels_it_is_the_network_of_the_paper():

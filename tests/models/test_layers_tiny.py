@@ -8,15 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_diffusers import models
+from tiny_diffusers import TinyTransformer2DModel, TinyUNet2DModel, models
 from tiny_diffusers.models.layers_tiny import (
     SIZES,
     TimeEmbedding,
     _CPUAttention,
+    as_sample_size,
     check_choice,
+    check_levels,
     check_shape,
     check_sizes,
     class_weights,
+    height_and_width,
     self_attention,
 )
 
@@ -95,7 +98,7 @@ def test_every_integer_option_of_a_network_has_a_limit(name):
 
 def test_sizes_are_integers_within_their_limits():
     check_sizes({"sample_size": 1024, "block_out_channels": (1, 4096), "num_class_embeds": None, "other": "any"})
-    check_sizes({"in_channels": 17})
+    check_sizes({"in_channels": 17, "sample_size": (1, 1024)})
     with pytest.raises(ValueError, match="num_layers None is not possible: it must be an integer from 1 to 8"):
         check_sizes({"num_layers": None}, num_layers=(1, 8))
     refused = {
@@ -103,13 +106,32 @@ def test_sizes_are_integers_within_their_limits():
         "sample_size None": {"sample_size": None},
         "layers_per_block True": {"layers_per_block": True},
         "latent_dim 2.0": {"latent_dim": 2.0},
-        r"sample_size \(8, 8\)": {"sample_size": (8, 8)},
+        "sample_size 1025 .* from 1 to 1024, or a height and a width": {"sample_size": (8, 1025)},
+        r"sample_size \(8, 8, 8\)": {"sample_size": (8, 8, 8)},
         "block_out_channels 4097": {"block_out_channels": (8, 4097)},
         "in_channels 17 .* from 1 to 16": {"in_channels": 17},
     }
     for message, config in refused.items():
         with pytest.raises(ValueError, match=message):
             check_sizes(config, in_channels=(1, 16))
+
+
+def test_a_height_and_width_are_a_pair_and_of_squares_the_side():
+    assert [as_sample_size(size) for size in (12, (12, 12), [12, 16])] == [12, 12, (12, 16)]
+    assert [height_and_width(size) for size in (12, (12, 16))] == [(12, 12), (12, 16)]
+    assert as_sample_size([8, 8, 8]) == (8, 8, 8)  # for `check_sizes` to refuse
+
+
+def test_levels_divide_both_sides_or_the_nearest_size_is_named():
+    check_levels({"block_out_channels": (8, 8), "sample_size": (12, 16)}, 4)
+    for size, message in {
+        9: "sample_size 9 .* 2 levels: each side must be a multiple of 4. .* the nearest size is 8",
+        (12, 15): "sample_size 12x15 .* multiple of 4. .* the nearest size is 12x16",
+        (1, 6): "sample_size 1x6 .* the nearest size is 4x8",
+        (11, 13): "the nearest size is 12",
+    }.items():
+        with pytest.raises(ValueError, match=f"{message}\\.$"):
+            check_levels({"block_out_channels": (8, 8), "sample_size": size}, 4)
 
 
 def test_an_unknown_name_is_refused_with_its_closest_match():
@@ -125,3 +147,25 @@ def test_a_shape_that_does_not_fit_is_refused(shape):
     check_shape("sample", torch.zeros(2, 3, 8, 9), 3, 8, "width")
     with pytest.raises(ValueError, match=r"this network takes \(batch, 3, 8, width\)"):
         check_shape("sample", torch.zeros(shape), 3, 8, "width")
+
+
+@pytest.mark.parametrize("network_class", [TinyUNet2DModel, TinyTransformer2DModel])
+def test_a_row_of_nan_is_none_and_conditions_of_another_shape_are_refused(network_class):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 8)} if network_class is TinyUNet2DModel else {"num_layers": 1}
+    network = network_class(sample_size=8, in_channels=1, out_channels=1, **sizes, num_conditions=2).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sample, values = torch.randn(2, 1, 8, 8), torch.tensor([[0.5, -1.0], [float("nan")] * 2])
+    mixed, none = network(sample, 3, conditions=values).sample, network(sample, 3).sample
+    alone = network(sample[:1], 3, conditions=values[:1]).sample
+    torch.testing.assert_close(mixed, torch.cat([alone, none[1:]]))
+    assert mixed.isfinite().all() and not torch.allclose(mixed[0], none[0])
+    for wrong in (values[:1], values[:, :1], values.nan_to_num().long()):
+        with pytest.raises(ValueError, match=r"it must be floats of shape \(2, 2\), standardized"):
+            network(sample, 3, conditions=wrong)
+    without = network_class(sample_size=8, in_channels=1, out_channels=1, **sizes)
+    with pytest.raises(ValueError, match="build it with num_conditions"):
+        without(sample, 3, conditions=values)
+    with pytest.raises(ValueError, match="num_conditions 0 is not possible"):
+        network_class(num_conditions=0)

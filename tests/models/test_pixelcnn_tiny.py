@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_diffusers import TinyPixelCNNModel
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.pixelcnn_tiny import Frequencies, Gate, LinearCrossEntropy, _logistic_log_prob
 
 
@@ -38,27 +39,29 @@ def make_model(variant="gated", channels=1, size=8, levels=256, classes=None, wi
 
 def random_images(batch, channels, size, levels, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(levels, (batch, channels, size, size), generator=generator) / (levels - 1)
+    return torch.randint(levels, (batch, channels, *height_and_width(size)), generator=generator) / (levels - 1)
 
 
 def raster_order(channels, size):
     """Returns the position of each sub-pixel in the order of generation, (C, H, W)."""
-    return torch.arange(size * size * channels).view(size, size, channels).permute(2, 0, 1)
+    height, width = height_and_width(size)
+    return torch.arange(height * width * channels).view(height, width, channels).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------ causality
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("channels", "size"), [(1, 6), (3, 4), (2, (3, 6))])
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
-def test_an_output_depends_on_all_sub_pixels_before_it_and_no_others(variant, options, channels):
-    size, layers = 6 if channels == 1 else 4, {"gated": 5, "plusplus": 2}.get(variant)
+def test_an_output_depends_on_all_sub_pixels_before_it_and_no_others(variant, options, channels, size):
+    layers = {"gated": 5, "plusplus": 2}.get(variant)
+    height, width = height_and_width(size)
     model = make_model(variant, channels, size, levels=16, width=24, layers=layers, **options)
-    x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
     output = model(x).sample
     order = raster_order(channels, size)
     directions = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    for c, i, j in itertools.product(range(channels), range(size), range(size)):
+    for c, i, j in itertools.product(range(channels), range(height), range(width)):
         position = (slice(None), c, ..., i, j)
         (gradient,) = torch.autograd.grad((output[position] * directions[position]).sum(), x, retain_graph=True)
         gradient = gradient.abs().amax(0)
@@ -91,6 +94,8 @@ def test_a_gated_layer_extends_the_receptive_field_by_its_dilation():
         (1, 7, 3, 2, None),
         (2, 2, 2, 2, None),
         (1, 1, 2, 1, 2),
+        (2, (3, 6), 16, 2, None),
+        (1, (7, 2), 16, 2, 3),
     ],
 )
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
@@ -110,7 +115,8 @@ def test_conditionals_with_and_without_a_cache_equal_those_of_the_whole_image(
             torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=1e-5, atol=1e-5)
             canvas[:, c, i, j] = images[:, c, i, j]
             positions.append((c, i, j))
-        in_order = itertools.product(range(size), range(size), range(channels))
+        height, width = height_and_width(size)
+        in_order = itertools.product(range(height), range(width), range(channels))
         assert positions == [(c, i, j) for i, j, c in in_order]
 
 
@@ -118,7 +124,7 @@ def test_conditionals_with_and_without_a_cache_equal_those_of_the_whole_image(
 
 
 @pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
-@pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 3), (3, 1, 5), (3, 1, 2)])
+@pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 3), (3, 1, 5), (3, 1, 2), (6, 1, 2)])
 def test_probabilities_of_all_images_sum_to_one(variant, channels, size, levels):
     model = make_model(variant, channels, size, levels)
     dimensions = channels * size * size

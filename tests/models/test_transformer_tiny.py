@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
 from tiny_diffusers.models import TinyTransformer2DModel
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.transformer_tiny import (
     CHOICES,
     PRESETS,
@@ -34,6 +35,8 @@ OPTIONS = [
     {"time_embedding": "fourier", "act_fn": "silu"},
     {"time_embedding": "learned", "num_train_timesteps": 20},
     {"time_embedding_dim": 12, "num_class_embeds": K},
+    *({"sample_size": (4, 12), "position_embedding": kind} for kind in CHOICES["position_embedding"]),
+    {"num_class_embeds": K, "num_conditions": 2},
 ]
 
 
@@ -49,8 +52,8 @@ def make(seed: int = 0, **options) -> TinyTransformer2DModel:
 
 def images(transformer: TinyTransformer2DModel, batch_size: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    size = transformer.config.sample_size
-    return torch.randn(batch_size, transformer.config.in_channels, size, size, generator=generator)
+    size = height_and_width(transformer.config.sample_size)
+    return torch.randn(batch_size, transformer.config.in_channels, *size, generator=generator)
 
 
 def shuffle_patches(x: torch.Tensor, order: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -62,17 +65,19 @@ def shuffle_patches(x: torch.Tensor, order: torch.Tensor, patch_size: int) -> to
 def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(options, tmp_path):
     transformer = make(**options)
     sample, timesteps = images(transformer), torch.tensor([3, 17])
-    labels = torch.tensor([0, K]) if "num_class_embeds" in options else None
+    given = {"class_labels": torch.tensor([0, K])} if "num_class_embeds" in options else {}
+    if "num_conditions" in options:
+        given["conditions"] = torch.tensor([[0.5, -1.0], [float("nan")] * 2])
 
-    output = transformer(sample, timesteps, labels).sample
-    assert output.shape == (2, transformer.config.out_channels, 8, 8)
+    output = transformer(sample, timesteps, **given).sample
+    assert output.shape == (2, transformer.config.out_channels, *sample.shape[2:])
 
-    transformer.train()(sample, timesteps, labels).sample.square().sum().backward()
+    transformer.train()(sample, timesteps, **given).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transformer.parameters())
 
     transformer.eval().save_pretrained(tmp_path)
     loaded = TinyTransformer2DModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(sample, timesteps, labels).sample, output)
+    assert torch.equal(loaded(sample, timesteps, **given).sample, output)
     public = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     assert {name: loaded.config[name] for name in public} == public
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_diffusers.models import TinyUNet2DModel
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.unet_tiny import (
     PRESETS,
     AttentionBlock,
@@ -52,6 +53,9 @@ OPTIONS = [
     {"num_class_embeds": K, "class_conditioning": "scale"},
     {"resnet_time_scale_shift": "scale_shift"},
     {"num_class_embeds": K, "class_conditioning": "scale", "resnet_time_scale_shift": "scale_shift"},
+    {"sample_size": (12, 16), "in_channels": 2, "out_channels": 2, "patch_size": 2},
+    {"num_conditions": 2},
+    {"num_class_embeds": K, "class_conditioning": "scale", "num_conditions": 2},
 ]
 
 
@@ -85,25 +89,27 @@ def block_config(**options) -> dict:
 
 def images(unet: TinyUNet2DModel, batch_size: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    size = unet.config.sample_size
-    return torch.randn(batch_size, unet.config.in_channels, size, size, generator=generator)
+    size = height_and_width(unet.config.sample_size)
+    return torch.randn(batch_size, unet.config.in_channels, *size, generator=generator)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_keeps_the_size_trains_every_parameter_and_survives_a_save(options, tmp_path):
     unet = make(**options)
     sample, timesteps = images(unet), torch.tensor([3, 17])
-    labels = torch.tensor([0, K]) if "num_class_embeds" in options else None
+    given = {"class_labels": torch.tensor([0, K])} if "num_class_embeds" in options else {}
+    if "num_conditions" in options:
+        given["conditions"] = torch.tensor([[0.5, -1.0], [float("nan")] * 2])
 
-    output = unet(sample, timesteps, labels).sample
-    assert output.shape == (2, unet.config.out_channels, 8, 8)
+    output = unet(sample, timesteps, **given).sample
+    assert output.shape == (2, unet.config.out_channels, *sample.shape[2:])
 
-    unet.train()(sample, timesteps, labels).sample.square().sum().backward()
+    unet.train()(sample, timesteps, **given).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
 
     unet.eval().save_pretrained(tmp_path)
     loaded = TinyUNet2DModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(sample, timesteps, labels).sample, output)
+    assert torch.equal(loaded(sample, timesteps, **given).sample, output)
     public = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     assert {name: loaded.config[name] for name in public} == public
 
@@ -476,8 +482,9 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
     "options, message",
     [
         ({"sample_size": 9}, "multiple of 2"),
-        ({"sample_size": 12, "patch_size": 4}, "multiple of 8.*smaller patch_size.*block_out_channels"),
-        ({"sample_size": (8, 8)}, "sample_size \\(8, 8\\)"),
+        ({"sample_size": 12, "patch_size": 4}, "multiple of 8.*smaller patch_size.*block_out_channels.* 16"),
+        ({"sample_size": (12, 15)}, "sample_size 12x15 .* multiple of 2.*the nearest size is 12x16"),
+        ({"sample_size": (12, 16, 3)}, "sample_size \\(12, 16, 3\\)"),
         ({"patch_size": (1, 2)}, "patch_size \\(1, 2\\)"),
         ({"norm_num_groups": [4]}, "norm_num_groups \\[4\\]"),
         ({"mid_attention": ("none", "full")}, "mid_attention \\('none', 'full'\\)"),

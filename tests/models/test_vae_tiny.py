@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tiny_diffusers import TinyVAEModel
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.vae_tiny import LOG_CDFS, discretized_log_prob
 
 
@@ -21,6 +22,7 @@ OPTIONS = [
     {"reconstruction": "bernoulli", "num_levels": 2},
     {"reconstruction": "mse"},
     {"num_levels": 16},
+    {"sample_size": (12, 16)},
 ]
 
 
@@ -36,7 +38,7 @@ def make(**options) -> TinyVAEModel:
 def images(vae: TinyVAEModel, batch_size: int = 2, seed: int = 1) -> torch.Tensor:
     """Draws images at the 256 levels."""
     config, generator = vae.config, torch.Generator().manual_seed(seed)
-    shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+    shape = (batch_size, config.in_channels, *height_and_width(config.sample_size))
     return torch.randint(256, shape, generator=generator) / 127.5 - 1
 
 
@@ -56,6 +58,7 @@ def test_every_option_trains_every_parameter_and_survives_a_save(options, tmp_pa
     loaded = TinyVAEModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded(sample, noise).to_tuple(), output.to_tuple(), strict=True))
     assert loaded.config.block_out_channels == vae.config.block_out_channels
+    assert loaded.config.sample_size == vae.config.sample_size
 
 
 @pytest.mark.parametrize("log_cdf", LOG_CDFS.values(), ids=LOG_CDFS)

@@ -92,23 +92,36 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, **steps}
     image = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8, 1)
     mask = np.float32(np.arange(64).reshape(8, 8) % 8 > 3)
-    sizes = {"sample_size": 8, "block_out_channels": (8,), "num_class_embeds": 2}
+    sizes = {"sample_size": (8, 12), "block_out_channels": (8,), "num_class_embeds": 2}
     generator = models.TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
     discriminator = models.TinyDCGANDiscriminator(in_channels=1, **sizes)
-    vae = models.TinyVAEModel(sample_size=8, in_channels=1, latent_dim=4, block_out_channels=(8,))
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
+    vae = models.TinyVAEModel(sample_size=(8, 12), in_channels=1, latent_dim=4, block_out_channels=(8,))
+    sizes = {"sample_size": (8, 12), "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
     transformer = models.TinyTransformer2DModel(**sizes, num_layers=2, num_attention_heads=1, attention_head_dim=8)
     for parameter in transformer.eval().parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    pixelcnn = models.TinyPixelCNNModel(4, 1, 4, hidden_channels=8, num_layers=1).eval()
+    pixelcnn = models.TinyPixelCNNModel((4, 6), 1, 4, hidden_channels=8, num_layers=1).eval()
+    statistics = {"names": ["smiling", "age"], "means": [0.5, 40], "deviations": [0.5, 10]}
+    statistics |= {"lows": [0, 20], "highs": [1, 60]}
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
+        "rectangle": (TinyPipeline(make_unet(stock=False, sample_size=(8, 12)), ddim), {"batch_size": 2, **steps}),
+        "stock_rectangle_by_edm": (
+            TinyPipeline(make_unet(sample_size=(8, 12)), schedulers.TinyEDMScheduler()),
+            {"batch_size": 2, **steps},
+        ),
         "conditional": (TinyConditionalPipeline(unets["tiny"], ddim, labels), guided),
         "by_image": (
             TinyConditionalPipeline(
                 make_unet(stock=False, classes=3, in_channels=2), ddim, labels, conditioning="low_resolution:2"
             ),
             {"image": image[:, ::2, ::2], **guided},
+        ),
+        "by_conditions": (
+            TinyConditionalPipeline(
+                make_unet(stock=False, classes=3, num_conditions=2), ddim, labels, condition_statistics=statistics
+            ),
+            {"conditions": {"age": [20, 60], "smiling": 1}, **guided},
         ),
         "by_image_around_stock": (
             TinyConditionalPipeline(make_unet(in_channels=2), ddim, conditioning="image:1"),

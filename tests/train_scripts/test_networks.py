@@ -14,6 +14,7 @@ from tiny_diffusers.data import ImageData
 from tiny_diffusers.families import unets
 from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
 from tiny_diffusers.families.diffusion import DiffusionArguments
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.train_scripts import train_conditional
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.muon import split_parameters
@@ -27,7 +28,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def images_of(size, channels=1):
-    return ImageData(torch.zeros(1, channels, size, size, dtype=torch.uint8), None, {0: "a"}, "grey", "train", "")
+    return ImageData(
+        torch.zeros(1, channels, *height_and_width(size), dtype=torch.uint8), None, {0: "a"}, "grey", "train", ""
+    )
 
 
 def config_of(*flags, size=32, arguments=DiffusionArguments):
@@ -98,6 +101,13 @@ def test_classes_that_a_checkpoint_knows_keep_their_rows(train):
 def test_the_default_transformer_fits_its_resolution(size):
     config = config_of("--network", "transformer", size=size)
     assert size % config.patch_size == 0 and 7 <= size // config.patch_size <= 31
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size"), [((12, 16), 1), ((16, 28), 2), ((8, 128), 4), ((48, 62), 2), ((27, 32), 1)]
+)
+def test_the_default_transformer_has_patches_that_divide_a_rectangle(size, patch_size):
+    assert config_of("--network", "transformer", size=size).patch_size == patch_size
 
 
 def test_presets_name_their_network_and_flags_change_them():

@@ -16,6 +16,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.families import unets
 from tiny_diffusers.families.conditional_diffusion import ConditionalArguments, ConditionalDiffusion
 from tiny_diffusers.families.unets import build_unet, resolve_unet
+from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.train_scripts import train_conditional, train_unconditional
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.trainer import Trainer
@@ -224,7 +225,7 @@ def test_dynamic_thresholding_is_saved_with_the_model(train):
 
 
 def images_of(size, channels=3):
-    images = torch.zeros(1, channels, size, size, dtype=torch.uint8)
+    images = torch.zeros(1, channels, *height_and_width(size), dtype=torch.uint8)
     return ImageData(images, torch.zeros(1, dtype=torch.int64), {0: "a"}, "grey", "train", "")
 
 
@@ -250,7 +251,10 @@ def test_full_attention_at_64x64_on_a_cpu_is_warned_of_with_its_cost(capsys, mon
 
 @pytest.mark.parametrize(
     ("size", "patch_size", "levels"),
-    [(8, 1, 2), (26, 1, 2), (28, 2, 2), (32, 2, 3), (48, 2, 3), (52, 2, 2), (60, 2, 2), (62, 1, 2), (64, 2, 3)],
+    [
+        *((8, 1, 2), (26, 1, 2), (28, 2, 2), (32, 2, 3), (48, 2, 3), (52, 2, 2), (60, 2, 2), (62, 1, 2), (64, 2, 3)),
+        *(((12, 16), 1, 2), ((28, 30), 1, 2), ((24, 36), 2, 2), ((48, 64), 2, 3), ((8, 128), 2, 3)),
+    ],
 )
 def test_the_default_network_fits_its_resolution(size, patch_size, levels):
     arguments = parse_arguments(ConditionalArguments, [])
@@ -262,9 +266,10 @@ def test_the_default_network_fits_its_resolution(size, patch_size, levels):
     assert resolved["block_out_channels"] == list(config.block_out_channels) and resolved["patch_size"] == patch_size
 
 
-@pytest.mark.parametrize("size", [9, 31])
-def test_an_odd_resolution_is_refused_with_what_to_change(size):
-    with pytest.raises(UserError, match=f"sample_size {size} .*another size, or fewer levels in block_out_channels"):
+@pytest.mark.parametrize(("size", "shown", "nearest"), [(9, "9", "8"), (31, "31", "32"), ((12, 15), "12x15", "12x16")])
+def test_an_odd_resolution_is_refused_with_what_to_change(size, shown, nearest):
+    advice = f"another size, or fewer levels in block_out_channels; the nearest size is {nearest}."
+    with pytest.raises(UserError, match=f"sample_size {shown} .*{advice}"):
         build_unet(parse_arguments(ConditionalArguments, []), images_of(size), num_class_embeds=1)
 
 

@@ -339,7 +339,7 @@ def test_a_checkpoint_of_grey_images_on_colour_photos_says_what_to_do(family, tm
         "--output_dir",
         str(tmp_path / "second"),
     ]
-    words = "first makes images of 1 channel, but those of photos have 3: train on grey images .*convert.*leave the flag out"
+    words = "makes images of 1 channel, but those of photos have 3: give --channels 1, .* or leave the flag out"
     with pytest.raises(UserError, match=words):
         script.main([*argv, "--num_threads", "1", "--mixed_precision", "no"])
 

@@ -172,11 +172,12 @@ def forward_picture(model: Model, pipe: "DiffusionPipeline", image: "Image.Image
     """Draws a sample with more and more noise, on the model's own schedule."""
     import numpy as np
 
+    from ..data.images import normalize
     from ..plots import captioned_strips
 
     last = pipe.scheduler.config.num_train_timesteps - 1
     timesteps = np.unique(np.linspace(0, last, states).round().astype(int)).tolist()
-    strips = forward_strips(_stack([image]), {"x_t": pipe.scheduler}, timesteps, seed)
+    strips = forward_strips(normalize(_stack([image])), {"x_t": pipe.scheduler}, timesteps, seed)
     return captioned_strips(strips), f"from the image to noise, t of {last + 1:,}", ""
 
 

@@ -29,6 +29,7 @@ def describe(args: argparse.Namespace) -> None:
     """Prints a table for each network of the checkpoint, and draws its diagram."""
     import torch
 
+    from ..data.images import spell_values
     from ..network_summary import stages, summarize
     from ..plots import draw_network
 
@@ -37,6 +38,8 @@ def describe(args: argparse.Namespace) -> None:
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     if not networks:
         raise UserError(f"'{args.checkpoint}' is a {type(pipe).__name__} without a network.")
+    if pipe._value_range is not None:
+        say(f"images: {spell_values(pipe._value_range)}")
     for name, network in networks.items():
         output = args.output
         if len(networks) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
+from .conditions import add_condition_argument, condition_options
 from .shared import (
     add_checkpoint_argument,
     add_guidance_interval,
@@ -73,6 +74,7 @@ def edit_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_images", type=positive_number, default=4, help="results for each picture (default: 4)")
     parser.add_argument("--class_labels", help="the class of all results, a name or id")
+    add_condition_argument(parser, "of them, with one value for all results")
     parser.add_argument(
         "--source_class_labels",
         help="with --inversion: the class of the pictures (default: none)",
@@ -127,6 +129,7 @@ def edit_options(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict:
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
     options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
+    options |= condition_options(pipe.__call__, pipe, args, 1)
     return options | ({"inversion": True} if args.inversion else {})
 
 

@@ -120,18 +120,18 @@ def evaluate(args: argparse.Namespace) -> None:
     conditioning = None
     if args.images is not None:
         images_or_pipe = read_folder(args.images)
-        channels, _, side = images_or_pipe.images.shape[1:]
+        shape, value_range = tuple(images_or_pipe.images.shape[1:]), images_or_pipe.value_range
         path, source = args.images, describe_images(args.images)
     else:
         images_or_pipe = load_pipeline(args)
-        channels, _, side = images_or_pipe._image_shape
+        shape, value_range = images_or_pipe._image_shape, images_or_pipe._value_range
         conditioning = getattr(images_or_pipe, "_conditioning", None)
         protocol = dataclasses.replace(
             protocol, sampling=call_options(images_or_pipe.__call__, images_or_pipe, args, *SAMPLING)
         )
         path, source = args.checkpoint, describe_pipeline(images_or_pipe, protocol, args.checkpoint)
     conditioning_channels = None if conditioning is None else conditioning.shape[0]
-    reference, training, images = references.load_real_images(images, channels, side, state, conditioning_channels)
+    reference, training, images = references.load_real_images(images, shape, state, conditioning_channels, value_range)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."

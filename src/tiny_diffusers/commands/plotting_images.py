@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
+from ..resolution import parse_resolution, to_size
 from .sampling import check_unconditioned, default_classes
 from .shared import (
     PICTURE_SUFFIXES,
@@ -58,48 +59,62 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _load_picture(path: Path, channels: int | None, side: int | None) -> "torch.Tensor":
-    """Loads the central square of a picture: uint8 (1, C, side, side)."""
+def _load_picture(path: Path, channels: int | None, size: int | tuple[int, int] | None) -> "torch.Tensor":
+    """Loads the centre of a picture, of the height and width `size` or a square: (1, C, H, W) in [-1, 1]."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
+    from ..data.images import normalize
+    from ..models.layers_tiny import height_and_width
+
     picture = read_picture("--image", path)
-    side = side or min(*picture.size, MAX_SIDE)
+    height, width = height_and_width(size or min(*picture.size, MAX_SIDE))
     if channels is not None:
         picture = picture.convert("L" if channels == 1 else "RGB")
-    pixels = np.array(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels.reshape(1, side, side, -1)).permute(0, 3, 1, 2)
+    pixels = np.array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+    return normalize(torch.from_numpy(pixels.reshape(1, height, width, -1)).permute(0, 3, 1, 2))
 
 
 def _load_dataset(
-    given: dict, run: Path | None, index: int, count: int, channels: int | None = None, side: int | None = None
+    given: dict,
+    run: Path | None,
+    index: int,
+    count: int,
+    shape: tuple[int, int, int] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> "torch.Tensor":
-    """Loads images of a dataset, by given flags or as a run has it: uint8 (count, C, H, W), from `index` on."""
+    """
+    Loads images of a dataset, by given flags or as a run has it, from `index` on: (count, C, H, W) in [-1, 1]. The shape
+    and the value range are the dataset's by default.
+    """
+    from ..data.images import normalize
     from ..evaluation import references
     from ..runs import RunFolder
 
     given = {name: value for name, value in given.items() if value is not None}
     flags = references.flags_of_run(RunFolder(run), given) if run is not None else {}
-    images = references.load_reference(references.choose(given, flags), channels, side)[0].images
-    if index + count > len(images):
+    data, _ = references.load_reference(references.choose(given, flags), shape, value_range=value_range)
+    if index + count > len(data):
         raise UserError(
-            f"There are {len(images):,} images, numbered from 0: {count} from number {index} on are too many."
+            f"There are {len(data):,} images, numbered from 0: {count} from number {index} on are too many."
         )
-    return images[index : index + count]
+    return normalize(data.images[index : index + count], data.value_range)
 
 
 def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "torch.Tensor":
-    """Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them."""
-    channels, _, side = pipe._image_shape
+    """
+    Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them: (count, C, H, W)
+    in [-1, 1].
+    """
+    shape = channels, *size = pipe._image_shape
     if args.image is not None:
         if args.dataset_name is not None:
             raise UserError("--image and --dataset_name: give only one.")
-        return _load_picture(args.image, channels, side)
+        return _load_picture(args.image, channels, size)
     run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
-    return _load_dataset(
-        {"dataset_name": args.dataset_name, "split": args.split}, run, args.index, count, channels, side
-    )
+    given = {"dataset_name": args.dataset_name, "split": args.split}
+    return _load_dataset(given, run, args.index, count, shape, pipe._value_range)
 
 
 def _to_pil(images: "torch.Tensor") -> list:
@@ -166,7 +181,9 @@ def forward_parser() -> argparse.ArgumentParser:
         "3T/4, T - 1)",
     )
     add_beta_arguments(parser)
-    parser.add_argument("--resolution", type=positive_number, help="side that the image is resized to, in pixels")
+    parser.add_argument(
+        "--resolution", type=parse_resolution, help="side, or height x width, that the image is resized to, in pixels"
+    )
     _add_selection_arguments(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
     add_picture_output(parser, "forward.png")
@@ -188,14 +205,12 @@ def forward(args: argparse.Namespace) -> None:
 def forward_strips(
     image: "torch.Tensor", schedulers: "dict[str, SchedulerMixin]", timesteps: Sequence[int], seed: int
 ) -> "list[Strip]":
-    """Draws x_t of an image, uint8 (1, C, H, W): a row for each scheduler, from the same noise."""
+    """Draws x_t of an image, (1, C, H, W) in [-1, 1]: a row for each scheduler, from the same noise."""
     import torch
 
-    from ..data.images import normalize
     from ..noising import add_noise
     from ..plots import Strip
 
-    image = normalize(image)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
     strips = [
         Strip([_to_pil(add_noise(image, noise, scheduler, t))[0] for t in timesteps], label=name)
@@ -212,14 +227,14 @@ def _check_timesteps(flag: str, timesteps: list[int], total: int) -> None:
 
 
 def _load_source(args: argparse.Namespace) -> "torch.Tensor":
-    """Loads the image of a picture, a dataset or a run's data: uint8 (1, C, H, W)."""
+    """Loads the image of a picture, a dataset or a run's data: (1, C, H, W) in [-1, 1]."""
     from ..evaluation.references import RealImages
     from ..runs import RunFolder
 
     RealImages(resolution=args.resolution)  # checks its range
     source = Path(args.source)
     if source.suffix.lower() in PICTURE_SUFFIXES:
-        return _load_picture(source, None, args.resolution)
+        return _load_picture(source, None, to_size(args.resolution))
     given = {"split": args.split, "resolution": args.resolution}
     if RunFolder(source).config.is_file():
         return _load_dataset(given, source, args.index, 1)
@@ -334,7 +349,6 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
     """Returns a strip for each t: the image, x_t, the states on the way back, and the result."""
     import torch
 
-    from ..data.images import normalize
     from ..noising import add_noise, caption, timesteps_from
     from ..pipelines.pipeline_tiny import objective_of
     from ..plots import Strip
@@ -351,7 +365,7 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
     _check_timesteps("--from_timesteps", starts, total)
     if 0 in starts:
         raise UserError("--from_timesteps 0: there is hardly any noise to remove: it must be at least 1.")
-    image = normalize(_load_images(args, pipe, 1))
+    image = _load_images(args, pipe, 1)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
     strips = []
     for t in starts:
@@ -385,7 +399,7 @@ def reconstructions_parser() -> argparse.ArgumentParser:
 
 
 def reconstructions(args: argparse.Namespace) -> None:
-    from ..plots import Strip, captioned_strips, to_pil
+    from ..plots import Strip, captioned_strips
 
     prepare_picture(args.output, given=args.image)
     pipe = load_checkpoint(args)
@@ -395,8 +409,8 @@ def reconstructions(args: argparse.Namespace) -> None:
         )
     images = _load_images(args, pipe, args.num_images)
     with refusals():
-        rebuilt = pipe.reconstruct(images / 255).images
-    strips, given = [], to_pil(images)
+        rebuilt = pipe.reconstruct((images / 2 + 0.5).clamp(0, 1)).images
+    strips, given = [], _to_pil(images)
     for start in range(0, len(given), 8):
         strips.append(Strip(given[start : start + 8], label="given"))
         strips.append(Strip(rebuilt[start : start + 8], label="rebuilt"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, refusals, say
+from .conditions import add_condition_argument, condition_options, conditions_to_draw
 from .shared import (
     MAX_ROW,
     add_checkpoint_argument,
@@ -17,8 +18,10 @@ from .shared import (
     add_guidance_interval,
     add_output_argument,
     add_sampling_arguments,
+    add_show_channels,
     add_temperature,
     add_truncation,
+    are_pictures,
     call_options,
     check_numbered,
     comma_separated,
@@ -51,6 +54,7 @@ def sample_parser() -> argparse.ArgumentParser:
     parser = make_parser("sample")
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
+    add_show_channels(parser)
     parser.add_argument(
         "--num_images",
         type=positive_number,
@@ -63,6 +67,11 @@ def sample_parser() -> argparse.ArgumentParser:
         type=comma_separated,
         help="names or ids, such as cat,frog: each gets an equal share of the images, in this order (default: all, or the "
         f"first {MAX_CLASSES})",
+    )
+    add_condition_argument(
+        parser,
+        "of them; several values, such as age=20,40,60, get an equal share of the images each (default: values that show "
+        "what the first condition does)",
     )
     parser.add_argument(
         "--image",
@@ -84,7 +93,12 @@ def sample_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="also show K states of the denoising: one row for each image, from noise to the image",
     )
-    add_output_argument(parser, "samples.png", "one picture of all images, or numbered PNGs in a folder")
+    add_output_argument(
+        parser,
+        "samples.png",
+        "one picture of all images, or numbered files in a folder: PNGs, or .npy (H, W, C) of images that no picture "
+        "holds, unless --show_channels is given",
+    )
     return parser
 
 
@@ -101,7 +115,8 @@ def sample(args: argparse.Namespace) -> None:
 
     say(f"drawing {plan.num_images} images, {output} ...", sys.stderr)
     began = time.perf_counter()
-    images, states = draw_plan(pipe, plan, args)
+    options = {"output_type": "np"} if output.is_dir() and not are_pictures(pipe) else {}
+    images, states = draw_plan(pipe, plan, args, **options)
     seconds = time.perf_counter() - began
 
     if output.is_dir():
@@ -113,13 +128,14 @@ def sample(args: argparse.Namespace) -> None:
 
 class SamplePlan(NamedTuple):
     """
-    Samples to be drawn: the options of the pipeline's call, the class of each image, and the conditioning images, of which
-    each has an equal share of the images.
+    Samples to be drawn: the options of the pipeline's call, the class of each image, the text of its class and conditions,
+    and the conditioning images, of which each has an equal share of the images.
     """
 
     num_images: int
     options: dict
     labels: list[str] | None
+    texts: list[str] | None
     pictures: "list[Image.Image] | None"
 
     def picture(self, images: "list[Image.Image]", states: "Sequence[list[Image.Image]]" = ()) -> "Image.Image":
@@ -127,10 +143,10 @@ class SamplePlan(NamedTuple):
         from ..plots import image_grid, strip
 
         if states:
-            return strip([*states, images], row_labels=self.labels)
+            return strip([*states, images], row_labels=self.texts)
         if self.pictures is not None:
             return _picture_rows(self.pictures, images)
-        return image_grid(images, **_class_rows(self.labels))
+        return image_grid(images, **_class_rows(self.texts))
 
 
 def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SamplePlan:
@@ -138,31 +154,30 @@ def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SampleP
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     names += ("dynamic_thresholding", "temperature", "truncation", "return_intermediates")
     options = call_options(pipe.__call__, pipe, args, *names)
-    num_images, labels = args.num_images, options.pop("class_labels", None)
+    labels = options.pop("class_labels", None)
+    rows, texts = conditions_to_draw(pipe, args)
     if args.image is None and args.guidance_scale != 0:
         check_unconditioned(pipe, args.checkpoint, "give --image, or --guidance_scale 0 for samples without it")
     pictures = None if args.image is None else _conditioning_images(pipe, args)
-    if pictures is not None:
-        num_classes = len(labels or [None])
-        num_images = num_images or len(pictures) * num_classes * math.ceil(PER_PICTURE / num_classes)
-        if num_images % len(pictures):
-            raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
-        each = num_images // len(pictures)
-        if each % num_classes:
-            raise UserError(
-                f"--num_images {num_images}: each of the {len(pictures)} pictures of --image has {each} images, which is "
-                f"no multiple of the {num_classes} --class_labels."
-            )
-        labels = labels and spread(labels, each) * len(pictures)
-    elif labels is None:
-        labels = default_classes(pipe, args.guidance_scale)[:num_images] or None
-        if labels is not None and num_images is None:
-            num_images = len(labels) * min(NUM_IMAGES // len(labels), MAX_ROW)
-    num_images = num_images or NUM_IMAGES
-    if labels is not None:
-        check_enough_images(num_images, labels)
-        labels = spread(labels, num_images)
-    return SamplePlan(num_images, options, labels, pictures)
+    if pictures is None and labels is None:
+        labels = default_classes(pipe, args.guidance_scale)[: None if rows else args.num_images]
+    # each combination of conditions and classes: (its text, label, conditions)
+    kinds = [
+        (", ".join(part for part in (text, label) if part), label, row)
+        for row, text in zip(rows or [None], texts or [None], strict=True)
+        for label in labels or [None]
+    ]
+    num_images, kinds = _share_out(kinds, args, bool(rows), pictures)
+    texts, labels, conditions = (list(column) for column in zip(*kinds, strict=True))
+    if rows:
+        options["conditions"] = conditions
+    return SamplePlan(
+        num_images,
+        options,
+        labels if labels[0] is not None else None,
+        texts if any(texts) else None,
+        pictures,
+    )
 
 
 def draw_plan(
@@ -172,6 +187,31 @@ def draw_plan(
     given = None if plan.pictures is None else spread(plan.pictures, plan.num_images)
     options = plan.options | options
     return draw_images(pipe, plan.num_images, args.seed, args.batch_size, plan.labels, given, **options)
+
+
+def _share_out(
+    kinds: list[tuple], args: argparse.Namespace, has_conditions: bool, pictures: "list[Image.Image] | None"
+) -> tuple[int, list[tuple]]:
+    """Returns the number of images, and the kind of each: all kinds, and all pictures, have equal shares."""
+    num_images, num_kinds = args.num_images, len(kinds)
+    flags = " of --class_labels and --condition" if has_conditions else " --class_labels"
+    if pictures is None:
+        are_defaults = args.class_labels is None and kinds[0][1] is not None
+        if num_images is None and (has_conditions or are_defaults):
+            num_images = num_kinds * max(1, min(NUM_IMAGES // num_kinds, MAX_ROW))
+        num_images = num_images or NUM_IMAGES
+        check_enough_images(num_images, kinds, flags)
+        return num_images, spread(kinds, num_images)
+    num_images = num_images or len(pictures) * num_kinds * math.ceil(PER_PICTURE / num_kinds)
+    if num_images % len(pictures):
+        raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
+    each = num_images // len(pictures)
+    if each % num_kinds:
+        raise UserError(
+            f"--num_images {num_images}: each of the {len(pictures)} pictures of --image has {each} images, which is no "
+            f"multiple of the {num_kinds}{flags}."
+        )
+    return num_images, spread(kinds, each) * len(pictures)
 
 
 def _conditioning_images(pipe: "DiffusionPipeline", args: argparse.Namespace) -> list["Image.Image"]:
@@ -209,19 +249,20 @@ def draw_images(
     batch_size: int,
     labels: list[str] | None,
     pictures: "list[Image.Image] | None" = None,
+    conditions: list[dict[str, float]] | None = None,
     **options,
 ) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
     """
-    Draws images, image i with the seed `seed + i` and the i-th of the labels and of the conditioning pictures, and, if the
-    options ask for them, the states of their denoising.
+    Draws images, image i with the seed `seed + i` and the i-th of the labels, of the conditioning pictures and of the
+    conditions, and, if the options ask for them, the states of their denoising. With the option `output_type="np"` the
+    images are arrays.
     """
     from ..pipelines.pipeline_tiny import image_generators
     from ..progress import bar_options
 
     images, states = [], []
-    of_images = {
-        name: values for name, values in (("class_labels", labels), ("image", pictures)) if values is not None
-    }
+    of_images = {"class_labels": labels, "image": pictures, "conditions": conditions}
+    of_images = {name: values for name, values in of_images.items() if values is not None}
     for start in range(0, num_images, batch_size):
         stop = min(start + batch_size, num_images)
         pipe.set_progress_bar_config(desc=f"images {start + 1} to {stop} of {num_images}", **bar_options())
@@ -229,7 +270,7 @@ def draw_images(
         generator = image_generators(seed, stop - start, first=start)
         with refusals():
             drawn = pipe(batch_size=stop - start, generator=generator, **options)
-        images += drawn.images
+        images.extend(drawn.images)
         intermediates = getattr(drawn, "intermediates", None) or []
         states = states or [[] for _ in intermediates]
         for state, intermediate in zip(states, intermediates, strict=True):
@@ -243,10 +284,10 @@ def check_unconditioned(pipe: "DiffusionPipeline", checkpoint: str, remedy: str)
         raise UserError(f"'{checkpoint}' needs an image as a condition: {remedy}.")
 
 
-def check_enough_images(num_images: int, labels: list[str]) -> None:
-    """Refuses fewer images than classes, of which some would be left out."""
-    if len(labels) > num_images:
-        raise UserError(f"--num_images {num_images} is less than the {len(labels)} --class_labels: give more.")
+def check_enough_images(num_images: int, kinds: list, flags: str = " --class_labels") -> None:
+    """Refuses fewer images than classes, or combinations of conditions, of which some would be left out."""
+    if len(kinds) > num_images:
+        raise UserError(f"--num_images {num_images} is less than the {len(kinds)}{flags}: give more.")
 
 
 def spread(values: list, num_images: int) -> list:
@@ -270,7 +311,7 @@ def _first_classes(pipe: "DiffusionPipeline") -> list[str]:
 
 
 def _class_rows(labels: list[str] | None) -> dict:
-    """Returns the columns and row labels of a grid in which each row is of one class; empty if there is none."""
+    """Returns the columns and row labels of a grid in which each row is of one kind; empty if there is none."""
     if labels is None:
         return {}
     per_class = labels.count(labels[0])
@@ -288,6 +329,7 @@ def interpolate_parser() -> argparse.ArgumentParser:
     parser = make_parser("interpolate")
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
+    add_show_channels(parser)
     parser.add_argument("--seeds", type=two_seeds, help="seeds of the two ends (default: 0,1)")
     parser.add_argument(
         "--seed",
@@ -307,6 +349,7 @@ def interpolate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class_labels", type=comma_separated, help="a name or id for all frames, or one for each end: cat,frog"
     )
+    add_condition_argument(parser, "of them; a value for all frames, or one for each end: age=20,60")
     add_guidance_interval(parser)
     add_output_argument(
         parser, "interpolation.gif", "an animation (.gif), one picture of all frames, or numbered PNGs in a folder"
@@ -343,7 +386,8 @@ def draw_frames(pipe: "DiffusionPipeline", args: argparse.Namespace, **further) 
         "guidance_interval",
         "interpolation",
     )
-    options = call_options(walk, pipe, args, *names, "seeds", "images") | further
+    options = call_options(walk, pipe, args, *names, "seeds", "images")
+    options |= condition_options(walk, pipe, args, 2) | further
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
     if "generator" in inspect.signature(walk).parameters:  # of a scheduler that draws noise in its steps

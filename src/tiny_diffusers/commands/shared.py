@@ -16,6 +16,7 @@ from ..samplers import BETA_SCHEDULERS, SCHEDULERS, check_scheduler_name, use_sc
 
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
@@ -53,6 +54,16 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     add_solver_arguments(parser)
+
+
+def add_show_channels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--show_channels",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one channel of the images to show in grey, or three as red, green and blue, numbered from 0 (default: all)",
+    )
 
 
 def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,12 +240,17 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         check_scheduler_name(args.scheduler)
 
     from .. import hardware
+    from ..pipelines.pipeline_tiny import check_shown_channels
 
     device = find_device(args.device)
     dtype = hardware.resolve_dtype(args.dtype, device)
     if args.dtype == "auto" and dtype.itemsize < 4:
         say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
     pipe = place(load_checkpoint(args), device, dtype)
+    pipe.show_channels = getattr(args, "show_channels", None)
+    if pipe.show_channels is not None:
+        with refusals():
+            check_shown_channels(pipe.show_channels, pipe._image_shape[0])
     choose_scheduler(pipe, args)
     return pipe
 
@@ -359,23 +375,37 @@ def make_parent(path: Path) -> None:
         raise UserError(f"'{path.parent}' can't be created ({error.strerror}): give another --output.") from error
 
 
-def _numbered(folder: Path, count: int) -> list[Path]:
+def _numbered(folder: Path, count: int, suffix: str = ".png") -> list[Path]:
     """Lists the files of `count` images in a folder: 00000.png, 00001.png, ..."""
     digits = max(5, len(str(count - 1)))
-    return [folder / f"{i:0{digits}}.png" for i in range(count)]
+    return [folder / f"{i:0{digits}}{suffix}" for i in range(count)]
 
 
 def check_numbered(output: Path, count: int) -> None:
     """Refuses a folder in which numbered images of an earlier call would be left among the `count` new ones."""
     if output.is_dir():
-        earlier = {path for path in output.glob("*.png") if path.stem.isdecimal()} - set(_numbered(output, count))
-        if earlier:
+        named = {path for suffix in (".png", ".npy") for path in _numbered(output, count, suffix)}
+        found = {path for path in output.iterdir() if path.suffix in (".png", ".npy") and path.stem.isdecimal()}
+        if found - named:
             raise UserError(
-                f"'{output}' holds more numbered images than the {count} to be saved, such as {min(earlier).name}, and "
+                f"'{output}' holds more numbered images than the {count} to be saved, such as {min(found - named).name}, and "
                 "they would be mixed: remove them, or name another folder."
             )
 
 
-def save_numbered(images: list["Image.Image"], folder: Path) -> None:
-    for image, path in zip(images, _numbered(folder, len(images)), strict=True):
-        image.save(path)
+def are_pictures(pipe: "DiffusionPipeline") -> bool:
+    """Checks that PIL images hold all of a pipeline's images, or what is to be shown of them."""
+    is_whole = pipe._image_shape[0] in (1, 3, 4) and pipe.config.get("value_range") is None
+    return is_whole or pipe.show_channels is not None
+
+
+def save_numbered(images: "list[Image.Image] | list[np.ndarray]", folder: Path) -> None:
+    """Saves PIL images as .png and arrays as .npy."""
+    import numpy as np
+
+    suffix = ".npy" if isinstance(images[0], np.ndarray) else ".png"
+    for image, path in zip(images, _numbered(folder, len(images), suffix), strict=True):
+        if suffix == ".npy":
+            np.save(path, image)
+        else:
+            image.save(path)

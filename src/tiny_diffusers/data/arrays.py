@@ -9,6 +9,8 @@ import numpy as np
 import psutil
 
 from ..errors import UserError, first_line, unknown
+from .conditions import parse_conditions
+from .decoding import has_grey_or_rgb
 from .sources import (
     LABEL_NAMES,
     SPLITS,
@@ -28,22 +30,24 @@ def read_arrays(
     image_column: str | None,
     label_column: str | None,
     conditioning_column: str | None,
+    condition_columns: tuple[str, ...] = (),
 ) -> Source:
     """
-    Reads an .npy or .npz file of images, uint8 or other integers of up to 16 bits.
+    Reads an .npy or .npz file of images, of numbers of any kind.
 
-    Images are the first array of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, and labels the first
-    one of N integers or strings; one named "label", "labels" or "y" comes before others. Arrays that are named by
+    Images are the first array of shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C = 1 or 3 comes before other
+    numbers. Labels are the first one of N integers or strings; one named "label", "labels" or "y" comes before others. Arrays that are named by
     splits, such as `x_train` and `y_test`, are read as these splits.
 
     Args:
         file (`Path`): The file.
         name (`str`): The file as the user spelled it.
-        split, image_column, label_column, conditioning_column (`str`): As in [`load_images`]. Columns are the names of
-            arrays, and those of another split stand for this one's: `edges_train` for `edges_test`.
+        split, image_column, label_column, conditioning_column (`str`), condition_columns (`tuple[str]`): As in
+            [`load_images`]. Columns are the names of arrays, and those of another split stand for this one's:
+            `edges_train` for `edges_test`. Conditions are named without the split.
 
     Returns:
-        [`Source`]: The images of the split, encoded as PGM or PPM.
+        [`Source`]: The images of the split: as arrays, or encoded as PGM or PPM where these formats can hold them.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the file cannot be read, if it holds no images or is larger than
@@ -63,15 +67,20 @@ def read_arrays(
         for kind, column in (("image", image_column), ("label", label_column), ("conditioning", conditioning_column))
     )
 
+    measured = {
+        _without_split(column): _find_column(arrays, column, f"condition_columns of '{name}'")
+        for column in condition_columns
+    }
     image_columns = [
         each
         for each, array in arrays.items()
         if _is_images(array) and image_column in (None, each) and each != conditioning_column
     ]
+    image_columns.sort(key=lambda each: not _has_grey_or_rgb(arrays[each]))
     if not image_columns:
         raise UserError(
             f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {shapes}. "
-            "Images have shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3."
+            "Images are numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W)."
         )
     images = arrays[image_columns[0]]
     paired = None if conditioning_column is None else arrays[conditioning_column]
@@ -81,8 +90,25 @@ def read_arrays(
             f"'{image_columns[0]}': its arrays are {shapes}."
         )
 
+    conditions, condition_names = None, None
+    if measured:
+        for column in measured.values():
+            if arrays[column].ndim not in (1, 2) or len(arrays[column]) != len(images):
+                raise UserError(
+                    f"condition column '{column}' of '{name}' holds no values, one or a row of them for each image: its "
+                    f"arrays are {shapes}."
+                )
+        values = {
+            column: (arrays[each].ravel() if arrays[each].shape[1:] == (1,) else arrays[each]).tolist()
+            for column, each in measured.items()
+        }
+        conditions, condition_names = parse_conditions(values, name)
+
     label_columns = [
-        each for each, array in arrays.items() if _is_labels(array, images) and label_column in (None, each)
+        each
+        for each, array in arrays.items()
+        if _is_labels(array, images)
+        and (label_column == each or (label_column is None and each not in measured.values()))
     ]
     if label_column is not None and not label_columns:
         raise UserError(
@@ -106,18 +132,22 @@ def read_arrays(
         name=file.stem,
         split=split,
         columns=list(arrays),
-        read=_reader(images, name, image_columns[0]),
+        read=_reader(images),
         rows=rows,
         labels=None if labels is None else labels[rows],
         class_names=class_names,
         notes=notes,
-        read_conditioning=None if paired is None else _reader(paired, name, conditioning_column),
+        read_conditioning=None if paired is None else _reader(paired),
+        conditions=None if conditions is None else conditions[rows],
+        condition_names=condition_names,
     )
 
 
-def _reader(images: np.ndarray, name: str, column: str) -> Callable[[list[int]], list[dict]]:
-    """Returns what encodes the images of an array by their numbers."""
-    largest = _find_largest_value(images, name, column)
+def _reader(images: np.ndarray) -> Callable[[list[int]], list[dict]]:
+    """Returns what reads the images of an array by their numbers."""
+    largest = _find_largest_value(images)
+    if largest is None:
+        return lambda numbers: [{"array": images[row]} for row in numbers]
     return lambda numbers: [{"bytes": _encode(images[row], largest), "path": None} for row in numbers]
 
 
@@ -157,28 +187,28 @@ def _read_file(file: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def _is_images(array: np.ndarray) -> bool:
-    return array.ndim == 3 or (array.ndim == 4 and (array.shape[-1] in (1, 3) or array.shape[1] in (1, 3)))
+    return array.dtype.kind in "iubf" and array.ndim in (3, 4)
+
+
+def _has_grey_or_rgb(array: np.ndarray) -> bool:
+    return array.ndim == 3 or has_grey_or_rgb(array[0])
 
 
 def _is_labels(array: np.ndarray, images: np.ndarray) -> bool:
     return array.dtype.kind in "iubU" and array.shape in ((len(images),), (len(images), 1))
 
 
-def _find_largest_value(images: np.ndarray, name: str, column: str) -> int:
-    """Returns the largest value that the images can be encoded with: 1 (bool), 255 or 65535."""
-    if images.dtype.kind not in "iub":
-        raise UserError(
-            f"'{column}' of '{name}' holds {images.dtype} values, which have no fixed range: save them as uint8 (0 to "
-            "255)."
-        )
+def _find_largest_value(images: np.ndarray) -> int | None:
+    """Returns the largest value that PGM or PPM encodes the images with, 1 (bool), 255 or 65535; None if they cannot."""
+    if images.dtype.kind == "f" or not images.size or not _has_grey_or_rgb(images):
+        return None
     if images.dtype.kind == "b":
         return 1
-    if images.dtype == np.uint8 or not images.size:
+    if images.dtype == np.uint8:
         return 255
     low, high = int(images.min()), int(images.max())
-    limit = 255 if images.ndim == 4 and 3 in (images.shape[1], images.shape[-1]) else 65535
-    if low < 0 or high > limit:
-        raise UserError(f"'{column}' of '{name}' holds values from {low} to {high}: they must be from 0 to {limit}.")
+    if low < 0 or high > (255 if images.ndim == 4 and 3 in (images.shape[1], images.shape[-1]) else 65535):
+        return None
     return 255 if high <= 255 else 65535
 
 

@@ -29,8 +29,8 @@ def augment(
         random_flip (`bool`, defaults to `False`): Flip half of the images horizontally.
         random_crop_padding (`int`, defaults to 0): Shift each image by up to this many pixels in each direction. The
             border is reflected: a generative model would learn to paint a black one.
-        color_jitter (`float`, defaults to 0.0): In [0, 1]. Brightness, contrast and (for RGB) saturation are each
-            multiplied by a factor in [1 - color_jitter, 1 + color_jitter].
+        color_jitter (`float`, defaults to 0.0): In [0, 1], for grey or RGB images. Brightness, contrast and (for RGB)
+            saturation are each multiplied by a factor in [1 - color_jitter, 1 + color_jitter].
         cutout (`int`, defaults to 0): Side in pixels of a square that is filled with mid-grey (0). Its centre is
             anywhere in the image (arXiv 1708.04552).
 
@@ -50,6 +50,8 @@ def augment(
         )
     if not 0 <= color_jitter <= 1:
         raise UserError(f"color_jitter must be from 0 to 1, not {color_jitter}.")
+    if color_jitter and channels not in (1, 3):
+        raise UserError(f"color_jitter is for images of 1 or 3 channels (grey or RGB), not {channels}: leave it out.")
     if cutout < 0:
         raise UserError(f"cutout must be 0 or more pixels, not {cutout}.")
     flip, crop, jitter, hole = uniform.split((1, 2, 3, 2), dim=1)

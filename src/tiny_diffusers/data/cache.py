@@ -1,6 +1,6 @@
 """
 Cache of decoded images on disk: one folder for each dataset and request, with `images.npy`, `data.json` and, if there are
-conditioning images, `conditioning_images.npy`.
+any, `conditioning_images.npy` and `conditions.npy`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from .images import ImageData, compute_fingerprint
 
 
 _CACHE_FORMAT = 3  # increase it when the same files give other pixels or labels
+_OPTIONAL = ("conditioning_images", "conditions")  # arrays that not all datasets have
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -40,19 +41,22 @@ def read_cache(directory: Path) -> ImageData | None:
         record = load_json((directory / "data.json").read_text(encoding="utf-8"))
         if record.pop("checksum") != _checksum(record):
             return None
-        images, paired = directory / "images.npy", directory / "conditioning_images.npy"
-        images, conditioning_images = _map(images), _map(paired) if paired.exists() else None
+        images = _map(directory / "images.npy")
+        files = {name: directory / f"{name}.npy" for name in _OPTIONAL}
+        arrays = {name: _map(file) if file.exists() else None for name, file in files.items()}
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     labels, class_names = record.pop("labels"), record.pop("class_names")
+    value_range = record.pop("value_range", None)
     data = ImageData(
         images=images,
         labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
         id2label=None if class_names is None else dict(enumerate(class_names)),
-        conditioning_images=conditioning_images,
+        value_range=value_range and tuple(value_range),
+        **arrays,
         **record,
     )
-    return data if data.fingerprint == compute_fingerprint(images, data.labels, conditioning_images) else None
+    return data if data.fingerprint == compute_fingerprint(data) else None
 
 
 def _map(file: Path) -> torch.Tensor:
@@ -69,13 +73,16 @@ def write_cache(directory: Path, data: ImageData) -> ImageData:
         "split": data.split,
         "fingerprint": data.fingerprint,
         "notes": data.notes,
+        "value_range": data.value_range,
     }
+    if data.condition_names is not None:
+        record["condition_names"] = data.condition_names
     record["checksum"] = _checksum(record)
 
     def write(staging: Path) -> None:
-        np.save(staging / "images.npy", data.images.numpy())
-        if data.conditioning_images is not None:
-            np.save(staging / "conditioning_images.npy", data.conditioning_images.numpy())
+        for name in ("images", *_OPTIONAL):
+            if getattr(data, name) is not None:
+                np.save(staging / f"{name}.npy", getattr(data, name).numpy())
         (staging / "data.json").write_text(json.dumps(record), encoding="utf-8")
 
     with contextlib.suppress(OSError):  # the disk is full, or another process has written the same files meanwhile

@@ -1,4 +1,4 @@
-"""Decodes the images of a source to one uint8 tensor: 8-bit grey or RGB, all of one size."""
+"""Decodes the images of a source to one tensor, all of one size: uint8, or float32 with the values of the files."""
 
 import io
 import math
@@ -9,13 +9,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from ..errors import UserError
 from ..progress import progress_bar
@@ -26,16 +27,36 @@ from .sources import RefusedImageError, Source, open_image
 
 _MAX_BROKEN_SHARE = 0.01
 _MEMORY_SHARE = 0.25  # of the free memory, for the images of one dataset
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_COLOUR_TO_GREY = "were in colour, converted to grey"
 _BITS = (8, 10, 12, 14, 16)  # of cameras and scanners, whose values are stored in 16 bits
 _READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
 
 
+@dataclass(frozen=True)
+class _Options:
+    """
+    How each image is decoded: as in [`load_images`], with the height and width as `resolution`.
+
+    Args:
+        keeps_values (`bool`): Decode to float32 with the values of the file, instead of to uint8.
+        bits (`int`): Scale values of more than 8 bits by this many, or by those that they need if they are more.
+    """
+
+    resolution: tuple[int, int] | None
+    center_crop: bool
+    channels: int | None
+    keeps_values: bool = False
+    bits: int = 8
+
+
 def decode_source(
     source: Source,
-    resolution: int | None,
+    resolution: tuple[int, int] | None,
     center_crop: bool,
     channels: int | None,
     conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | Literal["measured"] | None = None,
     scratch: Path | None = None,
 ) -> ImageData:
     """
@@ -44,7 +65,8 @@ def decode_source(
     Args:
         source ([`Source`]): The encoded images. Those with conditioning images are cropped at their centre, so that both
             show the same.
-        resolution, center_crop, channels, conditioning_channels: As in [`load_images`].
+        resolution (`tuple[int, int]`, *optional*): Height and width of the images.
+        center_crop, channels, conditioning_channels, value_range: As in [`load_images`].
         scratch (`Path`, *optional*): Folder for images that do not fit in memory. Defaults to the system's temporary
             folder.
 
@@ -52,22 +74,26 @@ def decode_source(
         [`ImageData`]: The decoded images, with notes on what was converted, resized and skipped.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If the images are not square or differ in size and `resolution` is None,
-            if more than 1 % of them are broken, or if they fit neither in memory nor on the disk.
+        [`~tiny_diffusers.errors.UserError`]: If the images differ in size and `resolution` is None, if they do not have
+            the channels, if all their values are equal, if more than 1 % of them are broken, or if they fit neither in
+            memory nor on the disk.
     """
     is_paired = source.read_conditioning is not None
-    options = (resolution, center_crop or is_paired)
-    images, kept, notes = _decode_images(source, "images", *options, channels, scratch)
+    keeps_values = value_range is not None or _holds_floats(source)
+    options = _Options(resolution, center_crop or is_paired, channels, keeps_values)
+    images, kept, notes = _decode_images(source, "images", options, scratch)
+    if keeps_values:
+        value_range = _limit_values(images, source.name, value_range, notes)
     conditioning_images = None
     if is_paired:
         pairs = replace(source, read=source.read_conditioning, rows=source.rows[kept])
         what = "conditioning images"
-        options = (*options, conditioning_channels)
-        conditioning_images, intact, notes_of_pairs = _decode_images(pairs, what, *options, scratch)
+        options = _Options(resolution, center_crop=True, channels=conditioning_channels)
+        conditioning_images, intact, notes_of_pairs = _decode_images(pairs, what, options, scratch)
         if len(intact) < len(kept):
             images, kept = images[intact], [kept[index] for index in intact]
         if conditioning_images.shape[2:] != images.shape[2:]:
-            sizes = [f"{array.shape[3]}x{array.shape[2]}" for array in (conditioning_images, images)]
+            sizes = ["x".join(map(str, array.shape[2:])) for array in (conditioning_images, images)]
             raise UserError(
                 f"The conditioning images of '{source.name}' have {sizes[0]} pixels, and its images {sizes[1]}: make them "
                 "equally large, or set `resolution`."
@@ -76,44 +102,83 @@ def decode_source(
         conditioning_images = torch.from_numpy(conditioning_images)
     images = torch.from_numpy(images)
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
-    return ImageData(
+    conditions = None if source.conditions is None else torch.from_numpy(source.conditions[kept])
+    data = ImageData(
         images=images,
         labels=labels,
         id2label=None if labels is None else dict(enumerate(source.class_names)),
         name=source.name,
         split=source.split,
-        fingerprint=compute_fingerprint(images, labels, conditioning_images),
+        fingerprint="",
         notes=source.notes + notes,
         conditioning_images=conditioning_images,
+        value_range=value_range,
+        conditions=conditions,
+        condition_names=source.condition_names,
     )
+    return replace(data, fingerprint=compute_fingerprint(data))
+
+
+def _holds_floats(source: Source) -> bool:
+    """Checks that the first image has floating-point values, which have no fixed range."""
+    encoded = source.read(source.rows[:1].tolist())[0]
+    try:
+        if "array" in encoded:
+            return encoded["array"].dtype.kind == "f"
+        return open_image(io.BytesIO(_read_content(encoded))).mode == "F"
+    except Exception:  # Pillow raises almost any exception for a damaged file
+        return False
+
+
+def _limit_values(
+    images: np.ndarray, name: str, value_range: tuple[float, float] | Literal["measured"] | None, notes: list[str]
+) -> tuple[float, float]:
+    """Clips images to the given range, or measures theirs, and returns it. Adds to `notes` what was done."""
+    parts = [slice(start, start + _READ_BATCH) for start in range(0, len(images), _READ_BATCH)]
+    low = min((float(images[part].min()) for part in parts), default=0.0)
+    high = max((float(images[part].max()) for part in parts), default=0.0)
+    if value_range in (None, "measured"):
+        if low == high:
+            raise UserError(f"All values of the images of '{name}' are {low:g}: there is nothing to learn.")
+        notes.append(f"values from {low:g} to {high:g}, kept as measured (value_range sets other limits)")
+        return low, high
+    if low < value_range[0] or high > value_range[1]:
+        notes.append(f"values from {low:g} to {high:g}, clipped to {value_range[0]:g} to {value_range[1]:g}")
+        for part in parts:
+            images[part] = images[part].clip(*value_range)
+    return value_range
 
 
 def _decode_images(
-    source: Source, what: str, resolution: int | None, center_crop: bool, channels: int | None, scratch: Path | None
+    source: Source, what: str, options: _Options, scratch: Path | None
 ) -> tuple[np.ndarray, list[int], list[str]]:
-    """Decodes one image of each row: uint8 (N, C, H, W). Also returns the positions of the N rows, and the notes."""
+    """Decodes one image of each row: (N, C, H, W). Also returns the positions of the N rows, and the notes."""
     name, total = source.name, len(source.rows)
+    channels = options.channels
+    dtype = np.float32 if options.keeps_values else np.uint8
     storage = None
     kept, broken = [], []  # positions in `source.rows`; names of files
     changes = Counter()
     wide = {}  # index in `kept` -> bits that the image needs
-    options = (resolution, center_crop, channels)
-    for position, image, said in _decode_rows(source, *options, 8):
+    for position, image, said in _decode_rows(source, options):
         if image is None:
             broken.append(said)
             continue
-        height, width = image.shape[1:]
         if storage is None:
-            if height != width:
-                raise UserError(
-                    f"The {what} of '{name}' are not square ({width}x{height}): make them square, or set `resolution`."
-                )
-            side = width
-            storage = _allocate((total, channels or 3, side, side), scratch)
-        if (height, width) != (side, side):
+            size = image.shape[1:]
+            depth = channels or (3 if len(image) == 1 else len(image))  # colour may follow grey
+            storage = _allocate((total, depth, *size), dtype, scratch)
+        if len(image) not in ((1, 3) if depth == 3 else (depth,)):
+            asked = "" if channels is None else f", and {channels} are asked for"
             raise UserError(
-                f"The {what} of '{name}' differ in size ({side}x{side}, {width}x{height}): resize them to one size, "
-                "or set `resolution`."
+                f"Some {what} of '{name}' have {len(image)} channels{asked or f' and others {depth}'}: pictures are read as "
+                "1 to 4, arrays and files of several pages as those that they have."
+            )
+        if image.shape[1:] != size:
+            sizes = ", ".join("x".join(map(str, each)) for each in (size, image.shape[1:]))
+            raise UserError(
+                f"The {what} of '{name}' differ in size ({sizes}; height x width): resize them to one size, or set "
+                "`resolution`."
             )
         storage[len(kept)] = image  # a grey image is repeated over the channels
         wide |= {len(kept): change for change in said if isinstance(change, int)}
@@ -131,14 +196,14 @@ def _decode_images(
         bits = max(wide.values())
         again = [index for index, needed in wide.items() if needed < bits]
         rest = replace(source, rows=source.rows[[kept[index] for index in again]])
-        for index, (_, image, _) in zip(again, _decode_rows(rest, *options, bits), strict=True):
+        for index, (_, image, _) in zip(again, _decode_rows(rest, replace(options, bits=bits)), strict=True):
             storage[index] = image
-        said = f"had {bits}-bit values in wider pixels, {'kept' if bits == 8 else 'scaled to 8'}"
-        changes["had 16 bits a pixel, scaled to 8" if bits == 16 else said] = len(wide)
+        wider = "16 bits a pixel" if bits == 16 else f"{bits}-bit values in wider pixels"
+        changes[f"had {wider}, {'kept' if bits == 8 else 'scaled to 8 (value_range keeps them)'}"] = len(wide)
 
     grey = changes.pop("grey", 0)
     if channels is None and grey == len(kept):
-        images = _allocate((len(kept), 1, side, side), scratch)
+        images = _allocate((len(kept), 1, *size), dtype, scratch)
         images[:] = storage[: len(kept), :1]
     else:
         images = storage[: len(kept)]
@@ -151,11 +216,11 @@ def _decode_images(
     return images, kept, notes
 
 
-def _allocate(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray:
-    """Allocates a uint8 array, in a temporary file if it takes more than `_MEMORY_SHARE` of the free memory."""
-    size = math.prod(shape)
+def _allocate(shape: tuple[int, ...], dtype: type = np.uint8, scratch: Path | None = None) -> np.ndarray:
+    """Allocates an array, in a temporary file if it takes more than `_MEMORY_SHARE` of the free memory."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= _MEMORY_SHARE * psutil.virtual_memory().available:
-        return np.empty(shape, np.uint8)
+        return np.empty(shape, dtype)
     directory = scratch if scratch is not None and os.access(scratch, os.W_OK) else Path(tempfile.gettempdir())
     # Checked beforehand, since writing to a mapped file on a full disk kills the process.
     if 2 * size > shutil.disk_usage(directory).free:
@@ -163,19 +228,21 @@ def _allocate(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray
             f"{size / 1e9:.1f} GB of decoded images fit neither in memory nor, with their copy in the cache, in "
             f"'{directory}': lower `resolution` or `max_samples`, or set TINY_DIFFUSERS_CACHE to a folder with space."
         )
-    return np.memmap(tempfile.TemporaryFile(dir=directory), np.uint8, "w+", shape=shape)
+    return np.memmap(tempfile.TemporaryFile(dir=directory), dtype, "w+", shape=shape)
 
 
-def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | None, list[str] | str]]:
+def _decode_rows(source: Source, options: _Options) -> Iterator[tuple[int, np.ndarray | None, list[str | int] | str]]:
     """Yields each row's position, image (C, H, W) and changes; for a broken image its position, None and its name."""
 
     def decode(positions: range, encoded: list[dict | None]) -> list[tuple]:
         results = []
         for position, image in zip(positions, encoded, strict=True):
             try:
-                results.append((position, *_decode_image(image, *options)))
+                results.append((position, *_decode_image(image, options)))
+            except UserError:
+                raise
             except Exception as error:  # Pillow raises almost any exception for a damaged file
-                path = image and image["path"]
+                path = image and image.get("path")
                 name = relative_name(Path(str(path)), source.folder) if path else f"row {source.rows[position]}"
                 results.append((position, None, f"{name} ({error})" if isinstance(error, RefusedImageError) else name))
         return results
@@ -195,45 +262,142 @@ def _decode_rows(source: Source, *options) -> Iterator[tuple[int, np.ndarray | N
                 progress.update(len(results))
 
 
-def _decode_image(
-    encoded: dict, resolution: int | None, center_crop: bool, channels: int | None, bits: int
-) -> tuple[np.ndarray, list[str | int]]:
+def _decode_image(encoded: dict, options: _Options) -> tuple[np.ndarray, list[str | int]]:
     """
-    Decodes an image to uint8 (1 or 3, H, W). Also returns what was changed: for values of more than 8 bits, or in
-    wider pixels, the number of bits that they need. They are scaled by the larger of this and `bits`.
+    Decodes an image to (C, H, W), uint8 or, if `options.keeps_values`, float32. Also returns what was changed: for values of
+    more than 8 bits that are scaled, or in wider pixels, the number of bits that they need.
     """
+    if "array" in encoded:
+        content = encoded["array"].tobytes()
+        images, changes = _split_channels(channels_first(encoded["array"], options.channels), options)
+    else:
+        content = _read_content(encoded)
+        images, changes = _decode_content(content, options)
+    if options.resolution is not None:
+        # The position is pseudo-random, but depends only on this file's bytes.
+        position = None if options.center_crop else zlib.crc32(content) / 2**32
+        images, said = zip(*(_crop_and_resize(image, *options.resolution, position) for image in images), strict=True)
+        changes += said[0]
+    planes = np.dstack([np.asarray(image) for image in images]).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    return planes, [*changes, "grey"] if len(planes) == 1 else changes
+
+
+def _read_content(encoded: dict) -> bytes:
     content, path = encoded["bytes"], encoded["path"]
-    if content is None:
-        content = (Path(path) if isinstance(path, str) else path).read_bytes()
+    return (Path(path) if isinstance(path, str) else path).read_bytes() if content is None else content
+
+
+def _decode_content(content: bytes, options: _Options) -> tuple[list[Image.Image], list[str | int]]:
+    """Decodes a file to one or several images of one size, whose bands are the channels. Also returns what was changed."""
     image = open_image(io.BytesIO(content))
     try:
-        has_frames = getattr(image, "n_frames", 1) > 1
+        frames = getattr(image, "n_frames", 1)
     except Exception:  # a frame beyond the first is damaged
-        image, has_frames = open_image(io.BytesIO(content)), True
-    image, changes = _to_grey_or_rgb(ImageOps.exif_transpose(image), bits)
-    if has_frames:
-        changes.append("have several frames or pages: the first was taken")
-    if channels == 1 and image.mode == "RGB":
-        image = image.convert("L")
-        changes.append("were in colour, converted to grey")
+        image, frames = open_image(io.BytesIO(content)), 2
+    if frames == options.channels > 1:
+        pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
+        if all(page.ndim == 2 for page in pages) and image.mode != "P":
+            return _split_channels(np.stack(pages), options)
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    said = ["have several frames or pages: the first was taken"] if frames > 1 else []
+    if options.keeps_values and image.mode.startswith(("I", "F")):
+        images, changes = _split_channels(np.asarray(image)[None], options)
+        return images, changes + said
+    image, changes = _to_channels(image, options)
+    return [band.convert("F") for band in image.split()] if options.keeps_values else [image], changes + said
 
-    if resolution is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.width != image.height and center_crop:
-            changes.append("were not square: their centre was taken")
-        elif image.width != image.height:
-            position = zlib.crc32(content) / 2**32  # pseudo-random, but depends only on this file's bytes
-            left, top = int(position * (image.width - side + 1)), int(position * (image.height - side + 1))
-            changes.append("were not square: a square at a random position was taken (center_crop takes the centre)")
-        if side != resolution:
-            changes.append(f"were {'enlarged' if side < resolution else 'reduced'} to {resolution}x{resolution}")
-        box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
 
-    if image.mode == "L":
-        return np.asarray(image)[None], [*changes, "grey"]
-    return np.asarray(image).transpose(2, 0, 1), changes  # (H, W, C) -> (C, H, W)
+def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
+    """
+    Returns an image (H, W), (H, W, C) or (C, H, W) as (C, H, W).
+
+    The axis of channels has the length `channels`. If that is None, 1 or 3, it has the length 1 or 3, the last axis coming
+    before the first; else it is shorter than both others, and these are equal or at least twice as long.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If neither the first nor the last axis is that of channels, or both are.
+    """
+    if array.ndim == 2:
+        return array[None]
+    if channels in (None, 1, 3) and has_grey_or_rgb(array):
+        return np.moveaxis(array, -1 if array.shape[-1] in (1, 3) else 0, 0)
+    first, middle, last = array.shape
+    if channels is not None:
+        axes = [axis for axis, length in ((0, first), (-1, last)) if length == channels]
+    else:
+        candidates = ((0, first, sorted((middle, last))), (-1, last, sorted((first, middle))))
+        axes = [axis for axis, length, (a, b) in candidates if length < a and (a == b or 2 * length <= a)]
+    if len(axes) != 1:
+        is_asked = f"are {channels} long" if channels is not None else "look like it"
+        raise UserError(
+            f"The axis of channels is unclear in images of shape {array.shape}: {'both' if axes else 'none'} of the first and "
+            f"the last {is_asked}. Set `channels` to the length of one of them alone."
+        )
+    return np.moveaxis(array, axes[0], 0)
+
+
+def has_grey_or_rgb(array: np.ndarray) -> bool:
+    """Checks that the first or the last axis of an image has the length 1 or 3."""
+    return array.shape[0] in (1, 3) or array.shape[-1] in (1, 3)
+
+
+def _split_channels(array: np.ndarray, options: _Options) -> tuple[list[Image.Image], list[str | int]]:
+    """Converts an array (C, H, W) to C images of one band. Also returns what was changed, as [`_decode_image`] does."""
+    changes = []
+    if options.keeps_values:
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise RefusedImageError("NaN or infinite values")
+    elif array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        array, needed = _to_levels(array, options.bits)
+        changes.append(needed)
+    images = [Image.fromarray(np.ascontiguousarray(plane)) for plane in array]
+    if options.channels == 1 and len(images) == 3 and not options.keeps_values:
+        images = [Image.merge("RGB", images).convert("L")]
+        changes.append(_COLOUR_TO_GREY)
+    return images, changes
+
+
+def _to_levels(values: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
+    """Scales integers of up to 16 bits to uint8, by `bits` or by those that they need. Also returns the latter."""
+    if values.dtype.kind == "f":
+        raise RefusedImageError("floating-point values have no fixed range")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise RefusedImageError(
+            f"holds values from {low} to {high}: they must be from 0 to 65535, or value_range must be set"
+        )
+    needed = next(each for each in _BITS if high < 2**each)
+    return np.rint(values.astype(np.int64) * 255 / (2 ** max(bits, needed) - 1)).astype(np.uint8), needed
+
+
+def _crop_and_resize(
+    image: Image.Image, height: int, width: int, position: float | None
+) -> tuple[Image.Image, list[str]]:
+    """
+    Resizes the largest crop with the aspect ratio of `height` x `width`, at a position in [0, 1) or at the centre (None).
+    Also returns what was changed.
+    """
+    changes = []
+    crop_width = max(1, min(image.width, round(image.height * width / height)))
+    crop_height = max(1, min(image.height, round(image.width * height / width)))
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    if (crop_width, crop_height) != image.size:
+        shape, crop = ("were not square", "square") if height == width else ("had another aspect ratio", "crop")
+        if position is None:
+            changes.append(f"{shape}: their centre was taken")
+        else:
+            left = int(position * (image.width - crop_width + 1))
+            top = int(position * (image.height - crop_height + 1))
+            changes.append(f"{shape}: a {crop} at a random position was taken (center_crop takes the centre)")
+    if (crop_width, crop_height) != (width, height):
+        is_smaller = crop_width * crop_height < width * height
+        changes.append(f"were {'enlarged' if is_smaller else 'reduced'} to {height}x{width}")
+    box = (left, top, left + crop_width, top + crop_height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box), changes
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -241,19 +405,29 @@ def read_picture(path: Path) -> Image.Image:
     return _to_grey_or_rgb(ImageOps.exif_transpose(open_image(io.BytesIO(path.read_bytes()))), 8)[0]
 
 
+def _to_channels(image: Image.Image, options: _Options) -> tuple[Image.Image, list[str | int]]:
+    """Converts an image of any mode to "L" or "RGB", or to "LA" or "RGBA" if two or four channels are asked for."""
+    if options.channels in (2, 4) and (image.mode in _WITH_ALPHA or "transparency" in image.info):
+        rgba, changes = image.convert("RGBA"), []
+        is_grey = image.mode in ("LA", "La", "L", "1")
+    else:
+        rgba, changes = _to_grey_or_rgb(image, options.bits)
+        is_grey = rgba.mode == "L"
+        if options.channels in (2, 4):
+            changes.append("had no alpha channel, an opaque one was added")
+    if options.channels in (1, 2) and not is_grey:
+        changes.append(_COLOUR_TO_GREY)
+    mode = {1: "L", 2: "LA", 4: "RGBA"}.get(options.channels, rgba.mode)
+    return rgba if rgba.mode == mode else rgba.convert(mode), changes
+
+
 def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[str | int]]:
     """Converts an image of any mode to "L" or "RGB". Also returns what was changed, as [`_decode_image`] does."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image, []
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise RefusedImageError("integers of more than 16 bits")
-        needed = next(each for each in _BITS if values.max() < 2**each)
-        levels = np.rint(values * 255 / (2 ** max(bits, needed) - 1)).astype(np.uint8)
+    if image.mode.startswith(("I", "F")):
+        levels, needed = _to_levels(np.asarray(image), bits)
         return Image.fromarray(levels), [needed]
-    if image.mode == "F":
-        raise RefusedImageError("floating-point values have no fixed range")
 
     grey = image.mode in ("1", "L", "LA", "La")
     changes = []
@@ -261,7 +435,7 @@ def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[st
         changes.append("had a palette, converted to RGB")
     elif not grey and image.mode not in ("RGB", "RGBA", "RGBa"):
         changes.append(f"were {image.mode}, converted to RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)  # equals `alpha_composite`, in a third of its memory

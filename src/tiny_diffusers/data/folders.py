@@ -24,6 +24,7 @@ from PIL import Image
 
 from ..errors import UserError, first_line, unknown
 from ..files import load_json
+from .conditions import parse_conditions
 from .sources import (
     LABEL_NAMES,
     SPLITS,
@@ -88,6 +89,7 @@ def read_folder(
     image_column: str | None,
     label_column: str | None,
     conditioning_column: str | None,
+    condition_columns: tuple[str, ...] = (),
 ) -> Source:
     """
     Reads the classes, splits and metadata of a folder of images and prepares the reading of its images.
@@ -96,8 +98,8 @@ def read_folder(
         folder (`Path`): The resolved folder, or a .zip archive.
         name (`str`): The folder as the user spelled it.
         split (`str`): The split, or a slice such as `"train[:1000]"`.
-        image_column, label_column, conditioning_column (`str`, *optional*): As in [`load_images`]. The only image column
-            is `"image"`.
+        image_column, label_column, conditioning_column (`str`, *optional*), condition_columns (`tuple[str]`): As in
+            [`load_images`]. The only image column is `"image"`.
 
     Returns:
         [`Source`]: The images of the split, sorted by their names.
@@ -116,9 +118,15 @@ def read_folder(
             image.label = None
     columns = _read_columns(images, records, read, notes)
     classes = [image.label for image in images]
+    for column in condition_columns:
+        if column not in columns:
+            raise unknown(f"condition_columns of '{name}'", column, columns or ["a column of metadata.csv"])
+    measured = {column: columns[column] for column in condition_columns}
+    if label_column not in measured:
+        columns = {column: values for column, values in columns.items() if column not in measured}
     column = _choose_label_column(columns, classes, label_column, name, notes)
     if image_column not in (None, "image"):
-        if image_column in columns:
+        if image_column in columns or image_column in measured:
             raise UserError(f"image_column '{image_column}' of '{name}' holds no images: choose one of image.")
         raise unknown(f"image_column of '{name}'", image_column, ["image", *columns])
 
@@ -135,12 +143,13 @@ def read_folder(
     for row, image in enumerate(images):
         if not (strays and image.is_stray):
             rows[image.split].append(row)
+    conditions, condition_names = parse_conditions(measured, name) if measured else (None, None)
     chosen = select_splits({each: np.array(numbers, np.int64) for each, numbers in rows.items()}, split, name)
     indices, class_names = (None, None) if labels is None else index_labels(labels)
     return Source(
         name=folder.stem if folder.is_file() else folder.name,
         split=split,
-        columns=["image", *columns],
+        columns=["image", *columns, *(column for column in measured if column not in columns)],
         read=lambda numbers: [{"bytes": None, "path": images[number].path} for number in numbers],
         rows=chosen,
         labels=None if indices is None else indices[chosen],
@@ -148,6 +157,8 @@ def read_folder(
         folder=folder,
         notes=notes,
         read_conditioning=None if pairs is None else lambda numbers: [pairs[images[row].name] for row in numbers],
+        conditions=None if conditions is None else conditions[chosen],
+        condition_names=condition_names,
     )
 
 

@@ -4,13 +4,14 @@ import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError, first_line, unknown
+from .conditions import parse_conditions
 from .folders import abbreviate, is_image, list_files, relative_name
 from .sources import LABEL_NAMES, Source, index_labels, max_classes, unknown_split, unread_labels
 
@@ -114,6 +115,7 @@ def read_dataset(
     image_column: str | None,
     label_column: str | None,
     conditioning_column: str | None,
+    condition_columns: tuple[str, ...] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> Source:
     """
@@ -124,13 +126,14 @@ def read_dataset(
         name (`str`), folder (`Path`, *optional*), split (`str`): As given to [`open_dataset`].
         image_column, label_column (`str`, *optional*): The columns to read; found by their features by default.
         conditioning_column (`str`, *optional*): The column of conditioning images, if they are to be read.
+        condition_columns (`tuple[str]`): The columns of numbers and labels that are conditions.
         cache_dir (`str` or `os.PathLike`, *optional*): As given to [`open_dataset`].
 
     Returns:
         [`Source`]: All rows of the split.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If a column does not exist or holds neither images nor labels.
+        [`~tiny_diffusers.errors.UserError`]: If a column does not exist, or holds neither images nor labels nor conditions.
     """
     import datasets
 
@@ -138,7 +141,12 @@ def read_dataset(
     if conditioning_column is not None:
         others = dataset.remove_columns(_image_columns(dataset, conditioning_column, name, "conditioning_column"))
     image_columns = _image_columns(others, image_column, name)
-    label_columns = _label_columns(dataset, label_column, name, splits)
+    conditions, condition_names = None, None
+    if condition_columns:
+        values = {column: _read_values(dataset, column, name) for column in condition_columns}
+        conditions, condition_names = parse_conditions(values, name)
+    others = dataset.remove_columns([column for column in condition_columns if column != label_column])
+    label_columns = _label_columns(others, label_column, name, splits)
     labels, class_names = _read_labels(dataset, label_columns[0]) if label_columns else (None, None)
 
     if folder is not None:
@@ -148,6 +156,10 @@ def read_dataset(
         roots = [Path(cache).expanduser().resolve() for cache in caches]
 
     def reader(column: str) -> Callable[[list[int]], list[dict | None]]:
+        dtype = _array_dtype(dataset.features[column])
+        if dtype is not None:
+            arrays = dataset.select_columns([column])
+            return lambda rows: [image and {"array": np.asarray(image, dtype)} for image in arrays[rows][column]]
         encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         return lambda rows: [_confine(image, roots) for image in encoded[rows][column]]
 
@@ -156,7 +168,7 @@ def read_dataset(
         if len(columns) > 1:
             notes.append(f"{kind}_column: '{columns[0]}' was chosen from {', '.join(columns)}")
     if not label_columns:
-        notes += unread_labels(dataset.column_names)
+        notes += unread_labels(others.column_names)
     beside = [file for file in list_files(folder) if is_image(file)] if folder is not None and folder.is_dir() else []
     if beside:
         names = abbreviate([relative_name(file, folder) for file in beside])
@@ -172,6 +184,8 @@ def read_dataset(
         folder=folder,
         notes=notes,
         read_conditioning=None if conditioning_column is None else reader(conditioning_column),
+        conditions=conditions,
+        condition_names=condition_names,
     )
 
 
@@ -189,15 +203,22 @@ def _confine(encoded: dict | None, roots: list[Path]) -> dict | None:
 
 
 def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str, flag: str = "image_column") -> list[str]:
-    """Returns the given column, or else all columns that hold images."""
+    """Returns the given column, or else all columns that hold images, or else all that hold arrays."""
     if given is not None and given not in dataset.column_names:
         raise unknown(f"{flag} of '{name}'", given, dataset.column_names)
-    found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
+    features = dataset.features.items()
+    images = [column for column, feature in features if _holds_images(feature)]
+    arrays = [column for column, feature in features if _array_dtype(feature) is not None]
+    found = images + arrays if given is not None else images or arrays
     if not found:
         raise UserError(f"'{name}' has no image column: its columns are {', '.join(dataset.column_names)}.")
     if given is not None and given not in found:
         raise UserError(f"{flag} '{given}' of '{name}' holds no images: choose one of {', '.join(found)}.")
     return [given] if given is not None else found
+
+
+def _image_columns_of(dataset: "datasets.Dataset") -> list[str]:
+    return [column for column, feature in dataset.features.items() if _holds_images(feature)]
 
 
 def _holds_images(feature: object) -> bool:
@@ -207,6 +228,19 @@ def _holds_images(feature: object) -> bool:
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _array_dtype(feature: object) -> str | None:
+    """Returns the dtype of a column of arrays, `Array2D`, `Array3D` or nested lists of two or three levels; else None."""
+    import datasets
+
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return feature.dtype
+    levels = 0
+    while hasattr(feature, "feature"):
+        levels, feature = levels + 1, feature.feature
+    is_number = isinstance(feature, datasets.Value) and np.dtype(feature.pa_type.to_pandas_dtype()).kind in "iubf"
+    return feature.dtype if is_number and levels in (2, 3) else None
 
 
 def _label_columns(dataset: "datasets.Dataset", given: str | None, name: str, splits: list[str]) -> list[str]:
@@ -243,3 +277,21 @@ def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, 
     if isinstance(feature, datasets.ClassLabel):
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), feature.names
     return index_labels(values)
+
+
+def _read_values(dataset: "datasets.Dataset", column: str, name: str) -> list[Any]:
+    """Returns the values of a column of conditions, with the names of classes in lists."""
+    import datasets
+
+    if column not in dataset.features:
+        raise unknown(f"condition_columns of '{name}'", column, dataset.column_names)
+    if column in _image_columns_of(dataset):
+        raise UserError(f"condition column '{column}' of '{name}' holds images: it must hold numbers or labels.")
+    feature = dataset.features[column]
+    values = dataset.select_columns([column])[:][column]
+    if isinstance(feature, datasets.ClassLabel) and len(feature.names) > 2:
+        return [None if value is None else [feature.names[value]] for value in values]
+    labels = getattr(feature, "feature", None)  # of a list
+    if isinstance(labels, datasets.ClassLabel):
+        return [None if row is None else [labels.names[value] for value in row] for row in values]
+    return values

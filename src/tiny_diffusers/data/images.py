@@ -1,7 +1,7 @@
-"""Decoded images: their container, the held-out split and the conversion between uint8 and [-1, 1]."""
+"""Decoded images: their container, the held-out split and the conversion between their values and [-1, 1]."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,8 +14,8 @@ class ImageData:
     Decoded images, with labels if the dataset has them, and with conditioning images if they were asked for.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): uint8, C = 1 (grey) or 3 (RGB). Images read from the cache are
-            memory-mapped, so a dataset may be larger than memory.
+        images (`torch.Tensor` of shape `(N, C, H, W)`): uint8, or float32 with a `value_range`. C is 1 (grey), 3 (RGB) or
+            any other number. Images read from the cache are memory-mapped, so a dataset may be larger than memory.
         labels (`torch.Tensor` of shape `(N,)`, *optional*): int64, from 0 to K - 1.
         id2label (`dict[int, str]`, *optional*): Name of each of the K classes.
         name (`str`): The Hub id, the folder's name, or `"digits"`.
@@ -24,6 +24,11 @@ class ImageData:
         notes (`list[str]`): Messages to the user: what was converted, resized or skipped.
         conditioning_images (`torch.Tensor` of shape `(N, K, H, W)`, *optional*): uint8, K = 1 or 3: of each image, the
             one that a model is given to generate it from.
+        value_range (`tuple[float, float]`, *optional*): The values of images that are not of 8 bits: those that a model
+            takes as -1 and 1. The images are float32 and lie between them.
+        conditions (`torch.Tensor` of shape `(N, D)`, *optional*): float32: the numbers and labels of each image, in the
+            data's units, without missing values.
+        condition_names (`list[str]`, *optional*): Name of each of the D conditions.
     """
 
     images: torch.Tensor
@@ -34,21 +39,34 @@ class ImageData:
     fingerprint: str
     notes: list[str] = field(default_factory=list)
     conditioning_images: torch.Tensor | None = None
+    value_range: tuple[float, float] | None = None
+    conditions: torch.Tensor | None = None
+    condition_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: torch.Tensor) -> "ImageData":
+        """Returns the images of these rows, with what belongs to them and their fingerprint."""
+        names = ("images", "labels", "conditioning_images", "conditions")
+        arrays = {name: getattr(self, name) for name in names}
+        taken = replace(self, **{name: None if array is None else array[rows] for name, array in arrays.items()})
+        return replace(taken, fingerprint=compute_fingerprint(taken))
 
-def compute_fingerprint(
-    images: torch.Tensor, labels: torch.Tensor | None, conditioning_images: torch.Tensor | None = None
-) -> str:
-    """Computes the sha256 of images, labels and conditioning images, as hexadecimal digits."""
-    digest = hashlib.sha256(repr((tuple(images.shape), labels is not None)).encode())
-    digest.update(images.numpy())
-    if labels is not None:
-        digest.update(labels.numpy())
-    if conditioning_images is not None:
-        digest.update(conditioning_images.numpy())
+
+def compute_fingerprint(data: ImageData) -> str:
+    """Computes the sha256 of images, labels, conditioning images, value range and conditions, as hexadecimal digits."""
+    digest = hashlib.sha256(repr((tuple(data.images.shape), data.labels is not None)).encode())
+    digest.update(data.images.numpy())
+    if data.labels is not None:
+        digest.update(data.labels.numpy())
+    if data.conditioning_images is not None:
+        digest.update(data.conditioning_images.numpy())
+    if data.value_range is not None:
+        digest.update(repr(tuple(data.value_range)).encode())
+    if data.conditions is not None:
+        digest.update(repr(data.condition_names).encode())
+        digest.update(data.conditions.numpy())
     return digest.hexdigest()
 
 
@@ -79,14 +97,28 @@ def held_out(num_images: int, share: float, seed: int = 0) -> tuple[torch.Tensor
     return order[count:].sort().values, order[:count]
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Converts uint8 images in [0, 255], of any shape, to float32 in [-1, 1] on the same device: x / 127.5 - 1."""
-    return images.float().div(127.5).sub_(1)
+def spell_values(value_range: tuple[float, float] | None) -> str:
+    """Returns a value range in words; None is that of 8-bit images."""
+    return "8 bits" if value_range is None else f"values from {value_range[0]:g} to {value_range[1]:g}"
 
 
-def denormalize(images: torch.Tensor) -> torch.Tensor:
+def normalize(images: torch.Tensor, value_range: tuple[float, float] | None = None) -> torch.Tensor:
     """
-    Converts floating-point images in [-1, 1], of any shape, to uint8 in [0, 255] on the same device, rounded and
-    clamped: `denormalize(normalize(x))` equals `x`.
+    Converts images of any shape to float32 in [-1, 1] on the same device: uint8 by x / 127.5 - 1, and values between the
+    limits of a `value_range` by 2 (x - low) / (high - low) - 1.
     """
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    if value_range is None:
+        return images.float().div(127.5).sub_(1)
+    low, high = value_range
+    return images.float().sub(low).mul_(2 / (high - low)).sub_(1)
+
+
+def denormalize(images: torch.Tensor, value_range: tuple[float, float] | None = None) -> torch.Tensor:
+    """
+    Converts floating-point images in [-1, 1], of any shape, back on the same device, clamped: to uint8, rounded, or to
+    float32 in `value_range`. `denormalize(normalize(x))` equals `x`.
+    """
+    if value_range is None:
+        return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    low, high = value_range
+    return images.float().add(1).mul_((high - low) / 2).add_(low).clamp_(low, high)

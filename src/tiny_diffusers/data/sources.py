@@ -39,13 +39,15 @@ class Source:
         columns (`list[str]`): All columns of the dataset, for messages.
         read (`Callable`): Maps row numbers to encoded images, each a dict of `"bytes"` and `"path"` (either may be
             None) as `datasets.Image(decode=False)` returns it, or None for a missing image. The path may also be a
-            `Path` or `zipfile.Path`.
+            `Path` or `zipfile.Path`. An image that is not encoded is a dict of `"array"`: (H, W), (H, W, C) or (C, H, W).
         rows (`np.ndarray` of shape `(N,)`): Numbers of the selected rows.
         labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label.
         class_names (`list[str]`, *optional*): Name of each class.
         folder (`Path`, *optional*): The local folder; broken files are named relative to it.
         notes (`list[str]`): Messages to the user.
         read_conditioning (`Callable`, *optional*): The same as `read`, for the conditioning images.
+        conditions (`np.ndarray` of shape `(N, D)`, *optional*): float32, NaN where a value is missing.
+        condition_names (`list[str]`, *optional*): Name of each of the D conditions.
     """
 
     name: str
@@ -58,6 +60,13 @@ class Source:
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
     read_conditioning: Callable[[list[int]], list[dict | None]] | None = None
+    conditions: np.ndarray | None = None
+    condition_names: list[str] | None = None
+
+    def take(self, positions: np.ndarray) -> "Source":
+        """Returns the rows at these positions, with their labels and conditions."""
+        taken = {name: getattr(self, name) for name in ("rows", "labels", "conditions")}
+        return replace(self, **{name: None if each is None else each[positions] for name, each in taken.items()})
 
 
 class UnknownSplitError(UserError):
@@ -166,18 +175,24 @@ def read_digits(split: str) -> Source:
 
 
 def select(
-    source: Source, classes: str | Sequence[str | int] | None, max_samples: int | None, require_labels: bool
+    source: Source,
+    classes: str | Sequence[str | int] | None,
+    max_samples: int | None,
+    require_labels: bool,
+    drop_missing: bool = False,
 ) -> Source:
     """
     Selects the rows of the given classes, at most `max_samples` of them, and relabels them.
 
-    Labels are dropped, with a note, if a selected row has none.
+    Labels are dropped, with a note, if a selected row has none. With `drop_missing`, rows without one of the conditions
+    are left out.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If needed labels are missing, or if a class is unknown or has no image.
+        [`~tiny_diffusers.errors.UserError`]: If needed labels or conditions are missing, or if a class is unknown or has
+            no image.
     """
-    rows, labels, class_names = source.rows, source.labels, source.class_names
-    notes = list(source.notes)
+    source = replace(source, notes=list(source.notes))
+    labels, class_names = source.labels, source.class_names
     if labels is None and (require_labels or classes is not None):
         raise UserError(
             f"'{source.name}' has no labels: its columns are {', '.join(source.columns)}. Set `label_column` to the "
@@ -194,24 +209,42 @@ def select(
         if not counts.all():
             empty = class_names[counts.argmin()]
             raise UserError(f"No image of '{source.name}' ({source.split}) is of class '{empty}': leave it out.")
-        rows, labels = rows[labels >= 0], labels[labels >= 0]
+        source = replace(source, labels=labels, class_names=class_names).take(labels >= 0)
 
-    if max_samples is not None and max_samples < len(rows):
+    source = _take_complete(source, drop_missing)
+    if max_samples is not None and max_samples < len(source.rows):
         # At random, since many datasets are sorted by class.
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        some = order[:max_samples].sort().values.numpy()
-        rows = rows[some]
-        labels = None if labels is None else labels[some]
+        order = torch.randperm(len(source.rows), generator=torch.Generator().manual_seed(0))
+        source = source.take(order[:max_samples].sort().values.numpy())
 
+    labels = source.labels
     if labels is not None and labels.min() < 0:
-        missing = f"{np.count_nonzero(labels < 0):,} of {len(rows):,} images of '{source.name}' have no label"
+        missing = f"{np.count_nonzero(labels < 0):,} of {len(labels):,} images of '{source.name}' have no label"
         if require_labels:
             raise UserError(
                 f"{missing}: choose another `label_column` or `split`, or set `classes` to use labelled images only."
             )
-        notes.append(f"{missing}: labels are left out")
-        labels = class_names = None
-    return replace(source, rows=rows, labels=labels, class_names=class_names, notes=notes)
+        source.notes.append(f"{missing}: labels are left out")
+        source = replace(source, labels=None, class_names=None)
+    return source
+
+
+def _take_complete(source: Source, drop_missing: bool) -> Source:
+    """Returns the rows with all conditions. Rows without one are refused, or left out with a note."""
+    missing = np.zeros((len(source.rows), 0)) if source.conditions is None else np.isnan(source.conditions)  # (N, D)
+    is_complete = ~missing.any(axis=1)
+    count, total = int((~is_complete).sum()), len(is_complete)
+    if count == 0:
+        return source
+    names = [source.condition_names[i] for i in np.flatnonzero(missing.any(axis=0))]
+    said = (
+        f"{count:,} of {total:,} images of '{source.name}' ({count / total:.1%}) have no value of {', '.join(names)}"
+    )
+    if count == total or not drop_missing:
+        remedy = "leave that out" if count == total else "--drop_missing leaves these images out"
+        raise UserError(f"{said}: {remedy}.")
+    source.notes.append(f"{said}, left out")
+    return source.take(is_complete)
 
 
 def _class_indices(classes: str | Sequence[str | int], class_names: list[str], name: str) -> list[int]:

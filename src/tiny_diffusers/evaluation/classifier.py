@@ -11,7 +11,8 @@ It gives the Inception Score of small sets a scale of their own: digits and clot
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data import ImageData, cache_root, held_out, normalize
-from ..data.images import compute_fingerprint
 from ..files import find_damage, publish
 from ..progress import progress_bar
 from . import features, images
@@ -35,8 +35,8 @@ LEARNING_RATE = 5e-3
 SEED = 0
 HELD_OUT = 0.2  # share of the real images, where there is no other set to test the classifier on
 
-_MAX_SIDE = 32  # larger images are reduced to this, so that training takes a minute
-_PREDICTED = 500  # images at a time
+MAX_SIDE = 32  # larger images are reduced to this, so that training takes a minute
+PREDICTED = 500  # images at a time
 _WEIGHTS, _FACTS = "classifier.safetensors", "facts.json"
 
 
@@ -65,8 +65,10 @@ class SmallClassifier(nn.Module):
     def layers(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the output of each block for uint8 images (B, C, H, W): (B, width, height, width) each."""
         hidden = normalize(images)
-        if max(images.shape[-2:]) > _MAX_SIDE:
-            hidden = F.interpolate(hidden, size=(_MAX_SIDE, _MAX_SIDE), mode="area")
+        longer = max(images.shape[-2:])
+        if longer > MAX_SIDE:  # the aspect ratio is kept
+            size = [max(1, side * MAX_SIDE // longer) for side in images.shape[-2:]]
+            hidden = F.interpolate(hidden, size=size, mode="area")
         hidden = hidden.contiguous(memory_format=torch.channels_last)
         outputs = []
         for block in self.blocks:
@@ -179,14 +181,24 @@ def build_classifier(in_channels: int, num_classes: int, seed: int = SEED) -> Sm
 
 def train_classifier(network: SmallClassifier, data: ImageData, seed: int = SEED) -> None:
     """Trains a network on labelled images, whose order comes from the seed."""
-    steps = min(MAX_STEPS, math.ceil(MAX_EPOCHS * len(data) / BATCH_SIZE))
+    train_network(network, data.images, lambda logits, rows: F.cross_entropy(logits, data.labels[rows]), seed)
+
+
+def train_network(
+    network: nn.Module,
+    images: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seed: int = SEED,
+) -> None:
+    """Trains a network on uint8 images, whose order comes from the seed, by `loss(its outputs, rows of the images)`."""
+    steps = min(MAX_STEPS, math.ceil(MAX_EPOCHS * len(images) / BATCH_SIZE))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     network.train()
-    for _ in progress_bar(range(steps), desc="Classifier", unit=" steps", delay=2):
-        rows = torch.randint(len(data), (BATCH_SIZE,), generator=generator)
-        F.cross_entropy(network(data.images[rows]), data.labels[rows]).backward()
+    for _ in progress_bar(range(steps), desc=type(network).__name__.removeprefix("Small"), unit=" steps", delay=2):
+        rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+        loss(network(images[rows]), rows).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -196,7 +208,7 @@ def train_classifier(network: SmallClassifier, data: ImageData, seed: int = SEED
 def predict(network: SmallClassifier, images: torch.Tensor) -> torch.Tensor:
     """Predicts the classes (N,) of uint8 images (N, C, H, W)."""
     network.eval()
-    return torch.cat([network(batch).argmax(1) for batch in images.split(_PREDICTED)])
+    return torch.cat([network(batch).argmax(1) for batch in images.split(PREDICTED)])
 
 
 def split_real_images(reference: ImageData, others: ImageData | None) -> tuple[ImageData, ImageData]:
@@ -210,19 +222,14 @@ def split_real_images(reference: ImageData, others: ImageData | None) -> tuple[I
     """
     if others is not None and others.labels is not None:
         return others, reference
-    return tuple(_subset(reference, rows) for rows in held_out(len(reference), HELD_OUT, SEED))
-
-
-def _subset(data: ImageData, rows: torch.Tensor) -> ImageData:
-    images, labels = data.images[rows], data.labels[rows]
-    return replace(data, images=images, labels=labels, fingerprint=compute_fingerprint(images, labels))
+    return tuple(reference.take(rows) for rows in held_out(len(reference), HELD_OUT, SEED))
 
 
 def _describe(training: ImageData, held_out: ImageData) -> dict[str, Any]:
     """Returns everything that decides a classifier, in JSON values."""
     return {
         "network": f"3 blocks of 3x3 convolution ({', '.join(map(str, WIDTHS))}), batch norm, ReLU and max pooling; "
-        f"mean over positions; linear; images above {_MAX_SIDE} pixels reduced by the mean over areas",
+        f"mean over positions; linear; images above {MAX_SIDE} pixels reduced by the mean over areas",
         "training": f"AdamW, one cycle up to {LEARNING_RATE:g}, {MAX_STEPS:,} steps or {MAX_EPOCHS} epochs of batches of "
         f"{BATCH_SIZE}, cross-entropy, float32",
         "seed": SEED,

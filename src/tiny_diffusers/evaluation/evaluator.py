@@ -25,6 +25,7 @@ from PIL import Image
 from .. import hardware
 from ..data import ImageData, cache_root
 from ..data.folders import abbreviate
+from ..data.images import spell_values
 from ..errors import UserError
 from ..files import replacing
 from ..paths import public_name
@@ -33,11 +34,13 @@ from . import classifier as classifiers
 from . import features as extractors
 from . import images as image_sets
 from . import perceptual
+from . import regressor as regressors
 from .classifier import Classifier
 from .extraction import CACHE_FORMAT, FEATURE_BATCH, FeatureFiles, libraries
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
 from .measurement import FeatureSets, Measurement, OtherFigures, are_mostly_other, score_classes
 from .metrics import Estimate
+from .regressor import Regressor
 from .report import Protocol, Report
 
 
@@ -48,6 +51,7 @@ _NAMES_OF_LEFT_OUT = {
     "bits_per_dim": "Bits/dim were",
     "classifier_score": "The score by a classifier of the data's classes was",
     "feature_distance": "The perceptual distance was",
+    "condition_agreement": "The agreement with the conditions was",
 }
 _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
 
@@ -74,7 +78,7 @@ def evaluate(
         pipe_or_images (`DiffusionPipeline`, [`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
             A pipeline to draw images from, or images: (N, C, H, W), uint8 or floats in [0, 1], or a list of PIL images.
         reference ([`~tiny_diffusers.data.ImageData`], `np.ndarray`, `torch.Tensor` or `list`):
-            Real images of the same size and channels, with labels if classes are to be measured.
+            Real images of the same size, channels and value range, with labels if classes are to be measured.
         protocol ([`Protocol`], *optional*): Settings of the evaluation.
         training ([`~tiny_diffusers.data.ImageData`], *optional*): The training set of the model, for the distance to
             it and for the baselines. Without it, the baselines are made of the reference's images.
@@ -95,18 +99,32 @@ def evaluate(
     state = processes()
     extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
     reference = _as_data(reference, "reference")
+    _check_values(pipe_or_images, reference)
+    reference = image_sets.as_levels(reference)
     shape = tuple(reference.images.shape[1:])
+    extractor = extractor.of_images(*shape[1:])
+    if protocol.feature_channels is not None:
+        if max(protocol.feature_channels) >= shape[0]:
+            raise UserError(
+                f"feature_channels {protocol.feature_channels}: the images have the channels 0 to {shape[0] - 1}."
+            )
+        extractor = extractor.of_channels(protocol.feature_channels)
     image_sets.check(reference.images.numpy(), shape, "The reference's images")
     if training is not None:
+        training = image_sets.as_levels(training)
         image_sets.check(training.images.numpy(), shape, "The training images")
         training = _with_labels_of(reference, training)
     left_out = {
         "bits_per_dim": why_unavailable(pipe_or_images, reference, protocol),
         "classifier_score": protocol.leave_out("classifier_score", classifiers.why_impossible(reference)),
         "feature_distance": protocol.leave_out("feature_distance", perceptual.why_impossible(extractor)),
+        "condition_agreement": protocol.leave_out(
+            "condition_agreement", regressors.why_impossible(reference, _has_conditions(pipe_or_images, protocol))
+        ),
     }
     measured_metrics = [metric for metric in protocol.metrics if left_out.get(metric) is None]
     samples = cache_root() / "samples"
+    files = FeatureFiles(extractor, shape, state)  # refuses channels that the features lack, before images are drawn
 
     # 1. Images
     if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
@@ -121,7 +139,6 @@ def evaluate(
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
-    files = FeatureFiles(extractor, shape, state)
     generated = files.of_images(data, "the images", limit=protocol.num_images)
     real = files.of_images(reference, "the reference")
     seen = None
@@ -135,18 +152,21 @@ def evaluate(
     sets = FeatureSets(generated, real, seen, baselines, shared)
 
     # 3. What is not computed from these features
-    others, likelihood, classifier = [], None, None
+    others, likelihood, classifier, regressor = [], None, None, None
     if "bits_per_dim" in measured_metrics:
         likelihood = measure_likelihood(pipe_or_images, real, protocol, samples, source["key"], state)
         source["likelihood"] = likelihood.describe()
         others.append(OtherFigures({"bits_per_dim": likelihood.mean()}))
+    unseen = training if training is not None and are_mostly_other(shared, len(reference)) else None
     if "classifier_score" in measured_metrics:
-        is_other = training is not None and are_mostly_other(shared, len(reference))
         with state.main_process_first():
-            classifier = classifiers.load_classifier(
-                *classifiers.split_real_images(reference, training if is_other else None)
-            )
+            classifier = classifiers.load_classifier(*classifiers.split_real_images(reference, unseen))
         others.append(_classify(classifier, data, sets, protocol, state))
+    if "condition_agreement" in measured_metrics:
+        wanted = regressors.with_conditions(reference, data.condition_names)
+        with state.main_process_first():
+            regressor = regressors.load_regressor(*regressors.split_real_images(wanted, unseen))
+        others.append(_read_conditions(regressor, data, protocol))
     if "feature_distance" in measured_metrics:
         others.append(perceptual.measure_distances(files, generated, real))
         notes = [*notes, *perceptual.find_gaps(generated, real)]
@@ -158,17 +178,18 @@ def evaluate(
         names = reference.id2label or {}
         report = Report(
             protocol=protocol.describe(),
-            measured_by=_measured_by(measured, training, likelihood, classifier, load),
+            measured_by=_measured_by(measured, training, likelihood, classifier, regressor, load),
             source=source,
             figures=_as_json(measured.figures),
             per_class={names.get(i, str(i)): _as_json(figures) for i, figures in measured.per_class.items()},
+            per_condition={name: _as_json(figures) for name, figures in measured.per_condition.items()},
             baselines={
                 kind: {"images": len(sets.compared(kind)[0]), "figures": _as_json(figures)}
                 for kind, figures in measured.baselines.items()
             },
             warnings=[
                 *notes,
-                *_warnings(measured, training, likelihood, classifier, source.get("conditioning"), left_out),
+                *_warnings(measured, training, likelihood, [classifier, regressor], _shown(source), left_out),
             ],
             versions=_versions(),
             command=command,
@@ -194,6 +215,17 @@ def _as_data(images: Images, name: str) -> ImageData:
     return ImageData(pixels, None, None, name, "as given", image_sets.fingerprint(pixels.numpy()))
 
 
+def _check_values(given: DiffusionPipeline | Images, reference: ImageData) -> None:
+    """Refuses to compare images of one value range with those of another."""
+    if isinstance(given, ImageData | DiffusionPipeline):
+        value_range = given.value_range if isinstance(given, ImageData) else getattr(given, "_value_range", None)
+        if value_range != reference.value_range:
+            raise UserError(
+                f"The images have {spell_values(value_range)} and the reference's {spell_values(reference.value_range)}: "
+                "load the reference with the value_range of the images."
+            )
+
+
 # Images
 
 
@@ -203,7 +235,7 @@ def _given_images(
     """Returns images that need not be drawn, and their entry in the report."""
     if protocol.kind == "reconstructions":
         raise UserError("Reconstructions need a pipeline with a `reconstruct` method, a VAE: images were given.")
-    data = _with_labels_of(reference, _as_data(images, name or "images"))
+    data = _with_labels_of(reference, image_sets.as_levels(_as_data(images, name or "images")))
     return data, {**describe_images(name or data.name), "fingerprint": data.fingerprint}
 
 
@@ -232,6 +264,7 @@ def draw_images(
         state (`PartialState`): The processes.
         name (`str`, *optional*): Name of the model.
     """
+    real = image_sets.as_levels(real)
     reconstructs = protocol.kind == "reconstructions"
     if reconstructs and not hasattr(pipe, "reconstruct"):
         raise UserError(
@@ -241,14 +274,14 @@ def draw_images(
     if hasattr(pipe, "_image_shape"):
         image_sets.check_shape(tuple(pipe._image_shape), shape, "The model's images")
     labels, id2label = _labels_to_draw(pipe, real, protocol)
-    conditioning_images = None
-    if pipe.config.get("conditioning") is not None:
-        labels, conditioning_images = _conditions_of(pipe, real, protocol, labels)
+    conditioning_images = conditions = None
+    if pipe.config.get("conditioning") is not None or _has_conditions(pipe, protocol):
+        labels, conditioning_images, conditions = _conditions_of(pipe, real, protocol, labels)
     source = describe_pipeline(pipe, protocol, name)
     # The name decides no image; configs, libraries and the hardware do.
     described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), libraries()]
     described += [state.device.type, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
-    if conditioning_images is not None:
+    if conditioning_images is not None or conditions is not None:
         described.append(real.fingerprint)
     originals = None
     if reconstructs:
@@ -260,6 +293,7 @@ def draw_images(
     images = image_sets.sample(
         pipe,
         shape,
+        real.images.numpy().dtype,
         cache_root() / "samples" / source["key"],
         num_images=protocol.num_images if originals is None else len(originals),
         seed=protocol.seed,
@@ -268,11 +302,16 @@ def draw_images(
         state=state,
         class_labels=labels,
         conditioning_images=conditioning_images,
+        conditions=conditions,
         real=originals,
     )
     images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
     labels = None if labels is None else torch.from_numpy(labels)
-    return ImageData(images, labels, id2label, source["name"], "generated", ""), source
+    names = None if conditions is None else source["conditions"]
+    data = ImageData(
+        images, labels, id2label, source["name"], "generated", "", conditions=conditions, condition_names=names
+    )
+    return data, source
 
 
 def describe_images(name: str) -> dict[str, Any]:
@@ -301,6 +340,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     }
     if pipe.config.get("conditioning") is not None:
         source["conditioning"] = pipe.config.conditioning
+    if _has_conditions(pipe, protocol):
+        source["conditions"] = list(pipe._condition_statistics.names)
     if "clip_sample" in parameters and "guidance_scale" in parameters:  # guidance decides it if nobody says
         sampling = source["sampling"]
         interval = sampling.get("guidance_interval", (0.0, 1.0))
@@ -342,29 +383,41 @@ def _labels_to_draw(
     return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
 
 
+def _has_conditions(pipe_or_images: DiffusionPipeline | Images, protocol: Protocol) -> bool:
+    """Checks that images are drawn by conditions: by a pipeline that takes some, with guidance."""
+    if isinstance(pipe_or_images, ImageData):
+        return pipe_or_images.conditions is not None
+    has_some = getattr(pipe_or_images, "_condition_statistics", None) is not None
+    return has_some and protocol.sampling.get("guidance_scale") != 0
+
+
 def _conditions_of(
     pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None
-) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor]]:
+) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor] | None, torch.Tensor | None]:
     """
-    Returns the labels (N,), and a function that returns the conditioning images `start` to `stop`, (B, K, h, w) in [0, 1].
-    Both are of the reference's images in the order of their hashes, again from the first on if there are fewer than N.
+    Returns the labels (N,), a function that returns the conditioning images `start` to `stop`, (B, K, h, w) in [0, 1], and
+    the conditions (N, D). They are of the reference's images in the order of their hashes, again from the first on if there
+    are fewer than N.
     """
     order = image_sets.order_of(real.images.numpy())
     rows = torch.from_numpy(np.resize(order, protocol.num_images))
     if labels is not None:
         if real.labels is None:
-            raise UserError(
-                "The model has classes and a conditioning image, and the reference has no labels for both."
-            )
+            raise UserError("The model has classes and other conditions, and the reference has no labels for both.")
         labels = real.labels[rows].numpy()
+    conditions = None
+    if _has_conditions(pipe, protocol):
+        conditions = regressors.with_conditions(real, pipe._condition_statistics.names).conditions[rows]
+    if pipe._conditioning is None:
+        return labels, None, conditions
     if not pipe._conditioning.is_made:
         if real.conditioning_images is None:
             raise UserError(
                 "The model draws images from conditioning images, and the reference has none: name their column by "
                 "--conditioning_column."
             )
-        return labels, lambda start, stop: real.conditioning_images[rows[start:stop]] / 255
-    return labels, lambda start, stop: pipe.observe(real.images[rows[start:stop]] / 255)
+        return labels, lambda start, stop: real.conditioning_images[rows[start:stop]] / 255, conditions
+    return labels, lambda start, stop: pipe.observe(real.images[rows[start:stop]] / 255), conditions
 
 
 # A classifier of the data's classes
@@ -382,7 +435,22 @@ def _classify(
     return score_classes(classifier.extractor, generated, baselines, protocol.num_jackknife)
 
 
+def _read_conditions(regressor: Regressor, data: ImageData, protocol: Protocol) -> OtherFigures:
+    """Compares the conditions that images were drawn by with what a regressor reads off them, and off real images."""
+    count = protocol.num_images
+    drawn = replace(data, images=data.images[:count], conditions=data.conditions[:count])
+    per_condition = regressor.compare(drawn)
+    real = regressors.summarize(regressor.compare(regressor.held_out))
+    return OtherFigures(regressors.summarize(per_condition), {"real": real}, per_condition=per_condition)
+
+
 # Report
+
+
+def _shown(source: dict[str, Any]) -> str | None:
+    """Returns in words what of the reference's images the model was shown to draw each image, or None."""
+    shown = [source["conditioning"]] if "conditioning" in source else []
+    return ", ".join([*shown, *source.get("conditions", [])]) or None
 
 
 def _measured_by(
@@ -390,6 +458,7 @@ def _measured_by(
     training: ImageData | None,
     likelihood: Likelihood | None,
     classifier: Classifier | None,
+    regressor: Regressor | None,
     load: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Returns everything that must agree before two reports can be compared."""
@@ -416,6 +485,8 @@ def _measured_by(
         measured_by["likelihood_levels"] = likelihood.levels
     if classifier is not None:
         measured_by["classifier"] = classifier.describe()
+    if regressor is not None:
+        measured_by["regressor"] = regressor.description
     if training is not None:
         measured_by["training"] = describe(training)
     return measured_by
@@ -425,8 +496,8 @@ def _warnings(
     measured: Measurement,
     training: ImageData | None,
     likelihood: Likelihood | None,
-    classifier: Classifier | None,
-    conditioning: str | None,
+    judges: list[Classifier | Regressor | None],
+    shown: str | None,
     left_out: dict[str, str | None],
 ) -> list[str]:
     """Returns the caveats of the metrics; `left_out` has a reason for each metric that could not be measured."""
@@ -437,9 +508,9 @@ def _warnings(
             "The images are reconstructions of the reference's own: the metrics show how much the latents preserve, "
             "and nothing about samples."
         )
-    if conditioning is not None:
+    if shown is not None:
         warnings.append(
-            f"Each image is drawn from what an image of the reference shows ({conditioning}): the metrics cannot be compared "
+            f"Each image is drawn from what an image of the reference shows ({shown}): the metrics cannot be compared "
             "with those of models that are shown nothing."
         )
     count, dim = len(sets.generated), sets.real.features.shape[1]
@@ -477,8 +548,7 @@ def _warnings(
             warnings.append(f"{_NAMES_OF_LEFT_OUT[metric]} not measured: {reason}.")
     if likelihood is not None:
         warnings.append(f"Bits/dim are {likelihood.describe()}.")
-    if classifier is not None:
-        warnings.append(classifier.summary())
+    warnings += [judge.summary() for judge in judges if judge is not None]
     reference = sets.real.data
     if sets.shared == len(reference):
         warnings.append(
@@ -514,4 +584,5 @@ def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:
         closest = np.argsort(distances, kind="stable")[:columns]
         rows["nearest to training"] = generated.data.images.numpy()[generated.order[closest]]
         rows["what they are near"] = sets.training.data.images.numpy()[sets.training.order[nearest[closest]]]
-    return image_grid(np.concatenate(list(rows.values())), columns, row_labels=list(rows))
+    images = image_sets.as_pictures(np.concatenate(list(rows.values())))
+    return image_grid(images, columns, row_labels=list(rows))

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -51,13 +51,14 @@ class Extractor:
 
     Args:
         name (`str`): Name of the features in a report.
-        forward (`Callable`): uint8 (B, C, H, W) on the device -> floating point (B, D).
+        forward (`Callable`): Images (B, C, H, W) in [0, 255] on the device -> floating point (B, D).
         preprocessing (`dict`): The network and everything that is done to an image, in JSON values. These texts are
             part of reports and of the keys of cached features: rewording one makes earlier reports incomparable.
         device (`torch.device`): Device of the network.
         classifier (`nn.Linear`, *optional*): Maps features to the network's logits, for the Inception Score.
         layers (`Callable`, *optional*): uint8 (B, C, H, W) on the device -> the outputs of several layers, (B, channels,
             height, width) each, for the perceptual distance.
+        square_above (`int`, *optional*): Images with a longer side than this are resized to a square. None if none are.
     """
 
     name: str
@@ -66,10 +67,32 @@ class Extractor:
     device: torch.device
     classifier: nn.Linear | None = None
     layers: Callable[[torch.Tensor], list[torch.Tensor]] | None = None
+    square_above: int | None = None
+
+    def of_images(self, height: int, width: int) -> "Extractor":
+        """Returns the extractor for images of this size: its preprocessing says if it changes their aspect ratio."""
+        is_squared = self.square_above is not None and max(height, width) > self.square_above
+        if height == width or not is_squared:
+            return self
+        preprocessing = self.preprocessing | {"aspect ratio": f"{height}x{width} is made square"}
+        return replace(self, preprocessing=preprocessing)
+
+    def of_channels(self, channels: Sequence[int]) -> "Extractor":
+        """Returns the extractor that sees only these channels of images, in this order: its preprocessing says so."""
+        chosen, layers = list(channels), self.layers
+        return replace(
+            self,
+            forward=lambda images: self.forward(images[:, chosen]),
+            layers=None if layers is None else lambda images: layers(images[:, chosen]),
+            preprocessing=self.preprocessing | {"channels": chosen},
+        )
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Extracts features (B, D), float32 on the CPU, from uint8 images (B, C, H, W), C = 1 (grey) or 3 (RGB)."""
+        """
+        Extracts features (B, D), float32 on the CPU, from images (B, C, H, W), uint8 or floats in [0, 255]. Networks take
+        C = 1 (grey) or 3 (RGB).
+        """
         return self.forward(images.to(self.device)).float().cpu()
 
     @torch.inference_mode()
@@ -187,7 +210,12 @@ def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torc
 
 
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W)."""
+    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W); other channels are refused."""
+    if images.shape[1] not in (1, 3):
+        raise UserError(
+            f"A network's features are of images with 1 or 3 channels, and these have {images.shape[1]}: choose the features "
+            "'pixels', or 1 or 3 of the channels as feature_channels."
+        )
     return images.expand(-1, 3, -1, -1)
 
 
@@ -264,7 +292,8 @@ def _network_extractor(
         return output
 
     prepared_layers = None if layers is None else lambda images: layers(prepare(images))
-    return Extractor(name, forward, preprocessing, device, classifier, prepared_layers)
+    square_above = None if inputs.size is None else 0
+    return Extractor(name, forward, preprocessing, device, classifier, prepared_layers, square_above)
 
 
 # The built-in extractors
@@ -350,7 +379,7 @@ def _load_pixels(weights: None, dtype: str, device: torch.device) -> Extractor:
         "input": "x / 255",
         "dtype": "float32",
     }
-    return Extractor("pixels", forward, preprocessing, device)
+    return Extractor("pixels", forward, preprocessing, device, square_above=_PIXELS_SIDE)
 
 
 def _load_inception(weights: str | Path | None, dtype: str, device: torch.device) -> Extractor:
@@ -377,7 +406,9 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     if _is_torchscript(path):
         script = torch.jit.load(str(path), map_location="cpu").eval().to(device)
         preprocessing |= {"resize": "by the TorchScript itself", "input": "by the TorchScript itself"}
-        return Extractor("inception", lambda x: script(to_rgb(x), return_features=True), preprocessing, device)
+        return Extractor(
+            "inception", lambda x: script(to_rgb(x), return_features=True), preprocessing, device, square_above=0
+        )
 
     if not sha256.startswith(INCEPTION_HASH):
         raise UserError(
@@ -397,7 +428,9 @@ def _load_inception(weights: str | Path | None, dtype: str, device: torch.device
     classifier = nn.Linear(2048, 1008, bias=False).requires_grad_(False)  # no bias in the original Inception Score
     classifier.weight.copy_(network.fc.weight)
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Extractor("inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier)
+    return Extractor(
+        "inception", lambda images: network(to_rgb(images)), preprocessing, device, classifier, square_above=0
+    )
 
 
 def _find_inception() -> Path | None:

@@ -1,5 +1,6 @@
 """
-Images to measure, always uint8: samples of a pipeline, a folder, or a baseline.
+Images to measure: samples of a pipeline, a folder, or a baseline. They are uint8, or float32 in [0, 255] if their values
+are not of 8 bits.
 
 Long computations run in batches, which the processes share; they write to one file and mark each row that is done. So
 results are independent of the number of processes, and a stopped run resumes, with any batch size.
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from .. import plots
-from ..data import ImageData, load_images
+from ..data import ImageData, load_images, normalize
+from ..data.images import spell_values
 from ..errors import UserError
 from ..files import find_damage, publish
 from ..pipelines.pipeline_tiny import image_generators
@@ -104,6 +107,7 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
 def sample(
     pipe: DiffusionPipeline,
     shape: tuple[int, int, int],
+    dtype: type,
     entry: Path,
     *,
     num_images: int,
@@ -113,6 +117,7 @@ def sample(
     state: PartialState,
     class_labels: np.ndarray | None = None,
     conditioning_images: Callable[[int, int], torch.Tensor] | None = None,
+    conditions: torch.Tensor | None = None,
     real: np.ndarray | None = None,
 ) -> np.ndarray:
     """
@@ -122,6 +127,7 @@ def sample(
     Args:
         pipe (`DiffusionPipeline`): Called with `output_type="pt"`.
         shape (`tuple[int, int, int]`): (C, H, W) of the reference, which the images must have.
+        dtype (`type`): `np.uint8`, or `np.float32` for images that are not of 8 bits.
         entry (`Path`): Folder in the cache that keeps the images.
         num_images (`int`): N.
         seed (`int`): Seed of the first image.
@@ -131,28 +137,32 @@ def sample(
         class_labels (`np.ndarray` of shape `(N,)`, *optional*): The class of each image.
         conditioning_images (`Callable`, *optional*): `conditioning_images(start, stop)` returns those of these images,
             (stop - start, K, h, w) in [0, 1].
-        real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): uint8 images to reconstruct, instead of sampling.
+        conditions (`torch.Tensor` of shape `(N, D)`, *optional*): The conditions of each image, in the data's units.
+        real (`np.ndarray` of shape `(N, C, H, W)`, *optional*): Images in [0, 255] to reconstruct, instead of sampling.
 
     Returns:
-        `np.ndarray` of shape `(N, C, H, W)`: uint8, memory-mapped.
+        `np.ndarray` of shape `(N, C, H, W)`: The images in [0, 255], memory-mapped.
     """
     pipe.set_progress_bar_config(disable=True)
 
     def draw(start: int, stop: int) -> np.ndarray:
         generator = image_generators(seed, stop - start, first=start)
-        conditions = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
+        given = {} if class_labels is None else {"class_labels": class_labels[start:stop].tolist()}
         if conditioning_images is not None:
-            conditions["image"] = conditioning_images(start, stop)
+            given["image"] = conditioning_images(start, stop)
+        if conditions is not None:
+            given["conditions"] = conditions[start:stop]
         if real is None:
-            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **conditions, **options)
+            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **given, **options)
         else:
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)
-        images = to_uint8(output.images.float().cpu())
+        images = output.images.float().cpu()
+        images = to_uint8(images) if dtype == np.uint8 else (255 * images).numpy()
         check_shape(images.shape[1:], shape, "The model's images")
         return images
 
-    return fill(entry, (num_images, *shape), np.uint8, draw, batch_size=batch_size, state=state, desc="Sampling")
+    return fill(entry, (num_images, *shape), dtype, draw, batch_size=batch_size, state=state, desc="Sampling")
 
 
 def read_folder(folder: str | Path) -> ImageData:
@@ -174,6 +184,20 @@ def read_folder(folder: str | Path) -> ImageData:
     return data
 
 
+def as_levels(data: ImageData) -> ImageData:
+    """Scales images of a value range to float32 in [0, 255], and notes it; 8-bit images stay as they are."""
+    if data.value_range is None:
+        return data
+    images = (normalize(data.images, data.value_range) + 1) * 127.5
+    note = f"{spell_values(data.value_range)} measured as 0 to 255, not rounded"
+    return replace(data, images=images, value_range=None, notes=[*data.notes, note])
+
+
+def as_pictures(images: np.ndarray) -> np.ndarray:
+    """Rounds images in [0, 255] to uint8, to be shown."""
+    return images.round().astype(np.uint8)
+
+
 def to_uint8(images: np.ndarray | torch.Tensor | Sequence[Image.Image]) -> np.ndarray:
     """
     Converts images (N, C, H, W) to uint8; uint8 images stay as they are, floats must be in [0, 1]. PIL images become
@@ -188,8 +212,8 @@ def to_uint8(images: np.ndarray | torch.Tensor | Sequence[Image.Image]) -> np.nd
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # NumPy has no bfloat16
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UserError(f"Images must have the shape (N, C, H, W) with C = 1 or 3: these have {images.shape}.")
+    if images.ndim != 4 or (images.shape[1] not in (1, 3) and images.shape[3] in (1, 3)):
+        raise UserError(f"Images must have the shape (N, C, H, W), channels first: these have {images.shape}.")
     return plots.to_uint8(images)
 
 
@@ -218,7 +242,8 @@ def check_shape(given: tuple[int, int, int], shape: tuple[int, int, int], what: 
     """Checks that images of the shape `given` have the reference's (C, H, W)."""
 
     def describe(channels: int, height: int, width: int) -> str:
-        return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+        kind = {1: "grey", 3: "colour"}.get(channels, f"of {channels} channels")
+        return f"{height}x{width} {kind}"
 
     if given != shape:
         raise UserError(f"{what} are {describe(*given)} and the reference's are {describe(*shape)}: they must agree.")
@@ -276,8 +301,7 @@ def pixel_gaussian(images: np.ndarray, order: np.ndarray) -> Callable[[int, int]
     std = np.sqrt(np.maximum(squares / len(images) - mean**2, 0))
 
     def draw(start: int, stop: int) -> np.ndarray:
-        values = mean + std * _rng(start).standard_normal((stop - start, *images.shape[1:]))
-        return values.round().clip(0, 255).astype(np.uint8)
+        return _clip(mean + std * _rng(start).standard_normal((stop - start, *images.shape[1:])), images.dtype)
 
     return draw
 
@@ -289,13 +313,17 @@ def blurred(images: np.ndarray, order: np.ndarray) -> Callable[[int, int], np.nd
     sigma = (0, 0, BLUR_SIGMA, BLUR_SIGMA)
 
     def draw(start: int, stop: int) -> np.ndarray:
-        values = gaussian_filter(images[order[start:stop]].astype(np.float32), sigma)
-        return values.round().clip(0, 255).astype(np.uint8)
+        return _clip(gaussian_filter(images[order[start:stop]].astype(np.float32), sigma), images.dtype)
 
     return draw
 
 
 BASELINES = {"noise": noise, "pixel_gaussian": pixel_gaussian, "blurred": blurred}
+
+
+def _clip(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Clips values to [0, 255], rounded if the images are."""
+    return (values.round() if dtype == np.uint8 else values).clip(0, 255).astype(dtype)
 
 
 def _rng(start: int) -> np.random.Generator:

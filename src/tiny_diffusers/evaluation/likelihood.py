@@ -60,7 +60,9 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
     if isinstance(given, IMAGE_TYPES):
         return "images alone have no likelihood"
     scheduler, reason = getattr(given, "scheduler", None), None
-    if hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
+    if getattr(given, "_value_range", None) is not None:
+        reason = "they are of 8-bit images"
+    elif hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
         labels = None if reference.labels is None else reference.labels[:1]
         try:
             _bits(given, reference.images[:1], labels, image_generators(0, 1))
@@ -68,6 +70,8 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
             reason = str(error).removesuffix(".")
     elif getattr(given, "_conditioning", None) is not None:
         reason = "they depend on the conditioning image"
+    elif getattr(given, "_condition_statistics", None) is not None:
+        reason = "they depend on the conditions"
     elif scheduler is None:
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):

@@ -86,6 +86,7 @@ class OtherFigures:
     generated: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     per_class: dict[int, dict[str, Estimate]] = field(default_factory=dict)
+    per_condition: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 class Measurement:
@@ -101,6 +102,7 @@ class Measurement:
     Attributes:
         figures (`dict[str, Estimate]`): metric -> value.
         per_class (`dict[int, dict[str, Estimate]]`): class -> metric -> value.
+        per_condition (`dict[str, dict[str, Estimate]]`): condition -> metric -> value.
         baselines (`dict[str, dict[str, Estimate]]`): baseline -> metric -> value.
     """
 
@@ -112,7 +114,7 @@ class Measurement:
         self.baselines = {
             name: self._compare(*sets.compared(name), extrapolate=name == "real") for name in protocol.baselines
         }
-        self.per_class = {}
+        self.per_class, self.per_condition = {}, {}
         labels = sets.real.labels
         if sets.generated.labels is not None and labels is not None and len(np.unique(labels)) > 1:
             self._measure_classes()
@@ -120,6 +122,7 @@ class Measurement:
             self._measure_neighbours()
         for other in others:
             self.figures |= other.generated
+            self.per_condition |= other.per_condition
             for ours, theirs in ((self.baselines, other.baselines), (self.per_class, other.per_class)):
                 for name in ours.keys() & theirs.keys():
                     ours[name] |= theirs[name]
@@ -166,16 +169,16 @@ class Measurement:
             learned, tested = real.halves()
         probe = metrics.class_probe(learned.features, learned.labels)
         agrees = probe(generated.features) == generated.labels
-        self.figures["class_agreement"] = _share(agrees)
+        self.figures["class_agreement"] = share(agrees)
         if "real" in self.baselines:
-            self.baselines["real"]["class_agreement"] = _share(probe(tested.features) == tested.labels)
+            self.baselines["real"]["class_agreement"] = share(probe(tested.features) == tested.labels)
 
         for label in np.unique(generated.labels):
             rows, real_rows = generated.labels == label, real.labels == label
             if min(rows.sum(), real_rows.sum()) < _MIN_CLASS_IMAGES:
                 continue
             figures = self._compare(generated.subset(rows), real.subset(real_rows), extrapolate=False)
-            self.per_class[int(label)] = {**figures, "class_agreement": _share(agrees[rows])}
+            self.per_class[int(label)] = {**figures, "class_agreement": share(agrees[rows])}
 
     def _measure_neighbours(self) -> None:
         """Measures the distance to the training set, beside that of real images that are not in it."""
@@ -185,7 +188,7 @@ class Measurement:
         if not sets.has_other_real_images:
             return
         unseen, _ = metrics.nearest_neighbours(sets.real.features[:most], sets.training.features)
-        self.figures["near_copies"] = _share(distances < np.quantile(unseen, 0.01))
+        self.figures["near_copies"] = share(distances < np.quantile(unseen, 0.01))
         if "real" in self.baselines:
             self.baselines["real"]["nearest_neighbour"] = Estimate(float(np.median(unseen)))
             self.baselines["real"]["near_copies"] = Estimate(0.01)
@@ -215,12 +218,12 @@ def score_classes(
         figures, agrees = {"classifier_score": metrics.classifier_score(probabilities, num_groups)}, None
         if generated.labels is not None and images.labels is not None:
             agrees = probabilities.argmax(1) == images.labels
-            figures["classifier_agreement"] = _share(agrees)
+            figures["classifier_agreement"] = share(agrees)
         return figures, agrees
 
     figures, agrees = score(generated)
     classes = [] if agrees is None else np.unique(generated.labels)
-    per_class = {int(k): {"classifier_agreement": _share(agrees[generated.labels == k])} for k in classes}
+    per_class = {int(k): {"classifier_agreement": share(agrees[generated.labels == k])} for k in classes}
     return OtherFigures(figures, {name: score(images)[0] for name, images in baselines.items()}, per_class)
 
 
@@ -236,6 +239,7 @@ def _diversity(judged: FeatureSet, real: FeatureSet) -> dict[str, Estimate]:
     return {"diversity": Estimate(float(np.mean(ratios)))} if ratios else {}
 
 
-def _share(flags: np.ndarray) -> Estimate:
-    share = float(flags.mean())
-    return Estimate(share, float(np.sqrt(share * (1 - share) / len(flags))), "standard error over images")
+def share(flags: np.ndarray) -> Estimate:
+    """Returns the share of flags that are true, with its standard error."""
+    mean = float(flags.mean())
+    return Estimate(mean, float(np.sqrt(mean * (1 - mean) / len(flags))), "standard error over images")

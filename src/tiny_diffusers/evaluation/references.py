@@ -4,7 +4,7 @@ The real images of an evaluation: those that flags name, and what they leave ope
     given = {"split": "test"}
     run = flags_of_run(RunFolder("runs/digits"), given)  # {"dataset_name": "digits", "resolution": 8, ...}
     images = choose(given, run)
-    reference, training, images = load_real_images(images, channels=1, side=8, state=processes())
+    reference, training, images = load_real_images(images, shape=(1, 8, 8), state=processes())
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..flags import FlagParser, Flags, as_flags, flag
 from ..paths import local_path, restore_paths
+from ..resolution import Resolution, to_size
 from ..runs import RunFolder
 
 
@@ -31,6 +32,8 @@ _SHARED = (
     "image_column",
     "label_column",
     "conditioning_column",
+    "condition_columns",
+    "drop_missing",
     "classes",
     "center_crop",
 )
@@ -45,11 +48,13 @@ class RealImages(Flags):
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
     conditioning_column: str | None = flag(None, "Column of the conditioning images of a model that takes some.")
+    condition_columns: str | None = flag(None, "Columns of the conditions of a model that takes some: age,smiling.")
+    drop_missing: bool = flag(False, "Leave out images without a value in --condition_columns.")
     classes: str | None = flag(None, "Names or ids, such as cat,frog, if the model has only these.")
-    resolution: int | None = flag(
-        None, "Side that images are resized to; the model's if not given.", within="[1, 1024]"
+    resolution: Resolution | None = flag(
+        None, "Side, or height x width, that images are resized to; the model's if not given.", within="[1, 1024]"
     )
-    center_crop: bool = flag(False, "Crop the center of images that are not square.")
+    center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
     split: str | None = flag(
         None, "Split to measure against; of test, validation and the training's, the first that there is."
     )
@@ -111,17 +116,21 @@ def is_same_dataset(given: str, runs: str | None) -> bool:
 
 
 def load_real_images(
-    images: RealImages, channels: int, side: int, state: "PartialState", conditioning_channels: int | None = None
+    images: RealImages,
+    shape: tuple[int, int, int],
+    state: "PartialState",
+    conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> "tuple[ImageData, ImageData | None, RealImages]":
     """
     Loads the reference and, if there is one, the training set; one process decodes them, the others read its cache.
 
     Args:
         images ([`RealImages`]): The images.
-        channels (`int`): Channels of the model's images.
-        side (`int`): Side of the model's images in pixels.
+        shape (`tuple[int, int, int]`): (C, H, W) of the model's images.
         state (`PartialState`): The processes.
         conditioning_channels (`int`, *optional*): Channels of the images that the model takes as a condition.
+        value_range (`tuple[float, float]`, *optional*): The values of the model's images, if they are not of 8 bits.
 
     Returns:
         `tuple[ImageData, ImageData | None, RealImages]`: The reference, the training set, and `images` with the splits
@@ -130,10 +139,10 @@ def load_real_images(
     from ..data import UnknownSplitError, load_images
 
     with state.main_process_first():
-        reference, split = load_reference(images, channels, side, conditioning_channels)
+        reference, split = load_reference(images, shape, conditioning_channels, value_range)
         training = None
         if images.train_split != "none":
-            options = _load_options(images, channels, side, conditioning_channels)
+            options = _load_options(images, shape, conditioning_channels, value_range)
             try:
                 training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
             except UnknownSplitError as error:
@@ -146,25 +155,26 @@ def load_real_images(
 
 def load_reference(
     images: RealImages,
-    channels: int | None = None,
-    side: int | None = None,
+    shape: tuple[int, int, int] | None = None,
     conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> "tuple[ImageData, str]":
     """
     Loads the real images alone: the given split, or the first that there is of test, validation and the training's.
 
     Args:
         images ([`RealImages`]): The images.
-        channels (`int`, *optional*): Their channels; by default those of the dataset.
-        side (`int`, *optional*): Their side in pixels where `images` name none; by default that of the dataset.
+        shape (`tuple[int, int, int]`, *optional*): Their (C, H, W), the size where `images` name none; by default those of
+            the dataset.
         conditioning_channels (`int`, *optional*): Channels of their conditioning images; by default those of the dataset.
+        value_range (`tuple[float, float]`, *optional*): Their values, as in [`~tiny_diffusers.data.load_images`].
 
     Returns:
         `tuple[ImageData, str]`: The images and the split.
     """
     from ..data import UnknownSplitError, load_images
 
-    options = _load_options(images, channels, side, conditioning_channels)
+    options = _load_options(images, shape, conditioning_channels, value_range)
     splits = [images.split] if images.split is not None else ["test", "validation", _train_split(images)]
     for split in splits[:-1]:
         with contextlib.suppress(UnknownSplitError):
@@ -177,13 +187,18 @@ def _train_split(images: RealImages) -> str:
 
 
 def _load_options(
-    images: RealImages, channels: int | None, side: int | None, conditioning_channels: int | None
+    images: RealImages,
+    shape: tuple[int, int, int] | None,
+    conditioning_channels: int | None,
+    value_range: tuple[float, float] | None,
 ) -> dict[str, Any]:
     options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
-    options["resolution"] = images.resolution or side
-    return options | {"channels": channels, "conditioning_channels": conditioning_channels}
+    channels, *size = shape or (None,)
+    options["resolution"] = to_size(images.resolution) or tuple(size) or None
+    options |= {"channels": channels, "conditioning_channels": conditioning_channels}
+    return options | {"value_range": value_range}
 
 
 def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:

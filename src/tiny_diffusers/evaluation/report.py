@@ -33,12 +33,14 @@ Metric = Literal[
     "bits_per_dim",
     "classifier_score",
     "feature_distance",
+    "condition_agreement",
 ]
 Baseline = Literal["real", "blurred", "pixel_gaussian", "noise"]
 
 METRICS: tuple[str, ...] = get_args(Metric)
 BASELINES: tuple[str, ...] = get_args(Baseline)
-_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance")  # not by default
+# not by default
+_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement")
 # names that these metrics have elsewhere -> what gives them here
 _MEANT = {
     "fid": "frechet_distance with --features inception",
@@ -78,6 +80,9 @@ FIGURES = {
     "classifier_score": (*2 * ("Classifier score (the data's classes)",), False),
     "classifier_agreement": (*2 * ("Agreement by the data's classifier",), False),
     "feature_distance": (*2 * ("Perceptual distance of pairs (unweighted)",), None),
+    "condition_correlation": (*2 * ("Correlation with the conditions",), False),
+    "condition_error": (*2 * ("Mean error of the condition",), True),
+    "condition_agreement": (*2 * ("Agreement with the conditions",), False),
 }
 # metric -> its figures, where it has others than one of its name; class_agreement comes with any metric, if there are classes
 _FIGURES_OF = {
@@ -85,6 +90,7 @@ _FIGURES_OF = {
     "density_coverage": ("density", "coverage"),
     "nearest_neighbour": ("nearest_neighbour", "near_copies"),
     "classifier_score": ("classifier_score", "classifier_agreement"),
+    "condition_agreement": ("condition_correlation", "condition_agreement"),
 }
 BASELINE_NAMES = {
     "real": "real against real",
@@ -114,6 +120,9 @@ class Protocol(Flags):
     feature_weights: str | None = flag(None, "Weights of inception (a file) or dinov2 (a folder or a Hub id).")
     feature_dtype: FeatureDtype = flag(
         "float32", "Dtype of the feature network; bfloat16 is faster and shifts distances by 1 or 2 percent."
+    )
+    feature_channels: list[int] | None = flag(
+        None, "Channels, numbered from 0, that the features see: 1 or 3 for a network.", within="[0, 1024)"
     )
     metrics: list[Literal[Metric, "all"]] = flag(
         [name for name in METRICS if name not in _SLOW_METRICS],
@@ -198,6 +207,7 @@ class Report:
         source (`dict`): The images: a pipeline with the fingerprint of its weights and its scheduler, or a folder.
         figures (`dict`): metric -> `value`, `error` and `error_kind`.
         per_class (`dict`): class -> metric -> the same.
+        per_condition (`dict`): condition -> metric -> the same.
         baselines (`dict`): baseline -> `images`, and `figures` as above.
         warnings (`list[str]`): Caveats of the metrics.
         versions (`dict`): Versions of Python and the libraries.
@@ -214,6 +224,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
+    per_condition: dict[str, dict] = field(default_factory=dict)
     format: int = REPORT_FORMAT
 
     @classmethod
@@ -347,6 +358,8 @@ class Report:
             parts.append("After ±: " + "; ".join(sorted(kinds)) + ".")
         if self.per_class:
             parts.append(format_table(self, self.per_class, "class"))
+        if self.per_condition:
+            parts.append(format_table(self, self.per_condition, "condition"))
         parts += [f"**Note:** {markdown(str(warning))}" for warning in self.warnings]
         return "\n\n".join(parts) + "\n"
 
@@ -369,8 +382,8 @@ class Report:
         ]
 
     def _features_of(self, figure: str) -> str:
-        """Returns the features of a metric, with a comma; none of those by the data's own classifier."""
-        return "" if figure.startswith("classifier_") else f"{self.protocol['features']}, "
+        """Returns the features of a metric, with a comma; none of those by the data's own classifier or regressor."""
+        return "" if figure.startswith(("classifier_", "condition_")) else f"{self.protocol['features']}, "
 
 
 # The parts of a report that are read, with their types; those after "?" may be missing.
@@ -384,6 +397,7 @@ _FORM = {
     "source": {"kind": str, "name": str, "?sampling": dict, "?scheduler": {"class": str}},
     "figures": dict,
     "?per_class": dict,
+    "?per_condition": dict,
     "?baselines": dict,
     "?warnings": list,
     "?versions": dict,
@@ -396,7 +410,7 @@ def _find_mistake(content: dict[str, Any]) -> str | None:
     mistake = _check_form(content, _FORM)
     if mistake is not None:
         return mistake
-    sets = {"figures": content["figures"], **content.get("per_class", {})}
+    sets = {"figures": content["figures"], **content.get("per_class", {}), **content.get("per_condition", {})}
     for name, entry in content.get("baselines", {}).items():
         if name not in BASELINES or not isinstance(entry, dict):
             return f"its baseline {name!r} is unknown or damaged"

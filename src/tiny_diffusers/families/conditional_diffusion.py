@@ -1,5 +1,6 @@
-"""Diffusion with conditions: classes, an image, or both, and classifier-free guidance."""
+"""Diffusion with classes, conditions (numbers and labels by name), an image, or several, and classifier-free guidance."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,10 +10,12 @@ from torch import nn
 from ..data import ImageData
 from ..errors import UserError, refusals, unknown
 from ..flags import flag
-from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_operators import Conditioning
-from ..training.family import class_grid
+from ..training.family import class_grid, load_pretrained
+from ..training.settings import split_indices
 from .diffusion import NUM_INFERENCE_STEPS, Diffusion, DiffusionArguments, TinyScheduler
 from .unets import ConditionalUNetArguments
 
@@ -25,7 +28,7 @@ _MADE_CONDITIONS = {"grayscale": "grayscale", "low_resolution": "low_resolution:
 
 @dataclass(frozen=True)
 class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
-    """The classes and the conditioning image, and how they guide."""
+    """The classes, the conditions and the conditioning image, and how they guide."""
 
     SCRIPT: ClassVar[str] = "conditional"
     FAMILY: ClassVar[str] = "conditional-ddpm"
@@ -39,15 +42,24 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
     conditioning_column: str | None = flag(
         None, "The same, but the image is that of another column, such as conditioning_image."
     )
+    condition_columns: str | None = flag(
+        None,
+        "Columns of numbers, of 0 and 1, or of lists of labels that the network is given by name: 'age,smiling'. Labels are "
+        "then not required; those that the data have are conditions as well, unless --label_column is none.",
+    )
+    drop_missing: bool = flag(
+        False, "Leave out images without a value in --condition_columns, instead of refusing them."
+    )
     class_dropout_prob: float = flag(
         0.1,
-        "Share of the labels that are dropped, and of the conditioning images with them; guidance needs some.",
+        "Share of the labels that are dropped, and of the conditions and conditioning images with them; guidance needs "
+        "some.",
         "--conditioning_dropout_prob",
         within="[0, 1)",
     )
     guidance_scales: list[float] | None = flag(
         None,
-        "Guidance scales of the sample grids; 1 and 3 if not given, and with a conditioning image 1.",
+        "Guidance scales of the sample grids; 1 and 3 if not given, and with a conditioning image or conditions 1.",
         within="(-inf, inf)",
         changes_run=False,
     )
@@ -66,10 +78,18 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
         if self.conditioning is not None and self.conditioning.partition(":")[0] not in _MADE_CONDITIONS:
             raise unknown("--conditioning", self.conditioning, [*_MADE_CONDITIONS.values()])
 
+        if self.drop_missing and self.condition_columns is None:
+            raise UserError("--drop_missing is for images without a value in --condition_columns: leave it out.")
+
     @property
     def has_conditioning(self) -> bool:
         """Returns whether the network is given an image as a condition."""
         return self.conditioning is not None or self.conditioning_column is not None
+
+    @property
+    def requires_labels(self) -> bool:
+        """Returns whether classes are the only condition."""
+        return not self.has_conditioning and self.condition_columns is None
 
 
 def build_conditioning(settings: ConditionalArguments, data: ImageData) -> Conditioning | None:
@@ -88,22 +108,50 @@ def build_conditioning(settings: ConditionalArguments, data: ImageData) -> Condi
         return Conditioning(kind, tuple(data.images.shape[1:]))
 
 
+def measure_conditions(settings: ConditionalArguments, data: ImageData) -> ConditionStatistics | None:
+    """
+    Measures the conditions of the training images, those of the held-out ones left out; None without conditions. A
+    checkpoint to start from keeps its means and deviations.
+
+    Raises:
+        UserError: If a condition has one value only, or the checkpoint has others.
+    """
+    if data.conditions is None:
+        return None
+    with refusals("--condition_columns: "):
+        statistics = ConditionStatistics.measure(
+            data.conditions[split_indices(settings, data)[0]], data.condition_names
+        )
+    earlier = getattr(load_pretrained(settings, TinyPipeline), "_condition_statistics", None)
+    if earlier is None:
+        return statistics
+    if earlier.names != statistics.names:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {settings.pretrained_model_name_or_path} has the conditions "
+            f"{', '.join(earlier.names)}, and --condition_columns gives {', '.join(statistics.names)}: give the same ones in "
+            "the same order."
+        )
+    return dataclasses.replace(statistics, means=earlier.means, deviations=earlier.deviations)
+
+
 class ConditionalDiffusion(Diffusion):
     """
-    Diffusion with classes, an image as a condition, or both, and classifier-free guidance (Ho & Salimans 2022, arXiv
-    2207.12598).
+    Diffusion with classes, conditions, an image as a condition, or several of them, and classifier-free guidance (Ho &
+    Salimans 2022, arXiv 2207.12598).
 
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels).sample`, with a row for each of K classes and
-            row K for no class. With a conditioning image, `sample` has its channels after those of the noisy image.
+            row K for no class. With a conditioning image, `sample` has its channels after those of the noisy image, and
+            with conditions it is given `conditions`.
         scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
         id2label (`dict[int, str]`, *optional*): The names of the classes 0 to K - 1; None for a network without classes.
         class_dropout_prob (`float`): Share of the labels that are replaced by the null class, and of the conditioning
-            images that are replaced by zeros with them.
+            images and conditions that are dropped with them.
         guidance_scales (`list[float]`): Guidance scales of the sample grids.
         num_inference_steps (`int`): Sampling steps of the last sample grid.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
         conditioning ([`Conditioning`], *optional*): The conditioning image.
+        condition_statistics ([`ConditionStatistics`], *optional*): The conditions.
     """
 
     def __init__(
@@ -116,12 +164,14 @@ class ConditionalDiffusion(Diffusion):
         num_inference_steps: int = NUM_INFERENCE_STEPS,
         num_preview_steps: int | None = None,
         conditioning: Conditioning | None = None,
+        condition_statistics: ConditionStatistics | None = None,
     ):
         super().__init__(unet, scheduler, num_inference_steps, num_preview_steps)
         self.id2label, self.conditioning = id2label, conditioning
+        self.condition_statistics = condition_statistics
         self.null_label = None if id2label is None else len(id2label)
         self.label_dropout = class_dropout_prob
-        guides = class_dropout_prob > 0 and conditioning is None
+        guides = class_dropout_prob > 0 and conditioning is None and condition_statistics is None
         self.guidance_scales = guidance_scales or ([1.0, 3.0] if guides else [1.0])
         if class_dropout_prob == 0 and self.guidance_scales != [1.0]:
             logger.warning(
@@ -136,15 +186,30 @@ class ConditionalDiffusion(Diffusion):
             id2label=self.id2label,
             class_dropout_prob=self.label_dropout,
             conditioning=None if self.conditioning is None else self.conditioning.kind,
+            condition_statistics=None if self.condition_statistics is None else self.condition_statistics.to_config(),
         )
 
     def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
         """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
         if self.conditioning is not None:
             return self._draw_examples(pipeline, num_images, seed, steps)
+        if self.condition_statistics is not None:
+            return self._draw_conditions(pipeline, num_images, seed, steps)
         labels, each, grid = class_grid(self.id2label, num_images // len(self.guidance_scales))
         rows, names = self._draw_rows(pipeline, each, len(labels), seed, steps, class_labels=labels)
         return sum(rows, []), {**grid, "columns": len(names), "column_labels": names}
+
+    def _draw_conditions(
+        self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int
+    ) -> tuple[list, dict]:
+        """Draws a row for each of some values of the first condition, and in it one class after another."""
+        values, texts = self.condition_statistics.examples()
+        each = max(1, num_images // (len(values) * len(self.guidance_scales)))
+        conditions: dict[str, Any] = {"conditions": [row for row in values for _ in range(each)]}
+        if self.id2label is not None:
+            conditions["class_labels"] = [i % len(self.id2label) for i in range(each)] * len(values)
+        rows, names = self._draw_rows(pipeline, each, each * len(values), seed, steps, **conditions)
+        return sum(rows, []), {"columns": len(names), "row_labels": texts, "column_labels": names}
 
     def _draw_examples(
         self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int
@@ -158,6 +223,9 @@ class ConditionalDiffusion(Diffusion):
         conditions = {"image": observed.repeat_interleave(each, dim=0)}
         if self.examples.labels is not None:
             conditions["class_labels"] = self.examples.labels[:count].repeat_interleave(each)
+        if self.condition_statistics is not None:
+            values = self.condition_statistics.restore(self.examples.conditions[:count])
+            conditions["conditions"] = values.repeat_interleave(each, dim=0)
         rows, names = self._draw_rows(pipeline, each, count * each, seed, steps, **conditions)
         given, images = (pipeline._to_images(tensor, "pil") for tensor in (given, images))
         rows = [[first, *row, last] for first, row, last in zip(given, rows, images, strict=True)]

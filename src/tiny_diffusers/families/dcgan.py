@@ -18,7 +18,7 @@ from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from ..training.arguments import LRScheduler, NetworkArguments, Optimizer, TrainingArguments
-from ..training.family import Batch, Family, check_images, class_grid, halving_widths, loaded_options
+from ..training.family import Batch, Family, check_images, class_grid, halving_widths, loaded_options, sample_size
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def resolve_dcgan(
 ) -> dict[str, Any]:
     """Resolves the options of the networks: loaded ones', or the widths by resolution."""
     if pretrained is None:
-        widths = halving_widths(data.images.shape[-1])
+        widths = halving_widths(*data.images.shape[2:])
         names = ("generator_channels", "discriminator_channels")
         return {name: getattr(arguments, name) or widths for name in names}
     if pretrained.discriminator is None:
@@ -188,16 +188,22 @@ def build_dcgan(
     Raises:
         UserError: If they do not fit the data, or cannot be built.
     """
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    channels = data.images.shape[1]
     num_class_embeds = len(data.id2label) if settings.class_conditional else None
     if pretrained is not None:
-        check_images(settings, data, pretrained.generator.config.out_channels, pretrained.generator.config.sample_size)
+        check_images(
+            settings,
+            data,
+            pretrained.generator.config.out_channels,
+            pretrained.generator.config.sample_size,
+            pretrained._value_range,
+        )
         _check_classes(pretrained, data, num_class_embeds)
         return pretrained.generator, pretrained.discriminator
 
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
     shared = {
-        "sample_size": resolution,
+        "sample_size": sample_size(data),
         "num_class_embeds": num_class_embeds,
         "class_embed_dim": settings.class_embed_dim,
     }

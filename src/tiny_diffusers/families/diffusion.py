@@ -287,11 +287,12 @@ class Diffusion(Family):
         else:
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
-        labels = {} if batch.labels is None else {"class_labels": batch.labels}
+        given = {"class_labels": batch.labels, "conditions": batch.conditions}
+        given = {name: values for name, values in given.items() if values is not None}
         sample = self.scheduler.scale_model_input(noisy, timesteps)
         if batch.conditioning_images is not None:
             sample = torch.cat([sample, batch.conditioning_images], dim=1)  # (B, C + K, H, W)
-        output = unet(sample, timesteps, **labels).sample
+        output = unet(sample, timesteps, **given).sample
         return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData, held_out, normalize
+from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
@@ -16,7 +17,7 @@ from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
 from ..training.draws import DataOrder
-from ..training.family import Batch, Family, check_images, class_grid, loaded_options
+from ..training.family import Batch, Family, check_images, class_grid, loaded_options, sample_size
 
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialized from
@@ -148,15 +149,19 @@ def build_pixelcnn(
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    if data.value_range is not None:
+        raise UserError(
+            f"A PixelCNN draws one of 256 levels for each value, and {data.name} has {spell_values(data.value_range)}: save "
+            "them as 8 bits, leave --value_range out, or train another family."
+        )
     fixed = {
-        "sample_size": resolution,
-        "in_channels": channels,
+        "sample_size": sample_size(data),
+        "in_channels": data.images.shape[1],
         "num_class_embeds": len(data.id2label) if settings.class_conditional else None,
     }
     if pretrained is not None:
         config = pretrained.pixelcnn.config
-        check_images(settings, data, config.in_channels, config.sample_size)
+        check_images(settings, data, config.in_channels, config.sample_size, None)
         if config.num_class_embeds != fixed["num_class_embeds"]:
             raise UserError(
                 f"--pretrained_model_name_or_path: its num_class_embeds is {config.num_class_embeds}, but {data.name} and "

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,14 @@ from ..files import load_json
 from ..flags import flag
 from ..hardware import default_device
 from ..models import transformer_tiny, unet_tiny
+from ..models.layers_tiny import height_and_width
 from ..models.transformer_tiny import TinyTransformer2DModel
 from ..models.unet_tiny import CHOICES, TinyUNet2DModel
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors, objective_of, try_stock_network
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import asked_options, check_images, check_network_flags, load_pretrained
+from ..training.family import asked_options, check_images, check_network_flags, load_pretrained, sample_size
 from ..training.settings import earlier_settings
 from .transformers import TransformerArguments, default_transformer, warn_of_costly_tokens
 
@@ -74,19 +76,20 @@ class ConditionalUNetArguments(UNetArguments):
     )
 
 
-def default_network(resolution: int) -> dict[str, Any]:
+def default_network(height: int, width: int) -> dict[str, Any]:
     """
     Returns the network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that
-    there are many steps, and from 24 pixels on patches, so that the costly first level has a quarter of the positions.
+    there are many steps, and from 24x24 pixels on patches, so that the costly first level has a quarter of the positions.
     """
+    area, divisor = height * width, math.gcd(height, width)
     network = {"patch_size": 1, "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
-    if resolution < 24:
+    if area < 24**2:
         return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
-    if resolution % 4 == 0:  # enough halvings are left for the levels
+    if divisor % 4 == 0:  # enough halvings are left for the levels
         network["patch_size"] = 2
-    if resolution % 8:  # such as 28 or 30, which cannot be halved once more
+    if divisor % 8:  # such as 28 or 30, which cannot be halved once more
         return network | {"block_out_channels": [64, 128], "attention": ["none", "full"]}
-    if resolution < 48:
+    if area < 48**2:
         return network | {"block_out_channels": [64, 64, 128], "attention": ["none", "full", "none"]}
     return network | {"block_out_channels": [64, 128, 128], "attention": ["none", "none", "full"]}
 
@@ -115,9 +118,9 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     if arguments.preset:
         defaults = {}
     elif network == "transformer":
-        defaults = default_transformer(data.images.shape[-1])
+        defaults = default_transformer(*data.images.shape[2:])
     else:
-        defaults = default_network(data.images.shape[-1])
+        defaults = default_network(*data.images.shape[2:])
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
     return {"network": network} | nothing | defaults | given
@@ -142,6 +145,7 @@ def build_unet(
     data: ImageData,
     num_class_embeds: int | None = None,
     conditioning: Conditioning | None = None,
+    num_conditions: int | None = None,
 ) -> nn.Module:
     """
     Builds the network: a checkpoint's, a configuration's, or a [`TinyUNet2DModel`] or [`TinyTransformer2DModel`] by its
@@ -152,6 +156,7 @@ def build_unet(
         data ([`ImageData`]): The images, for their size and channels and, with classes, their names.
         num_class_embeds (`int`, *optional*): Number of classes.
         conditioning ([`Conditioning`], *optional*): The conditioning image, whose channels the network takes as well.
+        num_conditions (`int`, *optional*): Number of conditions.
 
     Raises:
         UserError: If it does not fit the data or the settings, or cannot be built.
@@ -160,18 +165,20 @@ def build_unet(
     sources = [f"--{name}" for name in sources if getattr(settings, name)]
     if len(sources) > 1:
         raise UserError(f"{' and '.join(sources)}: each stands for a network of its own, so give one of them.")
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    channels = data.images.shape[1]
     fixed = {
-        "sample_size": resolution,
+        "sample_size": sample_size(data),
         "in_channels": channels if conditioning is None else channels + conditioning.shape[0],
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
+        "num_conditions": num_conditions,
         # of Fourier and learned embeddings; EDM's ln(sigma) / 4 is embedded as it is
         "num_train_timesteps": 1 if settings.prediction_type == "edm" else settings.ddpm_num_steps,
     }
     with refusals():
         if settings.pretrained_model_name_or_path:
-            unet = _pretrained_unet(settings, data, data.id2label if num_class_embeds else None, conditioning)
+            id2label = data.id2label if num_class_embeds else None
+            unet = _pretrained_unet(settings, data, id2label, conditioning, num_conditions)
             unet = _apply_flags(unet, settings)
         elif settings.model_config_name_or_path:
             unet = _apply_flags(_configured_unet(settings, fixed), settings)
@@ -239,7 +246,11 @@ def _apply_flags(unet: nn.Module, settings: UNetArguments) -> nn.Module:
 
 
 def _pretrained_unet(
-    settings: TrainingArguments, data: ImageData, id2label: dict[int, str] | None, conditioning: Conditioning | None
+    settings: TrainingArguments,
+    data: ImageData,
+    id2label: dict[int, str] | None,
+    conditioning: Conditioning | None,
+    num_conditions: int | None,
 ) -> nn.Module:
     name = settings.pretrained_model_name_or_path
     pipeline = load_pretrained(settings, TinyPipeline)
@@ -255,8 +266,22 @@ def _pretrained_unet(
             f"{_describe_condition(kind_asked)}: start from a checkpoint of the same conditioning, or leave the flag out."
         )
     channels = unet.config.in_channels - (conditioning.shape[0] if conditioning is not None else 0)
-    check_images(settings, data, channels, unet.config.get("sample_size") or data.images.shape[-1])
+    check_images(
+        settings,
+        data,
+        channels,
+        unet.config.get("sample_size") or sample_size(data),
+        pipeline._value_range,
+    )
     _check_checkpoint(pipeline, settings, channels)
+    if num_conditions is not None:
+        pipeline.register_modules(unet=_with_conditions(unet, num_conditions, settings))
+        unet = pipeline.unet
+    elif unet.config.get("num_conditions") is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} has conditions: continue with `tiny-diffusers train conditional "
+            "--condition_columns`, on images that have them."
+        )
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
@@ -342,6 +367,25 @@ def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Modu
     return unet
 
 
+def _with_conditions(unet: nn.Module, num_conditions: int, settings: TrainingArguments) -> nn.Module:
+    """Rebuilds a network without conditions for some, whose embedding is drawn; one with conditions stays as it is."""
+    if unet.config.get("num_conditions") is not None:
+        return unet
+    _refuse_stock_conditions(type(unet).__name__, settings.pretrained_model_name_or_path)
+    torch.manual_seed(settings.seed)
+    extended = type(unet).from_config(unet.config, num_conditions=num_conditions)
+    extended.load_state_dict(extended.state_dict() | unet.state_dict())
+    return extended
+
+
+def _refuse_stock_conditions(class_name: str, source: str) -> None:
+    if class_name == "UNet2DModel":
+        raise UserError(
+            f"--condition_columns: the network of {source} is a stock UNet2DModel, which takes no conditions: train a "
+            "TinyUNet2DModel or TinyTransformer2DModel, or leave the flag out."
+        )
+
+
 def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.Module:
     """Builds the network that `--model_config_name_or_path` describes, with what the data and the flags fix."""
     path = Path(settings.model_config_name_or_path)
@@ -356,7 +400,10 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
     if class_name not in classes:
         raise unknown(f"_class_name in {path}", class_name, classes)
     config |= fixed
+    if fixed["num_conditions"] is not None:
+        _refuse_stock_conditions(class_name, str(path))
     if class_name == "UNet2DModel":
+        del config["num_conditions"]
         config["class_embed_type"] = None  # a table
         if fixed["num_class_embeds"] is not None:  # it has no null class of its own
             config["num_class_embeds"] += 1
@@ -381,13 +428,13 @@ def _warn_of_costly_attention(unet: TinyUNet2DModel) -> None:
     ]
     layers.append((len(widths) - 1, widths[-1], config.mid_attention, 1, "--mid_attention"))
     for level, width, kind, count, where in layers:
-        side = config.sample_size // config.patch_size >> level
-        positions = side**2
+        rows, columns = (side // config.patch_size >> level for side in height_and_width(config.sample_size))
+        positions = rows * columns
         if kind == "full" and positions >= _COSTLY_POSITIONS:
             attention = 4 * positions**2 * width  # two matrix products, a multiplication and an addition each
             convolutions = 2 * 2 * 9 * positions * width**2  # two of 3x3 a block
             logger.warning(
-                f"full attention over {side}x{side} positions costs {count * attention / 1e9:.1f} GFLOP an image and "
+                f"full attention over {rows}x{columns} positions costs {count * attention / 1e9:.1f} GFLOP an image and "
                 f"pass, {attention / convolutions:.0f} times the convolutions beside it: on a CPU give 'linear' or "
                 f"'none' for {where}, or a larger --patch_size."
             )

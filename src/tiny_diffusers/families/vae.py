@@ -15,7 +15,7 @@ from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import Batch, Family, check_images, halving_widths, loaded_options
+from ..training.family import Batch, Family, check_images, halving_widths, loaded_options, sample_size
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def resolve_vae(arguments: VAEArguments, data: ImageData, pretrained: TinyVAEPip
     """Resolves the options of the network: a loaded one's, or the widths by resolution."""
     if pretrained is not None:
         return loaded_options(arguments, pretrained.vae.config)
-    return {"block_out_channels": arguments.block_out_channels or halving_widths(data.images.shape[-1])}
+    return {"block_out_channels": arguments.block_out_channels or halving_widths(*data.images.shape[2:])}
 
 
 def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeline | None = None) -> TinyVAEModel:
@@ -112,11 +112,17 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
     Raises:
         UserError: If it does not fit the data, or cannot be built.
     """
-    channels, resolution = data.images.shape[1], data.images.shape[-1]
+    channels = data.images.shape[1]
     if pretrained is not None:
-        check_images(settings, data, pretrained.vae.config.in_channels, pretrained.vae.config.sample_size)
+        check_images(
+            settings,
+            data,
+            pretrained.vae.config.in_channels,
+            pretrained.vae.config.sample_size,
+            pretrained._value_range,
+        )
         return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
     with refusals():
-        return TinyVAEModel(sample_size=resolution, in_channels=channels, **options)
+        return TinyVAEModel(sample_size=sample_size(data), in_channels=channels, **options)

@@ -5,6 +5,7 @@ Both can be class-conditional: the class embedding is tiled over a feature map a
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,17 +15,27 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .layers_tiny import ClassEmbedding, check_levels, check_parameters, check_shape, check_sizes, embed_classes
+from .layers_tiny import (
+    ClassEmbedding,
+    as_sample_size,
+    check_levels,
+    check_parameters,
+    check_shape,
+    check_sizes,
+    embed_classes,
+    height_and_width,
+)
 
 
-def _check_config(config: dict) -> int:
+def _check_config(config: dict) -> tuple[int, int]:
     """Checks a config before anything is allocated. Returns the height and width of the coarsest feature map."""
     check_sizes(config)
     widths = config["block_out_channels"]
     check_levels(config, 2 ** len(widths))
-    smallest = config["sample_size"] // 2 ** len(widths)
+    smallest = tuple(side // 2 ** len(widths) for side in height_and_width(config["sample_size"]))
     # one convolution covers the whole of the coarsest feature map
-    parameters = sum(16 * width**2 for width in widths) + smallest**2 * widths[-1] * config.get("latent_dim", 1)
+    parameters = sum(16 * width**2 for width in widths)
+    parameters += math.prod(smallest) * widths[-1] * config.get("latent_dim", 1)
     names = [name for name in ("block_out_channels", "latent_dim", "sample_size") if name in config]
     check_parameters(parameters, config, names, "Make it narrower, or give more levels.")
     return smallest
@@ -53,17 +64,18 @@ class UpBlock(nn.Module):
 
     Args:
         in_channels, out_channels (`int`): Input and output channels.
-        kernel_size (`int`, *optional*): Height and width of the first feature map. The block doubles if not given.
+        kernel_size (`tuple[int, int]`, *optional*): Height and width of the first feature map. The block doubles if not
+            given.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | None = None):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int] | None = None):
         super().__init__()
         size, stride, padding = (4, 2, 1) if kernel_size is None else (kernel_size, 1, 0)
         self.conv = nn.ConvTranspose2d(in_channels, out_channels, size, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C_in, H, W) -> (B, C_out, 2 H, 2 W), or (B, C_out, kernel_size, kernel_size)"""
+        """(B, C_in, H, W) -> (B, C_out, 2 H, 2 W), or (B, C_out, *kernel_size)"""
         return torch.relu(self.norm(self.conv(x)))
 
 
@@ -92,7 +104,7 @@ class TinyDCGANGeneratorOutput(BaseOutput):
     Output of [`TinyDCGANGenerator`].
 
     Args:
-        sample (`torch.Tensor` of shape `(B, out_channels, sample_size, sample_size)`): Images in [-1, 1].
+        sample (`torch.Tensor` of shape `(B, out_channels, height, width)`): Images in [-1, 1].
     """
 
     sample: torch.Tensor
@@ -109,8 +121,9 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 64):
-            Height and width of the images, a multiple of `2 ** len(block_out_channels)`. DCGAN's is 4 times that.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 64):
+            Side of square images, or height and width: multiples of `2 ** len(block_out_channels)`. DCGAN's is 4 times
+            that.
         out_channels (`int`, *optional*, defaults to 3): Channels `C` of the images.
         latent_dim (`int`, *optional*, defaults to 100): Size of z.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 512)`):
@@ -140,7 +153,7 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 64,
+        sample_size: int | tuple[int, int] = 64,
         out_channels: int = 3,
         latent_dim: int = 100,
         block_out_channels: Sequence[int] = (64, 128, 256, 512),
@@ -148,8 +161,8 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
         class_embed_dim: int = 16,
     ):
         super().__init__()
-        # a tuple, as JSON turns it into a list: the config is the same after saving and loading
-        self.register_to_config(block_out_channels=tuple(block_out_channels))
+        # tuples, as JSON turns them into lists: the config is the same after saving and loading
+        self.register_to_config(sample_size=as_sample_size(sample_size), block_out_channels=tuple(block_out_channels))
         smallest = _check_config(self.config)
         widths = list(reversed(block_out_channels))
         E = 0 if num_class_embeds is None else class_embed_dim
@@ -173,7 +186,7 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
 
         Returns:
-            [`TinyDCGANGeneratorOutput`] or `tuple`: With `sample` of shape `(B, C, sample_size, sample_size)`.
+            [`TinyDCGANGeneratorOutput`] or `tuple`: With `sample` of shape `(B, C, height, width)`.
 
         Raises:
             ValueError: If the latents have another shape, if a label is out of range (on a CPU), or if labels are
@@ -207,8 +220,8 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 64):
-            Height and width of the images, a multiple of `2 ** len(block_out_channels)`.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 64):
+            Side of square images, or height and width: multiples of `2 ** len(block_out_channels)`.
         in_channels (`int`, *optional*, defaults to 3): Channels `C` of the images.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 512)`):
             Width of each level, finest first.
@@ -237,14 +250,14 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 64,
+        sample_size: int | tuple[int, int] = 64,
         in_channels: int = 3,
         block_out_channels: Sequence[int] = (64, 128, 256, 512),
         num_class_embeds: int | None = None,
         class_embed_dim: int = 16,
     ):
         super().__init__()
-        self.register_to_config(block_out_channels=tuple(block_out_channels))
+        self.register_to_config(sample_size=as_sample_size(sample_size), block_out_channels=tuple(block_out_channels))
         smallest = _check_config(self.config)
         widths = [in_channels if num_class_embeds is None else in_channels + class_embed_dim, *block_out_channels]
 
@@ -259,7 +272,7 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
     ) -> TinyDCGANDiscriminatorOutput | tuple[torch.Tensor]:
         """
         Args:
-            sample (`torch.Tensor` of shape `(B, C, sample_size, sample_size)`): Images in [-1, 1].
+            sample (`torch.Tensor` of shape `(B, C, height, width)`): Images in [-1, 1].
             class_labels (`torch.Tensor`, *optional*): As for [`TinyDCGANGenerator`].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
 
@@ -270,8 +283,7 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
             ValueError: If the images have another shape, if a label is out of range (on a CPU), or if labels are given
                 to a network without classes.
         """
-        size = self.config.sample_size
-        check_shape("sample", sample, self.config.in_channels, size, size)
+        check_shape("sample", sample, self.config.in_channels, *height_and_width(self.config.sample_size))
         x = _concat(sample.to(self.dtype), embed_classes(self.class_embed, class_labels, sample.shape[0]))
         for block in self.blocks:
             x = block(x)

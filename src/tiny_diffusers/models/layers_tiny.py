@@ -1,5 +1,5 @@
 """
-The embeddings of time and class, the attention and the argument checks that the networks share.
+The embeddings of time, class and conditions, the attention and the argument checks that the networks share.
 
 The file travels with checkpoints as part of a network's code, so it imports none of its siblings, and the networks
 reuse none of its names.
@@ -8,7 +8,7 @@ reuse none of its names.
 import difflib
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -27,6 +27,7 @@ OPTIONAL_SIZES = {
     "attention_head_dim": (1, 4096),
     "time_embedding_dim": (1, 16384),
     "num_class_embeds": (1, 100_000),
+    "num_conditions": (1, 4096),
 }
 SIZES = {
     **OPTIONAL_SIZES,
@@ -108,6 +109,53 @@ def refuse_labels(class_labels: torch.Tensor | None) -> None:
         raise ValueError(
             "class_labels were given to a network without classes: leave them out, or build it with num_class_embeds."
         )
+
+
+class ConditionEmbedding(nn.Module):
+    """
+    Embedding of standardized numbers by an MLP: linear, activation, linear; and a learned vector for no conditions.
+
+    Args:
+        num_conditions (`int`): Number `D` of conditions.
+        embedding_dim (`int`): Size `E` of the embedding.
+        act_fn (`str`): `"silu"` or `"gelu"`.
+    """
+
+    def __init__(self, num_conditions: int, embedding_dim: int, act_fn: str = "silu"):
+        super().__init__()
+        self.num_conditions = num_conditions
+        self.linear1 = nn.Linear(num_conditions, embedding_dim)
+        self.act = ACTIVATIONS[act_fn]()
+        self.linear2 = nn.Linear(embedding_dim, embedding_dim)
+        self.null = nn.Parameter(torch.randn(embedding_dim))
+
+    def forward(self, conditions: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Conditions (B, D), NaN in a row for none of this image, or None for none at all -> (B, E)"""
+        shape = (batch_size, self.num_conditions)
+        if conditions is None:
+            conditions = self.null.new_full(shape, math.nan)
+        if conditions.shape != shape or not conditions.is_floating_point():
+            raise ValueError(
+                f"conditions has shape {tuple(conditions.shape)} and {conditions.dtype}: for {batch_size} images of this "
+                f"network it must be floats of shape {shape}, standardized; a row of NaN stands for no conditions."
+            )
+        is_null = conditions.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        values = conditions.masked_fill(is_null, 0).to(self.linear1.weight.dtype)
+        embedding = self.linear2(self.act(self.linear1(values)))
+        return torch.where(is_null, self.null.to(embedding.dtype), embedding)
+
+
+def embed_conditions(
+    condition_embed: ConditionEmbedding | None, conditions: torch.Tensor | None, B: int
+) -> torch.Tensor | None:
+    """Applies `condition_embed`, or returns None for a network without conditions."""
+    if condition_embed is not None:
+        return condition_embed(conditions, B)
+    if conditions is not None:
+        raise ValueError(
+            "conditions were given to a network without them: leave them out, or build it with num_conditions."
+        )
+    return None
 
 
 class TimeEmbedding(nn.Module):
@@ -237,17 +285,34 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"Unknown {name} {value!r}: it must be one of {', '.join(map(str, allowed))}.{hint}")
 
 
+def as_sample_size(size: int | Sequence[int]) -> int | tuple[int, int]:
+    """Returns a height and width as a config has them: the side of a square, or else a tuple. [12, 16] -> (12, 16)"""
+    if not isinstance(size, (list, tuple)):
+        return size
+    return size[0] if len(size) == 2 and size[0] == size[1] else tuple(size)
+
+
+def height_and_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns the height and the width of images: 32 -> (32, 32)"""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+
+
 def check_sizes(config: Mapping, **limits: tuple[int, int]) -> None:
     """
     Raises a ValueError unless the sizes in a config are integers within `SIZES`, or within `limits`. Those of
-    `OPTIONAL_SIZES` may be None, unless they are in `limits`.
+    `OPTIONAL_SIZES` may be None, unless they are in `limits`. `sample_size` may be a pair.
     """
     for name, (low, high) in {**SIZES, **limits}.items():
         if name not in config or (config[name] is None and name in OPTIONAL_SIZES and name not in limits):
             continue
-        for value in config[name] if name in ("block_out_channels", "dilations") else (config[name],):
+        given = config[name]
+        is_pair = name == "sample_size" and isinstance(given, tuple) and len(given) == 2
+        for value in given if is_pair or name in ("block_out_channels", "dilations") else (given,):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} {value!r} is not possible: it must be an integer from {low} to {high}.")
+                pair = ", or a height and a width" if name == "sample_size" else ""
+                raise ValueError(
+                    f"{name} {value!r} is not possible: it must be an integer from {low} to {high}{pair}."
+                )
 
 
 def check_dropout(dropout: float) -> None:
@@ -257,14 +322,28 @@ def check_dropout(dropout: float) -> None:
 
 
 def check_levels(config: Mapping, multiple: int, advice: str = "") -> None:
-    """Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `sample_size` is a multiple of `multiple`."""
-    levels, size = len(config["block_out_channels"]), config["sample_size"]
+    """
+    Raises a ValueError unless there are 1 to `MAX_LEVELS` levels and `multiple` divides the height and the width.
+    `advice` says what else to change.
+    """
+    levels = len(config["block_out_channels"])
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"block_out_channels has {levels} levels: it must have 1 to {MAX_LEVELS}.")
-    if size % multiple:
+    check_multiple(config, multiple, f"{levels} levels", f"{advice}or fewer levels in block_out_channels")
+
+
+def check_multiple(config: Mapping, multiple: int, reason: str, advice: str) -> None:
+    """Raises a ValueError, with the nearest size that is possible, unless `multiple` divides the height and the width."""
+    size = height_and_width(config["sample_size"])
+    if any(side % multiple for side in size):
+        nearest = as_sample_size([max(multiple, multiple * round(side / multiple)) for side in size])
+        given, nearest = (
+            f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
+            for value in (config["sample_size"], nearest)
+        )
         raise ValueError(
-            f"sample_size {size} is not possible with {levels} levels: it must be a multiple of {multiple}. "
-            f"Take another size, {advice}or fewer levels in block_out_channels."
+            f"sample_size {given} is not possible with {reason}: each side must be a multiple of {multiple}. "
+            f"Take another size, {advice}; the nearest size is {nearest}."
         )
 
 

@@ -25,7 +25,16 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .layers_tiny import check_choice, check_dropout, check_shape, check_sizes, class_weights, refuse_labels
+from .layers_tiny import (
+    as_sample_size,
+    check_choice,
+    check_dropout,
+    check_shape,
+    check_sizes,
+    class_weights,
+    height_and_width,
+    refuse_labels,
+)
 
 
 # Values of the arguments that are None, for each variant
@@ -756,7 +765,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32): Height and width of the images.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width.
         in_channels (`int`, *optional*, defaults to 3): Channels C, in the order in which they are generated.
         num_levels (`int`, *optional*, defaults to 256):
             Levels L of a sub-pixel, evenly spaced on [0, 1]: level l is l / (L - 1).
@@ -805,7 +815,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         num_levels: int = 256,
         variant: str = "gated",
@@ -819,7 +829,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         # a tuple, as JSON turns it into a list: the config is the same after saving and loading
-        self.register_to_config(dilations=tuple(dilations))
+        self.register_to_config(sample_size=as_sample_size(sample_size), dilations=tuple(dilations))
         given = dict(self.config)
         _check_config(given)
         config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
@@ -919,8 +929,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If images have another shape, leave [0, 1] or lie between the levels.
         """
-        size = self.config.sample_size
-        check_shape("images", images, self.config.in_channels, size, size)
+        check_shape("images", images, self.config.in_channels, *height_and_width(self.config.sample_size))
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: they must be floats in [0, 1]; divide uint8 ones by 255.")
         if not ((images >= 0) & (images <= 1)).all():

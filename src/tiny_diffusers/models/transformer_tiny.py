@@ -18,13 +18,18 @@ from torch import nn
 from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
+    ConditionEmbedding,
     TimeEmbedding,
+    as_sample_size,
     check_choice,
     check_dropout,
+    check_multiple,
     check_parameters,
     check_shape,
     check_sizes,
     embed_classes,
+    embed_conditions,
+    height_and_width,
     self_attention,
 )
 
@@ -54,14 +59,10 @@ def _check_config(config: dict) -> None:
         check_choice(name, config[name], allowed)
     check_sizes(config, num_layers=(1, 64), attention_head_dim=(1, 4096))
     check_dropout(config["dropout"])
-    ratio, size, patch_size = config["mlp_ratio"], config["sample_size"], config["patch_size"]
+    ratio, patch_size = config["mlp_ratio"], config["patch_size"]
     if not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
         raise ValueError(f"mlp_ratio {ratio!r} is not possible: it must be a number in (0, 64].")
-    if size % patch_size:
-        raise ValueError(
-            f"sample_size {size} is not possible with patches of {patch_size} pixels: it must be a multiple. Take "
-            "another size, or a smaller patch_size."
-        )
+    check_multiple(config, patch_size, f"patches of {patch_size} pixels", "or a smaller patch_size")
     kind, heads, head_dim = (config[k] for k in ("position_embedding", "num_attention_heads", "attention_head_dim"))
     name, features = ("attention_head_dim", head_dim) if kind == "relative" else ("the width", heads * head_dim)
     multiple = {"sinusoidal": 4, "fourier": 2, "relative": 4}.get(kind, 1)
@@ -72,9 +73,14 @@ def _check_config(config: dict) -> None:
         )
     width = heads * head_dim
     block = 4 * width**2 + 2 * ratio * width**2 + 6 * width * (config["time_embedding_dim"] or width)
-    positions = (size // patch_size) ** 2 * width if kind == "learned" else 0
+    positions = _count_tokens(config) * width if kind == "learned" else 0
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "sample_size")
     check_parameters(config["num_layers"] * block + positions, config, names, "Make it narrower.")
+
+
+def _count_tokens(config: dict) -> int:
+    """Returns the number L of patches of an image."""
+    return math.prod(side // config["patch_size"] for side in height_and_width(config["sample_size"]))
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
@@ -191,9 +197,9 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images, a multiple of `patch_size`. Unless its position embedding is learned, the
-            network also takes images of other such sizes.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width: multiples of `patch_size`. Unless its position embedding is
+            learned, the network also takes images of other such sizes.
         in_channels (`int`, *optional*, defaults to 3): Input channels.
         out_channels (`int`, *optional*, defaults to 3): Output channels, twice `in_channels` for a learned variance.
         patch_size (`int`, *optional*, defaults to 4):
@@ -219,6 +225,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
+        num_conditions (`int`, *optional*):
+            Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -244,7 +252,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         out_channels: int = 3,
         patch_size: int = 4,
@@ -260,8 +268,10 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         act_fn: str = "gelu",
         num_class_embeds: int | None = None,
         num_train_timesteps: int = 1000,
+        num_conditions: int | None = None,
     ):
         super().__init__()
+        self.register_to_config(sample_size=as_sample_size(sample_size))
         _check_config(self.config)
         width = num_attention_heads * attention_head_dim
         time_embedding_dim = time_embedding_dim or width
@@ -273,11 +283,14 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
             time_embedding, NUM_TIME_FEATURES, time_embedding_dim, "silu", num_train_timesteps
         )
         self.class_embed = None if num_class_embeds is None else ClassEmbedding(num_class_embeds, time_embedding_dim)
+        self.condition_embed = None
+        if num_conditions is not None:
+            self.condition_embed = ConditionEmbedding(num_conditions, time_embedding_dim)
         self.act = nn.SiLU()
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
         self.pos_embed = None
         if position_embedding == "learned":
-            self.pos_embed = nn.Parameter(0.02 * torch.randn((sample_size // patch_size) ** 2, width))
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(_count_tokens(self.config), width))
 
         # blocks: with long skips, the second half ends those that the first begins
         self.num_skips = num_layers // 2 if long_skips else 0
@@ -297,6 +310,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -306,6 +320,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
                 Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
                 that mix the rows. None stands for no class, row `num_class_embeds`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: With `sample` of shape
@@ -313,14 +329,15 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
-                CPU), or if labels are given to a network without classes.
+                CPU), or if labels or conditions are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
-        patch_size, size = self.config.patch_size, self.config.sample_size
-        if self.pos_embed is not None and (H, W) != (size, size):
+        patch_size, size = self.config.patch_size, height_and_width(self.config.sample_size)
+        if self.pos_embed is not None and (H, W) != size:
             raise ValueError(
-                f"sample has height {H} and width {W}: this network has learned positions and takes {size} and {size}."
+                f"sample has height {H} and width {W}: this network has learned positions and takes {size[0]} and "
+                f"{size[1]}."
             )
         if H % patch_size or W % patch_size:
             raise ValueError(f"sample has height {H} and width {W}: this network takes multiples of {patch_size}.")
@@ -328,10 +345,14 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         if timesteps.numel() not in (1, B):
             raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
 
-        # 1. embeddings of time and class
+        # 1. embeddings of time, class and conditions
         emb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, E)
-        cemb = embed_classes(self.class_embed, class_labels, B)
-        emb = self.act(emb if cemb is None else emb + cemb)  # once, for all blocks
+        for other in (
+            embed_classes(self.class_embed, class_labels, B),
+            embed_conditions(self.condition_embed, conditions, B),
+        ):
+            emb = emb if other is None else emb + other
+        emb = self.act(emb)  # once, for all blocks
 
         # 2. patches as tokens, with their positions
         x = F.pixel_unshuffle(sample.to(self.patch_embed.weight.dtype), patch_size)  # (B, C p^2, H / p, W / p)

@@ -24,7 +24,9 @@ from torch import nn
 from .layers_tiny import (
     ACTIVATIONS,
     ClassEmbedding,
+    ConditionEmbedding,
     TimeEmbedding,
+    as_sample_size,
     check_choice,
     check_dropout,
     check_levels,
@@ -32,6 +34,7 @@ from .layers_tiny import (
     check_shape,
     check_sizes,
     embed_classes,
+    embed_conditions,
     self_attention,
 )
 
@@ -96,7 +99,8 @@ def _resolve_config(config: dict) -> tuple[dict, Sequence[str]]:
         attention = ["full" if level == 1 else "none" for level in range(len(widths))]
     attention = attention if isinstance(attention, str) else tuple(attention)  # tuples, as JSON turns them into lists
     kinds = (attention,) * len(widths) if isinstance(attention, str) else attention
-    resolved = {"block_out_channels": widths, "attention": attention}
+    size = as_sample_size(config["sample_size"])
+    resolved = {"sample_size": size, "block_out_channels": widths, "attention": attention}
     _check_options({**config, **resolved}, kinds)
 
     groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
@@ -342,9 +346,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images, a multiple of `patch_size * 2 ** (len(block_out_channels) - 1)`. The
-            network also takes images of other such sizes.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width: multiples of `patch_size * 2 ** (len(block_out_channels) - 1)`.
+            The network also takes images of other such sizes.
         in_channels (`int`, *optional*, defaults to 3): Input channels.
         out_channels (`int`, *optional*, defaults to 3): Output channels, twice `in_channels` for a learned variance.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 128)`):
@@ -389,6 +393,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             `"default"`: each residual block adds the embedding. `"scale_shift"`: the embedding scales and shifts the
             normalized feature map (adaptive group norm, arXiv 2105.05233).
         num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
+        num_conditions (`int`, *optional*):
+            Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -416,7 +422,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: Sequence[int] = (64, 128, 128),
@@ -439,6 +445,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         class_conditioning: str = "add",
         resnet_time_scale_shift: str = "default",
         num_train_timesteps: int = 1000,
+        num_conditions: int | None = None,
     ):
         super().__init__()
         resolved, kinds = _resolve_config(self.config)
@@ -455,6 +462,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         self.class_embed = None
         if num_class_embeds is not None:
             self.class_embed = ClassEmbedding(num_class_embeds, time_embedding_dim, class_conditioning, act_fn)
+        self.condition_embed = None
+        if num_conditions is not None:
+            self.condition_embed = ConditionEmbedding(num_conditions, time_embedding_dim, act_fn)
         self.act = ACTIVATIONS[act_fn]()
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
 
@@ -495,6 +505,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> TinyUNet2DOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -504,13 +515,15 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
                 Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
                 that mix the rows. None stands for no class, row `num_class_embeds`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`TinyUNet2DOutput`] or `tuple`: With `sample` of shape `(B, out_channels, height, width)`.
 
         Raises:
             ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
-                CPU), or if labels are given to a network without classes.
+                CPU), or if labels or conditions are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
@@ -526,6 +539,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         temb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, D)
         if cemb is not None and self.config.class_conditioning == "add":
             temb, cemb = temb + cemb, None
+        conditions = embed_conditions(self.condition_embed, conditions, B)  # (B, D)
+        temb = temb if conditions is None else temb + conditions
         temb = self.act(temb)  # once, for all blocks
 
         # 2. patches; channels-last is several times faster on CPUs and on GPUs in 16 bits, but unreliable on MPS

@@ -18,7 +18,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from .layers_tiny import check_choice, check_levels, check_parameters, check_shape, check_sizes
+from .layers_tiny import (
+    as_sample_size,
+    check_choice,
+    check_levels,
+    check_parameters,
+    check_shape,
+    check_sizes,
+    height_and_width,
+)
 
 
 # log of the cumulative distribution function at location 0 and scale 1, for each distribution of a pixel
@@ -27,17 +35,19 @@ RECONSTRUCTIONS = ("logistic", "gaussian", "bernoulli", "mse")
 MIN_LOG_SCALE = -7.0
 
 
-def _check_config(config: dict) -> None:
-    """Raises a ValueError for a config that cannot be built, before anything is allocated."""
+def _check_config(config: dict) -> tuple[int, int]:
+    """Checks a config before anything is allocated. Returns the height and width of the coarsest feature map."""
     check_sizes(config)
     check_choice("reconstruction", config["reconstruction"], RECONSTRUCTIONS)
     widths = config["block_out_channels"]
     check_levels(config, 2 ** len(widths))
     # encoder and decoder: convolutions, and a linear layer between the coarsest feature map and the latents
     parameters = sum(2 * width**2 * (18 * config["layers_per_block"] + 16) for width in widths)
-    parameters += 3 * config["latent_dim"] * widths[-1] * (config["sample_size"] // 2 ** len(widths)) ** 2
+    height, width = (side // 2 ** len(widths) for side in height_and_width(config["sample_size"]))
+    parameters += 3 * config["latent_dim"] * widths[-1] * height * width
     names = ("block_out_channels", "latent_dim", "sample_size")
     check_parameters(parameters, config, names, "Make it narrower, or give more levels.")
+    return height, width
 
 
 def discretized_log_prob(
@@ -118,8 +128,8 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to 32):
-            Height and width of the images, a multiple of `2 ** len(block_out_channels)`.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 32):
+            Side of square images, or height and width: multiples of `2 ** len(block_out_channels)`.
         in_channels (`int`, *optional*, defaults to 3): Channels `C` of the images.
         latent_dim (`int`, *optional*, defaults to 64): Size of z.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256)`): Width of each level, finest first.
@@ -159,7 +169,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         latent_dim: int = 64,
         block_out_channels: Sequence[int] = (64, 128, 256),
@@ -168,12 +178,12 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         num_levels: int = 256,
     ):
         super().__init__()
-        # a tuple, as JSON turns it into a list: the config is the same after saving and loading
-        self.register_to_config(block_out_channels=tuple(block_out_channels))
-        _check_config(self.config)
+        # tuples, as JSON turns them into lists: the config is the same after saving and loading
+        self.register_to_config(sample_size=as_sample_size(sample_size), block_out_channels=tuple(block_out_channels))
+        size = _check_config(self.config)
         self.gradient_checkpointing = False
         widths = [in_channels, *block_out_channels]
-        smallest = (widths[-1], *[sample_size // 2 ** len(block_out_channels)] * 2)  # (C, H, W)
+        smallest = (widths[-1], *size)  # (C, H, W)
 
         encoder, decoder = [], []
         for wider, width in zip(widths[1:], widths, strict=False):
@@ -208,8 +218,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the images have another shape.
         """
-        size = self.config.sample_size
-        check_shape("sample", sample, self.config.in_channels, size, size)
+        check_shape("sample", sample, self.config.in_channels, *height_and_width(self.config.sample_size))
         x = self._run(self.encoder, self._round(sample).to(self.dtype))
         mean, log_variance = _at_least_float32(x).chunk(2, dim=1)
         return Normal(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)), validate_args=False)

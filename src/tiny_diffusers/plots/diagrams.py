@@ -19,7 +19,7 @@ class Stage:
     Args:
         title (`str`): The first line in its box, such as `"16x16"`.
         lines (`list[str]`): Further lines.
-        side (`int`): Side of the feature maps in pixels, 0 for vectors.
+        side (`int`): Longer side of the feature maps in pixels, 0 for vectors.
         kind (`str`): `"end"` for the input and output, `"maps"`, `"vector"` or `"embedding"`.
         has_attention (`bool`): Whether attention is among its layers.
         skips_to (`int`, *optional*): The later stage that takes its feature maps, by its position.

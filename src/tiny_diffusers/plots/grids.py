@@ -37,17 +37,19 @@ def to_pil(images: Images) -> list[Image.Image]:
 
     Args:
         images (`torch.Tensor`, `np.ndarray` or `list[PIL.Image.Image]`):
-            uint8 in [0, 255] or floats in [0, 1], of shape (N, C, H, W), (N, H, W, C) or (N, H, W), with C = 1 or 3.
-            If both orders are possible, channels come first. PIL images of mode `L` are kept, others become `RGB`.
+            uint8 in [0, 255] or floats in [0, 1], of shape (N, C, H, W), (N, H, W, C) with C = 1 or 3, or (N, H, W).
+            If both orders are possible, channels come first. PIL images of mode `L` and `RGBA` are kept, others become
+            `RGB`.
 
     Returns:
-        `list[PIL.Image.Image]`: N images, `L` for one channel and `RGB` for three.
+        `list[PIL.Image.Image]`: N images, `L` for one channel, `RGB` for three and `RGBA` for four; else the channels
+        of each side by side, `L`.
 
     Raises:
         `ValueError`: If the shape is another one, or if floats are NaN or outside [0, 1].
     """
     if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
-        return [image if image.mode == "L" else image.convert("RGB") for image in images]
+        return [image if image.mode in ("L", "RGBA") else image.convert("RGB") for image in images]
     if hasattr(images, "detach"):  # a tensor, maybe on another device or in bfloat16, which numpy lacks
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
@@ -55,14 +57,15 @@ def to_pil(images: Images) -> list[Image.Image]:
 
     if images.ndim == 3:
         images = images[:, None]  # (N, H, W) -> (N, 1, H, W)
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        images = images.transpose(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    if images.ndim != 4:
         raise ValueError(
-            f"Images of shape {images.shape} can't be drawn: give (N, C, H, W), (N, H, W, C) or (N, H, W), C = 1 or 3."
+            f"Images of shape {images.shape} can't be drawn: give (N, C, H, W), (N, H, W, C) or (N, H, W)."
         )
-    images = to_uint8(images)
-    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+    if images.shape[1] in (1, 3) or images.shape[-1] not in (1, 3):
+        images = images.transpose(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+    from ..pipelines.pipeline_tiny import to_picture  # here, as it takes torch
+
+    return [to_picture(image) for image in to_uint8(images)]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -101,7 +104,7 @@ def image_grid(
         column_labels (`list[str]`, *optional*): A label above each column; it may be empty.
 
     Returns:
-        `PIL.Image.Image`: The grid, `L` if all images are grey and `RGB` otherwise.
+        `PIL.Image.Image`: The grid, `L` if all images are grey, `RGBA` if any is `RGBA`, else `RGB`.
 
     Raises:
         `ValueError`: If there are no images, if their sizes differ, or if the number of labels is wrong.
@@ -134,7 +137,7 @@ def image_grid(
     lefts = [left + padding + column * (width + padding) for column in range(columns + 1)]  # and the grid's width
     tops = [top + padding + row * (height + padding) for row in range(rows + 1)]  # and the grid's height
 
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    mode = _common_mode(images)
     grid = Image.new(mode, (lefts[-1], tops[-1]), "white")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
@@ -147,6 +150,12 @@ def image_grid(
     for column, label in enumerate(column_labels or ()):
         draw.text((lefts[column], top - LABEL_FONT_SIZE // 2), label, fill="black", font=font, anchor="ls")
     return grid
+
+
+def _common_mode(images: Sequence[Image.Image]) -> str:
+    """Returns the mode of a picture that shows all images."""
+    modes = {image.mode for image in images}
+    return "L" if modes == {"L"} else "RGBA" if "RGBA" in modes else "RGB"
 
 
 def strip(
@@ -201,7 +210,7 @@ def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
         padding (`int`, defaults to 2): White pixels between images and around them.
 
     Returns:
-        `PIL.Image.Image`: The picture, `L` if all images are grey and `RGB` otherwise.
+        `PIL.Image.Image`: The picture, `L` if all images are grey, `RGBA` if any is `RGBA`, else `RGB`.
 
     Raises:
         `ValueError`: If there are no images, or if their sizes differ.
@@ -227,7 +236,7 @@ def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
         bottom = tops[-1] + height + (2 * CAPTION_FONT_SIZE if under else padding)
 
     total_width = left + max(columns * (width + padding), math.ceil(longest_heading) + padding)
-    mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
+    mode = _common_mode([image for row in rows for image in row])
     picture = Image.new(mode, (total_width, bottom), "white")
     draw = ImageDraw.Draw(picture)
     for row, top, label, heading, under in zip(rows, tops, labels, headings, captions, strict=True):

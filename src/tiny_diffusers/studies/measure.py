@@ -16,6 +16,7 @@ from ..data import ImageData
 from ..errors import UserError, first_line
 from ..evaluation import Protocol, Report, evaluate, references
 from ..evaluation.evaluator import describe_pipeline, draw_images, processes
+from ..evaluation.images import as_pictures
 from ..evaluation.report import default_name
 from ..files import is_disk_full
 from ..flags import as_flags, default_of
@@ -48,10 +49,11 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
 
     images = references.choose({}, references.flags_of_run(run.folder, {}))
-    channels, _, side = pipe._image_shape
     conditioning = getattr(pipe, "_conditioning", None)
     conditioning_channels = None if conditioning is None else conditioning.shape[0]
-    reference, training, images = references.load_real_images(images, channels, side, state, conditioning_channels)
+    reference, training, images = references.load_real_images(
+        images, pipe._image_shape, state, conditioning_channels, pipe._value_range
+    )
     load, paths = references.describe(images)
     notes = references.find_mismatches(run.folder, reference, training)
 
@@ -141,7 +143,7 @@ def draw_samples(pipe: DiffusionPipeline, reference: ImageData, protocol: Protoc
     count = min(NUM_SAMPLES, protocol.num_images)
     drawn, _ = draw_images(pipe, reference, dataclasses.replace(protocol, num_images=count), processes())
     file = io.BytesIO()
-    plots.image_grid(drawn.images.numpy(), columns=count, scale=1, padding=1).save(file, format="PNG")
+    plots.image_grid(as_pictures(drawn.images.numpy()), columns=count, scale=1, padding=1).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

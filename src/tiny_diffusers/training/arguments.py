@@ -22,6 +22,7 @@ from ..errors import UserError, unknown
 from ..files import load_yaml
 from ..flags import FlagParser, Flags, as_flags, default_of, flag
 from ..paths import is_below_here, local_path, restore_paths
+from ..resolution import Resolution
 from ..runs import RunFolder
 from .recipes import find_recipe
 
@@ -73,10 +74,25 @@ class DataArguments(Flags):
     split: str = flag("train", "Split of the dataset to train on.")
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
     label_column: str | None = flag(None, "Column of the labels, or none; found by its type if not given.")
-    resolution: int | None = flag(
-        None, "Resize images to this many pixels a side, if given.", within="[1, 1024]", decides=(_NETWORK,)
+    resolution: Resolution | None = flag(
+        None,
+        "Resize images to this many pixels a side, as 32, or to height x width, as 48x64, if given.",
+        within="[1, 1024]",
+        decides=(_NETWORK,),
     )
-    center_crop: bool = flag(False, "Crop the center of images that are not square.")
+    center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
+    channels: int | None = flag(
+        None,
+        "1 (grey), 2 (grey and alpha), 3 (RGB), 4 (RGBA), or those that arrays and files of several pages have.",
+        within="[1, 1024]",
+        decides=(_NETWORK,),
+    )
+    value_range: list[str] | None = flag(
+        None, "Train on values as they are, from LOW to HIGH or 'measured', not scaled to 8 bits."
+    )
+    show_channels: list[int] | None = flag(
+        None, "One or three channels, from 0, that sample grids show.", within="[0, 1024)", changes_run=False
+    )
     random_flip: bool = flag(False, "Flip half of the images left to right.")
     random_crop_padding: int = flag(0, "Shift images by up to this many pixels each way.", within="[0, inf)")
     color_jitter: float = flag(0.0, "Change brightness, contrast and saturation by up to this share.", within="[0, 1]")

@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from ..data import ImageData
+from ..data.images import spell_values
 from ..errors import UserError, refusals
+from ..models.layers_tiny import as_sample_size, height_and_width
 from ..pipelines.pipeline_tiny import TinyPipeline
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_operators import Conditioning
+from ..resolution import spell_resolution
 from .arguments import TrainingArguments, network_options
 from .draws import Draws
 
@@ -32,12 +36,14 @@ class Batch:
         draws ([`Draws`]): The random numbers of these images in this step.
         conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
             as the images; zeros where they were dropped.
+        conditions (`torch.Tensor` of shape `(B, D)`, *optional*): float32, standardized; NaN where they were dropped.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     draws: Draws
     conditioning_images: torch.Tensor | None = None
+    conditions: torch.Tensor | None = None
 
 
 class Family:
@@ -49,9 +55,11 @@ class Family:
             of the pipeline's components.
         null_label (`int`, *optional*): The label that stands for no label.
         conditioning ([`Conditioning`], *optional*): The image that the network is given as a condition.
+        condition_statistics ([`ConditionStatistics`], *optional*): Names and standardization of the conditions that the
+            network is given.
         examples ([`Batch`], *optional*): Held-out images, from the loop, for sample grids with a conditioning image.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
-            images that it replaces by zeros with them.
+            images and conditions that it replaces by zeros and NaN with them.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
         preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
     """
@@ -59,6 +67,7 @@ class Family:
     modules: dict[str, nn.Module]
     null_label: int | None = None
     conditioning: Conditioning | None = None
+    condition_statistics: ConditionStatistics | None = None
     examples: Batch | None = None
     label_dropout: float = 0.0
     phases: dict[str, int] = {}
@@ -105,16 +114,21 @@ def class_grid(id2label: dict[int, str], num_images: int) -> tuple[list[int], in
     return labels, per_class, {"columns": per_class, "row_labels": [id2label[label] for label in classes]}
 
 
-def halving_widths(resolution: int) -> list[int]:
+def sample_size(data: ImageData) -> int | tuple[int, int]:
+    """Returns the size of the images as a network's config has it: the side of squares, or the height and the width."""
+    return as_sample_size(tuple(data.images.shape[2:]))
+
+
+def halving_widths(height: int, width: int) -> list[int]:
     """
-    Returns the widths of the levels, finest first: 64, 128, ... for as many halvings as bring the images to 4 pixels a
-    side or to an odd number, five at most. At 64 pixels these are DCGAN's.
+    Returns the widths of the levels, finest first: 64, 128, ... for as many halvings as bring the shorter side to 4 pixels
+    or one of both to an odd number, five at most. At 64x64 pixels these are DCGAN's.
     """
     widths = [64]
-    resolution //= 2
-    while resolution > 4 and resolution % 2 == 0 and len(widths) < 5:
+    height, width = height // 2, width // 2
+    while min(height, width) > 4 and height % 2 == width % 2 == 0 and len(widths) < 5:
         widths.append(2 * widths[-1])
-        resolution //= 2
+        height, width = height // 2, width // 2
     return widths
 
 
@@ -140,14 +154,21 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
     return pipeline
 
 
-def check_images(arguments: TrainingArguments, data: ImageData, channels: int, size: int | tuple[int, int]) -> None:
+def check_images(
+    arguments: TrainingArguments,
+    data: ImageData,
+    channels: int,
+    size: int | tuple[int, int],
+    value_range: tuple[float, float] | None,
+) -> None:
     """
     Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
 
     Args:
         arguments ([`TrainingArguments`]): The settings.
         data ([`ImageData`]): The images.
-        channels (`int`), size (`int` or `tuple[int, int]`): Those of the network's images.
+        channels (`int`), size (`int` or `tuple[int, int]`), value_range (`tuple[float, float]`, *optional*): Those of the
+            checkpoint's images, the size as the network's config has it.
 
     Raises:
         UserError: If it is not; it says what to do.
@@ -155,17 +176,22 @@ def check_images(arguments: TrainingArguments, data: ImageData, channels: int, s
     _, given_channels, *given_size = data.images.shape
     source = f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} makes images of"
     if channels != given_channels:
-        other = "grey images (Pillow converts one by `image.convert('L')`)" if channels == 1 else "images of its kind"
         raise UserError(
-            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: train on "
-            f"{other}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or leave the flag "
-            "out to train a new network."
+            f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: give "
+            f"--channels {channels}, start from a checkpoint of {given_channels} channel{'s' * (given_channels > 1)}, or "
+            "leave the flag out to train a new network."
         )
-    height, width = (size, size) if isinstance(size, int) else size
+    if value_range != data.value_range:
+        expected, given = map(spell_values, (value_range, data.value_range))
+        remedy = (
+            "leave --value_range out" if value_range is None else "give --value_range {!r} {!r}".format(*value_range)
+        )
+        raise UserError(f"{source} {expected}, but those of {data.name} have {given}: {remedy}.")
+    height, width = height_and_width(size)
     if [height, width] != given_size:
         raise UserError(
             f"{source} {height}x{width} pixels, but those of {data.name} have {given_size[0]}x{given_size[1]}: give "
-            f"--resolution {height}."
+            f"--resolution {spell_resolution(height, width)}."
         )
 
 

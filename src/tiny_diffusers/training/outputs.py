@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
+from ..data import ImageData
 from ..errors import UserError, say
 from ..hardware import default_dtype
 from ..progress import bar_options
@@ -67,9 +68,17 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "held_out": len(held_out) if held_out is not None else 0,
         "shape": list(data.images.shape[1:]),
         "classes": list(data.id2label.values()) if data.id2label else None,
+        **({} if data.conditions is None else {"conditions": _describe_conditions(data)}),
         "fingerprint": data.fingerprint,
         "notes": data.notes,
+        **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
+
+
+def _describe_conditions(data: ImageData) -> dict[str, str]:
+    """Describes the conditions by name, with the values that the images have."""
+    lows, highs = (limit(dim=0).values.tolist() for limit in (data.conditions.min, data.conditions.max))
+    return {name: f"{low:g} to {high:g}" for name, low, high in zip(data.condition_names, lows, highs, strict=True)}
 
 
 def print_summary(trainer: "Trainer") -> None:
@@ -93,14 +102,23 @@ def print_summary(trainer: "Trainer") -> None:
         say(trainer.time_plan.describe(trainer.elapsed))
 
 
+def build_pipeline(trainer: "Trainer", networks: dict[str, nn.Module]) -> Any:
+    """Builds the family's pipeline around networks, for the values of the training data."""
+    pipeline = trainer.family.pipeline(networks)
+    if trainer.data.value_range is not None:
+        pipeline.register_to_config(value_range=dict(zip(("low", "high"), trainer.data.value_range, strict=True)))
+    pipeline.show_channels = trainer.settings.show_channels
+    return pipeline
+
+
 def save_pipeline(trainer: "Trainer") -> None:
     """Saves the pipeline around the EMA networks, with the code that it needs."""
-    hub.export(trainer.family.pipeline(trainer.networks()), trainer.folder.path)
+    hub.export(build_pipeline(trainer, trainer.networks()), trainer.folder.path)
 
 
 def save_pipeline_config(trainer: "Trainer", folder: Path) -> None:
     """Saves all of the pipeline but the weights: with these it is `TinyPipeline.from_pretrained(folder)`."""
-    pipeline = trainer.family.pipeline(trainer.networks())
+    pipeline = build_pipeline(trainer, trainer.networks())
     for name, component in pipeline.components.items():
         if isinstance(component, SchedulerMixin):
             component.save_pretrained(folder / name)
@@ -122,7 +140,7 @@ def draw_grid(trainer: "Trainer", draw: Draw, num_images: int) -> Image.Image | 
     dtype = default_dtype(trainer.device)
     # nn.Module's own `to`: that of diffusers warns at every cast
     copies = {name: nn.Module.to(copy.deepcopy(module).eval(), dtype) for name, module in trainer.networks().items()}
-    pipeline = trainer.family.pipeline(copies)
+    pipeline = build_pipeline(trainer, copies)
     pipeline.set_progress_bar_config(desc="samples", leave=False, delay=2, **bar_options())
     try:
         images, options = draw(pipeline, num_images, trainer.settings.seed)

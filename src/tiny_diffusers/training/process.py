@@ -12,8 +12,9 @@ from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataPara
 
 from .. import hardware
 from ..data import ImageData, load_images
-from ..errors import UserError, exit_status, unknown
-from ..pipelines.pipeline_tiny import TinyPipeline
+from ..errors import UserError, exit_status, refusals, unknown
+from ..pipelines.pipeline_tiny import TinyPipeline, check_shown_channels
+from ..resolution import to_size
 from .arguments import TrainingArguments
 from .family import load_pretrained
 
@@ -104,7 +105,7 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
     with accelerator.local_main_process_first():
         if conditioning_column is not None and arguments.pretrained_model_name_or_path:
             conditioning = getattr(load_pretrained(arguments, TinyPipeline), "_conditioning", None)
-        return load_images(
+        data = load_images(
             arguments.dataset_name,
             dataset_config_name=arguments.dataset_config_name,
             train_data_dir=arguments.train_data_dir,
@@ -112,11 +113,19 @@ def load_data(arguments: TrainingArguments, accelerator: Accelerator, require_la
             image_column=arguments.image_column,
             label_column=arguments.label_column,
             conditioning_column=conditioning_column,
+            condition_columns=getattr(arguments, "condition_columns", None),
+            drop_missing=getattr(arguments, "drop_missing", False),
             conditioning_channels=None if conditioning is None else conditioning.shape[0],
-            resolution=arguments.resolution,
+            channels=arguments.channels,
+            value_range=arguments.value_range,
+            resolution=to_size(arguments.resolution),
             center_crop=arguments.center_crop,
             classes=arguments.classes,
             max_samples=arguments.max_train_samples,
             cache_dir=arguments.cache_dir,
             require_labels=require_labels,
         )
+    if arguments.show_channels is not None:
+        with refusals():
+            check_shown_channels(arguments.show_channels, data.images.shape[1])
+    return data

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data import ImageData
+from ..data import ImageData, held_out
+from ..resolution import spell_resolution
 from ..runs import RunFolder
 from .arguments import Arguments, TrainingArguments, is_open, network_options, read_settings, saved_settings
 
@@ -41,7 +42,7 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
         arguments,
         num_threads=torch.get_num_threads(),
         mixed_precision=accelerator.mixed_precision,
-        resolution=data.images.shape[-1],
+        resolution=spell_resolution(*data.images.shape[2:]),
         output_dir=_output_dir(arguments, data),
         **options,
     )
@@ -71,6 +72,13 @@ def earlier_settings(arguments: Arguments, data: ImageData) -> dict[str, Any]:
 def _output_dir(arguments: Arguments, data: ImageData) -> str:
     name = Path(arguments.train_data_dir or data.name).name
     return arguments.output_dir or str(Path("runs", f"{arguments.FAMILY}-{name}"))
+
+
+def split_indices(settings: TrainingArguments, data: ImageData) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the indices of the images to train on, and of those that are held out, or None."""
+    if settings.validation_split == 0:
+        return torch.arange(len(data)), None
+    return held_out(len(data), settings.validation_split, settings.seed)
 
 
 def resolve_num_steps(

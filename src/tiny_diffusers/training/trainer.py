@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import AUGMENT_DRAWS, ImageData, augment, held_out, normalize
+from ..data import AUGMENT_DRAWS, ImageData, augment, normalize
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
@@ -37,7 +37,7 @@ from .ema import EMA, PowerEMA
 from .family import MAX_EXAMPLES, Batch, Family
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
-from .settings import resolve_num_steps, warn_of_changes
+from .settings import resolve_num_steps, split_indices, warn_of_changes
 from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE, VALIDATION_SHARE, TimePlan
 
 
@@ -70,15 +70,12 @@ class Trainer:
         self.state = RunState()
 
         # Images: the indices to train and to validate on, and the order in which they are seen.
-        self.train_indices, self.validation_indices = torch.arange(len(data)), None
-        if settings.validation_split > 0:
-            self.train_indices, self.validation_indices = held_out(len(data), settings.validation_split, settings.seed)
+        self.train_indices, self.validation_indices = split_indices(settings, data)
         self._warn_of_absent_classes()
         self.order = DataOrder(settings.seed, len(self.train_indices))
         self.augmentation = {name: getattr(settings, name) for name in _AUGMENTATIONS if getattr(settings, name)}
-        augment(
-            normalize(data.images[:1]), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation
-        )  # refuses what is too large
+        # Refuses what does not fit the images.
+        augment(normalize(data.images[:1], data.value_range), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation)
         micro_batches = settings.gradient_accumulation_steps
         self.global_batch = settings.train_batch_size * accelerator.num_processes * micro_batches
         self.steps_per_epoch = len(self.train_indices) / self.global_batch
@@ -567,7 +564,8 @@ class Trainer:
 
     def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
         data, family = self.data, self.family
-        images, labels, conditioning_images = self._load(data.images, indices), None, None
+        images, labels = self._load(data.images, indices, data.value_range), None
+        conditioning_images = conditions = None
         if data.conditioning_images is not None:
             conditioning_images = self._load(data.conditioning_images, indices)
         if training and self.augmentation:
@@ -580,16 +578,22 @@ class Trainer:
             conditioning_images = family.conditioning.enlarge(family.conditioning.observe(images))
         if data.labels is not None and family.null_label is not None:
             labels = data.labels[indices].to(self.device, non_blocking=True)
+        if family.condition_statistics is not None:
+            conditions = family.condition_statistics.standardize(data.conditions[indices].to(self.device))
         if training and family.label_dropout > 0:
             dropped = draws.uniform("label_dropout") < family.label_dropout
             if labels is not None:
                 labels = labels.masked_fill(dropped, family.null_label)
             if conditioning_images is not None:
                 conditioning_images = conditioning_images.masked_fill(dropped[:, None, None, None], 0)
-        return Batch(images, labels, draws, conditioning_images)
+            if conditions is not None:
+                conditions = conditions.masked_fill(dropped[:, None], math.nan)
+        return Batch(images, labels, draws, conditioning_images, conditions)
 
-    def _load(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return normalize(images[indices].to(self.device, non_blocking=True))
+    def _load(
+        self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None
+    ) -> torch.Tensor:
+        return normalize(images[indices].to(self.device, non_blocking=True), value_range)
 
     # --------------------------------------------------------------------------------------------- measurements
 

@@ -1,0 +1,79 @@
+"""`--condition NAME=VALUE`: the conditions of a checkpoint, by name and in the units of its data."""
+
+import argparse
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, refusals, say
+from .shared import finite_numbers
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def add_condition_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument(
+        "--condition",
+        type=named_numbers,
+        action="append",
+        metavar="NAME=VALUE",
+        help=f"a condition of a network that takes some, such as age=30; give the flag for each {help}",
+    )
+
+
+def named_numbers(text: str) -> tuple[str, list[float]]:
+    name, is_pair, numbers = text.rpartition("=")
+    if not is_pair or not name:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name and its value, such as age=30")
+    return name.strip(), finite_numbers(numbers)
+
+
+def conditions_to_draw(
+    pipe: "DiffusionPipeline", args: argparse.Namespace
+) -> tuple[list[dict[str, float]], list[str]]:
+    """
+    Returns each combination of the values of `--condition`, with a text for it; without the flag, some that show what the
+    first condition does; of a network without conditions, none.
+    """
+    if args.condition is None:
+        statistics = getattr(pipe, "_condition_statistics", None)
+        if statistics is None or args.guidance_scale == 0:
+            return [], []
+        rows, texts = statistics.examples()
+        say(f"{', '.join(texts)}; --condition gives other values", sys.stderr)
+        return rows, texts
+    values = condition_options(pipe.__call__, pipe, args, math.inf)["conditions"]
+    rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+    shown = [name for name, numbers in values.items() if len(numbers) > 1] or list(values)
+    return rows, [", ".join(f"{name} {row[name]:g}" for name in shown) for row in rows]
+
+
+def condition_options(
+    call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, most: float
+) -> dict[str, Any]:
+    """
+    Returns `conditions` for `call`, the pipeline's own or its interpolation, as `--condition` gives them: name -> values,
+    `most` of each at most; empty without the flag.
+
+    Raises:
+        UserError: If the network takes no such conditions, a name is missing or given twice, or has too many values.
+    """
+    if args.condition is None:
+        return {}
+    statistics = getattr(pipe, "_condition_statistics", None)
+    if statistics is None or "conditions" not in inspect.signature(call).parameters:
+        raise UserError(f"--condition means nothing to '{args.checkpoint}', which takes no conditions: leave it out.")
+    values = dict(args.condition)
+    for name, numbers in args.condition:
+        if numbers is not values[name]:
+            raise UserError(f"--condition {name}: it is given twice; give its values with commas, such as {name}=1,2.")
+        if len(numbers) > most:
+            raise UserError(f"--condition {name} has {len(numbers)} values: give {most} at most.")
+    with refusals("--condition: "):
+        statistics.parse({name: numbers[:1] for name, numbers in values.items()})
+    return {"conditions": values}

@@ -1,0 +1,240 @@
+"""Conditions by name: their forms, standardization, guidance, the pipelines that take them, and what is refused."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDDIMScheduler,
+    TinyImg2ImgPipeline,
+    TinyInpaintPipeline,
+    TinyInterpolationPipeline,
+    TinyPipeline,
+    TinyRestorationPipeline,
+)
+from tiny_diffusers.pipelines.pipeline_tiny_conditions import ConditionStatistics
+
+
+STATISTICS = {
+    "names": ["smiling", "age"],
+    "means": [0.5, 40.0],
+    "deviations": [0.5, 10.0],
+    "lows": [0.0, 20.0],
+    "highs": [1.0, 60.0],
+}
+ROW = {"smiling": 1, "age": 30}
+
+
+@pytest.fixture
+def make_pipe(make_unet, quiet):
+    def make(cls=TinyConditionalPipeline, classes=None, **options):
+        unet = make_unet(stock=False, classes=classes, num_conditions=2)
+        options = {"condition_statistics": STATISTICS, **options}
+        return quiet(cls(unet, TinyDDIMScheduler(), **options))
+
+    return make
+
+
+def draw(pipe, *args, seed=0, **options):
+    options = {"num_inference_steps": 3, "output_type": "np", **options}
+    return pipe(*args, generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def test_statistics_standardize_numbers_and_send_labels_to_minus_one_and_one():
+    values = torch.tensor([[0, 20], [1, 60], [0, 40], [0, 40.0]])
+    statistics = ConditionStatistics.measure(values, ["smiling", "age"])
+    assert statistics.are_labels == [True, False]
+    assert (statistics.lows, statistics.highs) == ([0, 20], [1, 60])
+    standardized = statistics.standardize(values)
+    assert standardized[:, 0].tolist() == [-1, 1, -1, -1]
+    torch.testing.assert_close(standardized[:, 1].mean(), torch.tensor(0.0))
+    torch.testing.assert_close(standardized[:, 1].std(correction=0), torch.tensor(1.0))
+    torch.testing.assert_close(statistics.restore(standardized), values)
+    with pytest.raises(ValueError, match="'age' is 40 for all training images"):
+        ConditionStatistics.measure(values[2:, 1:], ["age"])
+
+
+def test_examples_show_what_the_first_condition_does():
+    rows, texts = ConditionStatistics(**STATISTICS).examples()
+    assert rows == [{"smiling": 0, "age": 40}, {"smiling": 1, "age": 40}] and texts == ["smiling 0", "smiling 1"]
+    swapped = {name: values[::-1] for name, values in STATISTICS.items()}
+    rows, texts = ConditionStatistics(**swapped).examples()
+    assert rows == [{"age": age, "smiling": 0} for age in (20, 40, 60)] and texts == ["age 20", "age 40", "age 60"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"age": [30, 50], "smiling": [1, 0]},
+        [{"age": 30, "smiling": 1}, {"smiling": False, "age": 50.0}],
+        torch.tensor([[1, 30], [0, 50]]),
+        np.array([[1, 30.0], [0, 50]]),
+        {"age": torch.tensor([30, 50]), "smiling": np.array([1, 0])},
+    ],
+    ids=["dict", "dicts", "tensor", "array", "tensors"],
+)
+def test_each_form_gives_the_same_input_of_the_network(make_pipe, form):
+    pipe, seen = make_pipe(), []
+    pipe.unet.register_forward_pre_hook(lambda module, args, given: seen.append(given["conditions"]), with_kwargs=True)
+    assert len(draw(pipe, conditions=form)) == 2
+    assert all(conditions.tolist() == [[1, -1], [-1, 1]] for conditions in seen)
+
+
+def test_one_row_stands_for_all_and_several_are_a_batch(make_pipe):
+    pipe = make_pipe(classes=3)
+    assert len(draw(pipe, 1, conditions=ROW, batch_size=3)) == 3
+    assert len(draw(pipe, [0, 1], conditions=ROW)) == 2
+    assert len(draw(pipe, 1, conditions={"smiling": 1, "age": [20, 40, 60]})) == 3
+    for many in ([0, 1], [0, 1, 2, 0]):
+        with pytest.raises(ValueError, match="must be one"):
+            draw(pipe, many, conditions={"smiling": 1, "age": [20, 40, 60]})
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_guidance_is_a_mix_of_the_two_predictions(make_pipe, classes):
+    pipe = make_pipe(classes=classes)
+    labels = None if classes is None else 1
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep, w = torch.tensor(500), 3.0
+    label, null = (None, None) if classes is None else (torch.tensor([1]), torch.tensor([3]))
+    given = torch.tensor([[1.0, -1.0]])
+    with torch.no_grad():
+        conditional = pipe.unet(x, timestep, label, conditions=given).sample
+        unconditional = pipe.unet(x, timestep, null).sample
+        pipe.scheduler.set_timesteps(1)
+        pipe._num_timesteps = 1
+        encoded = pipe._encode_conditions(ROW)
+        predict = pipe._guided_predict(label, w, (0.0, 1.0), conditions=encoded)
+        torch.testing.assert_close(predict(x, timestep, 0), w * conditional + (1 - w) * unconditional)
+    assert not torch.equal(conditional, unconditional)
+
+    plain = draw(pipe, labels, guidance_scale=0.0)
+    np.testing.assert_allclose(draw(pipe, labels, guidance_scale=0.0, conditions=ROW), plain, atol=1e-6)
+    strong = {"guidance_scale": 4.0, "conditions": ROW}
+    assert not np.allclose(draw(pipe, labels, **strong), draw(pipe, labels, conditions=ROW))
+    never = draw(pipe, labels, **strong, guidance_interval=(0.5, 0.5), clip_sample=False)
+    np.testing.assert_allclose(never, draw(pipe, labels, conditions=ROW, clip_sample=False), atol=1e-6)
+    assert draw(pipe, labels, **strong, dynamic_thresholding=0.9).shape == (1, 8, 8, 1)
+
+
+def test_an_unconditional_pipeline_draws_without_conditions(make_pipe, quiet):
+    pipe = make_pipe()
+    plain = quiet(TinyPipeline(pipe.unet, pipe.scheduler))
+    np.testing.assert_allclose(draw(plain), draw(pipe, guidance_scale=0.0), atol=1e-6)
+
+
+def test_they_survive_a_save_and_a_change_of_pipeline(make_pipe, quiet, tmp_path):
+    pipe = make_pipe(class_dropout_prob=0.1)
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(TinyPipeline.from_pretrained(tmp_path))
+    assert loaded.config.condition_statistics == STATISTICS
+    np.testing.assert_allclose(draw(loaded, conditions=ROW), draw(pipe, conditions=ROW), atol=1e-5)
+    back = TinyConditionalPipeline.from_pipe(TinyInpaintPipeline.from_pipe(loaded))
+    assert back._condition_statistics == pipe._condition_statistics
+
+
+EDITS = {
+    TinyImg2ImgPipeline: {"strength": 0.7},
+    TinyInpaintPipeline: {"mask_image": torch.eye(8), "jump_n_sample": 1},
+    TinyRestorationPipeline: {"operator": "super_resolution", "factor": 2},
+}
+
+
+@pytest.mark.parametrize("cls", EDITS, ids=lambda cls: cls.__name__)
+def test_edits_take_them(make_pipe, cls):
+    pipe, options = make_pipe(cls, class_dropout_prob=0.1), EDITS[cls]
+    size = 4 if cls is TinyRestorationPipeline else 8
+    image = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+    def edit(conditions, **further):
+        return draw(pipe, image, num_images=2, conditions=conditions, **options, **further)
+
+    assert edit({"smiling": 1, "age": [20, 60]}).shape == (4, 8, 8, 1)  # one for each image
+    assert not np.allclose(edit(ROW), edit(ROW | {"age": 60}))
+    with pytest.raises(ValueError, match="needs `conditions`"):
+        edit(None)
+    with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
+        edit({"smiling": 1, "age": [20, 30, 60]})
+
+
+def test_an_inversion_is_undone_with_the_same_conditions(make_pipe):
+    pipe = make_pipe(TinyImg2ImgPipeline, class_dropout_prob=0.1)
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"inversion": True, "strength": 1.0, "num_inference_steps": 20, "clip_sample": False}
+    same = draw(pipe, image, conditions=ROW, source_conditions=ROW, **options)
+    other = draw(pipe, image, conditions=ROW, **options)  # inverted without conditions
+    original = image.permute(0, 2, 3, 1).numpy()
+    assert np.abs(same - original).mean() < np.abs(other - original).mean()
+    with pytest.raises(ValueError, match="`source_conditions` are for the inversion"):
+        draw(pipe, image, conditions=ROW, source_conditions=ROW)
+
+
+def test_a_walk_is_linear_in_the_values(make_pipe):
+    walk, pipe = make_pipe(TinyInterpolationPipeline), make_pipe()
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    ends = {"smiling": 1, "age": [20, 60]}
+    frames = walk(seeds=(3, 3), num_frames=5, conditions=ends, **options).images
+    for frame, age in zip(frames, (20, 30, 40, 50, 60), strict=True):
+        expected = draw(pipe, seed=3, conditions={"smiling": 1, "age": age}, eta=0.0)
+        np.testing.assert_allclose(frame, expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        (None, "needs `conditions`: give smiling, age, or `guidance_scale=0`"),
+        ({"smiling": 1, "agee": 3}, "Unknown condition 'agee': the conditions are smiling, age. Did you mean 'age'"),
+        ({"smiling": 1}, "lacks age"),
+        ({"smiling": 1, "age": float("nan")}, "finite, got nan for 'age'"),
+        ({"smiling": [1, 0], "age": [1, 2, 3]}, "has 2 values of 'smiling': give one, or 3"),
+        (torch.zeros(1, 3), r"of shape \(B, 2\), got the shape \(1, 3\)"),
+    ],
+)
+def test_each_mistake_is_one_line(make_pipe, conditions, words):
+    with pytest.raises(ValueError, match=words) as error:
+        draw(make_pipe(), conditions=conditions)
+    assert "\n" not in str(error.value)
+
+
+def test_values_far_outside_the_range_warn_with_it(make_pipe):
+    pipe = make_pipe()
+    with pytest.warns(UserWarning, match="age 90 is far outside the values of the training images, 20 to 60"):
+        draw(pipe, conditions={"smiling": 1, "age": 90})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(pipe, conditions={"smiling": 1, "age": 62})
+
+
+def test_a_network_without_conditions_refuses_them(make_unet):
+    for stock in (False, True):
+        pipe = TinyConditionalPipeline(make_unet(stock=stock), TinyDDIMScheduler())
+        with pytest.raises(ValueError, match="has no conditions: leave out `conditions`"):
+            pipe(conditions=ROW)
+        with pytest.raises(ValueError, match="takes no conditions and `condition_statistics` describes 2"):
+            TinyConditionalPipeline(make_unet(stock=stock), TinyDDIMScheduler(), condition_statistics=STATISTICS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"names": ["age", "age"]}, "a name of its own"),
+        ({"names": ["age", ""]}, "a name of its own"),
+        ({"means": [1.0]}, "lists of one length"),
+        ({"means": ["a", 1.0]}, "wrong value in means for 'smiling'"),
+        ({"deviations": [1.0, 0.0]}, "wrong value in deviations for 'age'"),
+        ({"highs": [1.0, float("inf")]}, "wrong value in highs for 'age'"),
+        ({"further": []}, "must be a dict of names"),
+    ],
+)
+def test_damaged_statistics_are_refused(make_pipe, change, words):
+    with pytest.raises(ValueError, match=words):
+        make_pipe(condition_statistics=STATISTICS | change)
+
+
+def test_statistics_of_other_numbers_than_the_networks_are_refused(make_pipe):
+    for statistics in (None, {name: values[:1] for name, values in STATISTICS.items()}):
+        with pytest.raises(ValueError, match="takes 2 conditions and"):
+            make_pipe(condition_statistics=statistics)

@@ -1,0 +1,230 @@
+"""`--condition NAME=VALUE` on the command line, and the evaluation of images that are drawn by conditions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny import TINY_DIFFUSION
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli
+from tiny_diffusers.commands import sampling
+from tiny_diffusers.data import ImageData
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import Protocol, Report, evaluate, regressor
+from tiny_diffusers.evaluation import images as image_sets
+from tiny_diffusers.train_scripts import train_conditional
+
+
+FAST = {"num_inference_steps": 2, "dtype": "float32", "device": "cpu"}
+MEASURED = {"features": "pixels", "num_images": 64, "num_jackknife": 0, "baselines": ["real"], "batch_size": 64}
+STATISTICS = {
+    "names": ["age", "hat"],
+    "means": [40.0, 0.5],
+    "deviations": [10.0, 0.5],
+    "lows": [20.0, 0.0],
+    "highs": [60.0, 1.0],
+}
+
+
+@pytest.fixture(autouse=True)
+def process_state(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def make_pipe(tiny_unet):
+    def make(classes=None):
+        unet = tiny_unet("none", num_class_embeds=classes, num_conditions=2)
+        scheduler = TinyDDIMScheduler(num_train_timesteps=10)
+        names = None if classes is None else {i: f"kind {i}" for i in range(classes)}
+        pipe = TinyConditionalPipeline(unet, scheduler, id2label=names, condition_statistics=STATISTICS)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(*arguments, **options):
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return cli.main([str(word) for word in (*arguments, *flags)])
+
+
+def error_line(capsys, *arguments, **options):
+    assert run(*arguments, **options) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sample_draws_each_combination(checkpoint, tmp_path):
+    given = ("--condition", "age=20,60", "--condition", "hat=0,1")
+    assert run("sample", checkpoint, *given, **FAST, num_images=8, output=f"{tmp_path}/out/") == 0
+    rows = [{"age": age, "hat": hat} for age in (20, 60) for hat in (0, 1) for _ in range(2)]
+    generator = [torch.Generator().manual_seed(i) for i in range(8)]
+    expected = TinyPipeline.from_pretrained(checkpoint)(conditions=rows, generator=generator, num_inference_steps=2)
+    for i, image in enumerate(expected.images):
+        np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out" / f"{i:05}.png")), np.asarray(image), atol=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "classes", "rows"),
+    [
+        ((), None, ["age 20", "age 40", "age 60"]),
+        (("--condition", "age=30", "--condition", "hat=0,1"), None, ["hat 0", "hat 1"]),
+        (("--condition", "age=30", "--condition", "hat=1"), None, ["age 30, hat 1"]),
+        (
+            ("--condition", "age=20,60", "--condition", "hat=1"),
+            2,
+            [f"age {a}, kind {k}" for a in (20, 60) for k in (0, 1)],
+        ),
+    ],
+)
+def test_a_grid_has_a_labelled_row_for_each_combination(make_pipe, tmp_path, monkeypatch, flags, classes, rows):
+    from tiny_diffusers import plots
+
+    make_pipe(classes).save_pretrained(tmp_path / "model")
+    drawn, grids = [], []
+    monkeypatch.setattr(
+        sampling,
+        "draw_images",
+        lambda pipe, count, *a, **options: drawn.append(options) or ([Image.new("L", (8, 8))] * count, []),
+    )
+    monkeypatch.setattr(plots, "image_grid", lambda images, **grid: grids.append(grid) or Image.new("L", (8, 8)))
+    assert run("sample", tmp_path / "model", *flags, **FAST, output=f"{tmp_path}/s.png") == 0
+    assert list(dict.fromkeys(grids[0]["row_labels"])) == rows
+    assert all(set(row) == {"age", "hat"} for row in drawn[0]["conditions"])
+
+
+def test_interpolate_and_edit_take_them(checkpoint, tmp_path):
+    given = ("--condition", "age=20,60", "--condition", "hat=1")
+    assert run("interpolate", checkpoint, *given, **FAST, num_frames=3, seeds="0,0", output=f"{tmp_path}/walk/") == 0
+    frames = [np.asarray(Image.open(tmp_path / "walk" / f"{i:05}.png")).astype(int) for i in range(3)]
+    assert not np.array_equal(frames[0], frames[2])
+
+    Image.new("L", (8, 8), 100).save(tmp_path / "a.png")
+    edited = []
+    for age in (20, 60):
+        output, image = f"{tmp_path}/edit{age}/", tmp_path / "a.png"
+        flags = ("--condition", f"age={age}", "--condition", "hat=1", "--num_images", "1")
+        assert run("edit", checkpoint, *flags, **FAST, image=image, output=output, strength=1) == 0
+        edited.append(np.asarray(Image.open(f"{output}/a.png")).astype(int))
+    assert not np.array_equal(*edited)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        ("sample", ["agee=3"], "Unknown condition 'agee': the conditions are age, hat. Did you mean 'age'"),
+        ("sample", ["age=3"], "lacks hat"),
+        ("sample", ["age=nan"], "'nan' is not a list of finite numbers"),
+        ("sample", ["age"], "'age' is not a name and its value, such as age=30"),
+        ("sample", ["age=1", "age=2", "hat=1"], "--condition age: it is given twice"),
+        ("interpolate", ["age=1,2,3", "hat=1"], "--condition age has 3 values: give 2 at most"),
+    ],
+)
+def test_each_mistake_is_one_line(checkpoint, capsys, command, flags, words):
+    flags = [word for flag in flags for word in ("--condition", flag)]
+    assert words in error_line(capsys, command, checkpoint, *flags, **FAST)
+
+
+def test_a_checkpoint_without_conditions_refuses_them(tiny_unet, tmp_path, capsys):
+    TinyPipeline(tiny_unet("none"), TinyDDIMScheduler()).save_pretrained(tmp_path / "plain")
+    for command in ("sample", "interpolate"):
+        line = error_line(capsys, command, tmp_path / "plain", "--condition", "age=3", **FAST)
+        assert "--condition means nothing to" in line and "leave it out" in line
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def squares(count=200, seed=0, split="train"):
+    """Images with a square whose column and grey are conditions: of its place a number, of its brightness a label."""
+    rng = np.random.default_rng(seed)
+    places, bright = rng.integers(0, 6, count), rng.integers(0, 2, count)
+    images = rng.integers(0, 20, (count, 1, 8, 8), dtype=np.uint8)
+    for image, place, is_bright in zip(images, places, bright, strict=True):
+        image[0, 3:6, place : place + 3] = 220 if is_bright else 110
+    conditions = torch.from_numpy(np.stack([20 + 8 * places, bright], axis=1).astype(np.float32))
+    images = torch.from_numpy(images)
+    data = ImageData(images, None, None, "squares", split, "", conditions=conditions, condition_names=["age", "hat"])
+    return data.take(torch.arange(count))
+
+
+def test_the_regressor_reads_places_and_labels_off_images(monkeypatch):
+    trained = regressor.load_regressor(squares(), squares(seed=1, split="test"))
+    figures = trained.compare(trained.held_out)
+    assert figures["age"]["condition_correlation"].value > 0.9 and figures["age"]["condition_error"].value < 6
+    assert figures["hat"]["condition_agreement"].value > 0.95
+    assert "age with a mean error of" in trained.summary()
+    monkeypatch.setattr(regressor, "train_network", lambda *args: pytest.fail("it is trained again"))
+    again = regressor.load_regressor(squares(), squares(seed=1, split="test"))
+    torch.testing.assert_close(again.predict(squares().images), trained.predict(squares().images))
+
+
+def test_figures_of_a_condition():
+    values, wanted = np.array([[1.0, 0.2], [3, 0.9], [5, 0.4]]), np.array([[2.0, 0], [4, 1], [6, 1]])
+    number, label = regressor.compare(values, wanted, [False, True])
+    assert number["condition_error"].value == 1 and number["condition_correlation"].value == pytest.approx(1)
+    assert label["condition_agreement"].value == pytest.approx(2 / 3)
+    (constant,) = regressor.compare(values[:, :1], np.full((3, 1), 2.0), [False])
+    assert "condition_correlation" not in constant
+
+
+@pytest.mark.parametrize("classes", [None, 2])
+def test_evaluate_draws_by_the_conditions_of_the_reference(make_pipe, monkeypatch, tmp_path, classes):
+    data, drawn = squares(60), {}
+    if classes:
+        data.labels, data.id2label = torch.arange(60) % 2, {0: "kind 0", 1: "kind 1"}
+    sample = image_sets.sample
+    monkeypatch.setattr(image_sets, "sample", lambda pipe, *a, **k: drawn.update(k) or sample(pipe, *a, **k))
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    metrics = ["frechet_distance", "condition_agreement"]
+    protocol = Protocol(**MEASURED, metrics=metrics, sampling={"num_inference_steps": 2})
+    report = evaluate(make_pipe(classes), data, protocol, output_dir=tmp_path)
+    rows = np.resize(image_sets.order_of(data.images.numpy()), 64)  # of 60 images, and again
+    assert torch.equal(drawn["conditions"], data.conditions[rows])
+    if classes:
+        assert (drawn["class_labels"] == data.labels[rows].numpy()).all()
+    assert report.source["conditions"] == ["age", "hat"]
+    assert report.per_condition["hat"].keys() == {"condition_agreement"}
+    assert "condition_agreement" in report.figures and "condition_agreement" in report.baselines["real"]["figures"]
+    assert report.measured_by["regressor"]["conditions"] == ["age", "hat"]
+    assert any("(age, hat)" in warning for warning in report.warnings)
+    assert Report.load(tmp_path).per_condition == report.per_condition and "| age |" in report.markdown()
+
+
+def test_evaluate_names_what_is_missing(make_pipe):
+    data = squares(60)
+    without = ImageData(data.images, None, None, "squares", "test", "")
+    asked = {**MEASURED, "metrics": ["condition_agreement"], "sampling": {"num_inference_steps": 2}}
+    with pytest.raises(UserError, match="no conditions: name their columns by --condition_columns"):
+        evaluate(make_pipe(), without, Protocol(**asked))
+    with pytest.raises(UserError, match="has no age, hat: name the columns"):
+        evaluate(make_pipe(), without, Protocol(**{**asked, "metrics": ["frechet_distance"]}))
+    with pytest.raises(UserError, match="drawn by no conditions"):
+        evaluate(without, data, Protocol(**asked))
+    with pytest.raises(UserError, match="bits_per_dim: they depend on the conditions"):
+        evaluate(make_pipe(), data, Protocol(**{**asked, "metrics": ["bits_per_dim"]}))
+
+
+def test_evaluate_finds_the_columns_of_the_run(tmp_path):
+    arrays = {}
+    for split, seed in (("train", 0), ("test", 1)):
+        data = squares(64, seed)
+        arrays |= {f"image_{split}": data.images[:, 0].numpy(), f"age_{split}": data.conditions[:, 0].numpy()}
+    np.savez(tmp_path / "squares.npz", **arrays)
+    flags = ("--train_data_dir", str(tmp_path / "squares.npz"), "--condition_columns", "age_train")
+    folder = tmp_path / "run"
+    train_conditional.main([*TINY_DIFFUSION, *flags, "--max_train_steps", "1", "--output_dir", str(folder)])
+    measured = ("--features", "pixels", "--num_images", "20", "--num_jackknife", "0", "--baselines", "none")
+    assert run("evaluate", folder, *measured, **FAST) == 0
+    (report,) = (folder / "reports").rglob("report.json")
+    report = json.loads(report.read_text())
+    assert report["source"]["conditions"] == ["age"] and report["measured_by"]["reference"]["split"] == "test"

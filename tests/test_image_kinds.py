@@ -1,0 +1,282 @@
+"""Images of other channels and values than 8-bit grey and RGB, from file to sample."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny import TINY_DIFFUSION, TINY_RUN, train
+from tiny_diffusers import TinyPipeline, TinyVAEModel, TinyVAEPipeline, cli
+from tiny_diffusers.data import denormalize, load_images, normalize
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import Protocol, evaluate, features
+from tiny_diffusers.pipelines.pipeline_tiny import to_picture
+from tiny_diffusers.train_scripts import train_dcgan, train_pixelcnn, train_unconditional, train_vae
+
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the five channels, so that their order is seen
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+
+
+def save(path, array):
+    np.save(path, array)
+    return str(path)
+
+
+def arrays(count=12, channels=5, height=12, width=16, dtype=np.float32):
+    values = np.random.default_rng(0).random((count, channels, height, width))
+    return (values * (1 if dtype == np.float32 else np.iinfo(dtype).max)).astype(dtype)
+
+
+# Channels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_the_channels_of_an_array_are_kept_in_order(tmp_path, channels, dtype):
+    images = arrays(channels=channels, dtype=dtype)
+    value_range = None if dtype == np.uint8 else "measured"
+    for number, array in enumerate((images, images.transpose(0, 2, 3, 1))):
+        for asked in (None, channels):
+            data = load_images(save(tmp_path / f"{number}.npy", array), channels=asked, value_range=value_range)
+            assert np.array_equal(data.images.numpy(), images)
+
+
+def test_the_axis_of_channels_is_told_or_asked_for(tmp_path):
+    data = load_images(save(tmp_path / "last.npy", arrays(3, 8, 8, 12, np.uint8)), channels=12)
+    assert data.images.shape == (3, 12, 8, 8)
+    cube = save(tmp_path / "cube.npy", arrays(3, 8, 8, 8, np.uint8))
+    with pytest.raises(
+        UserError, match=r"shape \(8, 8, 8\): none of the first and the last look like it. Set `channels`"
+    ):
+        load_images(cube)
+    with pytest.raises(UserError, match=r"both of the first and the last are 8 long"):
+        load_images(cube, channels=8)
+    with pytest.raises(UserError, match=r"none of the first and the last are 5 long"):
+        load_images(cube, channels=5)
+
+
+@pytest.mark.parametrize("feature", ["array", "lists"])
+def test_array_columns_of_parquet_files(tmp_path, feature):
+    images = arrays(4, 5)
+    value = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
+    value = datasets.Array3D((5, 12, 16), "float32") if feature == "array" else value
+    features = datasets.Features({"map": value, "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"map": list(images), "label": [0, 1, 0, 1]}, features=features)
+    table.to_parquet(tmp_path / "maps.parquet")
+    data = load_images(str(tmp_path / "maps.parquet"), cache_dir=tmp_path / "datasets")
+    assert np.array_equal(data.images.numpy(), images) and data.labels.tolist() == [0, 1, 0, 1]
+    assert data.value_range == (images.min(), images.max())
+
+
+def test_pages_become_channels_where_asked_for(tmp_path):
+    pages = arrays(1, 5, dtype=np.uint16)[0]
+    first, *others = map(Image.fromarray, pages)
+    (tmp_path / "stack").mkdir()
+    first.save(tmp_path / "stack" / "0.tiff", save_all=True, append_images=others)
+    data = load_images(str(tmp_path / "stack"), channels=5, value_range=(0, 65535))
+    assert np.array_equal(data.images[0].numpy(), pages)
+    one = load_images(str(tmp_path / "stack"))
+    assert one.images.shape[1] == 1 and any("(value_range keeps them)" in note for note in one.notes)
+    with pytest.raises(UserError, match="have 1 channels, and 7 are asked for"):
+        load_images(str(tmp_path / "stack"), channels=7)
+
+
+def test_alpha_is_kept_where_asked_for(tmp_path):
+    pixels = arrays(1, 4, dtype=np.uint8)[0].transpose(1, 2, 0)
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    Image.fromarray(pixels).save(folder / "0.png")
+    Image.fromarray(pixels[..., :3]).save(folder / "1.png")
+    data = load_images(str(folder), channels=4)
+    assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), pixels) and (data.images[1, 3] == 255).all()
+    assert data.notes == ["1 of 2 images had no alpha channel, an opaque one was added"]
+    grey = load_images(str(folder), channels=2).images
+    assert grey.shape[1] == 2 and np.array_equal(grey[0, 1].numpy(), pixels[..., 3])
+    assert load_images(str(folder)).images.shape[1] == 3  # laid on white
+
+
+# Values
+
+
+def test_values_are_measured_given_or_scaled(tmp_path):
+    images = arrays(dtype=np.uint16)
+    file = save(tmp_path / "deep.npy", images)
+    assert load_images(file).images.dtype == torch.uint8
+    measured = load_images(file, value_range="measured")
+    assert measured.value_range == (images.min(), images.max()) and "kept as measured" in measured.notes[-1]
+    window = load_images(file, value_range=(100, 60_000))
+    assert np.array_equal(window.images.numpy(), images.clip(100, 60_000)) and "clipped" in window.notes[-1]
+    assert load_images(file, value_range=["100", "60000"]).fingerprint == window.fingerprint  # from the cache
+    assert len({data.fingerprint for data in (load_images(file), measured, window)}) == 3
+
+
+def test_values_are_normalized_to_their_range_and_back():
+    values = torch.tensor([-3.0, 0.0, 5.0])
+    assert normalize(values, (-3, 5)).tolist() == [-1, -0.25, 1]
+    torch.testing.assert_close(denormalize(normalize(values, (-3, 5)), (-3, 5)), values)
+    assert denormalize(torch.tensor([-2.0, 2.0]), (-3, 5)).tolist() == [-3, 5]
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "words"),
+    [
+        (np.full((2, 8, 8), np.nan), {}, r"2 of 2 images .* \(NaN or infinite values\)"),
+        (np.full((2, 8, 8), np.inf), {}, r"NaN or infinite values"),
+        (np.zeros((2, 8, 8)), {}, "All values of the images of 'x' are 0: there is nothing to learn"),
+        (np.zeros((2, 8, 8)), {"value_range": (1, 0)}, "two finite numbers, the lower one first.* not '1 0'"),
+        (np.zeros((2, 8, 8)), {"value_range": ["low", "high"]}, "or 'measured', not 'low high'"),
+        (np.full((2, 8, 8), -1), {}, "from -1 to -1: they must be from 0 to 65535, or value_range must be set"),
+    ],
+)
+def test_bad_values_are_one_line(tmp_path, array, options, words):
+    with pytest.raises(UserError, match=words) as error:
+        load_images(save(tmp_path / "x.npy", array), **options)
+    assert "\n" not in str(error.value)
+
+
+# Pictures and pipelines
+
+
+def test_pictures_of_any_channels():
+    pixels = arrays(1, 5, dtype=np.uint8)[0].transpose(1, 2, 0)
+    modes = {channels: to_picture(pixels[..., :channels]).mode for channels in range(1, 6)}
+    assert modes == {1: "L", 2: "L", 3: "RGB", 4: "RGBA", 5: "L"}
+    assert np.array_equal(to_picture(pixels), np.hstack(list(pixels.transpose(2, 0, 1))))
+    assert np.array_equal(to_picture(pixels, [3, 1, 0]), pixels[..., [3, 1, 0]])
+    assert np.array_equal(to_picture(pixels, [4]), pixels[..., 4])
+    for wrong in ([0, 1], [5], [-1]):
+        with pytest.raises(ValueError, match="one or three of the channels 0 to 4"):
+            to_picture(pixels, wrong)
+
+
+def vae(channels=5, **options):
+    torch.manual_seed(0)
+    return TinyVAEPipeline(TinyVAEModel(8, channels, 4, (8,)).eval(), **options)
+
+
+def test_arrays_of_a_pipeline_are_in_its_value_range(tmp_path):
+    pipe = vae(value_range={"low": -100, "high": 3000})
+    pipe.save_pretrained(tmp_path)
+    again = TinyPipeline.from_pretrained(tmp_path)
+    latents = torch.zeros(2, 4)
+    unit = again(2, latents=latents, output_type="pt").images
+    values = again(2, latents=latents, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(values).permute(0, 3, 1, 2), 3100 * unit - 100)
+    torch.testing.assert_close(again.encode(values), again.encode(unit), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"value range \[-100, 3000\], got -101"):
+        again.encode(np.full((1, 8, 8, 5), -101.0))
+    again.show_channels = [3, 1, 0]
+    assert again(1).images[0].mode == "RGB"
+    with pytest.raises(ValueError, match="8-bit images"):
+        again.bits_per_dim(torch.zeros(1, 5, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="'low' below 'high'"):
+        vae(value_range={"low": 1, "high": 0})
+
+
+def test_the_config_of_8_bit_images_has_no_range(tmp_path):
+    vae().save_pretrained(tmp_path)
+    assert "value_range" not in (tmp_path / "model_index.json").read_text()
+
+
+# Families
+
+
+FAMILIES = {
+    "diffusion": (train_unconditional, TINY_DIFFUSION),
+    "vae": (train_vae, [*TINY_RUN, "--block_out_channels", "8", "--latent_dim", "4"]),
+    "dcgan": (train_dcgan, [*TINY_RUN, "--generator_channels", "8", "--discriminator_channels", "8"]),
+    "pixelcnn": (
+        train_pixelcnn,
+        [*TINY_RUN, "--variant", "plusplus", "--hidden_channels", "4", "--num_layers", "1", "--resolution", "3x4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["2 channels of 8 bits", "5 channels of floats"])
+def test_each_family_learns_other_channels_and_values(tmp_path, family, kind):
+    script, flags = FAMILIES[family]
+    images = arrays(16, 2, dtype=np.uint8)
+    if kind == "5 channels of floats":
+        images = 1000 * np.broadcast_to(np.array(LEVELS, np.float32)[:, None, None], (16, 5, 12, 16)).copy()
+    file = save(tmp_path / "data.npy", images)
+    if family == "pixelcnn" and images.dtype == np.float32:
+        with pytest.raises(UserError, match="one of 256 levels .* data has values from 100 to 900"):
+            train(tmp_path / "run", "--train_data_dir", file, steps=2, script=script, flags=flags)
+        return
+    folder = train(tmp_path / "run", "--train_data_dir", file, steps=2, script=script, flags=flags)
+    pipe = TinyPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": 2} if family == "diffusion" else {}
+    samples = pipe(batch_size=2, output_type="np", **steps).images
+    assert samples.shape == (2, *((3, 4) if family == "pixelcnn" else (12, 16)), images.shape[1])
+    assert pipe._value_range == (None if images.dtype == np.uint8 else (100, 900))
+    assert samples.min() >= (0 if images.dtype == np.uint8 else 100)
+    assert (folder / "samples.png").is_file()
+
+
+def test_samples_of_other_channels_are_saved_as_arrays_or_shown(tmp_path, capsys):
+    vae(value_range={"low": 0, "high": 10}).save_pretrained(tmp_path / "vae")
+    sample = ["sample", str(tmp_path / "vae"), "--num_images", "2", "--dtype", "float32", "--output"]
+    assert cli.main([*sample, f"{tmp_path}/arrays/"]) == 0
+    first, second = (np.load(tmp_path / "arrays" / f"0000{i}.npy") for i in range(2))
+    assert first.shape == (8, 8, 5) and first.max() > 1 and not np.array_equal(first, second)
+    assert cli.main([*sample, f"{tmp_path}/shown/", "--show_channels", "3", "1", "0"]) == 0
+    shown = np.asarray(Image.open(tmp_path / "shown" / "00000.png"))
+    assert np.array_equal(shown, np.rint(first[..., [3, 1, 0]] * 25.5))
+    assert cli.main([*sample, f"{tmp_path}/grid.png"]) == 0
+    assert cli.main([*sample, f"{tmp_path}/grid.png", "--show_channels", "5"]) == 2
+    assert "one or three of the channels 0 to 4" in capsys.readouterr().err
+
+
+# Evaluation
+
+
+def test_an_evaluation_of_other_channels_and_values(tmp_path):
+    data = load_images(save(tmp_path / "x.npy", arrays(24, 5, 8, 8)), value_range=(0, 1))
+    pipe = vae(value_range={"low": 0, "high": 1})
+    pipe.set_progress_bar_config(disable=True)
+    protocol = {"features": "pixels", "num_images": 12, "num_jackknife": 4, "metrics": ["frechet_distance"]}
+    report = evaluate(pipe, data, Protocol(**protocol), output_dir=tmp_path / "report")
+    assert report.figures["frechet_distance"]["value"] > 0 and (tmp_path / "report" / "report.png").is_file()
+    assert any("values from 0 to 1 measured as 0 to 255" in note for note in report.warnings)
+    same = evaluate(data, data, Protocol(**protocol | {"baselines": ["none"]}))
+    other = evaluate(data, data, Protocol(**protocol | {"baselines": ["none"], "feature_channels": [3, 1, 0]}))
+    assert other.measured_by["features"]["channels"] == [3, 1, 0] and "channels" not in same.measured_by["features"]
+    with pytest.raises(UserError, match="feature_channels .* the channels 0 to 4"):
+        evaluate(data, data, Protocol(**protocol | {"feature_channels": [5]}))
+    with pytest.raises(UserError, match="images have 8 bits and the reference's values from 0 to 1"):
+        evaluate(vae(), data, Protocol(**protocol))
+
+
+def test_the_features_of_a_network_need_one_channel_or_three():
+    with pytest.raises(UserError, match="1 or 3 channels, and these have 5: choose the features 'pixels'"):
+        features.to_rgb(torch.zeros(1, 5, 8, 8))
+
+
+@pytest.mark.slow
+def test_a_16_bit_ramp_comes_back_from_an_overfitted_model(tmp_path):
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    file = save(tmp_path / "ramp.npy", np.broadcast_to(ramp, (16, 8, 8)).copy())
+    argv = (
+        "--train_data_dir",
+        file,
+        "--value_range",
+        "measured",
+        "--validation_split",
+        "0",
+        "--train_batch_size",
+        "16",
+    )
+    flags = ["--block_out_channels", "16", "16", "--mixed_precision", "no", "--num_threads", "1"]
+    folder = train(tmp_path / "run", *argv, steps=600, flags=flags)
+    pipe = TinyPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    samples = pipe(batch_size=4, num_inference_steps=20, eta=0.0, output_type="np").images[..., 0]
+    assert np.abs(samples - ramp).mean() < 0.01 * 65535

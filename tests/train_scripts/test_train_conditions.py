@@ -1,0 +1,164 @@
+"""Training with conditions: how they are standardized, dropped, learned, saved and shown, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_diffusers import TinyPipeline
+from tiny_diffusers.errors import UserError
+from tiny_diffusers.train_scripts import train_conditional, train_unconditional
+from tiny_diffusers.training.trainer import Trainer
+
+
+SCRIPT = train_conditional
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+COUNT = 64
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Flags of an .npz of grey images whose value is a condition, with a label of 0 or 1 and a class."""
+    rng = np.random.default_rng(0)
+    values = np.linspace(40, 220, COUNT)
+    images = np.broadcast_to(values[:, None, None], (COUNT, 8, 8)).astype(np.uint8)
+    columns = {
+        "value": values,
+        "hat": rng.integers(0, 2, COUNT),
+        "kind": np.array(["a", "b"])[rng.integers(0, 2, COUNT)],
+    }
+    np.savez(tmp_path / "values.npz", image=images, same=np.full(COUNT, 7), **columns)
+    return ("--train_data_dir", str(tmp_path / "values.npz"))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches of the runs of a test: those of training, and the others."""
+    seen = {True: [], False: []}
+    assemble = Trainer._assemble
+
+    def spy(self, indices, draws, training):
+        batch = assemble(self, indices, draws, training)
+        seen[training].append((self, indices, batch))
+        return batch
+
+    monkeypatch.setattr(Trainer, "_assemble", spy)
+    return seen
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("labels", ["none", "kind"])
+def test_what_a_run_leaves(train, data, labels):
+    folder = train(*data, "--condition_columns", "value,hat", "--label_column", labels, plots=False)
+    index = read(folder / "model_index.json")
+    assert index["condition_statistics"]["names"] == ["value", "hat"]
+    network = read(folder / "unet" / "config.json")
+    assert (network["num_conditions"], network["num_class_embeds"]) == (2, 2 if labels == "kind" else None)
+    assert (folder / "pipeline_tiny_conditions.py").is_file()
+    assert read(folder / "run.json")["data"]["conditions"] == {"value": "40 to 220", "hat": "0 to 1"}
+    card = (folder / "README.md").read_text()
+    assert "conditional diffusion model" in card and "conditions={'value': 220.0, 'hat': 0.0}" in card
+    assert '--condition "value=220.0" --condition "hat=0.0"' in card
+    pipe = TinyPipeline.from_pretrained(folder)
+    given = {"class_labels": "b"} if labels == "kind" else {}
+    images = pipe(conditions={"value": [50, 90], "hat": 1}, guidance_scale=2.0, num_inference_steps=2, **given).images
+    assert len(images) == 2
+
+
+def test_the_statistics_are_those_of_the_training_images(train, data, batches):
+    folder = train(*data, "--condition_columns", "value", "--class_dropout_prob", "0", steps=2)
+    statistics = read(folder / "model_index.json")["condition_statistics"]
+    trainer, _, _ = batches[True][0]
+    values = trainer.data.conditions[trainer.train_indices, 0].double()
+    assert len(values) < COUNT and statistics["means"] == [pytest.approx(values.mean().item())]
+    assert statistics["deviations"] == [pytest.approx(values.std(correction=0).item())]
+    assert (statistics["lows"], statistics["highs"]) == ([values.min()], [values.max()])
+    for _, indices, batch in batches[True] + batches[False]:
+        expected = (trainer.data.conditions[indices] - statistics["means"][0]) / statistics["deviations"][0]
+        torch.testing.assert_close(batch.conditions, expected.float())
+
+
+def test_they_are_dropped_with_class_and_image_and_never_in_validation(train, data, batches):
+    options = ("--condition_columns", "value,hat", "--label_column", "kind", "--conditioning", "low_resolution:2")
+    train(*data, *options, "--class_dropout_prob", "0.5", "--train_batch_size", "48", steps=2)
+    for _, _, batch in batches[True]:
+        dropped = batch.conditions.isnan()
+        assert 0.25 < dropped.float().mean() < 0.75 and torch.equal(dropped[:, 0], dropped[:, 1])
+        assert torch.equal(dropped[:, 0], batch.labels == 2)
+        assert torch.equal(dropped[:, 0], (batch.conditioning_images == 0).flatten(1).all(dim=1))
+    assert batches[False] and not any(batch.conditions.isnan().any() for _, _, batch in batches[False])
+
+
+@pytest.mark.parametrize("network", ["unet", "transformer"])
+def test_images_follow_the_values_also_between_those_of_training(train, data, network):
+    sizes = {"unet": ("--block_out_channels", "16", "16"), "transformer": ("--num_layers", "1", "--patch_size", "4")}
+    folder = train(
+        *(*data, "--condition_columns", "value", "--label_column", "none", "--validation_split", "0"),
+        *("--network", network, *sizes[network], "--learning_rate", "1e-2", "--train_batch_size", "16"),
+        *("--ema_max_decay", "0.9", "--checkpointing_steps", "1000", "--save_images_epochs", "0"),
+        network=network == "unet",
+        steps=60,
+    )
+    pipe = TinyPipeline.from_pretrained(folder)
+    values = np.array([51.3, 93.7, 141.1, 203.9])
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 10, "output_type": "np"}
+    means = pipe(conditions={"value": values}, **options).images.mean(axis=(1, 2, 3)) * 255
+    assert np.corrcoef(means, values)[0, 1] > 0.9 and np.abs(means - values).max() < 60
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, data):
+    options = (*data, "--condition_columns", "value,hat", "--class_dropout_prob", "0.5")
+    whole = train(*options, name="whole")
+    resumed = train_in_two(*options, stopped_at=3, steps=6)
+    for name in (WEIGHTS, "train_log.jsonl", "samples.png", "model_index.json"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+def test_fine_tuning_keeps_the_standardization_and_adds_conditions(train, data):
+    data = (*data, "--label_column", "none")
+    first = train(*data, "--condition_columns", "value", "--max_train_samples", "32", name="first", steps=1)
+    loaded = ("--pretrained_model_name_or_path", str(first))
+    second = train(*data, "--condition_columns", "value", *loaded, name="second", steps=1)
+    before, after = (read(folder / "model_index.json")["condition_statistics"] for folder in (first, second))
+    assert (before["means"], before["deviations"]) == (after["means"], after["deviations"])
+    with pytest.raises(UserError, match="has the conditions value, and --condition_columns gives hat"):
+        train(*data, "--condition_columns", "hat", *loaded, name="other")
+    with pytest.raises(UserError, match="has conditions: continue with .* --condition_columns"):
+        train(*data, *loaded, script=train_unconditional, name="without")
+
+    plain = train(*data, script=train_unconditional, name="plain", steps=1)
+    loaded = ("--pretrained_model_name_or_path", str(plain), "--learning_rate", "0")
+    added = train(*data, "--condition_columns", "value", *loaded, name="added", steps=1)
+    weights, own = (load_file(folder / WEIGHTS) for folder in (added, plain))
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+    assert {name.split(".")[0] for name in weights.keys() - own.keys()} == {"condition_embed"}
+
+
+def test_a_stock_network_takes_none(train, data, tmp_path):
+    (tmp_path / "stock.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    stock = ("--model_config_name_or_path", str(tmp_path / "stock.json"))
+    with pytest.raises(UserError, match="stock UNet2DModel, which takes no conditions"):
+        train(*data, "--condition_columns", "value", *stock, network=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--condition_columns", "same"], ["'same' is 7 for all training images", "leave it out"]),
+        (["--condition_columns", "valu"], ["'valu'", "Did you mean 'value'"]),
+        (["--condition_columns", "kind"], ["'kind'", "holds text"]),
+        (["--condition_columns", "hat,hat"], ["give each column once"]),
+        (["--drop_missing"], ["--drop_missing", "--condition_columns"]),
+    ],
+)
+def test_each_mistake_is_one_line_before_training(check_mistake, data, argv, words):
+    check_mistake([*data, *argv], words)
+
+
+def test_the_unconditional_script_names_the_flag_that_it_lacks(check_mistake, data):
+    check_mistake([*data, "--condition_columns", "value"], ["--condition_columns"], script=train_unconditional)
