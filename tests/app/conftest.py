@@ -4,7 +4,8 @@ import pytest
 
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
-FAMILIES = ("diffusion", "conditional", "flow", "pixelcnn", "vae", "dcgan")
+FAMILIES = ("diffusion", "conditional", "flow", "pixelcnn", "vae", "dcgan", "rectangle", "channels", "conditions")
+STATISTICS = {"names": ["age", "size"], "means": [40, 2], "deviations": [9, 1], "lows": [20, 0], "highs": [60, 5]}
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,11 @@ def checkpoints(tmp_path_factory, tiny_unet):
         "pixelcnn": TinyPixelCNNPipeline(pixelcnn.eval(), id2label=NAMES),
         "vae": TinyVAEPipeline(vae.eval()),
         "dcgan": TinyDCGANPipeline(dcgan.eval()),
+        "rectangle": TinyPipeline(tiny_unet(sample_size=(8, 12)), TinyFlowMatchScheduler()),
+        "channels": TinyPipeline(tiny_unet(in_channels=2, out_channels=2), TinyFlowMatchScheduler()),
+        "conditions": TinyConditionalPipeline(
+            tiny_unet(num_conditions=2), TinyFlowMatchScheduler(), condition_statistics=STATISTICS
+        ),
     }
     folders = {name: tmp_path_factory.mktemp("app") / name for name in FAMILIES}
     for name, folder in folders.items():
@@ -70,3 +76,23 @@ def store(checkpoints):
 @pytest.fixture
 def index_of(store):
     return {model.name: index for index, model in enumerate(store.models)}
+
+
+@pytest.fixture
+def open_tab(store):
+    """Builds a tab for the listed models; returns it with its values as the page has them for one of these."""
+    import gradio as gr
+
+    from tiny_diffusers.app.requests import Tasks
+
+    def build(tab_class, model, **changes):
+        with gr.Blocks(analytics_enabled=False):
+            chosen = gr.Dropdown([(model.title, i) for i, model in enumerate(store.models)], value=0)
+            tab = tab_class(store, Tasks(), chosen)
+        values = {}
+        for control, setting in zip(tab.controls, tab.settings(model), strict=True):
+            values[setting.get("label", control.label)] = setting.get("value", control.value)
+        assert set(changes) <= set(values)
+        return tab, list((values | changes).values())
+
+    return build

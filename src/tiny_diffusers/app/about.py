@@ -54,13 +54,15 @@ class AboutTab:
 def facts_of(model: Model) -> str:
     """Returns a list of what a model is, in Markdown."""
     width, height = model.size
+    channels = {1: "grey", 3: "colour"}.get(model.num_channels, f"{model.num_channels} channels")
     facts = RunFolder(model.folder).read_facts()
     parameters = facts.get("parameters")
     count = sum(parameters.values()) if isinstance(parameters, dict) else None
     rows = {
         "Family": TITLES[model.family],
-        "Images": f"{width} x {height}, {'grey' if model.num_channels == 1 else 'colour'}",
+        "Images": f"{width} x {height}, {channels}",
         "Classes": ", ".join(model.classes) or "none",
+        "Conditions": ", ".join(condition.name for condition in model.conditions) or "none",
         "Parameters": f"{count:,}" if isinstance(count, int) else "unknown",
     }
     lines = [f"- **{name}**: {markdown(value)}" for name, value in rows.items()]

@@ -67,8 +67,8 @@ class CompareTab:
             raise UserError(f"Models: choose from 1 to {MAX_MODELS}.")
         models = [self.store.model(index) for index in indices]
         for model in models:
-            if model.conditioning is not None:
-                raise UserError(f"{model.title} needs an image as a condition: choose other models.")
+            if model.needs_more:
+                raise UserError(f"{model.title} needs an image or numbers as a condition: choose other models.")
         words = [model.checkpoint for model in models]
         words += ["--num_images", str(whole("Images of each", count, 1, MAX_COLUMNS)), "--seed", seed_of(seed)]
         words += ["--dtype", "float32"]

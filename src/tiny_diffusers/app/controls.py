@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import gradio as gr
 
+from ..errors import unknown
 from ..samplers import SCHEDULERS
 from .models import Model
 from .requests import MAX_STEPS, number, save_once, whole
@@ -117,7 +118,12 @@ def seed_of(value: object, name: str = "Seed") -> str:
 def class_words(model: Model, classes: Sequence[str] | str | None) -> list[str]:
     """Returns the flag of chosen classes; none where the model chooses them itself."""
     chosen = [classes] if isinstance(classes, str) else list(classes or ())
-    return ["--class_labels", ",".join(chosen)] if chosen and model.classes else []
+    if not (chosen and model.classes):
+        return []
+    for name in chosen:
+        if name not in model.classes:
+            raise unknown("class", f"{name!s:.40}", model.classes)
+    return [f"--class_labels={','.join(chosen)}"]  # a name may begin with a dash
 
 
 def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:

@@ -63,8 +63,10 @@ def tasks_of(model: Model) -> list[str]:
 def settings(model: Model) -> list[dict]:
     """Returns what a model changes in each control of the tab, in their order."""
     kinds = tasks_of(model) or [VARY]
-    shown = shown_controls(kinds[0])
-    of_class = class_settings(model)
+    strength, area, factor, sigma, *others = shown_controls(kinds[0])
+    widest = max(0.5, round((min(model.size) - 1) // 2 / 3, 1))  # the kernel is no larger than the picture
+    sigma |= {"maximum": widest, "value": min(1.5, widest)}
+    shown, of_class = [strength, area, factor, sigma, *others], class_settings(model)
     return [{}, {"choices": kinds, "value": kinds[0]}, *shown, of_class, {}, {}, *sampling_settings(model, SAMPLING)]
 
 
@@ -180,7 +182,7 @@ class EditTab:
                 factor = gr.Dropdown(
                     [2, 4], value=2, label="Factor", info="of the sides, which it must divide", **of_factor
                 )
-                sigma = gr.Slider(0.5, 4, 1.5, step=0.1, label="Blur", info="sigma in pixels", **of_sigma)
+                sigma = gr.Slider(0.5, step=0.1, label="Blur", info="sigma in pixels", **of_sigma)
                 degrade = gr.Checkbox(value=True, label="The picture is intact", info="degrade it first", **of_degrade)
                 rows = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="Rows kept", info="share of the rows", **of_rows)
                 label = one_class(model, "Class")

@@ -21,13 +21,16 @@ from .controls import (
     seed_of,
     single_images,
 )
-from .models import Model, ModelStore
+from .models import MAX_CONDITIONS, Condition, Model, ModelStore
 from .requests import MAX_IMAGES, Progress, Task, Tasks, number, streams, watch, whole
 from .snippets import command_line, python_of_samples
 
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+MAX_NUMBER = 1e12  # of a condition
 
 
 def sample_words(
@@ -42,6 +45,7 @@ def sample_words(
     threshold: object,
     temperature: object,
     truncation: object,
+    *conditions: object,
 ) -> list[str]:
     """Returns the words of the command `sample` that a request stands for."""
     words = [model.checkpoint, "--num_images", str(whole("Number of images", num_images, 1, MAX_IMAGES))]
@@ -51,6 +55,8 @@ def sample_words(
         words += ["--temperature", f"{temperature:g}"]
     if model.family in ("vae", "dcgan") and number("Truncation", truncation, 0, 1) != 1:
         words += ["--truncation", f"{truncation:g}"]
+    for condition, value in zip(model.conditions, conditions, strict=False):  # the boxes beyond are hidden
+        words += ["--condition", f"{condition.name}={number(condition.name, value, -MAX_NUMBER, MAX_NUMBER):g}"]
     return words
 
 
@@ -63,7 +69,17 @@ def settings(model: Model) -> list[dict]:
         *sampling_settings(model),
         {"visible": model.has_temperature},
         {"visible": model.family in ("vae", "dcgan")},
+        *map(condition_settings, [*model.conditions, *[None] * (MAX_CONDITIONS - len(model.conditions))]),
     ]
+
+
+def condition_settings(condition: Condition | None) -> dict:
+    """Returns what a model changes in the box of a condition, or of none."""
+    if condition is None:
+        return {"visible": False}
+    name, low, high, mean = condition
+    info = f"{low:g} to {high:g} in training"
+    return {"visible": True, "label": name, "info": info, "value": float(f"{mean:.3g}")}
 
 
 class GenerateTab:
@@ -72,7 +88,8 @@ class GenerateTab:
     def __init__(self, store: ModelStore, tasks: Tasks, chosen: gr.Dropdown):
         self.store, self.tasks = store, tasks
         model = store.models[0]
-        of_classes, of_temperature, of_truncation = (settings(model)[i] for i in (2, -2, -1))
+        _, _, of_classes, *of_others = settings(model)
+        of_temperature, of_truncation, *of_conditions = of_others[len(sampling_settings(model)) :]
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="Number of images")
@@ -98,6 +115,7 @@ class GenerateTab:
                     info="below 1, images are more typical and less varied",
                     **of_truncation,
                 )
+                conditions = [gr.Number(**changes) for changes in of_conditions]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")
@@ -109,7 +127,7 @@ class GenerateTab:
                     command = code_box("Command", "shell")
                     python = code_box("Python", "python")
                 images = single_images("Single images")
-        self.controls = [count, seed, classes, *sampling, temperature, truncation]
+        self.controls = [count, seed, classes, *sampling, temperature, truncation, *conditions]
         self.settings = settings
         outputs = [grid, status, images, archive, command, python]
         gr.on(

@@ -45,8 +45,8 @@ def views_of(model: Model) -> list[str]:
     """Returns what can be shown of a model."""
     views = []
     if model.family == "diffusion":
-        views += [SCHEDULE] if model.conditioning else [DENOISING, PREDICTIONS, FORWARD, SCHEDULE]
-    if model.conditioning is None and training_images(model) is not None:
+        views += [SCHEDULE] if model.needs_more else [DENOISING, PREDICTIONS, FORWARD, SCHEDULE]
+    if not model.needs_more and model.num_channels in (1, 3) and training_images(model) is not None:
         views.append(NEAREST)
     return views
 
@@ -189,8 +189,8 @@ def nearest_picture(model: Model, images: "list[Image.Image]") -> tuple:
 
     flags = training_images(model)
     real = choose({"split": flags.get("train_split")}, flags)
-    training = load_reference(real, model.num_channels, model.size[0])[0].images
     samples = _stack(images)
+    training = load_reference(real, tuple(samples.shape[1:]))[0].images
     features, references = (x.flatten(1).float().numpy() / 255 for x in (samples, training))
     distances, nearest = nearest_neighbours(features, references)
     strips = [

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, first_line
 from ..files import load_json, read_mapping
@@ -25,6 +25,18 @@ _FAMILIES = {"unet": "diffusion", "pixelcnn": "pixelcnn", "vae": "vae", "generat
 TITLES = {"diffusion": "diffusion", "pixelcnn": "PixelCNN", "vae": "VAE", "dcgan": "DCGAN"}
 
 
+MAX_CONDITIONS = 12  # boxes in the page
+
+
+class Condition(NamedTuple):
+    """Number that a network takes as a condition: its name, the range of its training images, and their mean."""
+
+    name: str
+    low: float
+    high: float
+    mean: float
+
+
 @dataclass(frozen=True)
 class Model:
     """
@@ -37,12 +49,13 @@ class Model:
         family (`str`): `"diffusion"`, `"pixelcnn"`, `"vae"` or `"dcgan"`.
         objective (`str`): `"betas"`, `"flow"` or `"edm"`, for diffusion.
         size (`tuple[int, int]`): Width and height of its images.
-        num_channels (`int`): 1 or 3.
+        num_channels (`int`): Channels of its images.
         classes (`tuple[str, ...]`): The names of its classes, or their ids; empty without classes.
         can_be_guided (`bool`): Whether it has a null class or a dropped image to guide away from.
         has_temperature (`bool`): Whether it predicts distributions of pixels.
         num_train_timesteps (`int`): T, the largest number of steps.
         conditioning (`str`, *optional*): The image that it takes as a condition.
+        conditions (`tuple[Condition, ...]`): The numbers that it takes as conditions.
     """
 
     checkpoint: str
@@ -57,6 +70,7 @@ class Model:
     has_temperature: bool
     num_train_timesteps: int
     conditioning: str | None
+    conditions: tuple[Condition, ...]
 
     @property
     def title(self) -> str:
@@ -66,12 +80,18 @@ class Model:
         return f"{self.name} ({kind}, {width} x {height})"
 
     @property
+    def needs_more(self) -> bool:
+        """Returns whether it needs an image or numbers as a condition, which Generate alone offers."""
+        return self.conditioning is not None or bool(self.conditions)
+
+    @property
     def can_walk(self) -> bool:
-        return self.family != "pixelcnn" and self.conditioning is None
+        return self.family != "pixelcnn" and not self.needs_more
 
     @property
     def can_edit(self) -> bool:
-        return self.family != "dcgan" and self.conditioning is None
+        """Returns whether it edits pictures, which have one channel or three."""
+        return self.family != "dcgan" and not self.needs_more and self.num_channels in (1, 3)
 
 
 def list_models(checkpoints: Sequence[str]) -> list[Model]:
@@ -119,9 +139,12 @@ def read_model(checkpoint: str, name: str) -> Model:
     try:
         size = network["sample_size"]
         width, height = (size, size) if isinstance(size, int) else reversed(size)
-        channels = network["in_channels"] if component in ("pixelcnn", "vae") else network["out_channels"]
         classes = _read_classes(index, network, component)
-        conditioning = index.get("conditioning")
+        conditioning, conditions = index.get("conditioning"), _read_conditions(index)
+        if len(conditions) > MAX_CONDITIONS:
+            raise UserError(
+                f"'{checkpoint}' takes {len(conditions)} conditions: the app has room for {MAX_CONDITIONS}."
+            )
         return Model(
             checkpoint=checkpoint,
             name=name,
@@ -129,18 +152,36 @@ def read_model(checkpoint: str, name: str) -> Model:
             family=_FAMILIES[component],
             objective=_objective(scheduler),
             size=(width, height),
-            num_channels=3 if channels % 3 == 0 else 1,  # with a learned variance, there are twice as many
+            num_channels=_read_channels(network, scheduler, has_image=conditioning is not None),
             classes=classes,
             can_be_guided=component == "unet"
-            and bool(classes or conditioning)
+            and bool(classes or conditioning or conditions)
             and index.get("class_dropout_prob") != 0
-            and index.get("null_class_id", -1) is not None,
+            and not (classes and index.get("null_class_id", -1) is None),
             has_temperature=component == "pixelcnn" and network.get("variant") != "baseline",
             num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
             conditioning=conditioning,
+            conditions=conditions,
         )
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{checkpoint}' can't be read: one of its configs is damaged ({error!r}).") from error
+
+
+def _read_channels(network: dict, scheduler: dict, has_image: bool) -> int:
+    """Returns the channels of a network's images."""
+    if "in_channels" in network and not has_image:
+        return int(network["in_channels"])
+    has_variance = str(scheduler.get("variance_type")).startswith("learned")
+    return int(network["out_channels"]) // (2 if has_variance else 1)
+
+
+def _read_conditions(index: dict) -> tuple[Condition, ...]:
+    """Returns the conditions that a pipeline's config describes."""
+    statistics = index.get("condition_statistics") or dict.fromkeys(("names", "lows", "highs", "means"), ())
+    columns = (statistics[field] for field in ("names", "lows", "highs", "means"))
+    return tuple(Condition(str(name), *map(float, numbers)) for name, *numbers in zip(*columns, strict=True))
 
 
 def _read_classes(index: dict, network: dict, component: str) -> tuple[str, ...]:
