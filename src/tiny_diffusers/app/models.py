@@ -80,6 +80,10 @@ class Model:
         return f"{self.name} ({kind}, {width} x {height})"
 
     @property
+    def is_on_hub(self) -> bool:
+        return not Path(self.checkpoint).expanduser().is_dir()
+
+    @property
     def needs_more(self) -> bool:
         """Returns whether it needs an image or numbers as a condition, which Generate alone offers."""
         return self.conditioning is not None or bool(self.conditions)

@@ -60,6 +60,11 @@ def app(args: argparse.Namespace) -> None:
         raise UserError("The app needs gradio: install it by `pip install tiny-diffusers[app]`.") from error
 
     listed = models.list_models(args.checkpoints or models.published_checkpoints())
+    if args.export_space is not None:
+        from ..app.space import export_space
+
+        say(f"wrote the Space {export_space(listed, args.export_space)}")
+        return
     if args.share and args.auth is None:
         say("warning: --share without --auth: whoever has the link can use this machine", sys.stderr)
     page = server.launch(
