@@ -89,10 +89,9 @@ def open_tab(store):
         with gr.Blocks(analytics_enabled=False):
             chosen = gr.Dropdown([(model.title, i) for i, model in enumerate(store.models)], value=0)
             tab = tab_class(store, Tasks(), chosen)
-        values = {}
-        for control, setting in zip(tab.controls, tab.settings(model), strict=True):
-            values[setting.get("label", control.label)] = setting.get("value", control.value)
-        assert set(changes) <= set(values)
-        return tab, list((values | changes).values())
+        settings = [{"label": control.label, "value": control.value} for control in tab.controls]
+        settings = [own | changed for own, changed in zip(settings, tab.settings(model), strict=True)]
+        assert set(changes) <= {setting["label"] for setting in settings}
+        return tab, [changes.get(setting["label"], setting["value"]) for setting in settings]
 
     return build

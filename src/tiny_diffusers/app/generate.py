@@ -76,7 +76,7 @@ def settings(model: Model) -> list[dict]:
 def condition_settings(condition: Condition | None) -> dict:
     """Returns what a model changes in the box of a condition, or of none."""
     if condition is None:
-        return {"visible": False}
+        return {"visible": False, "value": 0}
     name, low, high, mean = condition
     info = f"{low:g} to {high:g} in training"
     return {"visible": True, "label": name, "info": info, "value": float(f"{mean:.3g}")}
