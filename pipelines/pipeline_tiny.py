@@ -170,7 +170,7 @@ class TinyPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _network_name = "unet"  # the component that generates the images
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
     _output_types = ("pil", "np", "pt", "latent")
 
     show_channels: list[int] | None = None
@@ -380,6 +380,7 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be from {allowed}, got {unknown}.")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
+        self._callback_takes_x_0 = callback is not None and "pred_original_sample" in tensor_inputs
 
         def on_step_end(step: int, timestep: int | torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
             if callback is None:
@@ -414,6 +415,15 @@ class TinyPipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape (batch_size, ...) = {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, self._sample_dtype)
+
+    @staticmethod
+    def _truncate(latents: torch.Tensor, truncation: float) -> torch.Tensor:
+        """Moves latents toward the mean of N(0, I), as [StyleGAN](https://huggingface.co/papers/1812.04948), appendix B."""
+        if not 0 <= truncation <= 1:
+            raise ValueError(
+                f"`truncation` must be in [0, 1], where 1 leaves the latents as they are, got {truncation}."
+            )
+        return truncation * latents
 
     def _prepare_ends(self, seeds: tuple[int, int] | None, latents: torch.Tensor | None) -> torch.Tensor:
         """Draws the latents of two seeds, or checks the given ones, and returns them (2, ...) as `_prepare_latents`."""
@@ -607,13 +617,16 @@ class TinyPipeline(DiffusionPipeline):
             output = take_step(model_output, timestep, latents)
             latents = output.prev_sample  # x_t-1
 
-            if step in kept_steps:
+            tensors = {"latents": latents}
+            if step in kept_steps or self._callback_takes_x_0:
                 x_0 = getattr(output, "pred_original_sample", None)
                 if x_0 is None:
                     x_0 = predict_original_sample(scheduler, model_output[:, :channels], timestep, sample)
+                tensors["pred_original_sample"] = x_0
+            if step in kept_steps:
                 intermediates.append(Intermediate(float(timestep), sample, x_0))
 
-            latents = on_step_end(step, timestep, {"latents": latents}).pop("latents", latents)
+            latents = on_step_end(step, timestep, tensors).pop("latents", latents)
             if self.interrupt:
                 break
 

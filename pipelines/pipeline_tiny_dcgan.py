@@ -61,6 +61,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        truncation: float = 1.0,
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples a batch of images by passing z from N(0, I) through the generator.
@@ -81,6 +82,8 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
                 `"latent"` (the generator's output, in [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
+            truncation (`float`, *optional*, defaults to 1.0):
+                Factor of z, in [0, 1]. Below 1, images are more typical and less varied.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
@@ -90,7 +93,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         """
         self._check_output(1 if batch_size is None else batch_size, output_type)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
-        latents = self._prepare_latents(batch_size, generator, latents)
+        latents = self._truncate(self._prepare_latents(batch_size, generator, latents), truncation)
         sample = self.generator(latents, labels).sample
         return self._postprocess(sample, None, output_type, return_dict)
 

@@ -46,6 +46,8 @@ class TinyInpaintPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
     ```
     """
 
+    _callback_tensor_inputs = ["latents"]
+
     @torch.no_grad()
     def __call__(
         self,

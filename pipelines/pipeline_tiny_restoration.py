@@ -115,6 +115,8 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
     ```
     """
 
+    _callback_tensor_inputs = ["latents"]
+
     @torch.no_grad()
     def __call__(
         self,

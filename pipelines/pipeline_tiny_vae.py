@@ -49,6 +49,7 @@ class TinyVAEPipeline(TinyPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        truncation: float = 1.0,
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples a batch of images by decoding z from the prior N(0, I). Each image is the center of p(x | z), without
@@ -67,6 +68,8 @@ class TinyVAEPipeline(TinyPipeline):
                 `"latent"` (the decoder's output, about [-1, 1]).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
+            truncation (`float`, *optional*, defaults to 1.0):
+                Factor of z, in [0, 1]. Below 1, images are more typical and less varied.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
@@ -75,7 +78,7 @@ class TinyVAEPipeline(TinyPipeline):
             `ValueError`: If an argument is not as described above, or the samples are not finite.
         """
         self._check_output(batch_size, output_type)
-        latents = self._prepare_latents(batch_size, generator, latents)
+        latents = self._truncate(self._prepare_latents(batch_size, generator, latents), truncation)
         return self._decode(latents, output_type, return_dict)
 
     @torch.no_grad()

@@ -462,6 +462,24 @@ class TestPush:
         hub.push(tmp_path, "me/tiny", token="hf_good")
         assert fake_hub.files.keys() == saved | {"README.md"}
 
+    def test_a_space_is_pushed_with_its_models_and_the_address_of_its_wheel(self, fake_hub, tmp_path, tiny_pipeline):
+        tiny_pipeline().save_pretrained(tmp_path / "models" / "0-tiny")
+        wheel = "tiny_diffusers-0.1.0-py3-none-any.whl"
+        for name in ("app.py", "README.md", wheel, "notes.txt", "models/notes.txt"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "requirements.txt").write_text(f"./{wheel}\ntorch\n")
+        hub.push(tmp_path, "me/tiny", token="hf_good")
+
+        assert f"models/0-tiny/unet/{WEIGHTS}" in fake_hub.files and "models/0-tiny/model_index.json" in fake_hub.files
+        assert {"app.py", "README.md", wheel} <= set(fake_hub.files)
+        assert "notes.txt" not in fake_hub.files and "models/notes.txt" not in fake_hub.files
+        address = f"tiny_diffusers @ {fake_hub.url}/me/tiny/resolve/main/{wheel}"
+        assert fake_hub.files["requirements.txt"].decode() == f"{address}\ntorch\n"
+        assert (tmp_path / "requirements.txt").read_text().startswith("./")
+        created = json.loads(fake_hub.requests[0][2])
+        assert created["type"] == "space" and created["sdk"] == "gradio"
+        assert any(path.startswith("/api/spaces/me/tiny/commit/") for path, _, _ in fake_hub.requests)
+
     def test_strays_and_links_are_pushed_by_name_alone(self, fake_hub, tmp_path, tiny_pipeline, capsys):
         directory = hub.export(tiny_pipeline(), tmp_path / "model")
         own = {path.relative_to(directory).as_posix() for path in directory.rglob("[!.]*.*") if path.is_file()}

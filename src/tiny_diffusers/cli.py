@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
+from .commands.app import app, app_parser
 from .commands.averages import ema, ema_parser
 from .commands.describing import describe, describe_parser
 from .commands.doctor import doctor, doctor_parser
@@ -158,6 +159,7 @@ COMMANDS = {
     "search": Command("search for the best settings of a recipe", search_parser, search),
     "plot": Command("draw losses, noise schedules, denoising, samples and more", plot_parser, plot),
     "describe": Command("list the layers of a network, and draw it", describe_parser, describe),
+    "app": Command("use checkpoints in a browser", app_parser, app),
     "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
     "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
     "export": Command("save a checkpoint with the code that it needs", export_parser, export),
@@ -178,6 +180,7 @@ EXAMPLES = {
     "search": "unconditional_mine.yaml --trials 50",
     "plot": "losses runs/a runs/b --output losses.png",
     "describe": "runs/ddpm-digits --output network.png",
+    "app": "runs/ddpm-digits",
     "ema": "runs/ddpm-digits --sigma_rel 0.05 0.1",
     "benchmark": "--rows training sampling",
     "export": "runs/ddpm-digits digits --dtype float16",

@@ -391,11 +391,12 @@ def push(
     dry_run: bool = False,
 ) -> str | None:
     """
-    Pushes a model to the Hub in one commit, and creates the repository if it doesn't exist.
+    Pushes a model, or a Space of `tiny-diffusers app --export_space`, to the Hub in one commit, and creates the repository
+    if it doesn't exist.
 
     These files are pushed, and printed first: the pipeline with its code, card, pictures, log, settings and reports. What
     else lies in the folder is pushed by name only, and no link is followed. In the pushed card `repo_id` replaces
-    `path/to/this/folder`.
+    `path/to/this/folder`, and in a Space's requirements the wheel's address replaces its place in the folder.
 
     Args:
         directory (`str` or `Path`): A folder with a saved pipeline. Nothing in it is changed.
@@ -416,27 +417,37 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     directory, folder = Path(directory), RunFolder(directory)
-    if not folder.model_index.is_file():
-        raise UserError(f"'{directory}' has no {MODEL_INDEX}: give the folder that a pipeline was saved in.")
+    is_space = (directory / "app.py").is_file() and (directory / "requirements.txt").is_file()
+    if not is_space and not folder.model_index.is_file():
+        raise UserError(
+            f"'{directory}' has no {MODEL_INDEX}: give the folder that a pipeline was saved in, or a Space's folder."
+        )
     for name in include:
         if not (directory / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"'{name}' is no file in '{directory}': name each file relative to it.")
         folder.check_inside(folder.path / name)
-    names = sorted({*folder.list_shared(), *include})
+    names = sorted({*(_list_space(directory) if is_space else folder.list_shared()), *include})
     size = sum((directory / name).stat().st_size for name in names)
     say(f"{len(names)} files, {size / 1e6:.1f} MB, to {repo_id}: {', '.join(names)}")
     if dry_run:
         return None
     try:
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner
+        kind = {"repo_type": "space"} if is_space else {}
+        sdk = {"space_sdk": "gradio"} if is_space else {}
+        repository = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk)
+        repo_id = repository.repo_id  # with its owner
         operations = []
         for name in names:
             content = directory / name
             if name == "README.md":
                 content = content.read_text(encoding="utf-8").replace(THIS_FOLDER, repo_id).encode("utf-8")
+            elif is_space and name == "requirements.txt":  # they are installed before the Space's files are there
+                address = f"{__package__} @ {repository}/resolve/main/"
+                content = content.read_text(encoding="utf-8").replace("./", address, 1).encode("utf-8")
             operations.append(CommitOperationAdd(name, content))
-        return api.create_commit(repo_id, operations, commit_message="Upload with tiny-diffusers").commit_url
+        message = "Upload with tiny-diffusers"
+        return api.create_commit(repo_id, operations, commit_message=message, **kind).commit_url
     except Exception as error:  # network, token, name or Hub: the model is on disk in any case
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         later = shlex.join(["tiny-diffusers", "push", str(directory), repo_id])
@@ -444,3 +455,15 @@ def push(
             f"The push to '{repo_id}' failed ({reason}). Everything is still in '{directory}': push it later by `{later}`, "
             "after `hf auth login` if a token is missing."
         ) from error
+
+
+def _list_space(directory: Path) -> list[str]:
+    """Lists the files of a Space that are pushed, with those of its models, relative to the folder."""
+    wheels = [path.name for path in directory.glob("*.whl")]
+    models = [path.parent for path in directory.glob(f"models/*/{MODEL_INDEX}")]
+    files = [
+        f"{model.relative_to(directory).as_posix()}/{name}"
+        for model in models
+        for name in RunFolder(model).list_shared()
+    ]
+    return ["README.md", "app.py", "requirements.txt", *wheels, *files]

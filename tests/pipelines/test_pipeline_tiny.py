@@ -229,7 +229,7 @@ def test_a_callback_sees_and_changes_the_latents(pipe):
     seen = []
 
     def last_to_grey(pipe, step, timestep, tensors):
-        assert set(tensors) == set(pipe._callback_tensor_inputs)
+        assert set(tensors) == {"latents"}
         seen.append(step)
         if step == pipe.num_timesteps - 1:
             tensors["latents"] = torch.zeros_like(tensors["latents"])
@@ -240,6 +240,24 @@ def test_a_callback_sees_and_changes_the_latents(pipe):
     latents = pipe(num_inference_steps=3, output_type="latent", callback_on_step_end=last_to_grey).images
     assert latents.abs().sum() == 0
     pipe(num_inference_steps=2, callback_on_step_end=lambda *a: a[-1], callback_on_step_end_tensor_inputs=[])
+
+
+def test_a_callback_sees_the_predicted_images(pipe):
+    seen = []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["pred_original_sample"])
+        return {}
+
+    output = pipe(
+        num_inference_steps=3,
+        output_type="latent",
+        return_intermediates=3,
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
+    for x_0, intermediate in zip(seen, output.intermediates, strict=True):
+        assert torch.equal(x_0, intermediate.pred_original_sample)
 
 
 def test_a_callback_can_stop_sampling(pipe):

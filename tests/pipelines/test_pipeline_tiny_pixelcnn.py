@@ -146,6 +146,13 @@ def test_completion_keeps_the_given_pixels_and_samples_the_rest(make_pipe, varia
         assert not torch.equal(other, images)
 
 
+def test_grey_pictures_are_completed(make_pipe):
+    pipe, mask = make_pipe(levels=256), torch.ones(5, 5, dtype=torch.bool)
+    given = [Image.fromarray(np.full((5, 5), value, np.uint8)) for value in (0, 200)]
+    for image, kept in zip(given, pipe(2, images=given, mask=mask).images, strict=True):
+        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image))
+
+
 def test_images_and_masks_are_accepted_in_every_form(make_pipe):
     pipe = make_pipe(channels=3, levels=16)
     tensor, array, pil = (pipe(2, generator=seeded(1), output_type=kind).images for kind in ("pt", "np", "pil"))

@@ -93,11 +93,7 @@ def edit_parser() -> argparse.ArgumentParser:
 
 
 def edit(args: argparse.Namespace) -> None:
-    from ..pipelines.pipeline_tiny import image_generators
-    from ..plots import image_grid
-    from ..progress import bar_options
-
-    _check_flags(args)
+    check_edit_flags(args)
     pictures = find_pictures(args.image)
     output = prepare_output(args.output)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
@@ -108,52 +104,71 @@ def edit(args: argparse.Namespace) -> None:
         if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
     pictures = {name: read_picture("--image", file) for name, file in pictures.items()}
-    pipe = _editing_pipeline(load_pipeline(args), args)
-    names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
-    names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
-    options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
-    options |= condition_options(pipe.__call__, pipe, args, 1)
-    if args.inversion:
-        options["inversion"] = True
+    pipe = editing_pipeline(load_pipeline(args), args)
+    options = edit_options(pipe, args)
     if pipe._image_shape[0] == 3 and any(picture.mode == "L" for picture in pictures.values()):
         if not (args.task == "colorize" and not args.degrade):
             say("grey pictures are converted to RGB, as the network draws in colour", sys.stderr)
 
     say(f"drawing {len(pictures) * args.num_images} images, {output} ...", sys.stderr)
-    rows, began = [], time.perf_counter()
-    at_once = max(1, args.batch_size // args.num_images)
-    given = list(pictures.items())
-    for start in range(0, len(given), at_once):
-        part = [picture for _, picture in given[start : start + at_once]]
-        pipe.set_progress_bar_config(desc=f"pictures {start + 1} to {start + len(part)}", **bar_options())
-        with refusals():
-            observed = _observe(pipe, part, args, options, start, len(given)) if args.degrade else part
-            num_results = len(part) * args.num_images
-            generator = image_generators(args.seed, num_results, first=start * args.num_images)
-            results = pipe(observed, num_images=args.num_images, generator=generator, output_type="pt", **options)[0]
-            rows += _rows(pipe, part, observed, results.cpu(), args, options.get("mask_image"))
+    began = time.perf_counter()
+    rows = edit_pictures(pipe, list(pictures.values()), args, **options)
     seconds = time.perf_counter() - began
 
-    num_images = len(given) * args.num_images
     if output.is_dir():
         images = [image for row in rows for image in row["results"]]
         for target, image in zip(targets, images, strict=True):
             image.save(target)
     else:
-        columns = ["given"] + [name for name in ("mask", "observed") if name in rows[0]]
-        labels = columns + [str(i + 1) for i in range(args.num_images)]
-        statistics = [name for name in ("mean", "2 std") if name in rows[0]]
-        images = [
-            image
-            for row in rows
-            for image in (*(row[name] for name in columns), *row["results"], *(row[name] for name in statistics))
-        ]
-        grid = image_grid(images, columns=len(labels + statistics), column_labels=labels + statistics)
-        grid.save(output)
-    say(f"{num_images} images in {seconds:.1f} s: {output}")
+        edited_picture(rows).save(output)
+    say(f"{len(pictures) * args.num_images} images in {seconds:.1f} s: {output}")
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def edit_options(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict:
+    """Returns the options of an editing pipeline's call that the flags stand for."""
+    names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
+    names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
+    options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
+    options |= condition_options(pipe.__call__, pipe, args, 1)
+    return options | ({"inversion": True} if args.inversion else {})
+
+
+def edit_pictures(
+    pipe: "DiffusionPipeline", pictures: list["Image.Image"], args: argparse.Namespace, **options
+) -> list[dict]:
+    """Edits pictures, a row for each: as given, its mask or what is observed of it, the results, mean and deviation."""
+    from ..pipelines.pipeline_tiny import image_generators
+    from ..progress import bar_options
+
+    rows, at_once = [], max(1, args.batch_size // args.num_images)
+    for start in range(0, len(pictures), at_once):
+        part = pictures[start : start + at_once]
+        pipe.set_progress_bar_config(desc=f"pictures {start + 1} to {start + len(part)}", **bar_options())
+        with refusals():
+            observed = _observe(pipe, part, args, options, start, len(pictures)) if args.degrade else part
+            num_results = len(part) * args.num_images
+            generator = image_generators(args.seed, num_results, first=start * args.num_images)
+            results = pipe(observed, num_images=args.num_images, generator=generator, output_type="pt", **options)[0]
+            rows += _rows(pipe, part, observed, results.cpu(), args, options.get("mask_image"))
+    return rows
+
+
+def edited_picture(rows: list[dict]) -> "Image.Image":
+    """Draws the rows of [`edit_pictures`]."""
+    from ..plots import image_grid
+
+    columns = ["given"] + [name for name in ("mask", "observed") if name in rows[0]]
+    labels = columns + [str(i + 1) for i in range(len(rows[0]["results"]))]
+    statistics = [name for name in ("mean", "2 std") if name in rows[0]]
+    images = [
+        image
+        for row in rows
+        for image in (*(row[name] for name in columns), *row["results"], *(row[name] for name in statistics))
+    ]
+    return image_grid(images, columns=len(labels + statistics), column_labels=labels + statistics)
+
+
+def check_edit_flags(args: argparse.Namespace) -> None:
     """Refuses flags that do not go together: each of the three kinds of edit has its own."""
     if args.task is not None:
         kind, allowed = "--task", {"mask", "method", "noise_std", "degrade", "jump_length", "jump_n_sample"}
@@ -178,7 +193,7 @@ def _result_names(pictures: Iterable[str], num_images: int) -> list[str]:
     return [f"{name}-{i:0{digits}}.png" for name in pictures for i in range(num_images)]
 
 
-def _editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
+def editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
     from .. import TinyImg2ImgPipeline, TinyInpaintPipeline, TinyRestorationPipeline
 
     check_diffusion(pipe, args.checkpoint, "edit images here")

@@ -1,7 +1,7 @@
 """`tiny-diffusers plot forward`, `denoising` and `reconstructions`: pictures of real images, noised and rebuilt."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ from .shared import (
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, SchedulerMixin
+
+    from ..plots import Strip
 
 
 MAX_TIMESTEPS = 100_000
@@ -189,25 +191,33 @@ def forward_parser() -> argparse.ArgumentParser:
 
 
 def forward(args: argparse.Namespace) -> None:
-    import torch
-
-    from ..noising import add_noise
-    from ..plots import Strip, captioned_strips
+    from ..plots import captioned_strips
 
     prepare_picture(args.output, given=Path(args.source))
     total = args.ddpm_num_steps
     timesteps = args.timesteps or sorted({0, total // 4, total // 2, 3 * total // 4, total - 1})
     _check_timesteps("--timesteps", timesteps, total)
     found = build_schedules(args.schedules, args)
-    image = _load_source(args)
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
+    captioned_strips(forward_strips(_load_source(args), found, timesteps, args.seed)).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def forward_strips(
+    image: "torch.Tensor", schedulers: "dict[str, SchedulerMixin]", timesteps: Sequence[int], seed: int
+) -> "list[Strip]":
+    """Draws x_t of an image, (1, C, H, W) in [-1, 1]: a row for each scheduler, from the same noise."""
+    import torch
+
+    from ..noising import add_noise
+    from ..plots import Strip
+
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
     strips = [
         Strip([_to_pil(add_noise(image, noise, scheduler, t))[0] for t in timesteps], label=name)
-        for name, scheduler in found.items()
+        for name, scheduler in schedulers.items()
     ]
     strips[-1].captions = [f"t = {t}" for t in timesteps]
-    captioned_strips(strips).save(args.output)
-    say(f"wrote {args.output}")
+    return strips
 
 
 def _check_timesteps(flag: str, timesteps: list[int], total: int) -> None:
@@ -269,8 +279,7 @@ def denoising_parser() -> argparse.ArgumentParser:
 
 
 def denoising(args: argparse.Namespace) -> None:
-    from ..plots import Strip, captioned_strips
-    from ..progress import bar_options
+    from ..plots import captioned_strips
 
     prepare_picture(args.output, given=args.image)
     starts_from_image = args.image is not None or args.dataset_name is not None
@@ -279,30 +288,36 @@ def denoising(args: argparse.Namespace) -> None:
     steps = args.num_inference_steps
     if starts_from_image and len(steps or []) > 1:
         raise UserError("--num_inference_steps: give one number with --image or --dataset_name, not several.")
-    args.num_inference_steps = None  # is not one option of the pipeline's call
-    pipe = load_pipeline(args)
+    captioned_strips(denoising_strips(load_pipeline(args), args)).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def denoising_strips(pipe: "DiffusionPipeline", args: argparse.Namespace, **further) -> "list[Strip]":
+    """Draws how noise, or a noisy image, turns to an image, with further options of each call."""
+    from ..plots import Strip
+    from ..progress import bar_options
+
     check_diffusion(pipe, args.checkpoint, "denoise")
+    starts_from_image = args.image is not None or args.dataset_name is not None
+    steps = args.num_inference_steps
     if args.guidance_scale != 0:
         remedy = "use `tiny-diffusers sample --image`, or give --guidance_scale 0"
         check_unconditioned(pipe, args.checkpoint, remedy)
     total = pipe.scheduler.config.num_train_timesteps
     steps = steps or sorted({min(n, total) for n in ([50] if starts_from_image else [5, 10, 50])})
     pipe.set_progress_bar_config(desc="denoising", leave=False, **bar_options())
-    options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels")
+    options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels") | further
     classes = default_classes(pipe, args.guidance_scale)
     if classes and args.class_labels is None:
         options["class_labels"] = classes[:1]
 
     if not starts_from_image:
         rows = [_denoise(pipe, args, options, num_steps, num_inference_steps=num_steps) for num_steps in steps]
-        strips = [
+        return [
             Strip([*images, result], [*captions, "image"], f"{num_steps} step{'s' if num_steps > 1 else ''}")
             for num_steps, (images, captions, result) in zip(steps, rows, strict=True)
         ]
-    else:
-        strips = _denoise_from_image(pipe, args, options, steps[0])
-    captioned_strips(strips).save(args.output)
-    say(f"wrote {args.output}")
+    return _denoise_from_image(pipe, args, options, steps[0])
 
 
 def _denoise(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict, num_steps: int, **start) -> tuple:

@@ -39,7 +39,7 @@ from .shared import (
 
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import DiffusionPipeline, SchedulerMixin
     from PIL import Image
 
     from ..plots import Strip
@@ -77,14 +77,29 @@ def samples_parser() -> argparse.ArgumentParser:
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Draws the rows. An option applies to each checkpoint whose pipeline has it, and at least one must."""
-    from ..plots import Strip, captioned_strips
+    from ..plots import captioned_strips
 
     prepare_picture(args.output)
     check_enough_images(args.num_images, args.class_labels or [])
+    pipes = [load_pipeline(own) for own in _each_checkpoint(args)]
+    captioned_strips(samples_strips(pipes, args)).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def _each_checkpoint(args: argparse.Namespace) -> list[argparse.Namespace]:
+    return [argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}) for checkpoint in args.checkpoints]
+
+
+def samples_strips(
+    pipes: "list[DiffusionPipeline]", args: argparse.Namespace, further: list[dict] | None = None
+) -> "list[Strip]":
+    """
+    Draws a row for each pipeline, with further options of its call. A flag applies to each checkpoint whose pipeline has
+    the option, and at least one must.
+    """
+    from ..plots import Strip
+
     options = ("num_inference_steps", "eta", "clip_sample", "guidance_scale", "temperature", "class_labels")
-    each = [argparse.Namespace(**vars(args) | {"checkpoint": checkpoint}) for checkpoint in args.checkpoints]
-    pipes = [load_pipeline(own) for own in each]
     if args.guidance_scale != 0:
         for checkpoint, pipe in zip(args.checkpoints, pipes, strict=True):
             remedy = "use `tiny-diffusers sample --image`, or give --guidance_scale 0"
@@ -101,8 +116,10 @@ def samples(args: argparse.Namespace) -> None:
             )
 
     strips, labels = [], []
-    for own, pipe, names, label in zip(each, pipes, known, _names(args.checkpoints), strict=True):
-        given = call_options(pipe.__call__, pipe, own, *names)
+    names_of_rows, further = _names(args.checkpoints), further or [{}] * len(pipes)
+    rows = zip(_each_checkpoint(args), pipes, known, names_of_rows, further, strict=True)
+    for own, pipe, names, label, more in rows:
+        given = call_options(pipe.__call__, pipe, own, *names) | more
         classes = given.pop("class_labels", None) or default_classes(pipe, args.guidance_scale)[: args.num_images]
         labels.append(spread(classes, args.num_images) if classes else None)
         images, _ = draw_images(pipe, args.num_images, args.seed, args.batch_size, labels[-1], **given)
@@ -110,8 +127,7 @@ def samples(args: argparse.Namespace) -> None:
     for strip, classes, following in zip(strips, labels, [*labels[1:], None], strict=True):
         if classes is not None and classes != following:  # rows of the same classes share their captions
             strip.captions = classes
-    captioned_strips(strips).save(args.output)
-    say(f"wrote {args.output}")
+    return strips
 
 
 # --------------------------------------------------------------------------------------------------------------- epochs
@@ -192,19 +208,27 @@ def interpolation_parser() -> argparse.ArgumentParser:
 
 
 def interpolation(args: argparse.Namespace) -> None:
-    from .. import TinyDDPMScheduler
-    from ..pipelines.pipeline_tiny import image_generators, objective_of
-    from ..plots import Strip, captioned_strips
+    from ..plots import captioned_strips
 
     prepare_picture(args.output)
     if args.num_frames < 2:
         raise UserError("--num_frames 1: it must be at least 2, both ends included.")
-    pipe = load_pipeline(args)
-    eta = args.eta
-    args.eta = None  # of the second row alone
+    captioned_strips(interpolation_strips(load_pipeline(args), args)).save(args.output)
+    say(f"wrote {args.output}")
+
+
+def interpolation_strips(pipe: "DiffusionPipeline", args: argparse.Namespace, **further) -> "list[Strip]":
+    """Draws the row without noise in the steps and, for diffusion, the one with it, with further options of each call."""
+    from .. import TinyDDPMScheduler
+    from ..pipelines.pipeline_tiny import image_generators, objective_of
+    from ..plots import Strip
+
+    eta = args.eta  # of the second row alone
     names = ("num_inference_steps", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
     walk = interpolation_of(pipe, args.checkpoint)
-    options = call_options(walk, pipe, args, *names, "interpolation", "seeds") | {"num_frames": args.num_frames}
+    options = (
+        call_options(walk, pipe, args, *names, "interpolation", "seeds") | {"num_frames": args.num_frames} | further
+    )
     classes = default_classes(pipe, args.guidance_scale)
     if classes and args.class_labels is None:
         options["class_labels"] = classes[:1]
@@ -228,8 +252,7 @@ def interpolation(args: argparse.Namespace) -> None:
         with refusals(), _expected_warning():
             images = walk(generator=generator, **options).images
         strips.append(Strip(images, captions, label="DDPM" if is_on_betas else f"eta {options['eta']:g}"))
-    captioned_strips(strips).save(args.output)
-    say(f"wrote {args.output}")
+    return strips
 
 
 def _solver_name(scheduler: "SchedulerMixin") -> str:

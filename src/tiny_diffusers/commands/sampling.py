@@ -5,9 +5,9 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, refusals, say
 from .conditions import add_condition_argument, condition_options, conditions_to_draw
@@ -20,6 +20,7 @@ from .shared import (
     add_sampling_arguments,
     add_show_channels,
     add_temperature,
+    add_truncation,
     are_pictures,
     call_options,
     check_numbered,
@@ -85,6 +86,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add_guidance_interval(parser)
     add_dynamic_thresholding(parser)
     add_temperature(parser)
+    add_truncation(parser)
     parser.add_argument(
         "--return_intermediates",
         type=positive_number,
@@ -102,18 +104,56 @@ def sample_parser() -> argparse.ArgumentParser:
 
 def sample(args: argparse.Namespace) -> None:
     """Draws each image with a generator of its own, so that none depends on the batch size."""
-    from ..plots import image_grid, strip
-
     output = prepare_output(args.output)
     if args.degrade and args.image is None:
         raise UserError("--degrade is for the picture of --image: give one, or leave it out.")
     if args.return_intermediates and output.is_dir():
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
     pipe = load_pipeline(args)
+    plan = plan_samples(pipe, args)
+    check_numbered(output, plan.num_images)
+
+    say(f"drawing {plan.num_images} images, {output} ...", sys.stderr)
+    began = time.perf_counter()
+    options = {"output_type": "np"} if output.is_dir() and not are_pictures(pipe) else {}
+    images, states = draw_plan(pipe, plan, args, **options)
+    seconds = time.perf_counter() - began
+
+    if output.is_dir():
+        save_numbered(images, output)
+    else:
+        plan.picture(images, states).save(output)
+    say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+
+
+class SamplePlan(NamedTuple):
+    """
+    Samples to be drawn: the options of the pipeline's call, the class of each image, the text of its class and conditions,
+    and the conditioning images, of which each has an equal share of the images.
+    """
+
+    num_images: int
+    options: dict
+    labels: list[str] | None
+    texts: list[str] | None
+    pictures: "list[Image.Image] | None"
+
+    def picture(self, images: "list[Image.Image]", states: "Sequence[list[Image.Image]]" = ()) -> "Image.Image":
+        """Draws all images in one picture: beside their states or conditioning images, or a row for each class."""
+        from ..plots import image_grid, strip
+
+        if states:
+            return strip([*states, images], row_labels=self.texts)
+        if self.pictures is not None:
+            return _picture_rows(self.pictures, images)
+        return image_grid(images, **_class_rows(self.texts))
+
+
+def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SamplePlan:
+    """Resolves the flags of `sample` that are left open, and refuses those that the pipeline has no use for."""
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
-    options = call_options(
-        pipe.__call__, pipe, args, *names, "dynamic_thresholding", "temperature", "return_intermediates"
-    )
+    names += ("dynamic_thresholding", "temperature", "truncation", "return_intermediates")
+    options = call_options(pipe.__call__, pipe, args, *names)
     labels = options.pop("class_labels", None)
     rows, texts = conditions_to_draw(pipe, args)
     if args.image is None and args.guidance_scale != 0:
@@ -128,30 +168,25 @@ def sample(args: argparse.Namespace) -> None:
         for label in labels or [None]
     ]
     num_images, kinds = _share_out(kinds, args, bool(rows), pictures)
-    check_numbered(output, num_images)
     texts, labels, conditions = (list(column) for column in zip(*kinds, strict=True))
-    texts = texts if any(texts) else None
     if rows:
         options["conditions"] = conditions
+    return SamplePlan(
+        num_images,
+        options,
+        labels if labels[0] is not None else None,
+        texts if any(texts) else None,
+        pictures,
+    )
 
-    if output.is_dir() and not are_pictures(pipe):
-        options["output_type"] = "np"
-    say(f"drawing {num_images} images, {output} ...", sys.stderr)
-    began = time.perf_counter()
-    given = None if pictures is None else spread(pictures, num_images)
-    labels = labels if labels[0] is not None else None
-    images, states = draw_images(pipe, num_images, args.seed, args.batch_size, labels, given, **options)
-    seconds = time.perf_counter() - began
 
-    if output.is_dir():
-        save_numbered(images, output)
-    elif states:
-        strip([*states, images], row_labels=texts).save(output)
-    elif pictures is not None:
-        _picture_rows(pictures, images).save(output)
-    else:
-        image_grid(images, **_class_rows(texts)).save(output)
-    say(f"{len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f} a second: {output}")
+def draw_plan(
+    pipe: "DiffusionPipeline", plan: SamplePlan, args: argparse.Namespace, **options
+) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
+    """Draws planned samples, as [`draw_images`], with further options of the pipeline's call."""
+    given = None if plan.pictures is None else spread(plan.pictures, plan.num_images)
+    options = plan.options | options
+    return draw_images(pipe, plan.num_images, args.seed, args.batch_size, plan.labels, given, **options)
 
 
 def _share_out(
@@ -323,15 +358,24 @@ def interpolate_parser() -> argparse.ArgumentParser:
 
 
 def interpolate(args: argparse.Namespace) -> None:
-    import torch
-    from diffusers.utils import export_to_gif
-    from PIL import Image
-
     from ..plots import image_grid
 
     output = prepare_output(args.output)
     check_numbered(output, args.num_frames)
-    pipe = load_pipeline(args)
+    frames = draw_frames(load_pipeline(args), args)
+    if output.is_dir():
+        save_numbered(frames, output)
+    elif output.suffix.lower() == ".gif":
+        save_animation(frames, output)
+    else:
+        image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
+    say(f"{len(frames)} frames: {output}")
+
+
+def draw_frames(pipe: "DiffusionPipeline", args: argparse.Namespace, **further) -> "list[Image.Image]":
+    """Draws the frames of an interpolation, with further options of the call."""
+    import torch
+
     walk = interpolation_of(pipe, args.checkpoint)
     names = (
         "num_inference_steps",
@@ -342,24 +386,25 @@ def interpolate(args: argparse.Namespace) -> None:
         "guidance_interval",
         "interpolation",
     )
-    options = call_options(walk, pipe, args, *names, "seeds", "images") | condition_options(walk, pipe, args, 2)
+    options = call_options(walk, pipe, args, *names, "seeds", "images")
+    options |= condition_options(walk, pipe, args, 2) | further
     if args.seeds is None and args.images is None:
         options["seeds"] = (0, 1)
     if "generator" in inspect.signature(walk).parameters:  # of a scheduler that draws noise in its steps
         options["generator"] = [torch.Generator().manual_seed(args.seed) for _ in range(args.num_frames)]
     with refusals():
-        frames = walk(num_frames=args.num_frames, **options).images
+        return walk(num_frames=args.num_frames, **options).images
 
-    if output.is_dir():
-        save_numbered(frames, output)
-    elif output.suffix.lower() == ".gif":
-        width, height = frames[0].size
-        scale = max(1, FRAME_SIDE // max(width, height))
-        frames = [frame.resize((width * scale, height * scale), Image.Resampling.NEAREST) for frame in frames]
-        export_to_gif(frames, str(output))
-    else:
-        image_grid(frames, columns=min(len(frames), MAX_ROW)).save(output)
-    say(f"{len(frames)} frames: {output}")
+
+def save_animation(frames: "list[Image.Image]", output: Path) -> None:
+    """Saves frames as a GIF, enlarged without smoothing."""
+    from diffusers.utils import export_to_gif
+    from PIL import Image
+
+    width, height = frames[0].size
+    scale = max(1, FRAME_SIDE // max(width, height))
+    frames = [frame.resize((width * scale, height * scale), Image.Resampling.NEAREST) for frame in frames]
+    export_to_gif(frames, str(output))
 
 
 def interpolation_of(pipe: "DiffusionPipeline", checkpoint: str) -> Callable:

@@ -17,6 +17,7 @@ from ..samplers import BETA_SCHEDULERS, SCHEDULERS, check_scheduler_name, use_sc
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
 
@@ -126,6 +127,14 @@ def add_temperature(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_truncation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--truncation",
+        type=float,
+        help="of a VAE or DCGAN, factor of the latents z, from 0 to 1; below 1 images are more typical and less varied",
+    )
+
+
 def add_output_argument(parser: argparse.ArgumentParser, default: str, help: str) -> None:
     parser.add_argument("--output", default=default, help=f"{help}: NAME.png, DIR/ (default: {default})")
 
@@ -230,25 +239,50 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     if args.scheduler is not None:
         check_scheduler_name(args.scheduler)
 
-    import torch
-
     from .. import hardware
-    from ..pipelines.pipeline_tiny import check_shown_channels, objective_of, takes
+    from ..pipelines.pipeline_tiny import check_shown_channels
 
-    num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
-    try:
-        device = hardware.setup_torch(num_threads, args.device)
-    except UserError as error:
-        raise UserError(f"--device: {error}") from error
+    device = find_device(args.device)
     dtype = hardware.resolve_dtype(args.dtype, device)
-    if args.dtype == "auto" and dtype != torch.float32:
+    if args.dtype == "auto" and dtype.itemsize < 4:
         say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
-
-    pipe = load_checkpoint(args).to(device, dtype)
+    pipe = place(load_checkpoint(args), device, dtype)
     pipe.show_channels = getattr(args, "show_channels", None)
     if pipe.show_channels is not None:
         with refusals():
             check_shown_channels(pipe.show_channels, pipe._image_shape[0])
+    choose_scheduler(pipe, args)
+    return pipe
+
+
+def find_device(name: str | None) -> "torch.device":
+    """Sets up torch, and returns the device that was asked for."""
+    import torch
+
+    from .. import hardware
+
+    num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
+    try:
+        return hardware.setup_torch(num_threads, name)
+    except UserError as error:
+        raise UserError(f"--device: {error}") from error
+
+
+def place(pipe: "DiffusionPipeline", device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
+    """Moves a pipeline to a device and a dtype, and its networks to the memory format of convolutions."""
+    import torch
+
+    pipe.to(device, dtype)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(memory_format=torch.channels_last)  # so that no convolution converts
+    return pipe
+
+
+def choose_scheduler(pipe: "DiffusionPipeline", args: argparse.Namespace) -> None:
+    """Puts the scheduler into a pipeline that --scheduler and --timestep_spacing ask for."""
+    from ..pipelines.pipeline_tiny import objective_of, takes
+
     if args.scheduler is not None:
         use_scheduler(pipe, args.scheduler, args.checkpoint)
     if args.timestep_spacing is not None:
@@ -260,10 +294,6 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, timestep_spacing=args.timestep_spacing
         )
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.to(memory_format=torch.channels_last)  # the format of convolutions, so that none converts
-    return pipe
 
 
 def load_checkpoint(args: argparse.Namespace) -> "DiffusionPipeline":

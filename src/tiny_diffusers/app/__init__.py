@@ -1,0 +1,1 @@
+"""`tiny-diffusers app`: everything that checkpoints can do, in a browser."""

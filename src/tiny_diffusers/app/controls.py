@@ -1,0 +1,142 @@
+"""Controls that several tabs share: how a model is sampled. Each is shown for the models that have a use for it."""
+
+from collections.abc import Sequence
+
+import gradio as gr
+
+from ..errors import unknown
+from ..samplers import SCHEDULERS
+from .models import Model
+from .requests import MAX_STEPS, number, save_once, whole
+
+
+SAMPLING = ("steps", "sampler", "guidance", "eta", "threshold")
+DEFAULT_STEPS = 50
+THRESHOLDS = ("0.99", "0.995", "0.999")
+MAX_GUIDANCE = 15
+MAX_SEED = 2**31 - 1  # of a box in the page
+
+
+def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dict]:
+    """Returns what a model changes in each of the [`sampling_controls`]."""
+    is_diffusion = model.family == "diffusion"
+    is_guided = is_diffusion and model.can_be_guided
+    samplers = [("as saved with the model", ""), *((name, name) for name in SCHEDULERS[model.objective])]
+    settings = {
+        "steps": {"visible": is_diffusion, "maximum": min(MAX_STEPS, model.num_train_timesteps)},
+        "sampler": {"visible": is_diffusion, "choices": samplers, "value": ""},
+        "eta": {"visible": is_diffusion, "maximum": 1 if model.objective == "betas" else 2},
+        "guidance": {"visible": is_guided},
+        "threshold": {"visible": is_guided},
+    }
+    return [settings[name] for name in names]
+
+
+def sampling_controls(
+    model: Model, names: Sequence[str] = SAMPLING, steps: int = DEFAULT_STEPS
+) -> list[gr.components.Component]:
+    """Builds the named controls of sampling."""
+    build = {
+        "steps": lambda **of_model: gr.Slider(
+            1,
+            value=min(steps, of_model["maximum"]),
+            step=1,
+            label="Steps",
+            info="more are slower and better",
+            **of_model,
+        ),
+        "sampler": lambda **of_model: gr.Dropdown(label="Sampler", info="what removes the noise", **of_model),
+        "eta": lambda **of_model: gr.Slider(
+            0, value=1, step=0.05, label="Eta", info="fresh noise in each step: 0 none, 1 as DDPM", **of_model
+        ),
+        "guidance": lambda **of_model: gr.Slider(
+            *(0, MAX_GUIDANCE, 1),
+            step=0.5,
+            label="Guidance scale",
+            info="1: the class itself, above: more like it, 0: any class",
+            **of_model,
+        ),
+        "threshold": lambda **of_model: gr.Dropdown(
+            [("off", ""), *((name, name) for name in THRESHOLDS)],
+            value="",
+            label="Dynamic thresholding",
+            info="percentile; keeps high guidance from saturating",
+            **of_model,
+        ),
+    }
+    return [build[name](**changes) for name, changes in zip(names, sampling_settings(model, names), strict=True)]
+
+
+def sampling_words(
+    model: Model, steps: object, sampler: object, guidance: object, eta: object = 1, threshold: object = None
+) -> list[str]:
+    """Returns the flags of a command that the [`sampling_controls`] stand for, of which a model has not all."""
+    words = ["--dtype", "float32"]
+    if model.family != "diffusion":
+        return words
+    words += ["--num_inference_steps", str(whole("Steps", steps, 1, min(MAX_STEPS, model.num_train_timesteps)))]
+    if sampler:
+        words += ["--scheduler", str(sampler)]
+    if number("Eta", eta, 0, 100) != 1:  # which is the default, but for solvers that take none
+        words += ["--eta", f"{eta:g}"]
+    if model.can_be_guided and number("Guidance scale", guidance, 0, MAX_GUIDANCE) != 1:
+        words += ["--guidance_scale", f"{guidance:g}"]
+    if model.can_be_guided and threshold:
+        words += ["--dynamic_thresholding", str(threshold)]
+    return words
+
+
+def picture_box(label: str) -> gr.Image:
+    """Builds the place of a picture that is made."""
+    return save_once(
+        gr.Image(
+            label=label,
+            show_label=False,
+            format="png",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_classes="picture",
+        )
+    )
+
+
+def single_images(label: str) -> gr.Gallery:
+    """Builds the hidden place of single images, as which clients of the API get them."""
+    return save_once(gr.Gallery(label=label, format="png", visible=False))
+
+
+def seed_box(label: str = "Seed", value: int = 0, info: str = "the same seed draws the same images") -> gr.Number:
+    """Builds the box of a seed."""
+    return gr.Number(value, label=label, info=info, precision=0, minimum=0, maximum=MAX_SEED)
+
+
+def seed_of(value: object, name: str = "Seed") -> str:
+    """Returns the seed that a box holds, as a word of a command."""
+    return str(whole(name, value, 0, MAX_SEED))
+
+
+def class_words(model: Model, classes: Sequence[str] | str | None) -> list[str]:
+    """Returns the flag of chosen classes; none where the model chooses them itself."""
+    chosen = [classes] if isinstance(classes, str) else list(classes or ())
+    if not (chosen and model.classes):
+        return []
+    for name in chosen:
+        if name not in model.classes:
+            raise unknown("class", f"{name!s:.40}", model.classes)
+    return [f"--class_labels={','.join(chosen)}"]  # a name may begin with a dash
+
+
+def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
+    """Builds the choice of one class."""
+    return gr.Dropdown(label=label, **class_settings(model, number))
+
+
+def class_settings(model: Model, number: int = 0) -> dict:
+    """Returns what a model changes in [`one_class`]: its classes, of which one is chosen at first."""
+    chosen = model.classes[number : number + 1] or model.classes[-1:] or (None,)
+    return {"visible": bool(model.classes), "choices": list(model.classes), "value": chosen[0]}
+
+
+def code_box(label: str, language: str) -> gr.Code:
+    """Builds the place of a command or of lines of Python."""
+    return gr.Code(label=label, language=language, interactive=False, wrap_lines=True)

@@ -1,0 +1,143 @@
+"""The app's page and its server."""
+
+import threading
+from collections.abc import Sequence
+
+import gradio as gr
+
+from ..errors import UserError
+from .about import AboutTab
+from .compare import CompareTab
+from .edit import EditTab
+from .generate import GenerateTab
+from .look import LookTab, views_of
+from .models import Model, ModelStore
+from .requests import MAX_UPLOAD_BYTES, Tasks, answers
+from .walk import WalkTab
+
+
+GENERATE = "generate"  # id of the first tab
+CACHE_SECONDS = 3600  # that files of requests are kept
+SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none from another server
+MONO_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
+
+CSS = """
+.gradio-container { width: 100%; max-width: 1200px !important; margin: auto; }
+.picture { padding-top: 36px; }  /* of its buttons, which would cover it */
+.picture .image-container, .picture .image-frame { position: static; }
+.status { min-height: 1.6em; }
+footer { display: none !important; }
+"""
+
+
+def build(store: ModelStore) -> gr.Blocks:
+    """Builds the page for the listed models."""
+    tasks, first = Tasks(), store.models[0]
+    with gr.Blocks(
+        title="tiny-diffusers", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
+    ) as page:
+        chosen = gr.Dropdown(
+            [(model.title, index) for index, model in enumerate(store.models)],
+            value=0,
+            label="Model",
+            interactive=len(store.models) > 1,
+        )
+        with gr.Tabs() as all_tabs:
+            with gr.Tab("Generate", id=GENERATE):
+                generate = GenerateTab(store, tasks, chosen)
+            with gr.Tab("Walk", visible=shown_tabs(first)[0]) as walk_tab:
+                walk = WalkTab(store, tasks, chosen)
+            with gr.Tab("Edit", visible=shown_tabs(first)[1]) as edit_tab:
+                edit = EditTab(store, tasks, chosen)
+            with gr.Tab("Look inside", visible=shown_tabs(first)[2]) as look_tab:
+                look = LookTab(store, tasks, chosen)
+            with gr.Tab("Compare", visible=len(store.models) > 1):
+                CompareTab(store, tasks)
+            with gr.Tab("About"):
+                AboutTab(store, chosen, page)
+        tabs = [generate, walk, edit, look]
+
+        @answers
+        def choose(index: int) -> list:
+            model = store.model(index)
+            shown = shown_tabs(model)
+            selected = gr.update(selected=GENERATE) if "hidden" in shown else gr.skip()  # the open tab may be hidden
+            shown = [gr.update(visible=visible) for visible in shown]
+            return [selected, *shown, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
+
+        controls = [control for tab in tabs for control in tab.controls]
+        chosen.change(
+            choose,
+            chosen,
+            [all_tabs, walk_tab, edit_tab, look_tab, *controls],
+            queue=False,
+            api_name=False,
+            show_progress="hidden",
+        )
+        page.unload(tasks.stop)
+    return page
+
+
+def shown_tabs(model: Model) -> list[bool | str]:
+    """Returns the `visible` of Walk, Edit and Look inside. `"hidden"` keeps a tab in the page, where an update finds it."""
+    return [can or "hidden" for can in (model.can_walk, model.can_edit, bool(views_of(model)))]
+
+
+def launch(
+    models: Sequence[Model],
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    auth: tuple[str, str] | None = None,
+    queue_size: int = 20,
+    device: str | None = None,
+    block: bool = True,
+) -> gr.Blocks:
+    """
+    Serves the app.
+
+    Args:
+        models (`list[Model]`): The models that can be chosen.
+        host (`str`): The address to listen at; the default can be reached from this machine alone.
+        port (`int`, *optional*): The port. Defaults to the first free one from 7860 on.
+        share (`bool`): Whether to open a public link through Gradio's servers.
+        auth (`tuple[str, str]`, *optional*): User name and password that the page asks for.
+        queue_size (`int`): Requests that may wait; further ones are refused.
+        device (`str`, *optional*): As for [`~tiny_diffusers.hardware.setup_torch`].
+        block (`bool`): Whether to serve until the process is interrupted.
+
+    Returns:
+        `gr.Blocks`: The page that is served; its `close` ends that.
+    """
+    store = ModelStore(models, device=device)
+    page = build(store)
+    page.queue(max_size=queue_size, default_concurrency_limit=1)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=auth,
+            max_file_size=MAX_UPLOAD_BYTES,
+            prevent_thread_lock=True,
+            show_error=True,
+            quiet=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=MONO_FONTS),
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--port {port}: nothing can be served at {host} there ({error}): give another port."
+        ) from error
+    threading.Thread(target=_warm_up, args=(store,), daemon=True).start()
+    if block:
+        page.block_thread()
+    return page
+
+
+def _warm_up(store: ModelStore) -> None:
+    """Imports torch and loads the first model, once the page is up."""
+    with store.use(0):
+        pass

@@ -1,0 +1,80 @@
+"""What the app reads of a checkpoint without loading it, and how it keeps loaded ones."""
+
+import json
+import shutil
+
+import pytest
+
+from tiny_diffusers.app.models import MAX_CONDITIONS, ModelStore, list_models, published_checkpoints
+from tiny_diffusers.errors import UserError
+
+
+def test_the_configs_say_what_a_model_can_do(store):
+    found = {model.name: model for model in store.models}
+    assert {name: model.family for name, model in found.items()} == {
+        **dict.fromkeys(("diffusion", "conditional", "flow", "rectangle", "channels", "conditions"), "diffusion"),
+        **{name: name for name in ("pixelcnn", "vae", "dcgan")},
+    }
+    assert found["conditional"].classes == found["pixelcnn"].classes == ("cat", "dog", "frog")
+    assert found["conditional"].can_be_guided and found["conditions"].can_be_guided
+    assert not found["diffusion"].can_be_guided and not found["pixelcnn"].can_be_guided
+    assert (found["diffusion"].objective, found["flow"].objective) == ("betas", "flow")
+    assert found["rectangle"].size == (12, 8)  # width, height
+    assert found["channels"].num_channels == 2 and found["vae"].num_channels == found["dcgan"].num_channels == 1
+    assert [condition.name for condition in found["conditions"].conditions] == ["age", "size"]
+    assert not found["pixelcnn"].can_walk and not found["dcgan"].can_edit and not found["channels"].can_edit
+
+
+def test_published_models_are_listed_by_default():
+    models = list_models(published_checkpoints())
+    assert [(model.name, model.size) for model in models] == [("mnist-32", (32, 32)), ("digits-8", (8, 8))]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"unet": ["diffusers", "UNet2DModel"], "_class_name": "X"}'])
+def test_what_is_no_model_is_refused_in_a_line(tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_index.json|config"):
+        list_models([str(tmp_path)])
+
+
+def test_more_conditions_than_the_page_has_room_for_are_refused(tmp_path, checkpoints):
+    shutil.copytree(checkpoints["conditions"], tmp_path / "many")
+    path = tmp_path / "many" / "model_index.json"
+    numbers = list(range(MAX_CONDITIONS + 1))
+    statistics = {"names": [f"c{i}" for i in numbers], "means": numbers, "lows": numbers, "highs": numbers}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"condition_statistics": statistics}))
+    with pytest.raises(UserError, match=f"takes {len(numbers)} conditions: the app has room for {MAX_CONDITIONS}"):
+        list_models([str(path.parent)])
+
+
+@pytest.mark.parametrize("index", [-1, 9, 0.0, True, None, "0", "/etc/passwd", "me/model", [0], {"path": "x"}])
+def test_a_client_can_choose_listed_models_alone(store, index):
+    with pytest.raises(UserError, match="There is no model number"), store.use(index):
+        pass
+    assert store.loaded == []
+
+
+def test_a_model_is_loaded_once_and_the_least_recently_used_is_dropped(checkpoints):
+    models = list_models([str(checkpoints[name]) for name in ("vae", "dcgan", "diffusion")])
+    store = ModelStore(models, device="cpu")
+    with store.use(0) as (first,):
+        pass
+    with store.use(1, 0) as (_, again):
+        assert again is first
+    assert store.loaded == [1, 0]
+
+    small = ModelStore(models, max_bytes=0, device="cpu")
+    for index in (0, 1, 2, 1):
+        with small.use(index):
+            pass
+        assert small.loaded == [index]
+
+
+def test_a_request_leaves_the_saved_scheduler_to_the_next(store, index_of):
+    from tiny_diffusers import TinyDDPMScheduler
+
+    with store.use(index_of["diffusion"]) as (pipe,):
+        saved = pipe.scheduler
+        pipe.scheduler = TinyDDPMScheduler.from_config(saved.config)
+    with store.use(index_of["diffusion"]) as (pipe,):
+        assert pipe.scheduler is saved
