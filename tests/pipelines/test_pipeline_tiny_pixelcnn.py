@@ -146,8 +146,9 @@ def test_completion_keeps_the_given_pixels_and_samples_the_rest(make_pipe, varia
         assert not torch.equal(other, images)
 
 
-def test_images_and_masks_are_accepted_in_every_form(make_pipe):
-    pipe = make_pipe(channels=3, levels=16)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_and_masks_are_accepted_in_every_form(make_pipe, channels):
+    pipe = make_pipe(channels=channels, levels=16)
     tensor, array, pil = (pipe(2, generator=seeded(1), output_type=kind).images for kind in ("pt", "np", "pil"))
     mask = np.zeros((2, 1, 5, 5))
     mask[0, :, :1] = 1
