@@ -60,13 +60,21 @@ def process_state(monkeypatch):
     logging.enable_progress_bar()
 
 
+@pytest.fixture(scope="session")
+def models(checkpoints):
+    from tiny_diffusers.app.models import list_models
+
+    return list_models([str(folder) for folder in checkpoints.values()])
+
+
+@pytest.fixture(scope="module")
+def store(models):
+    """The store that a module's tests share; each model is loaded once."""
+    from tiny_diffusers.app.models import ModelStore
+
+    return ModelStore(models, device="cpu")
+
+
 @pytest.fixture
-def store(checkpoints):
-    from tiny_diffusers.app.models import ModelStore, list_models
-
-    return ModelStore(list_models([str(folder) for folder in checkpoints.values()]), device="cpu")
-
-
-@pytest.fixture
-def index_of(store):
-    return {model.name: index for index, model in enumerate(store.models)}
+def index_of(models):
+    return {model.name: index for index, model in enumerate(models)}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import gradio as gr
 
+from ..errors import unknown
 from ..samplers import SCHEDULERS
 from .models import Model
 from .requests import MAX_STEPS, number, whole
@@ -63,7 +64,19 @@ def sampling_controls(
             **of_model,
         ),
     }
-    return [build[name](**changes) for name, changes in zip(names, sampling_settings(model, names), strict=True)]
+    return [
+        of_any_model(build[name](**changes))
+        for name, changes in zip(names, sampling_settings(model, names), strict=True)
+    ]
+
+
+def of_any_model(control: gr.components.Component) -> gr.components.Component:
+    """
+    Lets every value of a control through to its handler, which checks it: for a client of the API, which has not chosen its
+    model in the page, gradio would compare it with what the first model allows.
+    """
+    control.preprocess = lambda value: value
+    return control
 
 
 def sampling_words(
@@ -110,12 +123,17 @@ def seed_of(value: object, name: str = "Seed") -> str:
 def class_words(model: Model, classes: Sequence[str] | str | None) -> list[str]:
     """Returns the flag of chosen classes; none where the model chooses them itself."""
     chosen = [classes] if isinstance(classes, str) else list(classes or ())
-    return ["--class_labels", ",".join(chosen)] if chosen and model.classes else []
+    if not chosen or not model.classes:
+        return []
+    for label in chosen:
+        if label not in model.classes:
+            raise unknown("class", label, model.classes)
+    return ["--class_labels", ",".join(chosen)]
 
 
 def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
     """Builds the choice of one class."""
-    return gr.Dropdown(label=label, **class_settings(model, number))
+    return of_any_model(gr.Dropdown(label=label, **class_settings(model, number)))
 
 
 def class_settings(model: Model, number: int = 0) -> dict:

@@ -15,6 +15,7 @@ from .controls import (
     class_settings,
     class_words,
     code_box,
+    of_any_model,
     one_class,
     picture_box,
     sampling_controls,
@@ -171,7 +172,7 @@ class EditTab:
                     )
                 )
                 take = gr.Button("Take a sample of the model", size="sm")
-                task = gr.Radio(label="Task", **of_task)
+                task = of_any_model(gr.Radio(label="Task", **of_task))
                 strength = gr.Slider(
                     *(0.05, 1, 0.6), step=0.05, label="Strength", info="share of the picture given up", **of_strength
                 )
