@@ -131,7 +131,7 @@ def test_the_least_recently_used_model_is_dropped_over_the_limit(checkpoints):
 def test_only_listed_models_can_be_loaded(store, tab, index):
     loaded = store.loaded
     with pytest.raises(gr.Error, match="There is no model number"):
-        last(tab(generate.GenerateTab).generate(index, 1, 0, [], *SAMPLING, 1, 1))
+        last(tab(generate.GenerateTab).generate(None, index, 1, 0, [], *SAMPLING, 1, 1))
     assert store.loaded == loaded
 
 
@@ -143,7 +143,7 @@ def test_the_shown_command_and_lines_draw_the_same_pixels(store, tab, tmp_path, 
     sampler = "euler_ancestral" if FAMILIES[index] == "diffusion" else ""
     classes = list(store.models[index].classes[:2])
     values = (4, 3, classes, 3, sampler, 2.0, 0.5, "0.995", 0.9, 0.7)
-    outputs = last(tab(generate.GenerateTab).generate(index, *values))
+    outputs = last(tab(generate.GenerateTab).generate(None, index, *values))
     picture, text, images, _, command, python = outputs
     assert len(images) == 4 and text.startswith("4 images in ") and picture.width > 4 * 8
     run_command(command, tmp_path / "images")
@@ -154,7 +154,7 @@ def test_the_shown_command_and_lines_draw_the_same_pixels(store, tab, tmp_path, 
 
 
 def test_the_archive_holds_the_images(tab):
-    for outputs in tab(generate.GenerateTab).generate(0, 2, 0, [], *SAMPLING, 1, 1):
+    for outputs in tab(generate.GenerateTab).generate(None, 0, 2, 0, [], *SAMPLING, 1, 1):
         if isinstance(outputs[2], list):  # its file is there until the next one is asked for
             with zipfile.ZipFile(outputs[3]["value"]) as archive:
                 names = archive.namelist()
@@ -211,7 +211,7 @@ def test_mistakes_are_one_clear_line(tab, changes, words):
     for position, value in changes.items():
         values[position] = value
     with pytest.raises(gr.Error) as error:
-        last(tab(generate.GenerateTab).generate(CONDITIONAL, *values))
+        last(tab(generate.GenerateTab).generate(None, CONDITIONAL, *values))
     assert words in error.value.message and "\n" not in error.value.message
 
 
@@ -223,7 +223,7 @@ def test_the_shown_commands_walk_the_same_frames(store, tab, index_of, tmp_path,
     model = store.models[index_of[name]]
     ends = model.classes[:2] or (None, None)
     page = tab(walk.WalkTab)
-    outputs = last(page.walk(index_of[name], 0, 1, *ends, 4, "slerp", 3, "", 1))
+    outputs = last(page.walk(None, index_of[name], 0, 1, *ends, 4, "slerp", 3, "", 1))
     first, frames = outputs[0], outputs[-1]
     gif_command, picture_command = outputs[4].splitlines()
     run_command(gif_command, tmp_path / "frames")
@@ -259,7 +259,9 @@ def _drawing(side=64):
     ],
 )
 def test_the_shown_command_edits_to_the_same_picture(tab, tmp_path, monkeypatch, task, area):
-    for outputs in tab(edit.EditTab).edit(0, _drawing(), task, 0.5, area, 2, 1.0, True, 0.5, None, 2, 0, 3, "", 1, 1):
+    for outputs in tab(edit.EditTab).edit(
+        None, 0, _drawing(), task, 0.5, area, 2, 1.0, True, 0.5, None, 2, 0, 3, "", 1, 1
+    ):
         if isinstance(outputs[2], list):  # its file is there until the next one is asked for
             with zipfile.ZipFile(outputs[3]["value"]) as file:
                 file.extractall(tmp_path)
@@ -281,7 +283,9 @@ def test_what_is_painted_in_red_is_hidden():
 
 def test_a_pixelcnn_completes_below_the_rows_that_are_kept(tab, index_of):
     values = (0.5, "", 2, 1.0, True, 0.5, "cat", 3, 0, 3, "", 1, 1)
-    _, _, results, _, python = last(tab(edit.EditTab).edit(index_of["pixelcnn"], _drawing(), edit.COMPLETE, *values))
+    _, _, results, _, python = last(
+        tab(edit.EditTab).edit(None, index_of["pixelcnn"], _drawing(), edit.COMPLETE, *values)
+    )
     given = np.asarray(edit.fit_picture(_drawing()["composite"], (8, 8), 1))
     assert len(results) == 3 and "mask=mask" in python
     for image in map(np.asarray, results):
@@ -291,7 +295,7 @@ def test_a_pixelcnn_completes_below_the_rows_that_are_kept(tab, index_of):
 
 def test_a_vae_reconstructs(tab, checkpoints, index_of):
     values = (0.5, "", 2, 1.0, True, 0.5, None, 1, 0, 3, "", 1, 1)
-    _, _, results, *_ = last(tab(edit.EditTab).edit(index_of["vae"], _drawing(), edit.RECONSTRUCT, *values))
+    _, _, results, *_ = last(tab(edit.EditTab).edit(None, index_of["vae"], _drawing(), edit.RECONSTRUCT, *values))
     pipe = TinyPipeline.from_pretrained(checkpoints["vae"])
     given = edit.fit_picture(_drawing()["composite"], (8, 8), 1)
     difference = np.asarray(results[0]).astype(int) - np.asarray(pipe.reconstruct([given]).images[0])
@@ -310,12 +314,12 @@ def test_a_vae_reconstructs(tab, checkpoints, index_of):
 def test_an_edit_without_picture_or_task_is_refused(tab, drawing, task, words):
     drawing = _drawing() if drawing == "drawing" else drawing
     with pytest.raises(gr.Error, match=re.escape(words)):
-        last(tab(edit.EditTab).edit(0, drawing, task, 0.5, "", 2, 1.0, True, 0.5, None, 2, 0, 3, "", 1, 1))
+        last(tab(edit.EditTab).edit(None, 0, drawing, task, 0.5, "", 2, 1.0, True, 0.5, None, 2, 0, 3, "", 1, 1))
 
 
 @pytest.mark.parametrize("view", [look.PREDICTIONS, look.FORWARD, look.SCHEDULE])
 def test_a_look_inside_is_the_picture_of_the_shown_command(tab, tmp_path, view):
-    picture, _, command = last(tab(look.LookTab).look(CONDITIONAL, view, 1, "dog", 3, 4, "", 1))
+    picture, _, command = last(tab(look.LookTab).look(None, CONDITIONAL, view, 1, "dog", 3, 4, "", 1))
     assert picture.width > 100
     if view == look.PREDICTIONS:
         run_command(command, tmp_path / "picture.png")
@@ -340,12 +344,12 @@ def test_the_nearest_training_image_of_a_training_image_is_itself(monkeypatch):
 def test_models_are_compared_from_the_same_seeds(store, tmp_path):
     with gr.Blocks(analytics_enabled=False):
         tab = compare.CompareTab(store, Tasks())
-    picture, _, metrics, command = last(tab.compare([0, 1, 4], 3, 0, 3))
+    picture, _, metrics, command = last(tab.compare(None, [0, 1, 4], 3, 0, 3))
     run_command(command, tmp_path / "samples.png")
     assert same([picture], [Image.open(tmp_path / "samples.png")])
     assert "No model has a report" in metrics
     with pytest.raises(gr.Error, match="choose from 1 to"):
-        last(tab.compare([], 3, 0, 3))
+        last(tab.compare(None, [], 3, 0, 3))
 
 
 def test_metrics_of_a_report_are_tabulated():
@@ -435,6 +439,15 @@ def test_a_stop_is_for_the_tasks_of_its_own_session():
     going_on.set()
     assert last(streams[1]) == "done"
     assert not tasks._tasks
+
+
+@pytest.mark.parametrize("kind", [generate.GenerateTab, walk.WalkTab, edit.EditTab, look.LookTab])
+def test_gradio_tells_a_handler_its_session(tab, kind):
+    """It does for positional parameters alone."""
+    page = tab(kind)
+    handler = getattr(page, kind.__name__.removesuffix("Tab").lower())
+    inputs, *_ = gr.helpers.special_args(handler, [0], request="of the session")
+    assert inputs[:2] == ["of the session", 0]
 
 
 def test_an_error_of_the_work_is_the_requests():

@@ -243,7 +243,7 @@ class EditTab:
 
     @streams
     def edit(
-        self, index: int, drawing: dict | None, task: str, *values, request: gr.Request = None
+        self, request: gr.Request | None, index: int, drawing: dict | None, task: str, *values
     ) -> Iterator[tuple]:
         """Edits the picture; yields progress, and at last the outputs."""
         model = self.store.model(index)

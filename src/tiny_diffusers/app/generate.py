@@ -126,7 +126,7 @@ class GenerateTab:
         stop.click(tasks.stop, queue=False, api_name=False)
 
     @streams
-    def generate(self, index: int, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def generate(self, request: gr.Request | None, index: int, *values) -> Iterator[tuple]:
         """Draws images; yields a preview of them with the progress, and at last all outputs."""
         model = self.store.model(index)
         words = sample_words(model, *values)

@@ -115,7 +115,7 @@ class LookTab:
         stop.click(tasks.stop, queue=False, api_name=False)
 
     @streams
-    def look(self, index: int, view: str, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def look(self, request: gr.Request | None, index: int, view: str, *values) -> Iterator[tuple]:
         """Draws the view; yields progress, and at last the outputs."""
         model = self.store.model(index)
         if view not in views_of(model):
