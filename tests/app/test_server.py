@@ -1,6 +1,8 @@
 """The served app, by clients of its API."""
 
 import concurrent.futures
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -130,3 +132,17 @@ def test_the_server_outlives_what_is_wrong(served, connect, store, index_of, ope
 def test_the_app_is_reached_from_this_machine_alone_and_sends_nothing(served):
     assert served.local_url.startswith("http://127.0.0.1:") and served.share_url is None
     assert served.analytics_enabled is False and isinstance(served, gr.Blocks)
+
+
+def test_the_page_is_up_before_torch_is_imported(checkpoints):
+    lines = (
+        "import sys\n"
+        "from tiny_diffusers.app import models, server\n"
+        "server._warm_up = lambda store: None\n"
+        f"page = server.launch(models.list_models([{str(checkpoints['diffusion'])!r}]), block=False)\n"
+        "import httpx\n"
+        "assert httpx.get(page.local_url).status_code == 200\n"
+        "assert 'torch' not in sys.modules\n"
+        "page.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", lines], check=True)

@@ -63,7 +63,7 @@ def test_generated_images_are_those_of_the_command_and_of_the_python_lines(
     model = store.models[index_of[family]]
     few = FEW if model.family == "diffusion" else {"Number of images": 4}
     tab, values = open_tab(GenerateTab, model, **few)
-    first, *_, (picture, status, images, archive, command, python) = tab.generate(index_of[family], *values)
+    first, *_, (picture, status, images, archive, command, python) = tab.generate(None, index_of[family], *values)
     assert first[1] == "Drawing: loading the model ..." and status.startswith("4 images in ")
     if model.conditions:
         assert "--condition age=40 --condition size=2" in command
@@ -79,7 +79,7 @@ def test_generated_images_are_those_of_the_command_and_of_the_python_lines(
 
 def test_the_pngs_are_downloaded_as_they_were_drawn(store, index_of, open_tab):
     tab, values = open_tab(GenerateTab, store.models[index_of["vae"]], **{"Number of images": 3})
-    for outputs in tab.generate(index_of["vae"], *values):
+    for outputs in tab.generate(None, index_of["vae"], *values):
         if not isinstance(outputs[3], dict) or "value" not in outputs[3]:
             continue
         with zipfile.ZipFile(outputs[3]["value"]) as archive:
@@ -92,7 +92,7 @@ def test_a_preview_shows_the_images_so_far(store, index_of, open_tab, monkeypatc
     model = store.models[index_of[family]]
     few = FEW if family == "diffusion" else {"Number of images": 4}
     tab, values = open_tab(GenerateTab, model, **few)
-    *steps, final = tab.generate(index_of[family], *values)
+    *steps, final = tab.generate(None, index_of[family], *values)
     count = 3 if family == "diffusion" else 8
     assert [step[1] for step in steps[1:]] == [f"Drawing: {label} {i + 1} of {count}" for i in range(count)]
     assert all(step[0].size == final[0].size for step in steps[1:])
@@ -105,12 +105,12 @@ def test_flags_are_in_the_command_if_they_are_not_the_defaults(store, index_of, 
     model = store.models[index_of["conditional"]]
     changes = {"Sampler": "dpm", "Guidance scale": 2, "Dynamic thresholding": "0.995", "Classes": ["dog"]}
     tab, values = open_tab(GenerateTab, model, **FEW, **changes)
-    command = last(tab.generate(index_of["conditional"], *values))[4]
+    command = last(tab.generate(None, index_of["conditional"], *values))[4]
     assert "--class_labels=dog --dtype float32 --num_inference_steps 3 --scheduler dpm --guidance_scale 2" in command
     assert "--dynamic_thresholding 0.995" in command and "--eta" not in command
 
     tab, values = open_tab(GenerateTab, store.models[index_of["vae"]], Truncation=0.5)
-    assert "--truncation 0.5" in last(tab.generate(index_of["vae"], *values))[4]
+    assert "--truncation 0.5" in last(tab.generate(None, index_of["vae"], *values))[4]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_flags_are_in_the_command_if_they_are_not_the_defaults(store, index_of, 
 def test_a_wrong_value_is_one_clear_line(store, index_of, open_tab, changes, message):
     tab, values = open_tab(GenerateTab, store.models[index_of["conditional"]], **(FEW | changes))
     with pytest.raises(gr.Error) as error:
-        last(tab.generate(index_of["conditional"], *values))
+        last(tab.generate(None, index_of["conditional"], *values))
     assert message in error.value.message and "\n" not in error.value.message
 
 
@@ -138,7 +138,7 @@ def test_a_walk_has_frames_for_its_slider_and_its_gif(store, index_of, open_tab,
     model = store.models[index_of[family]]
     few = {"Frames": 3} | ({"Steps": 3} if model.family == "diffusion" else {})
     tab, values = open_tab(WalkTab, model, **few)
-    for outputs in tab.walk(index_of[family], *values):
+    for outputs in tab.walk(None, index_of[family], *values):
         if isinstance(outputs[3], dict) and "value" in outputs[3]:
             content = Path(outputs[3]["value"]).read_bytes()
     frame, slider, status, _, commands, frames = outputs
@@ -163,7 +163,7 @@ def test_pictures_are_edited(store, index_of, open_tab, family, task):
     few = {"Results": 2} | ({"Steps": 2} if model.family == "diffusion" else {})
     tab, values = open_tab(EditTab, model, **(few | {"Task": task}))
     picture = Image.linear_gradient("L").convert("RGB")
-    for outputs in tab.edit(index_of[family], drawing(picture), *values[1:]):
+    for outputs in tab.edit(None, index_of[family], drawing(picture), *values[1:]):
         if isinstance(outputs[3], dict) and "value" in outputs[3]:
             with zipfile.ZipFile(outputs[3]["value"]) as archive:
                 names = archive.namelist()
@@ -206,23 +206,23 @@ def test_each_view_of_a_model_is_drawn(store, index_of, open_tab, family):
     model = store.models[index_of[family]]
     for view in views_of(model):
         tab, values = open_tab(LookTab, model, Show=view, Steps=3, States=2)
-        picture, _, _ = last(tab.look(index_of[family], *values))
+        picture, _, _ = last(tab.look(None, index_of[family], *values))
         assert isinstance(picture, Image.Image)
     tab, values = open_tab(LookTab, model, Show="Weights")
     with pytest.raises(gr.Error, match="has no 'Weights'"):
-        last(tab.look(index_of[family], *values))
+        last(tab.look(None, index_of[family], *values))
 
 
 def test_models_of_one_size_are_compared_from_the_same_seeds(store, index_of):
     with gr.Blocks(analytics_enabled=False):
         tab = CompareTab(store, Tasks())
     indices = [index_of[name] for name in ("diffusion", "vae", "pixelcnn")]
-    picture, _, metrics, command = last(tab.compare(indices, 2, 0, 3))
+    picture, _, metrics, command = last(tab.compare(None, indices, 2, 0, 3))
     assert isinstance(picture, Image.Image) and command.startswith("tiny-diffusers plot samples ")
     assert "No model has a report" in metrics
     for wrong, message in (([], "choose from 1 to 8"), ([99], "no model number"), ([8], "numbers as a condition")):
         with pytest.raises(gr.Error, match=message):
-            last(tab.compare(wrong, 2, 0, 3))
+            last(tab.compare(None, wrong, 2, 0, 3))
 
 
 def test_the_metrics_and_the_curves_of_published_models_are_shown():
@@ -255,8 +255,19 @@ def test_the_page_has_all_tabs_and_hides_what_a_model_can_not_do(store, index_of
 
 def test_a_pipeline_draws_in_python_what_the_page_draws(store, index_of, open_tab, checkpoints):
     tab, values = open_tab(GenerateTab, store.models[index_of["flow"]], Seed=5, **FEW)
-    images = last(tab.generate(index_of["flow"], *values))[2]
+    images = last(tab.generate(None, index_of["flow"], *values))[2]
     pipe = TinyPipeline.from_pretrained(checkpoints["flow"])
     pipe.unet.to(memory_format=torch.channels_last)
     generators = [torch.Generator().manual_seed(5 + i) for i in range(4)]
     assert_same(pixels(images), pixels(pipe(batch_size=4, generator=generators, num_inference_steps=3).images))
+
+
+@pytest.mark.parametrize("kind", [CompareTab, EditTab, GenerateTab, LookTab, WalkTab])
+def test_gradio_tells_a_handler_its_session(store, kind):
+    """It does for positional parameters alone; without its session no request could be stopped."""
+    with gr.Blocks(analytics_enabled=False):
+        chosen = [] if kind is CompareTab else [gr.Dropdown([0])]
+        tab = kind(store, Tasks(), *chosen)
+    handler = getattr(tab, kind.__name__.removesuffix("Tab").lower())
+    inputs, *_ = gr.helpers.special_args(handler, [0], request="of the session")
+    assert inputs[:2] == ["of the session", 0]

@@ -60,7 +60,7 @@ class CompareTab:
 
     @streams
     def compare(
-        self, indices: list[int], count: object, seed: object, steps: object, request: gr.Request = None
+        self, request: gr.Request | None, indices: list[int], count: object, seed: object, steps: object
     ) -> Iterator[tuple]:
         """Draws a row of samples for each model; yields progress, and at last the outputs."""
         if not indices or len(indices) > MAX_MODELS:

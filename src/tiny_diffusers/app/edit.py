@@ -15,6 +15,7 @@ from .controls import (
     class_settings,
     class_words,
     code_box,
+    of_any_model,
     one_class,
     picture_box,
     sampling_controls,
@@ -174,7 +175,7 @@ class EditTab:
                     )
                 )
                 take = gr.Button("Take a sample of the model", size="sm")
-                task = gr.Radio(label="Task", **of_task)
+                task = of_any_model(gr.Radio(label="Task", **of_task))
                 strength = gr.Slider(
                     *(0.05, 1, 0.6), step=0.05, label="Strength", info="share of the picture given up", **of_strength
                 )
@@ -245,7 +246,7 @@ class EditTab:
 
     @streams
     def edit(
-        self, index: int, drawing: dict | None, task: str, *values, request: gr.Request = None
+        self, request: gr.Request | None, index: int, drawing: dict | None, task: str, *values
     ) -> Iterator[tuple]:
         """Edits the picture; yields progress, and at last the outputs."""
         model = self.store.model(index)

@@ -13,6 +13,7 @@ from ..commands.shared import choose_scheduler, save_numbered
 from .controls import (
     class_words,
     code_box,
+    of_any_model,
     picture_box,
     sampling_controls,
     sampling_settings,
@@ -94,11 +95,13 @@ class GenerateTab:
             with gr.Column(scale=2, min_width=280):
                 count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="Number of images")
                 seed = seed_box(info="image i has the seed plus i")
-                classes = gr.Dropdown(
-                    label="Classes",
-                    info=f"each has an equal share of the images; none: the first {MAX_CLASSES}",
-                    multiselect=True,
-                    **of_classes,
+                classes = of_any_model(
+                    gr.Dropdown(
+                        label="Classes",
+                        info=f"each has an equal share of the images; none: the first {MAX_CLASSES}",
+                        multiselect=True,
+                        **of_classes,
+                    )
                 )
                 sampling = sampling_controls(model)
                 temperature = gr.Slider(
@@ -142,7 +145,7 @@ class GenerateTab:
         stop.click(tasks.stop, queue=False, api_name=False)
 
     @streams
-    def generate(self, index: int, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def generate(self, request: gr.Request | None, index: int, *values) -> Iterator[tuple]:
         """Draws images; yields a preview of them with the progress, and at last all outputs."""
         model = self.store.model(index)
         words = sample_words(model, *values)

@@ -15,6 +15,7 @@ from .controls import (
     class_settings,
     class_words,
     code_box,
+    of_any_model,
     one_class,
     picture_box,
     sampling_controls,
@@ -87,7 +88,7 @@ class LookTab:
         of_view, _, _, of_states, *_ = settings(model)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                view = gr.Radio(label="Show", **of_view)
+                view = of_any_model(gr.Radio(label="Show", **of_view))
                 seed = seed_box()
                 label = one_class(model, "Class")
                 states = gr.Slider(
@@ -114,7 +115,7 @@ class LookTab:
         stop.click(tasks.stop, queue=False, api_name=False)
 
     @streams
-    def look(self, index: int, view: str, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def look(self, request: gr.Request | None, index: int, view: str, *values) -> Iterator[tuple]:
         """Draws the view; yields progress, and at last the outputs."""
         model = self.store.model(index)
         if view not in views_of(model):

@@ -109,7 +109,7 @@ class WalkTab:
         stop.click(tasks.stop, queue=False, api_name=False)
 
     @streams
-    def walk(self, index: int, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def walk(self, request: gr.Request | None, index: int, *values) -> Iterator[tuple]:
         """Draws the frames; yields progress, and at last the outputs, with the frames for the slider."""
         words = walk_words(self.store.model(index), *values)
         for report in self.tasks.run(request, lambda task: self._draw(index, words, task)):
