@@ -64,7 +64,19 @@ def sampling_controls(
             **of_model,
         ),
     }
-    return [build[name](**changes) for name, changes in zip(names, sampling_settings(model, names), strict=True)]
+    return [
+        of_any_model(build[name](**changes))
+        for name, changes in zip(names, sampling_settings(model, names), strict=True)
+    ]
+
+
+def of_any_model(control: gr.components.Component) -> gr.components.Component:
+    """
+    Lets every value of a control through to its handler, which checks it: for a client of the API, which has not chosen its
+    model in the page, gradio would compare it with what the first model allows.
+    """
+    control.preprocess = lambda value: value
+    return control
 
 
 def sampling_words(
@@ -128,7 +140,7 @@ def class_words(model: Model, classes: Sequence[str] | str | None) -> list[str]:
 
 def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
     """Builds the choice of one class."""
-    return gr.Dropdown(label=label, **class_settings(model, number))
+    return of_any_model(gr.Dropdown(label=label, **class_settings(model, number)))
 
 
 def class_settings(model: Model, number: int = 0) -> dict:
