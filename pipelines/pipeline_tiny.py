@@ -489,17 +489,18 @@ class TinyPipeline(DiffusionPipeline):
         """Scales arrays in the value range to [0, 1], as tensors and PIL images are."""
         if self._value_range is None:
             return images
-        low, high = self._value_range
+        low, high = np.float32(self._value_range).astype(np.float64)
 
         def scale(image: Any) -> Any:
             if not isinstance(image, np.ndarray):
                 return image
+            image = image.astype(np.float32).astype(np.float64)
             if not ((image >= low) & (image <= high)).all():
                 raise ValueError(
                     f"Array `images` must lie in the value range [{low:g}, {high:g}], got {image.min():.3g} to "
                     f"{image.max():.3g}."
                 )
-            return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
+            return ((image - low) / (high - low)).astype(np.float32)
 
         return [scale(image) for image in images] if isinstance(images, (list, tuple)) else scale(images)
 
@@ -683,8 +684,8 @@ class TinyPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
         if output_type == "np":
-            low, high = self._value_range or (0.0, 1.0)
-            return low + (high - low) * images
+            low, high = np.float32(self._value_range or (0.0, 1.0))
+            return (low + (high - low) * images).clip(low, high)  # rounding may leave the range
         return [to_picture(image, self.show_channels) for image in (images * 255).round().astype(np.uint8)]
 
     # ------------------------------------------------------------------------------- loading and saving

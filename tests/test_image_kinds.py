@@ -1,5 +1,8 @@
 """Images of other channels and values than 8-bit grey and RGB, from file to sample."""
 
+import struct
+import zlib
+
 import datasets
 import numpy as np
 import pytest
@@ -8,9 +11,10 @@ from PIL import Image
 
 from tiny import TINY_DIFFUSION, TINY_RUN, train
 from tiny_diffusers import TinyPipeline, TinyVAEModel, TinyVAEPipeline, cli
-from tiny_diffusers.data import denormalize, load_images, normalize
+from tiny_diffusers.data import ImageData, denormalize, load_images, normalize
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, evaluate, features
+from tiny_diffusers.evaluation.images import as_levels
 from tiny_diffusers.pipelines.pipeline_tiny import to_picture
 from tiny_diffusers.train_scripts import train_dcgan, train_pixelcnn, train_unconditional, train_vae
 
@@ -131,6 +135,11 @@ def test_values_are_normalized_to_their_range_and_back():
         (np.zeros((2, 8, 8)), {}, "All values of the images of 'x' are 0: there is nothing to learn"),
         (np.zeros((2, 8, 8)), {"value_range": (1, 0)}, "two finite numbers, the lower one first.* not '1 0'"),
         (np.zeros((2, 8, 8)), {"value_range": ["low", "high"]}, "or 'measured', not 'low high'"),
+        (
+            np.eye(8)[None],
+            {"value_range": (5, 6)},
+            "'x' are 5 in the value range, which 5 to 6 clips: there is nothing",
+        ),
         (np.full((2, 8, 8), -1), {}, "from -1 to -1: they must be from 0 to 65535, or value_range must be set"),
     ],
 )
@@ -138,6 +147,80 @@ def test_bad_values_are_one_line(tmp_path, array, options, words):
     with pytest.raises(UserError, match=words) as error:
         load_images(save(tmp_path / "x.npy", array), **options)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_clipped_is_counted(tmp_path):
+    file = save(tmp_path / "x.npy", np.arange(200, dtype=np.uint16).reshape(2, 10, 10))
+    assert (
+        load_images(file, value_range=(10, 500)).notes[-1] == "values from 0 to 199, 5 % of them clipped to 10 to 500"
+    )
+
+
+def test_resizing_stays_within_the_values(tmp_path):
+    edges = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((3, 3), int)).astype(np.float32)[None]
+    data = load_images(save(tmp_path / "edges.npy", edges), resolution=16)
+    assert data.value_range == (0, 1) and data.images.shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_booleans_have_one_scale(tmp_path, channels):
+    masks = np.random.default_rng(0).random((4, channels, 8, 8)) < 0.5
+    data = load_images(save(tmp_path / "masks.npy", masks), value_range="measured")
+    assert data.value_range == (0, 255) and np.array_equal(data.images.numpy() == 255, masks)
+
+
+def test_float_colours_become_grey(tmp_path):
+    images = arrays(2, 3)
+    grey = load_images(save(tmp_path / "x.npy", images), channels=1).images
+    np.testing.assert_allclose(grey[:, 0], np.einsum("c,nchw->nhw", [0.299, 0.587, 0.114], images), rtol=1e-5)
+
+
+def test_pictures_of_16_bits_a_channel_keep_their_values_or_are_refused(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + bytes(8 * 3 * 2) for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)  # 16 bits, RGB
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    assert load_images(str(tmp_path / "deep")).images.dtype == torch.uint8
+    with pytest.raises(UserError, match=r"16 bits a channel, of which Pillow reads 8: save it as \.npy"):
+        load_images(str(tmp_path / "deep"), value_range=(0, 65535))
+
+
+def test_floats_and_integers_are_not_mixed(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"damaged")
+    for number in range(1, 101):  # one in a hundred may be damaged
+        Image.fromarray(arrays(1, 1)[0, 0]).save(folder / f"{number}.tiff")
+    data = load_images(str(folder))
+    assert len(data) == 100 and data.value_range == (arrays(1, 1).min(), arrays(1, 1).max())
+    Image.new("L", (16, 12)).save(folder / "101.png")
+    with pytest.raises(UserError, match="2 of 102 images .*integers among floating-point values: set value_range"):
+        load_images(str(folder))
+    assert load_images(str(folder), value_range=(0, 1), max_samples=3).images.dtype == torch.float32
+
+
+def test_a_folder_of_arrays_is_a_dataset(tmp_path):
+    images = arrays(3, 5)
+    (tmp_path / "maps").mkdir()
+    for number, image in enumerate(images):
+        np.save(tmp_path / "maps" / f"{number}.npy", image.transpose(1, 2, 0))
+    assert np.array_equal(load_images(str(tmp_path / "maps")).images.numpy(), images)
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "picture.png")
+    data = load_images(str(tmp_path / "maps"))
+    assert len(data) == 1 and data.notes == ["files that are not images, left out: 0.npy, 1.npy, 2.npy"]
+
+
+def test_ragged_lists_are_broken_images(tmp_path):
+    rows = [[[[0.0, 1.0], [2.0, 3.0]]] * 3] * 100 + [[[[0.0, 1.0], [2.0]]] * 3]
+    value = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
+    table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": value}))
+    table.to_parquet(tmp_path / "ragged.parquet")
+    data = load_images(str(tmp_path / "ragged.parquet"), channels=3, cache_dir=tmp_path / "datasets")
+    assert len(data) == 100 and "broken files skipped, 1: row 100" in data.notes
 
 
 # Pictures and pipelines
@@ -258,6 +341,17 @@ def test_an_evaluation_of_other_channels_and_values(tmp_path):
 def test_the_features_of_a_network_need_one_channel_or_three():
     with pytest.raises(UserError, match="1 or 3 channels, and these have 5: choose the features 'pixels'"):
         features.to_rgb(torch.zeros(1, 5, 8, 8))
+
+
+@pytest.mark.parametrize("limits", [(0.1, 0.7), (-16.281606674194336, 470.82196044921875)])
+def test_rounding_stays_within_the_range(limits):
+    pipe = vae(1, value_range=dict(zip(("low", "high"), limits, strict=True)))
+    values = pipe._to_images(torch.tensor([[[[-1.0, 1.0]]]]), "np")
+    assert values.dtype == np.float32 and values.ravel().tolist() == np.float32(limits).tolist()
+    assert pipe._from_values(values).ravel().tolist() == [0, 1]
+    data = ImageData(torch.tensor(limits).view(2, 1, 1, 1), None, None, "x", "train", "", value_range=limits)
+    assert as_levels(data).images.ravel().tolist() == pytest.approx([0, 255], abs=1e-3)
+    assert 0 <= as_levels(data).images.min() and as_levels(data).images.max() <= 255
 
 
 @pytest.mark.slow

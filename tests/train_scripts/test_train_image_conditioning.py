@@ -161,6 +161,16 @@ def test_a_grid_shows_held_out_images_what_is_given_of_them_and_the_samples(trai
         np.testing.assert_allclose(given[::2, ::2], np.asarray(images[6 * row + 5].reduce(2)), atol=1)
 
 
+@pytest.mark.parametrize("shown", [(), ("--show_channels", "1")])
+def test_a_grid_pads_images_of_other_channels(train, tmp_path, shown):
+    images = np.random.default_rng(0).integers(0, 256, (64, 2, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "pairs.npz", image=images, edges=images[:, 0])
+    options = ("--train_data_dir", str(tmp_path / "pairs.npz"), "--image_column", "image", "--channels", "2")
+    folder = train(*options, "--conditioning_column", "edges", *shown, steps=2)
+    grid = Image.open(folder / "samples.png")
+    assert grid.mode == "L" and (grid.width > grid.height or shown)
+
+
 def test_a_stock_network_takes_the_image_too(train, tmp_path):
     config = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}

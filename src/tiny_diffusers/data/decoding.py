@@ -1,5 +1,6 @@
 """Decodes the images of a source to one tensor, all of one size: uint8, or float32 with the values of the files."""
 
+import contextlib
 import io
 import math
 import os
@@ -29,6 +30,8 @@ _MAX_BROKEN_SHARE = 0.01
 _MEMORY_SHARE = 0.25  # of the free memory, for the images of one dataset
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _COLOUR_TO_GREY = "were in colour, converted to grey"
+_LUMA = np.float32([0.299, 0.587, 0.114])  # of RGB, as Pillow weights them
+_MIXED = "integers among floating-point values: set value_range"
 _BITS = (8, 10, 12, 14, 16)  # of cameras and scanners, whose values are stored in 16 bits
 _READ_BATCH, _DECODE_BATCH = 1024, 64  # rows per read, and per task of a thread
 
@@ -41,6 +44,7 @@ class _Options:
     Args:
         keeps_values (`bool`): Decode to float32 with the values of the file, instead of to uint8.
         bits (`int`): Scale values of more than 8 bits by this many, or by those that they need if they are more.
+        needs_floats (`bool`): Refuse integers, as nothing says how they compare with the floating-point values of the others.
     """
 
     resolution: tuple[int, int] | None
@@ -48,6 +52,7 @@ class _Options:
     channels: int | None
     keeps_values: bool = False
     bits: int = 8
+    needs_floats: bool = False
 
 
 def decode_source(
@@ -79,8 +84,9 @@ def decode_source(
             memory nor on the disk.
     """
     is_paired = source.read_conditioning is not None
-    keeps_values = value_range is not None or _holds_floats(source)
-    options = _Options(resolution, center_crop or is_paired, channels, keeps_values)
+    needs_floats = value_range is None and _holds_floats(source)
+    keeps_values = value_range is not None or needs_floats
+    options = _Options(resolution, center_crop or is_paired, channels, keeps_values, needs_floats=needs_floats)
     images, kept, notes = _decode_images(source, "images", options, scratch)
     if keeps_values:
         value_range = _limit_values(images, source.name, value_range, notes)
@@ -120,14 +126,15 @@ def decode_source(
 
 
 def _holds_floats(source: Source) -> bool:
-    """Checks that the first image has floating-point values, which have no fixed range."""
-    encoded = source.read(source.rows[:1].tolist())[0]
-    try:
-        if "array" in encoded:
-            return encoded["array"].dtype.kind == "f"
-        return open_image(io.BytesIO(_read_content(encoded))).mode == "F"
-    except Exception:  # Pillow raises almost any exception for a damaged file
-        return False
+    """Checks that the first image that can be read has floating-point values, which have no fixed range."""
+    for row in source.rows[: 1 + int(_MAX_BROKEN_SHARE * len(source.rows))].tolist():
+        with contextlib.suppress(Exception):  # Pillow raises almost any exception for a damaged file
+            (encoded,) = source.read([row])
+            array = _read_array(encoded)
+            if array is not None:
+                return array.dtype.kind == "f"
+            return open_image(io.BytesIO(_read_content(encoded))).mode == "F"
+    return False
 
 
 def _limit_values(
@@ -137,16 +144,21 @@ def _limit_values(
     parts = [slice(start, start + _READ_BATCH) for start in range(0, len(images), _READ_BATCH)]
     low = min((float(images[part].min()) for part in parts), default=0.0)
     high = max((float(images[part].max()) for part in parts), default=0.0)
-    if value_range in (None, "measured"):
-        if low == high:
-            raise UserError(f"All values of the images of '{name}' are {low:g}: there is nothing to learn.")
+    is_measured = value_range in (None, "measured")
+    limits = (low, high) if is_measured else value_range
+    darkest, brightest = np.clip([low, high], *limits)
+    if darkest == brightest:
+        within = "" if is_measured else f" in the value range, which {limits[0]:g} to {limits[1]:g} clips"
+        raise UserError(f"All values of the images of '{name}' are {darkest:g}{within}: there is nothing to learn.")
+    if is_measured:
         notes.append(f"values from {low:g} to {high:g}, kept as measured (value_range sets other limits)")
-        return low, high
-    if low < value_range[0] or high > value_range[1]:
-        notes.append(f"values from {low:g} to {high:g}, clipped to {value_range[0]:g} to {value_range[1]:g}")
+    elif low < limits[0] or high > limits[1]:
+        count = sum(int(((images[part] < limits[0]) | (images[part] > limits[1])).sum()) for part in parts)
+        share = f"{100 * count / images.size:.3g} %"
+        notes.append(f"values from {low:g} to {high:g}, {share} of them clipped to {limits[0]:g} to {limits[1]:g}")
         for part in parts:
-            images[part] = images[part].clip(*value_range)
-    return value_range
+            images[part] = images[part].clip(*limits)
+    return limits
 
 
 def _decode_images(
@@ -267,9 +279,10 @@ def _decode_image(encoded: dict, options: _Options) -> tuple[np.ndarray, list[st
     Decodes an image to (C, H, W), uint8 or, if `options.keeps_values`, float32. Also returns what was changed: for values of
     more than 8 bits that are scaled, or in wider pixels, the number of bits that they need.
     """
-    if "array" in encoded:
-        content = encoded["array"].tobytes()
-        images, changes = _split_channels(channels_first(encoded["array"], options.channels), options)
+    array = _read_array(encoded)
+    if array is not None:
+        content = array.tobytes()
+        images, changes = _split_channels(channels_first(array, options.channels), options)
     else:
         content = _read_content(encoded)
         images, changes = _decode_content(content, options)
@@ -280,6 +293,19 @@ def _decode_image(encoded: dict, options: _Options) -> tuple[np.ndarray, list[st
         changes += said[0]
     planes = np.dstack([np.asarray(image) for image in images]).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
     return planes, [*changes, "grey"] if len(planes) == 1 else changes
+
+
+def _read_array(encoded: dict) -> np.ndarray | None:
+    """Returns an image that comes as an array, as nested lists or as a .npy file; None for a picture."""
+    if "array" in encoded:
+        array = np.asarray(encoded["array"], encoded.get("dtype"))
+    elif str(encoded["path"]).lower().endswith(".npy"):
+        array = np.load(io.BytesIO(_read_content(encoded)), allow_pickle=False)
+    else:
+        return None
+    if array.ndim not in (2, 3):
+        raise RefusedImageError(f"an array of shape {array.shape} is no image")
+    return array
 
 
 def _read_content(encoded: dict) -> bytes:
@@ -299,6 +325,10 @@ def _decode_content(content: bytes, options: _Options) -> tuple[list[Image.Image
         if all(page.ndim == 2 for page in pages) and image.mode != "P":
             return _split_channels(np.stack(pages), options)
         image.seek(0)
+    if options.keeps_values and _has_deep_channels(image):
+        raise RefusedImageError("16 bits a channel, of which Pillow reads 8: save it as .npy")
+    if options.needs_floats and image.mode != "F":
+        raise RefusedImageError(_MIXED)
     image = ImageOps.exif_transpose(image)
     said = ["have several frames or pages: the first was taken"] if frames > 1 else []
     if options.keeps_values and image.mode.startswith(("I", "F")):
@@ -306,6 +336,11 @@ def _decode_content(content: bytes, options: _Options) -> tuple[list[Image.Image
         return images, changes + said
     image, changes = _to_channels(image, options)
     return [band.convert("F") for band in image.split()] if options.keeps_values else [image], changes + said
+
+
+def _has_deep_channels(image: Image.Image) -> bool:
+    """Checks for an image of several channels, of which each has 16 bits, by the mode that Pillow decodes it from."""
+    return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
@@ -345,17 +380,22 @@ def has_grey_or_rgb(array: np.ndarray) -> bool:
 def _split_channels(array: np.ndarray, options: _Options) -> tuple[list[Image.Image], list[str | int]]:
     """Converts an array (C, H, W) to C images of one band. Also returns what was changed, as [`_decode_image`] does."""
     changes = []
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    if options.needs_floats and array.dtype.kind != "f":
+        raise RefusedImageError(_MIXED)
     if options.keeps_values:
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise RefusedImageError("NaN or infinite values")
-    elif array.dtype == bool:
-        array = array * np.uint8(255)
+        if options.channels == 1 and len(array) == 3:
+            array = np.tensordot(_LUMA, array, axes=1)[None]
+            changes.append(_COLOUR_TO_GREY)
     elif array.dtype != np.uint8:
         array, needed = _to_levels(array, options.bits)
         changes.append(needed)
     images = [Image.fromarray(np.ascontiguousarray(plane)) for plane in array]
-    if options.channels == 1 and len(images) == 3 and not options.keeps_values:
+    if options.channels == 1 and len(images) == 3:
         images = [Image.merge("RGB", images).convert("L")]
         changes.append(_COLOUR_TO_GREY)
     return images, changes
@@ -397,12 +437,42 @@ def _crop_and_resize(
         is_smaller = crop_width * crop_height < width * height
         changes.append(f"were {'enlarged' if is_smaller else 'reduced'} to {height}x{width}")
     box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box), changes
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if image.mode == "F":  # has no limits that end what the cubic filter adds beyond the values
+        resized = Image.fromarray(np.asarray(resized).clip(*image.getextrema()))
+    return resized, changes
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Reads a picture as training images are read: upright, "L" or "RGB", laid on white, and of 8 bits."""
-    return _to_grey_or_rgb(ImageOps.exif_transpose(open_image(io.BytesIO(path.read_bytes()))), 8)[0]
+def read_picture(
+    path: Path,
+    channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+    resolution: tuple[int, int] | None = None,
+) -> Image.Image | np.ndarray:
+    """
+    Reads an image as training images are read: a picture, upright and of 8 bits, or an array.
+
+    Args:
+        path (`Path`): The picture, or a .npy file of shape (H, W), (H, W, C) or (C, H, W).
+        channels (`int`, *optional*): Channels of the model's images, as in [`load_images`].
+        value_range (`tuple[float, float]`, *optional*): Values of the model's images, if they are not of 8 bits.
+        resolution (`tuple[int, int]`, *optional*): Height and width of the centre to take; by default all of it.
+
+    Returns:
+        `PIL.Image.Image`: "L", "LA", "RGB" or "RGBA" of up to four channels of 8 bits; else
+        `np.ndarray` of shape `(H, W, C)`: float32 in [0, 1], or with the values of the file, clipped to `value_range`.
+    """
+    encoded = {"bytes": None, "path": path}
+    array = _read_array(encoded)
+    if array is not None and array.dtype.kind == "f" and value_range is None:
+        value_range = (0.0, 1.0)  # as pipelines give arrays of images of 8 bits
+    options = _Options(resolution, True, channels, keeps_values=value_range is not None)
+    pixels = _decode_image(encoded, options)[0].transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    if value_range is not None:
+        return pixels.clip(*value_range)
+    if pixels.shape[-1] > 4:
+        return pixels / np.float32(255)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def _to_channels(image: Image.Image, options: _Options) -> tuple[Image.Image, list[str | int]]:

@@ -1,10 +1,10 @@
 """
 Reads local folders and .zip archives of images.
 
-Every file that Pillow decodes is an image, and its first sub-folder is its class. If every folder at the first level
-is named train, test, val, valid or validation, these are splits and the next level holds the classes. Labels in
-metadata.csv, .jsonl or .parquet, or in StyleGAN's dataset.json, replace the classes. Notes count and name every image
-that is not loaded.
+Every file that Pillow decodes is an image, or every .npy file if there is none, and its first sub-folder is its class.
+If every folder at the first level is named train, test, val, valid or validation, these are splits and the next level
+holds the classes. Labels in metadata.csv, .jsonl or .parquet, or in StyleGAN's dataset.json, replace the classes. Notes
+count and name every image that is not loaded.
 """
 
 import contextlib
@@ -230,7 +230,9 @@ def _find_images(folder: Path, name: str) -> tuple[list[_File], list[_File], lis
         decoded = list(pool.map(decodes, [file.path for file in unsure]))
         concealed = [file for file, image in zip(hidden, pool.map(decodes, hidden), strict=True) if image]
     images += [file for file, image in zip(unsure, decoded, strict=True) if image]
-    failed += [file.name for file, image in zip(unsure, decoded, strict=True) if not image]
+    others = [file for file, image in zip(unsure, decoded, strict=True) if not image]
+    images = images or [file for file in others if file.name.lower().endswith(".npy")]
+    failed += [file.name for file in others if file not in images]
     images.sort(key=lambda file: file.name)
 
     if failed:

@@ -159,7 +159,7 @@ def read_dataset(
         dtype = _array_dtype(dataset.features[column])
         if dtype is not None:
             arrays = dataset.select_columns([column])
-            return lambda rows: [image and {"array": np.asarray(image, dtype)} for image in arrays[rows][column]]
+            return lambda rows: [image and {"array": image, "dtype": dtype} for image in arrays[rows][column]]
         encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         return lambda rows: [_confine(image, roots) for image in encoded[rows][column]]
 

@@ -39,7 +39,8 @@ class Source:
         columns (`list[str]`): All columns of the dataset, for messages.
         read (`Callable`): Maps row numbers to encoded images, each a dict of `"bytes"` and `"path"` (either may be
             None) as `datasets.Image(decode=False)` returns it, or None for a missing image. The path may also be a
-            `Path` or `zipfile.Path`. An image that is not encoded is a dict of `"array"`: (H, W), (H, W, C) or (C, H, W).
+            `Path` or `zipfile.Path`. An image that is not encoded is a dict of `"array"`, (H, W), (H, W, C) or (C, H, W),
+            and, if it comes as nested lists, of its `"dtype"`.
         rows (`np.ndarray` of shape `(N,)`): Numbers of the selected rows.
         labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label.
         class_names (`list[str]`, *optional*): Name of each class.

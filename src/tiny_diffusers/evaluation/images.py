@@ -188,7 +188,7 @@ def as_levels(data: ImageData) -> ImageData:
     """Scales images of a value range to float32 in [0, 255], and notes it; 8-bit images stay as they are."""
     if data.value_range is None:
         return data
-    images = (normalize(data.images, data.value_range) + 1) * 127.5
+    images = ((normalize(data.images, data.value_range) + 1) * 127.5).clamp_(0, 255)  # rounding may leave the range
     note = f"{spell_values(data.value_range)} measured as 0 to 255, not rounded"
     return replace(data, images=images, value_range=None, notes=[*data.notes, note])
 

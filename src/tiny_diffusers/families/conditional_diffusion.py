@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .. import plots
 from ..data import ImageData
 from ..errors import UserError, refusals, unknown
 from ..flags import flag
@@ -227,10 +228,12 @@ class ConditionalDiffusion(Diffusion):
             values = self.condition_statistics.restore(self.examples.conditions[:count])
             conditions["conditions"] = values.repeat_interleave(each, dim=0)
         rows, names = self._draw_rows(pipeline, each, count * each, seed, steps, **conditions)
-        given, images = (pipeline._to_images(tensor, "pil") for tensor in (given, images))
+        # Only an image of low resolution has the channels of the samples, and may be wider or narrower otherwise.
+        given = pipeline._to_images(given, "pil") if factor > 1 else plots.to_pil((given / 2 + 0.5).clamp(0, 1))
+        images = pipeline._to_images(images, "pil")
         rows = [[first, *row, last] for first, row, last in zip(given, rows, images, strict=True)]
         names = ["given", *names, "image"]
-        return sum(rows, []), {"columns": len(names), "column_labels": names}
+        return plots.pad_to_one_size(sum(rows, [])), {"columns": len(names), "column_labels": names}
 
     def _draw_rows(
         self, pipeline: TinyConditionalPipeline, each: int, num_images: int, seed: int, steps: int, **conditions: Any

@@ -15,7 +15,7 @@ from .curves import (
     smooth,
 )
 from .diagrams import Stage, draw_network
-from .grids import Strip, animation, captioned_strips, image_grid, strip, to_pil, to_uint8
+from .grids import Strip, animation, captioned_strips, image_grid, pad_to_one_size, strip, to_pil, to_uint8
 
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "loss_curves_of_run",
     "loss_curves_of_runs",
     "new_axes",
+    "pad_to_one_size",
     "read_log",
     "schedule_curves",
     "smooth",

@@ -83,6 +83,15 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def pad_to_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pads pictures with white on the right and below, to the largest width and the largest height of all."""
+    width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
+    padded = [Image.new(picture.mode, (width, height), "white") for picture in pictures]
+    for canvas, picture in zip(padded, pictures, strict=True):
+        canvas.paste(picture)
+    return padded
+
+
 def image_grid(
     images: Images,
     columns: int | None = None,
