@@ -811,14 +811,17 @@ class TinyPipeline(DiffusionPipeline):
         Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
         `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
         without this package. This package's own keys stay in both configs, and `from_pretrained` restores its classes.
-        With an image as a condition, which no stock pipeline gives, and for EDM images that are not square, which
-        `ConsistencyModelPipeline` can't draw, it names this package's classes.
+        It names this package's classes for what no stock pipeline draws: images by an image as a condition, in a value
+        range, or of other than 1, 3 or 4 channels, and for EDM images that are not square.
         """
         super().save_config(save_directory, **kwargs)
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
             return
         is_rectangle = isinstance(self._network.config.sample_size, (list, tuple))
-        if self.config.get("conditioning") is not None or (self._objective == "edm" and is_rectangle):
+        draws_pictures = self._value_range is None and self._image_shape[0] in (1, 3, 4)
+        if self.config.get("conditioning") is not None or not draws_pictures:
+            return
+        if self._objective == "edm" and is_rectangle:  # `ConsistencyModelPipeline` draws squares alone
             return
 
         stock = next(c for c in type(self.scheduler).__mro__ if c.__module__.partition(".")[0] == "diffusers")

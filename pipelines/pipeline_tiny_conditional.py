@@ -135,7 +135,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
             image (`PIL.Image.Image`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The conditioning images, one for each sample, or one for all. They have the size and channels that
                 `conditioning` says; [`~TinyConditionalPipeline.observe`] makes them from whole images. Arrays
-                `(B, h, w, K)` and tensors `(B, K, h, w)` must lie in [0, 1]. Required for a network with a conditioning
+                `(B, h, w, K)` and tensors `(B, K, h, w)` must lie in [0, 1], and arrays of a condition that is made from
+                the image in the `value_range`, if there is one. Required for a network with a conditioning
                 image unless `guidance_scale` is 0.
             conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
@@ -183,7 +184,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         Args:
             image (`PIL.Image.Image`, a list of them, `np.ndarray` or `torch.Tensor`):
                 The images. PIL images are converted and resized as the network needs them. Arrays `(B, H, W, C)` and
-                tensors `(B, C, H, W)` must lie in [0, 1].
+                tensors `(B, C, H, W)` must lie in [0, 1], arrays in the `value_range` if there is one.
 
         Returns:
             `torch.Tensor` of shape `(B, K, h, w)`: The conditioning images in [0, 1], for `image` of the call.
@@ -230,6 +231,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         modes = {each.mode for each in given if isinstance(each, PIL.Image.Image)}
         if conditioning.shape[0] == 1 and modes - {"1", "L"}:
             raise ValueError(f"{needed}, got one of mode {max(modes)}.")
+        if conditioning.is_made:  # its arrays are in the value range, as those of the images
+            image = self._from_values(image)
         try:
             return conditioning.enlarge(self._preprocess(image, None, image_shape=conditioning.shape))
         except ValueError as error:

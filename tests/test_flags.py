@@ -117,3 +117,11 @@ def test_help_shows_defaults_but_no_none(capsys):
         FlagParser(Example).parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Seed. (default: 0)" in text and "None" not in text
+
+
+@pytest.mark.parametrize("limits", [["-1e3", "1e3"], ["-1e-05", "1"], ["-1.5E+2", "-.5"]])
+def test_negative_numbers_with_exponents_are_values(limits):
+    for args in (["--value_range", *limits], as_flags({"value_range": [float(limit) for limit in limits]})):
+        assert [*map(float, FlagParser(DiffusionArguments).given(args)["value_range"])] == [*map(float, limits)]
+    with pytest.raises(UserError, match="expected at least one argument"):
+        FlagParser(DiffusionArguments).given(["--value_range", "-1e", "1"])

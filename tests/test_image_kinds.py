@@ -1,20 +1,33 @@
 """Images of other channels and values than 8-bit grey and RGB, from file to sample."""
 
+import json
 import struct
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 from tiny import TINY_DIFFUSION, TINY_RUN, train
-from tiny_diffusers import TinyPipeline, TinyVAEModel, TinyVAEPipeline, cli
+from tiny_diffusers import (
+    TinyConditionalPipeline,
+    TinyDDIMScheduler,
+    TinyPipeline,
+    TinyVAEModel,
+    TinyVAEPipeline,
+    cli,
+    hub,
+    plots,
+)
+from tiny_diffusers.commands import plotting_images, shared
 from tiny_diffusers.data import ImageData, denormalize, load_images, normalize
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, evaluate, features
-from tiny_diffusers.evaluation.images import as_levels
+from tiny_diffusers.evaluation.images import as_levels, read_folder, round_to_8_bits
 from tiny_diffusers.pipelines.pipeline_tiny import to_picture
 from tiny_diffusers.train_scripts import train_dcgan, train_pixelcnn, train_unconditional, train_vae
 
@@ -267,6 +280,48 @@ def test_the_config_of_8_bit_images_has_no_range(tmp_path):
     assert "value_range" not in (tmp_path / "model_index.json").read_text()
 
 
+def test_only_pictures_of_a_stock_network_name_a_stock_pipeline(tmp_path):
+    def named(channels, **options):
+        options["scheduler"] = TinyDDIMScheduler()
+        unet = UNet2DModel(
+            8, channels, channels, block_out_channels=(4,), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+        )  # fmt: skip
+        TinyPipeline(unet, **options).save_pretrained(tmp_path)
+        pipe = TinyPipeline.from_pretrained(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, channels)
+        return json.loads((tmp_path / "model_index.json").read_text())["_class_name"]
+
+    assert [named(channels) for channels in (1, 3, 4)] == ["DDIMPipeline"] * 3
+    assert named(2) == named(1, value_range={"low": 0, "high": 10}) == "TinyPipeline"
+
+
+@pytest.mark.parametrize(("kind", "limits"), [("low_resolution:2", (0, 10)), ("image:5", (0, 1))])
+def test_arrays_that_condition_have_the_values_of_what_they_show(tiny_unet, kind, limits):
+    unet = tiny_unet("none", in_channels=10, out_channels=5)
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), conditioning=kind, value_range={"low": 0, "high": 10})
+    size = pipe._conditioning.shape[1:]
+    unit = torch.rand(1, 5, *size, generator=torch.Generator().manual_seed(0))
+    given = limits[1] * unit.permute(0, 2, 3, 1).numpy()
+    torch.testing.assert_close(pipe._encode_image(given, 1.0), pipe._encode_image(unit, 1.0))
+
+
+def test_the_axis_of_channels_of_a_batch_is_not_guessed():
+    assert (
+        len(plots.to_pil(np.zeros((2, 4, 8, 8), np.uint8))) == len(plots.to_pil(np.zeros((2, 8, 8, 3), np.uint8))) == 2
+    )
+    with pytest.raises(ValueError, match=r"\(2, 8, 8, 4\) look like \(N, H, W, C\): give 4 channels first"):
+        plots.to_pil(np.zeros((2, 8, 8, 4), np.uint8))
+
+
+def test_a_card_names_the_channels_and_the_values(tmp_path):
+    vae(12, value_range={"low": -1, "high": 2.5}).save_pretrained(tmp_path)
+    hub.write_card(tmp_path, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
+    card = (tmp_path / "README.md").read_text()
+    assert "model of 8x8 12-channel images" in card and "values from -1.0 to 2.5." in card
+
+
 # Families
 
 
@@ -318,7 +373,111 @@ def test_samples_of_other_channels_are_saved_as_arrays_or_shown(tmp_path, capsys
     assert "one or three of the channels 0 to 4" in capsys.readouterr().err
 
 
+@pytest.fixture
+def deep(tmp_path, tiny_unet):
+    """A checkpoint of diffusion of five channels from -100 to 3000, and an image that it takes."""
+    pipe = TinyPipeline(
+        tiny_unet("none", in_channels=5, out_channels=5), TinyDDIMScheduler(), value_range={"low": -100, "high": 3000}
+    )
+    pipe.save_pretrained(tmp_path / "deep")
+    image = save(tmp_path / "given.npy", 3000 * arrays(1, 5, 8, 8)[0].transpose(1, 2, 0))
+    return tmp_path / "deep", image
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+FAST = ("--num_inference_steps", 2, "--dtype", "float32", "--device", "cpu")
+
+
+def test_edit_takes_and_saves_arrays(deep, tmp_path, capsys):
+    checkpoint, image = deep
+    edit = ("edit", checkpoint, "--image", image, *FAST, "--num_images", 2, "--output")
+    mask = ("--task", "inpaint", "--mask", tmp_path / "mask.png")
+    Image.fromarray(np.uint8([[0] * 4 + [255] * 4] * 8)).save(tmp_path / "mask.png")
+    assert run(*edit, f"{tmp_path}/results/", *mask) == 0
+    results = [np.load(tmp_path / "results" / f"given-{i}.npy") for i in range(2)]
+    np.testing.assert_allclose(results[0][:, :4], np.load(image)[:, :4], atol=2)  # what is known is kept
+    assert not np.array_equal(*results)
+    assert run(*edit, tmp_path / "edited.png", *mask) == 0
+    assert run(*edit, tmp_path / "edited.png", "--strength", 0.5, "--show_channels", 3, 1, 0) == 0
+    assert Image.open(tmp_path / "edited.png").mode == "RGB"
+    capsys.readouterr()
+    assert run("edit", checkpoint, "--image", tmp_path / "mask.png", "--output", tmp_path / "out.png") == 2
+    assert "has 1 channels, and 5 are needed: give a .npy file of shape (H, W, 5)" in capsys.readouterr().err
+
+
+def test_interpolate_takes_and_saves_arrays(deep, tmp_path):
+    checkpoint, image = deep
+    options = ("--num_frames", 2, "--num_inference_steps", 20, "--dtype", "float32", "--device", "cpu")
+    assert run("interpolate", checkpoint, "--images", image, image, *options, "--output", f"{tmp_path}/frames/") == 0
+    frame = np.load(tmp_path / "frames" / "00000.npy")
+    assert frame.shape == (8, 8, 5) and frame.min() >= -100 and frame.max() > 100
+
+
+def test_pictures_of_plots_have_the_models_values(deep, tmp_path, monkeypatch):
+    checkpoint, image = deep
+    loaded = plotting_images._load_picture(Path(image), (8, 8), 5, (-100, 3000))
+    expected = torch.from_numpy(np.load(image)).permute(2, 0, 1)[None]
+    torch.testing.assert_close(denormalize(loaded, (-100, 3000)), expected, rtol=0, atol=0.01)
+    output = ("--output", tmp_path / "plot.png", "--show_channels", 4)
+    steps = ("--from_timesteps", 500, "--num_states", 1, *FAST)
+    assert run("plot", "denoising", checkpoint, "--image", image, *steps, *output) == 0
+    assert Image.open(tmp_path / "plot.png").mode == "L"
+
+
+def test_a_16_bit_picture_is_read_with_the_models_values(tmp_path):
+    pixels = np.full((8, 8), 1000, np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    assert (shared.read_picture("--image", tmp_path / "deep.png", 1, (0, 65535)) == 1000).all()
+    clipped = shared.read_picture("--image", tmp_path / "deep.png", 3, (0, 500))
+    assert clipped.shape == (8, 8, 3) and (clipped == 500).all()
+    levels = np.asarray(shared.read_picture("--image", tmp_path / "deep.png", 1))
+    assert (levels == round(1000 * 255 / 1023)).all()  # of 10 bits
+
+
+def test_a_plot_of_a_runs_data_has_its_channels_and_values(tmp_path):
+    images = 1000 * arrays(4, 12, 8, 8)
+    (tmp_path / "run").mkdir()
+    file = save(tmp_path / "x.npy", images)
+    config = f"train_data_dir: {file}\nchannels: 12\nvalue_range: ['0', '2000']\nsplit: train\n"
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    loaded = plotting_images._load_dataset({}, tmp_path / "run", 1, 1)
+    torch.testing.assert_close(loaded, torch.from_numpy(images[1:2]) / 1000 - 1)
+
+
+def test_jpeg_is_refused_before_images_with_alpha_are_drawn(tmp_path, capsys):
+    vae(4).save_pretrained(tmp_path / "vae")
+    assert run("sample", tmp_path / "vae", "--output", tmp_path / "x.jpg") == 2
+    assert "JPEG has no alpha channel: give a .png, or --show_channels 0 1 2" in capsys.readouterr().err
+
+
 # Evaluation
+
+
+def test_samples_in_a_folder_are_measured_with_the_references_values(tmp_path, capsys):
+    images = 1000 * arrays(24, 5, 8, 8)
+    reference = save(tmp_path / "x.npy", images)
+    (tmp_path / "samples").mkdir()
+    for number, image in enumerate(2 * images[:12]):
+        np.save(tmp_path / "samples" / f"{number}.npy", image.transpose(1, 2, 0))
+    measured = ("--features", "pixels", "--num_images", 12, "--num_jackknife", 0, "--baselines", "none")
+    options = ("--dataset_name", reference, *measured, "--output", tmp_path / "report")
+    assert run("evaluate", "--images", tmp_path / "samples", *options, "--metrics", "frechet_distance") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert any("clipped to" in note for note in report["warnings"])
+    assert run("evaluate", tmp_path, *options, "--channels", 5) == 2
+    assert "--channels and --value_range are for --images" in capsys.readouterr().err
+
+
+def test_arrays_of_8_bit_images_in_a_folder_lie_from_0_to_1(tmp_path):
+    images = arrays(3, 5, dtype=np.uint8)
+    (tmp_path / "samples").mkdir()
+    for number, image in enumerate(images):
+        np.save(tmp_path / "samples" / f"{number}.npy", (image.transpose(1, 2, 0) / 255).astype(np.float32))
+    data = round_to_8_bits(read_folder(tmp_path / "samples", value_range=(0, 1)))
+    assert np.array_equal(data.images.numpy(), images) and data.value_range is None
 
 
 def test_an_evaluation_of_other_channels_and_values(tmp_path):

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from .resolution import Resolution, parse_resolution, to_size
 T = TypeVar("T")
 
 _MAX_INT = 2**63 - 1  # that a tensor holds
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse's own has no exponents
 
 
 def flag(
@@ -149,6 +151,10 @@ class OneLineParser(argparse.ArgumentParser):
     Raises:
         UserError: For every mistake on the command line.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         """Parses a command line; suggests the nearest flags for an unknown one."""

@@ -15,6 +15,8 @@ from .shared import (
     add_guidance_interval,
     add_output_argument,
     add_sampling_arguments,
+    add_show_channels,
+    are_pictures,
     call_options,
     check_diffusion,
     find_pictures,
@@ -22,12 +24,16 @@ from .shared import (
     make_parser,
     positive_number,
     prepare_output,
+    read_image_for,
     read_picture,
+    save_images,
     seed_number,
+    show_image,
 )
 
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
@@ -39,7 +45,9 @@ MAX_ROWS = 64  # images of a folder in one picture
 def edit_parser() -> argparse.ArgumentParser:
     parser = make_parser("edit")
     add_checkpoint_argument(parser)
-    parser.add_argument("--image", required=True, type=Path, metavar="PATH", help="a picture, or a folder of pictures")
+    parser.add_argument(
+        "--image", required=True, type=Path, metavar="PATH", help="a picture or .npy file, or a folder of them"
+    )
     parser.add_argument(
         "--strength",
         type=float,
@@ -81,13 +89,14 @@ def edit_parser() -> argparse.ArgumentParser:
     )
     add_guidance_interval(parser)
     add_sampling_arguments(parser)
+    add_show_channels(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="result i has the seed SEED + i (default: 0)")
     parser.add_argument("--batch_size", type=positive_number, default=64, help="results at a time (default: 64)")
     add_output_argument(
         parser,
         "edited.png",
         "one picture, a row for each given one: as given, its mask or what is observed of it, the results, their mean and "
-        "standard deviation; or the results alone, in a folder",
+        "standard deviation; or the results alone, in a folder, as `sample` saves them",
     )
     return parser
 
@@ -98,15 +107,17 @@ def edit(args: argparse.Namespace) -> None:
     output = prepare_output(args.output)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
         raise UserError(f"'{args.image}' has {len(pictures)} pictures, too many for one: give a folder as --output.")
-    targets = [output / name for name in _result_names(pictures, args.num_images)] if output.is_dir() else [output]
+    pipe = editing_pipeline(load_pipeline(args), args)
+    suffix = ".png" if are_pictures(pipe) else ".npy"
+    names = _result_names(pictures, args.num_images, suffix)
+    targets = [output / name for name in names] if output.is_dir() else [output]
     sources = [*pictures.values(), *([args.mask] if args.mask is not None else [])]
     for target in targets:
         if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"--output: '{target}' is one of the given pictures: give another place.")
-    pictures = {name: read_picture("--image", file) for name, file in pictures.items()}
-    pipe = editing_pipeline(load_pipeline(args), args)
+    pictures = {name: _read(pipe, file, args) for name, file in pictures.items()}
     options = edit_options(pipe, args)
-    if pipe._image_shape[0] == 3 and any(picture.mode == "L" for picture in pictures.values()):
+    if pipe._image_shape[0] == 3 and any(getattr(picture, "mode", None) == "L" for picture in pictures.values()):
         if not (args.task == "colorize" and not args.degrade):
             say("grey pictures are converted to RGB, as the network draws in colour", sys.stderr)
 
@@ -116,9 +127,8 @@ def edit(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
 
     if output.is_dir():
-        images = [image for row in rows for image in row["results"]]
-        for target, image in zip(targets, images, strict=True):
-            image.save(target)
+        kind = "results" if are_pictures(pipe) else "arrays"
+        save_images([image for row in rows for image in row[kind]], targets)
     else:
         edited_picture(rows).save(output)
     say(f"{len(pictures) * args.num_images} images in {seconds:.1f} s: {output}")
@@ -134,9 +144,12 @@ def edit_options(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict:
 
 
 def edit_pictures(
-    pipe: "DiffusionPipeline", pictures: list["Image.Image"], args: argparse.Namespace, **options
+    pipe: "DiffusionPipeline", pictures: "list[Image.Image] | list[np.ndarray]", args: argparse.Namespace, **options
 ) -> list[dict]:
-    """Edits pictures, a row for each: as given, its mask or what is observed of it, the results, mean and deviation."""
+    """
+    Edits images, a row for each: as given, its mask or what is observed of it, the results, also as arrays, their mean and
+    deviation.
+    """
     from ..pipelines.pipeline_tiny import image_generators
     from ..progress import bar_options
 
@@ -155,7 +168,7 @@ def edit_pictures(
 
 def edited_picture(rows: list[dict]) -> "Image.Image":
     """Draws the rows of [`edit_pictures`]."""
-    from ..plots import image_grid
+    from ..plots import image_grid, pad_to_one_size
 
     columns = ["given"] + [name for name in ("mask", "observed") if name in rows[0]]
     labels = columns + [str(i + 1) for i in range(len(rows[0]["results"]))]
@@ -165,7 +178,15 @@ def edited_picture(rows: list[dict]) -> "Image.Image":
         for row in rows
         for image in (*(row[name] for name in columns), *row["results"], *(row[name] for name in statistics))
     ]
-    return image_grid(images, columns=len(labels + statistics), column_labels=labels + statistics)
+    return image_grid(pad_to_one_size(images), columns=len(labels + statistics), column_labels=labels + statistics)
+
+
+def _read(pipe: "DiffusionPipeline", path: Path, args: argparse.Namespace) -> "Image.Image | np.ndarray":
+    """Reads an image of the pipeline or, for a restoration, what is observed of one, which may be smaller or grey."""
+    if args.task is None or args.degrade:
+        return read_image_for(pipe, "--image", path)
+    channels = 1 if args.task == "colorize" else pipe._image_shape[0]
+    return read_picture("--image", path, channels, pipe._value_range)
 
 
 def check_edit_flags(args: argparse.Namespace) -> None:
@@ -185,12 +206,12 @@ def check_edit_flags(args: argparse.Namespace) -> None:
         raise UserError("--task inpaint takes a --mask, and the other tasks take none.")
 
 
-def _result_names(pictures: Iterable[str], num_images: int) -> list[str]:
+def _result_names(pictures: Iterable[str], num_images: int, suffix: str) -> list[str]:
     """Returns the file names of the results, `num_images` for each picture's name."""
     if num_images == 1:
-        return [f"{name}.png" for name in pictures]
+        return [f"{name}{suffix}" for name in pictures]
     digits = len(str(num_images - 1))
-    return [f"{name}-{i:0{digits}}.png" for name in pictures for i in range(num_images)]
+    return [f"{name}-{i:0{digits}}{suffix}" for name in pictures for i in range(num_images)]
 
 
 def editing_pipeline(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "DiffusionPipeline":
@@ -265,12 +286,13 @@ def _rows(
     """Returns what is shown of each given picture, in the network's size and mode."""
     from PIL import Image
 
-    channels, height, width = pipe._image_shape
-    mode, size = ("L" if channels == 1 else "RGB"), (width, height)
+    _, height, width = pipe._image_shape
 
-    def shown(picture: "Image.Image") -> "Image.Image":
-        resampling = Image.Resampling.LANCZOS if picture.width > width else Image.Resampling.NEAREST
-        return picture.convert(mode).resize(size, resampling)
+    def shown(image: "Image.Image | np.ndarray") -> "Image.Image":
+        picture = show_image(pipe, image)
+        given_width = image.shape[1] if hasattr(image, "shape") else image.width
+        resampling = Image.Resampling.LANCZOS if given_width > width else Image.Resampling.NEAREST
+        return picture.resize((width * picture.width // given_width, height), resampling)
 
     def to_pil(images: "torch.Tensor") -> list["Image.Image"]:
         return pipe._to_images(2 * images - 1, "pil")
@@ -279,11 +301,12 @@ def _rows(
     per_picture = results.unflatten(0, (len(pictures), args.num_images))
     for row, images in zip(rows, per_picture, strict=True):
         row["results"] = to_pil(images)
+        row["arrays"] = list(pipe._to_images(2 * images - 1, "np"))
     if mask is not None:
         for row in rows:
             row["mask"] = shown(mask)
     elif args.degrade:
-        for row, image in zip(rows, to_pil(observed.cpu()), strict=True):
+        for row, image in zip(rows, pipe._to_images(2 * observed.cpu() - 1, "np"), strict=True):
             row["observed"] = shown(image)
     if args.num_images > 1:
         mean, std = per_picture.mean(dim=1), per_picture.std(dim=1, correction=0)

@@ -89,6 +89,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from ..runs import RunFolder
 
     given, earlier = evaluate_parser().given(args.argv), None
+    if args.checkpoint is not None and not given.keys().isdisjoint(("channels", "value_range")):
+        raise UserError("--channels and --value_range are for --images: of a CHECKPOINT they are the model's.")
     if args.from_report:
         file = find_report(args.from_report)
         earlier = Report.load(file)
@@ -112,15 +114,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from ..evaluation import evaluate as measure
     from ..evaluation.evaluator import describe_images, describe_pipeline, processes
-    from ..evaluation.images import read_folder
+    from ..evaluation.images import read_folder, round_to_8_bits
     from ..hub import add_results
 
     # 1. The images to measure, and the real ones
     state = processes()  # before anything is put on a device: each process has its own
     conditioning = None
     if args.images is not None:
-        images_or_pipe = read_folder(args.images)
-        shape, value_range = tuple(images_or_pipe.images.shape[1:]), images_or_pipe.value_range
+        images_or_pipe = read_folder(args.images, images.channels)
+        shape, value_range = tuple(images_or_pipe.images.shape[1:]), None
         path, source = args.images, describe_images(args.images)
     else:
         images_or_pipe = load_pipeline(args)
@@ -132,6 +134,10 @@ def evaluate(args: argparse.Namespace) -> None:
         path, source = args.checkpoint, describe_pipeline(images_or_pipe, protocol, args.checkpoint)
     conditioning_channels = None if conditioning is None else conditioning.shape[0]
     reference, training, images = references.load_real_images(images, shape, state, conditioning_channels, value_range)
+    if args.images is not None and images_or_pipe.value_range != reference.value_range:
+        images_or_pipe = read_folder(args.images, images.channels, reference.value_range or (0.0, 1.0))
+        if reference.value_range is None:  # arrays of 8-bit images lie in [0, 1], as `sample` saves them
+            images_or_pipe = round_to_8_bits(images_or_pipe)
     if earlier is not None and earlier.measured_by["reference"]["fingerprint"] != reference.fingerprint:
         raise UserError(
             f"The reference images of '{args.from_report}' have changed since: its protocol can't be repeated."
@@ -158,6 +164,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # 3. The report
     notes = [] if run is None else references.find_mismatches(run, reference, training)
+    if args.images is not None:
+        notes += [f"The images to measure have {note}." for note in images_or_pipe.notes if "clipped" in note]
     if earlier is not None and earlier.format != REPORT_FORMAT:
         notes.append(
             f"The protocol is that of a report of version {earlier.format}. This one is of version {REPORT_FORMAT}, "

@@ -12,6 +12,7 @@ from .shared import (
     PICTURE_SUFFIXES,
     add_checkpoint_argument,
     add_picture_output,
+    add_show_channels,
     add_solver_arguments,
     call_options,
     check_diffusion,
@@ -43,7 +44,9 @@ MAX_SIDE = 64  # pixels that a picture is reduced to where nothing says its reso
 
 
 def _add_images_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture, instead of images of a dataset")
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture or .npy file, instead of images of a dataset"
+    )
     parser.add_argument("--dataset_name", help="a Hub id, a folder, or digits (default: what the run was trained on)")
     _add_selection_arguments(parser)
 
@@ -59,21 +62,27 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _load_picture(path: Path, channels: int | None, size: int | tuple[int, int] | None) -> "torch.Tensor":
+def _load_picture(
+    path: Path,
+    size: int | tuple[int, int] | None,
+    channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> "torch.Tensor":
     """Loads the centre of a picture, of the height and width `size` or a square: (1, C, H, W) in [-1, 1]."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
 
     from ..data.images import normalize
     from ..models.layers_tiny import height_and_width
 
-    picture = read_picture("--image", path)
-    height, width = height_and_width(size or min(*picture.size, MAX_SIDE))
-    if channels is not None:
-        picture = picture.convert("L" if channels == 1 else "RGB")
-    pixels = np.array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
-    return normalize(torch.from_numpy(pixels.reshape(1, height, width, -1)).permute(0, 3, 1, 2))
+    size = size or min(*read_picture("--image", path).size, MAX_SIDE)
+    picture = read_picture("--image", path, channels, value_range, height_and_width(size))
+    if isinstance(picture, np.ndarray):
+        value_range = value_range or (0.0, 1.0)
+    elif channels == 3:
+        picture = picture.convert("RGB")
+    pixels = torch.from_numpy(np.atleast_3d(picture).copy())[None].permute(0, 3, 1, 2)
+    return normalize(pixels, value_range)
 
 
 def _load_dataset(
@@ -111,18 +120,20 @@ def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int
     if args.image is not None:
         if args.dataset_name is not None:
             raise UserError("--image and --dataset_name: give only one.")
-        return _load_picture(args.image, channels, size)
+        return _load_picture(args.image, size, channels, pipe._value_range)
     run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
     given = {"dataset_name": args.dataset_name, "split": args.split}
     return _load_dataset(given, run, args.index, count, shape, pipe._value_range)
 
 
-def _to_pil(images: "torch.Tensor") -> list:
+def _to_pil(images: "torch.Tensor", show_channels: list[int] | None) -> list:
     """Converts images in [-1, 1], or beyond, to PIL images."""
     from ..data.images import denormalize
-    from ..plots import to_pil
+    from ..pipelines.pipeline_tiny import to_picture
 
-    return to_pil(denormalize(images.cpu()))
+    pixels = denormalize(images.cpu()).permute(0, 2, 3, 1).numpy()  # (N, C, H, W) -> (N, H, W, C)
+    with refusals():
+        return [to_picture(image, show_channels) for image in pixels]
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
@@ -186,6 +197,7 @@ def forward_parser() -> argparse.ArgumentParser:
     )
     _add_selection_arguments(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
+    add_show_channels(parser)
     add_picture_output(parser, "forward.png")
     return parser
 
@@ -198,12 +210,17 @@ def forward(args: argparse.Namespace) -> None:
     timesteps = args.timesteps or sorted({0, total // 4, total // 2, 3 * total // 4, total - 1})
     _check_timesteps("--timesteps", timesteps, total)
     found = build_schedules(args.schedules, args)
-    captioned_strips(forward_strips(_load_source(args), found, timesteps, args.seed)).save(args.output)
+    strips = forward_strips(_load_source(args), found, timesteps, args.seed, args.show_channels)
+    captioned_strips(strips).save(args.output)
     say(f"wrote {args.output}")
 
 
 def forward_strips(
-    image: "torch.Tensor", schedulers: "dict[str, SchedulerMixin]", timesteps: Sequence[int], seed: int
+    image: "torch.Tensor",
+    schedulers: "dict[str, SchedulerMixin]",
+    timesteps: Sequence[int],
+    seed: int,
+    show_channels: list[int] | None = None,
 ) -> "list[Strip]":
     """Draws x_t of an image, (1, C, H, W) in [-1, 1]: a row for each scheduler, from the same noise."""
     import torch
@@ -213,7 +230,7 @@ def forward_strips(
 
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
     strips = [
-        Strip([_to_pil(add_noise(image, noise, scheduler, t))[0] for t in timesteps], label=name)
+        Strip([_to_pil(add_noise(image, noise, scheduler, t), show_channels)[0] for t in timesteps], label=name)
         for name, scheduler in schedulers.items()
     ]
     strips[-1].captions = [f"t = {t}" for t in timesteps]
@@ -234,7 +251,7 @@ def _load_source(args: argparse.Namespace) -> "torch.Tensor":
     RealImages(resolution=args.resolution)  # checks its range
     source = Path(args.source)
     if source.suffix.lower() in PICTURE_SUFFIXES:
-        return _load_picture(source, None, to_size(args.resolution))
+        return _load_picture(source, to_size(args.resolution))
     given = {"split": args.split, "resolution": args.resolution}
     if RunFolder(source).config.is_file():
         return _load_dataset(given, source, args.index, 1)
@@ -274,6 +291,7 @@ def denoising_parser() -> argparse.ArgumentParser:
     parser.add_argument("--class_labels", help="the class, a name or id (default: the first)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise, of all rows (default: 0)")
     add_solver_arguments(parser)
+    add_show_channels(parser)
     add_picture_output(parser, "denoising.png")
     return parser
 
@@ -340,9 +358,9 @@ def _denoise(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict,
     images, captions = [], []
     for timestep, sample, pred_original_sample in output.intermediates:
         shown = displayed(sample, pipe.scheduler, timestep) if args.what == "sample" else pred_original_sample
-        images += _to_pil(shown)
+        images += _to_pil(shown, pipe.show_channels)
         captions.append(caption(pipe.scheduler, timestep))
-    return images, captions, _to_pil(output.images)[0]
+    return images, captions, _to_pil(output.images, pipe.show_channels)[0]
 
 
 def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict, num_steps: int) -> list:
@@ -372,9 +390,9 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
         timesteps = timesteps_from(pipe.scheduler, t, max(1, round(num_steps * (t + 1) / total)))
         noisy = add_noise(image, noise, pipe.scheduler, t)
         images, captions, result = _denoise(pipe, args, options, len(timesteps), timesteps=timesteps, latents=noisy)
-        first = _to_pil(image)
+        first = _to_pil(image, pipe.show_channels)
         if args.what == "x0":  # else the first state is x_t itself
-            first += _to_pil(noisy)
+            first += _to_pil(noisy, pipe.show_channels)
             captions = ["x_t", *captions]
         strips.append(
             Strip(
@@ -394,6 +412,7 @@ def reconstructions_parser() -> argparse.ArgumentParser:
     add_checkpoint_argument(parser)
     _add_images_arguments(parser)
     parser.add_argument("--num_images", type=positive_number, default=16, help="of a dataset (default: 16)")
+    add_show_channels(parser)
     add_picture_output(parser, "reconstructions.png")
     return parser
 
@@ -410,7 +429,7 @@ def reconstructions(args: argparse.Namespace) -> None:
     images = _load_images(args, pipe, args.num_images)
     with refusals():
         rebuilt = pipe.reconstruct((images / 2 + 0.5).clamp(0, 1)).images
-    strips, given = [], _to_pil(images)
+    strips, given = [], _to_pil(images, pipe.show_channels)
     for start in range(0, len(given), 8):
         strips.append(Strip(given[start : start + 8], label="given"))
         strips.append(Strip(rebuilt[start : start + 8], label="rebuilt"))

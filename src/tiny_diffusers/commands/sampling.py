@@ -28,17 +28,19 @@ from .shared import (
     find_pictures,
     load_pipeline,
     make_parser,
-    picture_file,
     positive_number,
     prepare_output,
+    read_image_for,
     read_picture,
     save_numbered,
     seed_number,
+    show_image,
     two_seeds,
 )
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import DiffusionPipeline
     from PIL import Image
 
@@ -129,14 +131,15 @@ def sample(args: argparse.Namespace) -> None:
 class SamplePlan(NamedTuple):
     """
     Samples to be drawn: the options of the pipeline's call, the class of each image, the text of its class and conditions,
-    and the conditioning images, of which each has an equal share of the images.
+    and the conditioning images, of which each has an equal share of the images, as given and as shown.
     """
 
     num_images: int
     options: dict
     labels: list[str] | None
     texts: list[str] | None
-    pictures: "list[Image.Image] | None"
+    pictures: "list[Image.Image] | list[np.ndarray] | None"
+    shown: "list[Image.Image] | None"
 
     def picture(self, images: "list[Image.Image]", states: "Sequence[list[Image.Image]]" = ()) -> "Image.Image":
         """Draws all images in one picture: beside their states or conditioning images, or a row for each class."""
@@ -144,8 +147,8 @@ class SamplePlan(NamedTuple):
 
         if states:
             return strip([*states, images], row_labels=self.texts)
-        if self.pictures is not None:
-            return _picture_rows(self.pictures, images)
+        if self.shown is not None:
+            return _picture_rows(self.shown, images)
         return image_grid(images, **_class_rows(self.texts))
 
 
@@ -177,6 +180,7 @@ def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SampleP
         labels if labels[0] is not None else None,
         texts if any(texts) else None,
         pictures,
+        None if pictures is None else [show_image(pipe, picture) for picture in pictures],
     )
 
 
@@ -214,32 +218,38 @@ def _share_out(
     return num_images, spread(kinds, each) * len(pictures)
 
 
-def _conditioning_images(pipe: "DiffusionPipeline", args: argparse.Namespace) -> list["Image.Image"]:
+def _conditioning_images(
+    pipe: "DiffusionPipeline", args: argparse.Namespace
+) -> "list[Image.Image] | list[np.ndarray]":
     """Returns the conditioning images that --image and --degrade stand for."""
     if pipe.config.get("conditioning") is None:
         raise UserError(
             f"--image: '{args.checkpoint}' takes no image as a condition: leave it out, or change the picture by "
             "`tiny-diffusers edit`."
         )
-    pictures = [read_picture("--image", file) for file in find_pictures(args.image).values()]
+    files = find_pictures(args.image).values()
     if args.degrade:
-        from ..plots import to_pil
-
         with refusals():
-            return to_pil(pipe.observe(pictures))
-    return pictures
+            observed = [pipe.observe(read_image_for(pipe, "--image", file)) for file in files]
+            return [image for each in observed for image in pipe._to_images(2 * each - 1, "np")]
+    conditioning = pipe._conditioning
+    channels = conditioning.shape[0]
+    value_range = pipe._value_range if conditioning.is_made else None
+    # Grey and colour are not converted to each other: the pipeline says which of them it needs.
+    return [read_picture("--image", file, None if channels in (1, 3) else channels, value_range) for file in files]
 
 
 def _picture_rows(pictures: list["Image.Image"], images: list["Image.Image"]) -> "Image.Image":
-    """Draws a row for each conditioning image: itself, enlarged to the size of the images, and what was drawn from it."""
+    """Draws a row for each conditioning image: itself, enlarged to the height of the images, and what was drawn from it."""
     from PIL import Image
 
-    from ..plots import image_grid
+    from ..plots import image_grid, pad_to_one_size
 
-    each = len(images) // len(pictures)
-    given = [picture.resize(images[0].size, Image.Resampling.NEAREST) for picture in pictures]
+    each, height = len(images) // len(pictures), images[0].height
+    sizes = [(picture.width * height // picture.height, height) for picture in pictures]
+    given = [picture.resize(size, Image.Resampling.NEAREST) for picture, size in zip(pictures, sizes, strict=True)]
     rows = [image for i, first in enumerate(given) for image in (first, *images[i * each : (i + 1) * each])]
-    return image_grid(rows, columns=each + 1, column_labels=["given", *[""] * each])
+    return image_grid(pad_to_one_size(rows), columns=each + 1, column_labels=["given", *[""] * each])
 
 
 def draw_images(
@@ -339,10 +349,10 @@ def interpolate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images",
-        type=picture_file,
+        type=Path,
         nargs=2,
         metavar="FILE",
-        help="two pictures to interpolate between, instead of seeds",
+        help="two pictures or .npy files to interpolate between, instead of seeds",
     )
     parser.add_argument("--interpolation", help="slerp, or linear, whose middle frames are smoother (default: slerp)")
     parser.add_argument("--num_frames", type=int, default=16, help="images, both ends included (default: 16)")
@@ -352,7 +362,9 @@ def interpolate_parser() -> argparse.ArgumentParser:
     add_condition_argument(parser, "of them; a value for all frames, or one for each end: age=20,60")
     add_guidance_interval(parser)
     add_output_argument(
-        parser, "interpolation.gif", "an animation (.gif), one picture of all frames, or numbered PNGs in a folder"
+        parser,
+        "interpolation.gif",
+        "an animation (.gif), one picture of all frames, or numbered files in a folder, as `sample` saves them",
     )
     return parser
 
@@ -362,7 +374,11 @@ def interpolate(args: argparse.Namespace) -> None:
 
     output = prepare_output(args.output)
     check_numbered(output, args.num_frames)
-    frames = draw_frames(load_pipeline(args), args)
+    pipe = load_pipeline(args)
+    if args.images is not None:
+        args.images = [read_image_for(pipe, "--images", file) for file in args.images]
+    options = {"output_type": "np"} if output.is_dir() and not are_pictures(pipe) else {}
+    frames = draw_frames(pipe, args, **options)
     if output.is_dir():
         save_numbered(frames, output)
     elif output.suffix.lower() == ".gif":

@@ -196,22 +196,13 @@ def two_seeds(text: str) -> tuple[int, int]:
     return first, second
 
 
-def picture_file(text: str) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(text) as picture:
-            return picture.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' can't be read as a picture ({first_line(error)})") from None
-
-
 def find_pictures(path: Path) -> dict[str, Path]:
     """Finds a picture, or those of a folder: name without suffix -> file."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+        suffixes = (*PICTURE_SUFFIXES, ".npy")
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
         if not files:
-            raise UserError(f"--image '{path}' has no pictures: {', '.join(PICTURE_SUFFIXES)}.")
+            raise UserError(f"--image '{path}' has no pictures: {', '.join(suffixes)}.")
     else:
         files = [path]
     pictures = {}
@@ -222,16 +213,60 @@ def find_pictures(path: Path) -> dict[str, Path]:
     return pictures
 
 
-def read_picture(flag: str, path: Path) -> "Image.Image":
-    """Reads a picture that was given by a flag, as training images are read."""
+def read_picture(
+    flag: str,
+    path: Path,
+    channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+    resolution: tuple[int, int] | None = None,
+) -> "Image.Image | np.ndarray":
+    """
+    Reads a picture or a .npy file that was given by a flag, as [`~tiny_diffusers.data.decoding.read_picture`] does, and
+    clips an array to the values of the model.
+    """
+    import numpy as np
     from PIL import Image
 
     from ..data import decoding
 
     try:
-        return decoding.read_picture(path)
+        picture = decoding.read_picture(path, channels, value_range, resolution)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
+    found = picture.shape[-1] if isinstance(picture, np.ndarray) else len(picture.getbands())
+    if channels not in (None, 1, 3, found):
+        raise UserError(
+            f"{flag}: '{path}' has {found} channels, and {channels} are needed: give a .npy file of shape "
+            f"(H, W, {channels}), or a file of {channels} grey pages."
+        )
+    if isinstance(picture, np.ndarray):
+        low, high = value_range or (0.0, 1.0)
+        if picture.min() < low or picture.max() > high:
+            given = f"{picture.min():g} to {picture.max():g}"
+            say(f"{flag}: '{path}' has values from {given}, clipped to {low:g} to {high:g}", sys.stderr)
+        picture = picture.clip(low, high)
+    return picture
+
+
+def read_image_for(pipe: "DiffusionPipeline", flag: str, path: Path) -> "Image.Image | np.ndarray":
+    """
+    Reads a picture or a .npy file as a pipeline takes its images: a picture of any size where one holds them, else an
+    array of their size.
+    """
+    channels, *size = pipe._image_shape
+    is_array = pipe._value_range is not None or channels > 4
+    return read_picture(flag, path, channels, pipe._value_range, tuple(size) if is_array else None)
+
+
+def show_image(pipe: "DiffusionPipeline", image: "Image.Image | np.ndarray") -> "Image.Image":
+    """Draws a given image as the pipeline draws its own; one of other channels, such as a mask, by these."""
+    import numpy as np
+
+    from ..pipelines.pipeline_tiny import to_picture
+
+    is_array = isinstance(image, np.ndarray)
+    pixels = (pipe._from_values(image) * 255).round().astype(np.uint8) if is_array else np.atleast_3d(image)
+    return to_picture(pixels, pipe.show_channels if pixels.shape[-1] == pipe._image_shape[0] else None)
 
 
 def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
@@ -240,17 +275,12 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
         check_scheduler_name(args.scheduler)
 
     from .. import hardware
-    from ..pipelines.pipeline_tiny import check_shown_channels
 
     device = find_device(args.device)
     dtype = hardware.resolve_dtype(args.dtype, device)
     if args.dtype == "auto" and dtype.itemsize < 4:
         say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
     pipe = place(load_checkpoint(args), device, dtype)
-    pipe.show_channels = getattr(args, "show_channels", None)
-    if pipe.show_channels is not None:
-        with refusals():
-            check_shown_channels(pipe.show_channels, pipe._image_shape[0])
     choose_scheduler(pipe, args)
     return pipe
 
@@ -300,17 +330,29 @@ def load_checkpoint(args: argparse.Namespace) -> "DiffusionPipeline":
     from diffusers.utils import logging
 
     from .. import TinyPipeline
+    from ..pipelines.pipeline_tiny import check_shown_channels
 
     logging.disable_progress_bar()  # of the loading, which is short
     logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     try:
         with refusals():
-            return TinyPipeline.from_pretrained(args.checkpoint, trust_remote_code=args.trust_remote_code)
+            pipe = TinyPipeline.from_pretrained(args.checkpoint, trust_remote_code=args.trust_remote_code)
+            pipe.show_channels = getattr(args, "show_channels", None)
+            if pipe.show_channels is not None:
+                check_shown_channels(pipe.show_channels, pipe._image_shape[0])
     except OSError as error:
         raise UserError(
             f"'{args.checkpoint}' can't be loaded: give a folder with a model_index.json, or the owner/name of a model "
             f"on the Hub ({first_line(error)})."
         ) from error
+    output = getattr(args, "output", None)
+    if (
+        Path(output or "").suffix.lower() in (".jpg", ".jpeg")
+        and pipe.show_channels is None
+        and pipe._image_shape[0] == 4
+    ):
+        raise UserError(f"--output {output}: JPEG has no alpha channel: give a .png, or --show_channels 0 1 2.")
+    return pipe
 
 
 def check_diffusion(pipe: "DiffusionPipeline", checkpoint: str, purpose: str) -> None:
@@ -400,12 +442,17 @@ def are_pictures(pipe: "DiffusionPipeline") -> bool:
 
 
 def save_numbered(images: "list[Image.Image] | list[np.ndarray]", folder: Path) -> None:
-    """Saves PIL images as .png and arrays as .npy."""
+    """Saves PIL images as numbered .png files and arrays as .npy."""
+    suffix = ".png" if hasattr(images[0], "save") else ".npy"
+    save_images(images, _numbered(folder, len(images), suffix))
+
+
+def save_images(images: "list[Image.Image] | list[np.ndarray]", paths: list[Path]) -> None:
+    """Saves PIL images and arrays, each to its path."""
     import numpy as np
 
-    suffix = ".npy" if isinstance(images[0], np.ndarray) else ".png"
-    for image, path in zip(images, _numbered(folder, len(images), suffix), strict=True):
-        if suffix == ".npy":
+    for image, path in zip(images, paths, strict=True):
+        if path.suffix == ".npy":
             np.save(path, image)
         else:
             image.save(path)

@@ -460,7 +460,8 @@ def read_picture(
 
     Returns:
         `PIL.Image.Image`: "L", "LA", "RGB" or "RGBA" of up to four channels of 8 bits; else
-        `np.ndarray` of shape `(H, W, C)`: float32 in [0, 1], or with the values of the file, clipped to `value_range`.
+        `np.ndarray` of shape `(H, W, C)`: float32, with the values of the file where there is a `value_range`, else in
+            [0, 1].
     """
     encoded = {"bytes": None, "path": path}
     array = _read_array(encoded)
@@ -468,8 +469,10 @@ def read_picture(
         value_range = (0.0, 1.0)  # as pipelines give arrays of images of 8 bits
     options = _Options(resolution, True, channels, keeps_values=value_range is not None)
     pixels = _decode_image(encoded, options)[0].transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    if channels == 3 and pixels.dtype == np.float32:
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # repeats grey
     if value_range is not None:
-        return pixels.clip(*value_range)
+        return pixels
     if pixels.shape[-1] > 4:
         return pixels / np.float32(255)
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -24,7 +24,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from .. import plots
-from ..data import ImageData, load_images, normalize
+from ..data import ImageData, denormalize, load_images, normalize
 from ..data.images import spell_values
 from ..errors import UserError
 from ..files import find_damage, publish
@@ -165,9 +165,17 @@ def sample(
     return fill(entry, (num_images, *shape), dtype, draw, batch_size=batch_size, state=state, desc="Sampling")
 
 
-def read_folder(folder: str | Path) -> ImageData:
+def read_folder(
+    folder: str | Path, channels: int | None = None, value_range: tuple[float, float] | None = None
+) -> ImageData:
     """
-    Reads a folder of any model's images. Sub-folders, if there are any, are classes.
+    Reads a folder of any model's images, pictures or .npy files. Sub-folders, if there are any, are classes.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        channels (`int`, *optional*): Channels of the reference, as in [`~tiny_diffusers.data.load_images`].
+        value_range (`tuple[float, float]`, *optional*): Values of the reference, as in
+            [`~tiny_diffusers.data.load_images`].
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If there are no images, their sizes differ, grey and colour are mixed, or
@@ -175,7 +183,7 @@ def read_folder(folder: str | Path) -> ImageData:
     """
     if not Path(folder).is_dir():
         raise UserError(f"There is no folder '{folder}': give a folder of images.")
-    data = load_images(train_data_dir=folder)
+    data = load_images(train_data_dir=folder, channels=channels, value_range=value_range)
     for note in data.notes:
         if note.startswith("broken files"):
             raise UserError(f"'{folder}' has images that cannot be read ({note}): repair or remove them.")
@@ -191,6 +199,11 @@ def as_levels(data: ImageData) -> ImageData:
     images = ((normalize(data.images, data.value_range) + 1) * 127.5).clamp_(0, 255)  # rounding may leave the range
     note = f"{spell_values(data.value_range)} measured as 0 to 255, not rounded"
     return replace(data, images=images, value_range=None, notes=[*data.notes, note])
+
+
+def round_to_8_bits(data: ImageData) -> ImageData:
+    """Scales images of a value range to uint8."""
+    return replace(data, images=denormalize(normalize(data.images, data.value_range)), value_range=None)
 
 
 def as_pictures(images: np.ndarray) -> np.ndarray:

@@ -54,6 +54,12 @@ class RealImages(Flags):
     resolution: Resolution | None = flag(
         None, "Side, or height x width, that images are resized to; the model's if not given.", within="[1, 1024]"
     )
+    channels: int | None = flag(
+        None, "Channels of the images, where no model says it: 4 keeps alpha.", within="[1, inf)"
+    )
+    value_range: list[str] | None = flag(
+        None, "Values from LOW to HIGH or 'measured', where no model says it, not scaled to 8 bits."
+    )
     center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
     split: str | None = flag(
         None, "Split to measure against; of test, validation and the training's, the first that there is."
@@ -77,7 +83,8 @@ def flags_of_run(run: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
             none is given.
     """
     settings = restore_paths(run.path, run.read_config())
-    found = {name: settings.get(name) for name in (*_SHARED, "resolution", "max_train_samples")}
+    names = (*_SHARED, "resolution", "channels", "value_range", "max_train_samples")
+    found = {name: settings.get(name) for name in names}
     folder = settings.get("train_data_dir")
     if folder is not None and local_path(str(folder)) is None and "dataset_name" not in given:
         raise UserError(
@@ -195,10 +202,10 @@ def _load_options(
     options = {name: getattr(images, name) for name in ("dataset_name", *_SHARED)}
     if local_path(images.dataset_name) is not None and images.dataset_name != "digits":
         options["train_data_dir"] = options.pop("dataset_name")
-    channels, *size = shape or (None,)
+    channels, *size = shape or (images.channels,)
     options["resolution"] = to_size(images.resolution) or tuple(size) or None
     options |= {"channels": channels, "conditioning_channels": conditioning_channels}
-    return options | {"value_range": value_range}
+    return options | {"value_range": value_range or images.value_range}
 
 
 def describe(images: RealImages) -> tuple[dict[str, Any], dict[str, str]]:

@@ -62,6 +62,15 @@ def to_pil(images: Images) -> list[Image.Image]:
             f"Images of shape {images.shape} can't be drawn: give (N, C, H, W), (N, H, W, C) or (N, H, W)."
         )
     if images.shape[1] in (1, 3) or images.shape[-1] not in (1, 3):
+        *others, last = images.shape[1:]
+        if (
+            images.shape[1] not in (1, 3)
+            and last < min(others)
+            and (others[0] == others[1] or 2 * last <= min(others))
+        ):
+            raise ValueError(
+                f"Images of shape {images.shape} look like (N, H, W, C): give {last} channels first, as (N, C, H, W)."
+            )
         images = images.transpose(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
     from ..pipelines.pipeline_tiny import to_picture  # here, as it takes torch
 

@@ -122,6 +122,8 @@ class Study:
         images = [getattr(arguments, name) for name in _OF_DATA]
         if arguments.train_data_dir is not None:
             images[0] = arguments.train_data_dir
+        images.append(arguments.channels and f"{arguments.channels} channels")
+        images.append(arguments.value_range and f"values {' '.join(arguments.value_range)}")
         data = ", ".join(public_name(str(value)) for value in images if value not in (None, "train"))
         return Run(cell, seed, RunFolder(self.folder / cell / f"seed-{seed}"), flags, data)
 

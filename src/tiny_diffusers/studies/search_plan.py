@@ -27,7 +27,8 @@ VAL_LOSS = "val_loss"
 _LOSS_FLAGS = (
     *("prediction_type", "loss_type", "huber_delta", "huber_schedule", "snr_gamma", "timestep_distribution"),
     *("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end", "reconstruction", "kl_weight", "num_levels"),
-    *("dataset_name", "train_data_dir", "classes", "resolution", "validation_split", "max_validation_samples"),
+    *("dataset_name", "train_data_dir", "classes", "resolution", "channels", "value_range"),
+    *("validation_split", "max_validation_samples"),
 )
 
 

@@ -183,9 +183,12 @@ def check_images(
         )
     if value_range != data.value_range:
         expected, given = map(spell_values, (value_range, data.value_range))
-        remedy = (
-            "leave --value_range out" if value_range is None else "give --value_range {!r} {!r}".format(*value_range)
-        )
+        if value_range is not None:
+            remedy = "give --value_range {!r} {!r}".format(*value_range)
+        elif arguments.value_range is not None:
+            remedy = "leave --value_range out"
+        else:
+            remedy = "save them as 8-bit images, or train a new network"
         raise UserError(f"{source} {expected}, but those of {data.name} have {given}: {remedy}.")
     height, width = height_and_width(size)
     if [height, width] != given_size:
