@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from tiny import TINY_DIFFUSION, TINY_RUN, train
@@ -29,7 +29,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, evaluate, features
 from tiny_diffusers.evaluation.images import as_levels, read_folder, round_to_8_bits
 from tiny_diffusers.pipelines.pipeline_tiny import to_picture
-from tiny_diffusers.train_scripts import train_dcgan, train_pixelcnn, train_unconditional, train_vae
+from tiny_diffusers.train_scripts import train_conditional, train_dcgan, train_pixelcnn, train_unconditional, train_vae
 
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the five channels, so that their order is seen
@@ -359,6 +359,25 @@ def test_each_family_learns_other_channels_and_values(tmp_path, family, kind):
     assert (folder / "samples.png").is_file()
 
 
+def test_a_conditional_run_of_channels_and_values_resumes_and_travels(tmp_path, train_in_two):
+    np.savez(tmp_path / "x.npz", images=1000 * arrays(16, 5, 8, 8), labels=np.arange(16) % 2)
+    flags = ("--train_data_dir", str(tmp_path / "x.npz"), "--value_range", "-1e2", "2000")
+    folder = train_in_two(*flags, stopped_at=2, steps=4, script=train_conditional)
+    whole = train(tmp_path / "whole", *flags, steps=4, script=train_conditional)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "train_log.jsonl", "samples.png"):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+
+    pipes = [TinyPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.config.value_range == {"low": -100.0, "high": 2000.0}
+    ours, stock = (
+        pipe(1, generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+        for pipe in pipes
+    )
+    assert np.array_equal(ours, stock) and ours.shape == (1, 8, 8, 5) and ours.min() >= -100 and ours.max() > 1
+
+
 def test_samples_of_other_channels_are_saved_as_arrays_or_shown(tmp_path, capsys):
     vae(value_range={"low": 0, "high": 10}).save_pretrained(tmp_path / "vae")
     sample = ["sample", str(tmp_path / "vae"), "--num_images", "2", "--dtype", "float32", "--output"]
@@ -515,20 +534,26 @@ def test_rounding_stays_within_the_range(limits):
 
 @pytest.mark.slow
 def test_a_16_bit_ramp_comes_back_from_an_overfitted_model(tmp_path):
-    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
-    file = save(tmp_path / "ramp.npy", np.broadcast_to(ramp, (16, 8, 8)).copy())
-    argv = (
-        "--train_data_dir",
-        file,
-        "--value_range",
-        "measured",
-        "--validation_split",
-        "0",
-        "--train_batch_size",
-        "16",
-    )
-    flags = ["--block_out_channels", "16", "16", "--mixed_precision", "no", "--num_threads", "1"]
-    folder = train(tmp_path / "run", *argv, steps=600, flags=flags)
+    ramp = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
+    file = save(tmp_path / "ramp.npy", np.broadcast_to(ramp, (16, 4, 4)).copy())
+    argv = [
+        *(
+            "--train_data_dir",
+            file,
+            "--value_range",
+            "measured",
+            "--validation_split",
+            "0",
+            "--train_batch_size",
+            "16",
+        ),
+        *("--prediction_type", "sample", "--learning_rate", "1e-2", "--ema_max_decay", "0.9"),
+    ]
+    flags = [
+        *("--block_out_channels", "16", "--norm_num_groups", "4", "--attention", "full", "--layers_per_block", "1"),
+        *("--mixed_precision", "no", "--num_threads", "1", "--save_images_steps", "0", "--eval_batch_size", "4"),
+    ]
+    folder = train(tmp_path / "run", *argv, steps=200, flags=flags)
     pipe = TinyPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     samples = pipe(batch_size=4, num_inference_steps=20, eta=0.0, output_type="np").images[..., 0]

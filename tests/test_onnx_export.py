@@ -52,7 +52,8 @@ def transformer(tiny_unet):
 
 
 def vae(tiny_unet):
-    pipe = TinyVAEPipeline(TinyVAEModel(sample_size=SIZE, in_channels=1, block_out_channels=(8,), latent_dim=4))
+    network = TinyVAEModel(sample_size=SIZE, in_channels=5, block_out_channels=(8,), latent_dim=4)
+    pipe = TinyVAEPipeline(network, value_range={"low": -100, "high": 2000})
     return pipe, {"latents": LATENTS}, pipe.vae.decode
 
 

@@ -126,7 +126,7 @@ def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int
     return _load_dataset(given, run, args.index, count, shape, pipe._value_range)
 
 
-def _to_pil(images: "torch.Tensor", show_channels: list[int] | None) -> list:
+def _to_pil(images: "torch.Tensor", show_channels: list[int] | None = None) -> list:
     """Converts images in [-1, 1], or beyond, to PIL images."""
     from ..data.images import denormalize
     from ..pipelines.pipeline_tiny import to_picture

@@ -221,16 +221,16 @@ def read_picture(
     resolution: tuple[int, int] | None = None,
 ) -> "Image.Image | np.ndarray":
     """
-    Reads a picture or a .npy file that was given by a flag, as [`~tiny_diffusers.data.decoding.read_picture`] does, and
+    Reads a picture or a .npy file that was given by a flag, as [`~tiny_diffusers.data.decoders.read_picture`] does, and
     clips an array to the values of the model.
     """
     import numpy as np
     from PIL import Image
 
-    from ..data import decoding
+    from ..data import decoders
 
     try:
-        picture = decoding.read_picture(path, channels, value_range, resolution)
+        picture = decoders.read_picture(path, channels, value_range, resolution)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
     found = picture.shape[-1] if isinstance(picture, np.ndarray) else len(picture.getbands())

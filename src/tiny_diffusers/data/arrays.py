@@ -10,7 +10,7 @@ import psutil
 
 from ..errors import UserError, first_line, unknown
 from .conditions import parse_conditions
-from .decoding import has_grey_or_rgb
+from .decoders import has_grey_or_rgb
 from .sources import (
     LABEL_NAMES,
     SPLITS,
