@@ -264,8 +264,11 @@ def show_image(pipe: "DiffusionPipeline", image: "Image.Image | np.ndarray") -> 
 
     from ..pipelines.pipeline_tiny import to_picture
 
-    is_array = isinstance(image, np.ndarray)
-    pixels = (pipe._from_values(image) * 255).round().astype(np.uint8) if is_array else np.atleast_3d(image)
+    pixels = np.atleast_3d(image)
+    if isinstance(image, np.ndarray):
+        conditioning = getattr(pipe, "_conditioning", None)
+        is_other = conditioning is not None and not conditioning.is_made  # lies in [0, 1] whatever the value range
+        pixels = ((image if is_other else pipe._from_values(image)) * 255).round().astype(np.uint8)
     return to_picture(pixels, pipe.show_channels if pixels.shape[-1] == pipe._image_shape[0] else None)
 
 
