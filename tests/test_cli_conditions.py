@@ -200,6 +200,39 @@ def test_evaluate_draws_by_the_conditions_of_the_reference(make_pipe, monkeypatc
     assert Report.load(tmp_path).per_condition == report.per_condition and "| age |" in report.markdown()
 
 
+def test_evaluate_leaves_out_what_the_regressor_cannot_learn(make_pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    monkeypatch.setattr(image_sets, "sample", lambda *args, **kwargs: pytest.fail("images are drawn"))
+    data = squares(60)
+    protocol = Protocol(**MEASURED, metrics=["condition_agreement"], sampling={"num_inference_steps": 2})
+    data.conditions[:] = torch.tensor([40.0, 1])
+    with pytest.raises(UserError, match="condition_agreement: all reference images have the same conditions"):
+        evaluate(make_pipe(), data, protocol)
+    data.conditions[regressor.held_out(60, regressor.HELD_OUT)[1][0]] = torch.tensor([50.0, 0])  # not to train on
+    with pytest.raises(UserError, match="real images to train a regressor on have the same conditions"):
+        evaluate(make_pipe(), data, protocol)
+
+    monkeypatch.undo()
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    data = squares(60)
+    data.conditions[:, 1] = 1
+    data.conditions[:2, 0] = 90
+    report = evaluate(make_pipe(), data, protocol)
+    assert report.per_condition.keys() == {"age"}
+    assert any("agreement with hat was not measured" in warning for warning in report.warnings)
+    assert any("of 64 images were drawn by values far outside" in warning for warning in report.warnings)
+
+
+def test_the_pipeline_says_what_is_a_label(monkeypatch):
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    data = squares(40)
+    trained = regressor.load_regressor(data, data, labels=[])  # `hat` is 0 and 1 here, and a number to the model
+    assert trained.compare(data)["hat"].keys() >= {"condition_error"}
+    data.conditions[:] = data.conditions[:1].clone()  # no correlation with one value
+    assert "age with a mean error of" in trained.summary() and "correlation" not in trained.summary()
+
+
 def test_evaluate_names_what_is_missing(make_pipe):
     data = squares(60)
     without = ImageData(data.images, None, None, "squares", "test", "")
@@ -210,6 +243,11 @@ def test_evaluate_names_what_is_missing(make_pipe):
         evaluate(make_pipe(), without, Protocol(**{**asked, "metrics": ["frechet_distance"]}))
     with pytest.raises(UserError, match="drawn by no conditions"):
         evaluate(without, data, Protocol(**asked))
+    of_call = {"conditions": {"age": 30, "hat": 1}}
+    with pytest.raises(UserError, match="`sampling` gives `conditions`.* leave it out"):
+        evaluate(make_pipe(), data, Protocol(**{**asked, "sampling": of_call}))
+    with pytest.raises(UserError, match="takes a class beside its conditions.* --label_column"):
+        evaluate(make_pipe(2), data, Protocol(**asked))
     with pytest.raises(UserError, match="bits_per_dim: they depend on the conditions"):
         evaluate(make_pipe(), data, Protocol(**{**asked, "metrics": ["bits_per_dim"]}))
 

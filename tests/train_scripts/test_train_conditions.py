@@ -62,8 +62,8 @@ def test_what_a_run_leaves(train, data, labels):
     assert (folder / "pipeline_tiny_conditions.py").is_file()
     assert read(folder / "run.json")["data"]["conditions"] == {"value": "40 to 220", "hat": "0 to 1"}
     card = (folder / "README.md").read_text()
-    assert "conditional diffusion model" in card and "conditions={'value': 220.0, 'hat': 0.0}" in card
-    assert '--condition "value=220.0" --condition "hat=0.0"' in card
+    assert "conditional diffusion model" in card and "conditions={'value': 130.0, 'hat': 0.0}" in card
+    assert '--condition "value=130.0" --condition "hat=0.0"' in card
     pipe = TinyPipeline.from_pretrained(folder)
     given = {"class_labels": "b"} if labels == "kind" else {}
     images = pipe(conditions={"value": [50, 90], "hat": 1}, guidance_scale=2.0, num_inference_steps=2, **given).images

@@ -47,10 +47,13 @@ def conditions_to_draw(
         rows, texts = statistics.examples()
         say(f"{', '.join(texts)}; --condition gives other values", sys.stderr)
         return rows, texts
+    from ..pipelines.pipeline_tiny_conditions import spell_numbers
+
     values = condition_options(pipe.__call__, pipe, args, math.inf)["conditions"]
     rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     shown = [name for name, numbers in values.items() if len(numbers) > 1] or list(values)
-    return rows, [", ".join(f"{name} {row[name]:g}" for name in shown) for row in rows]
+    texts = [[f"{name} {text}" for text in spell_numbers([row[name] for row in rows])] for name in shown]
+    return rows, [", ".join(text) for text in zip(*texts, strict=True)]
 
 
 def condition_options(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from ..errors import UserError, refusals, unknown
 from ..flags import flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
-from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics, FarValueWarning
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..training.family import class_grid, load_pretrained
 from ..training.settings import split_indices
@@ -236,15 +237,17 @@ class ConditionalDiffusion(Diffusion):
         self, pipeline: TinyConditionalPipeline, each: int, num_images: int, seed: int, steps: int, **conditions: Any
     ) -> tuple[list[list], list[str]]:
         """Draws rows with `each` images of a guidance scale after another, and returns them with the columns' names."""
-        batches = [
-            pipeline(
-                guidance_scale=scale,
-                generator=image_generators(seed, num_images),
-                num_inference_steps=steps,
-                **conditions,
-            ).images
-            for scale in self.guidance_scales
-        ]
+        with warnings.catch_warnings():  # held-out images may have values far outside the range of training
+            warnings.simplefilter("ignore", FarValueWarning)
+            batches = [
+                pipeline(
+                    guidance_scale=scale,
+                    generator=image_generators(seed, num_images),
+                    num_inference_steps=steps,
+                    **conditions,
+                ).images
+                for scale in self.guidance_scales
+            ]
         starts = range(0, num_images, each)
         rows = [[image for batch in batches for image in batch[start : start + each]] for start in starts]
         return rows, [text for w in self.guidance_scales for text in [f"w = {w:g}", *[""] * (each - 1)]]
