@@ -104,6 +104,15 @@ class ConditionStatistics:
         columns = zip(self.means, self.deviations, self.lows, self.highs, strict=True)
         return [column == (0.5, 0.5, 0, 1) for column in columns]
 
+    @property
+    def ranges(self) -> dict[str, str]:
+        """Returns the values of the training images by name, such as `{"age": "20 to 60", "hat": "0 or 1"}`."""
+        limits = [" to ".join(spell_numbers(each)) for each in zip(self.lows, self.highs, strict=True)]
+        return {
+            name: "0 or 1" if is_label else limit
+            for name, is_label, limit in zip(self.names, self.are_labels, limits, strict=True)
+        }
+
     def standardize(self, values: torch.Tensor) -> torch.Tensor:
         """Standardizes values (B, D) in the units of the data, in float32."""
         means, deviations = self._tensors(values.device)

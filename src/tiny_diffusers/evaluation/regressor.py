@@ -119,7 +119,8 @@ def with_conditions(data: ImageData, names: Sequence[str]) -> ImageData:
     if missing:
         raise UserError(
             f"The model draws by the conditions {', '.join(names)}, and '{data.name}' ({data.split}) has no "
-            f"{', '.join(missing)}: name the columns that it was trained on by --condition_columns."
+            f"{', '.join(missing)}: name the columns that it was trained on by --condition_columns, and give labels that no "
+            "image has as a ClassLabel."
         )
     columns = [own.index(name) for name in names]
     return replace(data, conditions=data.conditions[:, columns], condition_names=list(names))
