@@ -121,7 +121,7 @@ class ClassConditioningMixin:
         if self._has_condition and guidance_scale != 1 and self.config.class_dropout_prob == 0:
             warnings.warn(
                 f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, which drops "
-                "conditioning images as well, and so never without its condition. Use 1, or train with "
+                "conditions and conditioning images as well, and so never without its condition. Use 1, or train with "
                 "`--class_dropout_prob 0.1`.",
                 stacklevel=4,
             )

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,20 @@ _FAR = 0.1  # share of the range of training values that a value may lie outside
 _FIELDS = ("names", "means", "deviations", "lows", "highs")
 
 
+class FarValueWarning(UserWarning):
+    """A condition is far outside the range of the training images."""
+
+
+def spell_numbers(values: Sequence[float]) -> list[str]:
+    """Returns each number as text, with six digits, or as many as tell different numbers apart."""
+    texts = ([f"{value:.{digits}g}" for value in values] for digits in range(6, 18))
+    return next(each for each in texts if len(set(each)) == len(set(values)))
+
+
 @dataclass(frozen=True)
 class ConditionStatistics:
     """
-    What a network was told of its training images: the conditions' names, and how they are standardized.
+    Names of the conditions of the training images, with the statistics that standardize their values.
 
     Args:
         names (`list[str]`): Name of each of the D conditions.
@@ -53,6 +64,19 @@ class ConditionStatistics:
                     raise ValueError(f"`condition_statistics` has a wrong value in {field} for '{name}': {value!r}.")
 
     @classmethod
+    def from_config(cls, config: Mapping[str, list]) -> "ConditionStatistics":
+        """
+        Reads the fields from the config of a pipeline.
+
+        Raises:
+            ValueError: If there are other fields, or they are not as described.
+        """
+        if not isinstance(config, Mapping) or set(config) != set(_FIELDS):
+            given = sorted(config) if isinstance(config, Mapping) else repr(config)
+            raise ValueError(f"`condition_statistics` must be a dict of {', '.join(_FIELDS)}, got {given}.")
+        return cls(**config)
+
+    @classmethod
     def measure(cls, values: torch.Tensor, names: Sequence[str]) -> "ConditionStatistics":
         """
         Measures the values (N, D) of the training images.
@@ -80,6 +104,15 @@ class ConditionStatistics:
         columns = zip(self.means, self.deviations, self.lows, self.highs, strict=True)
         return [column == (0.5, 0.5, 0, 1) for column in columns]
 
+    @property
+    def ranges(self) -> dict[str, str]:
+        """Returns the values of the training images by name, such as `{"age": "20 to 60", "hat": "0 or 1"}`."""
+        limits = [" to ".join(spell_numbers(each)) for each in zip(self.lows, self.highs, strict=True)]
+        return {
+            name: "0 or 1" if is_label else limit
+            for name, is_label, limit in zip(self.names, self.are_labels, limits, strict=True)
+        }
+
     def standardize(self, values: torch.Tensor) -> torch.Tensor:
         """Standardizes values (B, D) in the units of the data, in float32."""
         means, deviations = self._tensors(values.device)
@@ -102,21 +135,21 @@ class ConditionStatistics:
         others = [0.0 if label else mean for label, mean in zip(self.are_labels, self.means, strict=True)]
         values = [0.0, 1.0] if is_label else [low, (low + high) / 2, high]
         rows = [dict(zip(self.names, [value, *others[1:]], strict=True)) for value in values]
-        return rows, [f"{self.names[0]} {value:.3g}" for value in values]
+        return rows, [f"{self.names[0]} {text}" for text in spell_numbers(values)]
 
     def parse(self, conditions: Conditions) -> torch.Tensor:
         """
         Converts conditions in any form to values (B, D) in the units of the data, float32 on the CPU.
 
         Raises:
-            ValueError: If a name is unknown or missing, a shape is wrong, or a value is not finite.
+            ValueError: If a name is unknown or missing, a shape is wrong, or a value is no finite number.
         """
         if isinstance(conditions, Mapping):
             values = self._parse_columns(conditions)
         elif isinstance(conditions, Sequence) and len(conditions) and all(isinstance(c, Mapping) for c in conditions):
             values = torch.cat([self._parse_columns(row) for row in conditions])
         else:
-            values = torch.as_tensor(conditions, dtype=torch.float32, device="cpu")
+            values = _to_tensor(conditions, ", ".join(self.names))
             values = values[None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.names) or len(values) == 0:
             raise ValueError(
@@ -137,7 +170,7 @@ class ConditionStatistics:
         omitted = [name for name in self.names if name not in columns]
         if omitted:
             raise ValueError(f"`conditions` lacks {', '.join(omitted)}: the network needs {', '.join(self.names)}.")
-        parsed = [torch.as_tensor(columns[name], dtype=torch.float32, device="cpu").reshape(-1) for name in self.names]
+        parsed = [_to_tensor(columns[name], name).reshape(-1) for name in self.names]
         count = max(map(len, parsed))
         for name, column in zip(self.names, parsed, strict=True):
             if len(column) not in (1, count):
@@ -146,16 +179,32 @@ class ConditionStatistics:
                 )
         return torch.stack([column.expand(count) for column in parsed], dim=1)
 
+    def find_far_values(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns which of the values (B, D) are far outside the range of the training images: bool (B, D)."""
+        lows, highs = (torch.tensor(each, dtype=torch.float64) for each in (self.lows, self.highs))
+        margins = _FAR * (highs - lows)
+        return (values < lows - margins) | (values > highs + margins)
+
     def warn_of_far_values(self, values: torch.Tensor, stacklevel: int):
         """Warns of values (B, D) far outside the range of the training images."""
-        for name, column, low, high in zip(self.names, values.T.tolist(), self.lows, self.highs, strict=True):
-            margin = _FAR * (high - low)
-            far = [value for value in column if not low - margin <= value <= high + margin]
-            if far:
+        are_far = self.find_far_values(values)
+        columns = zip(self.names, values.T, are_far.T, self.lows, self.highs, strict=True)
+        for name, column, is_far, low, high in columns:
+            if is_far.any():
                 warnings.warn(
-                    f"{name} {far[0]:g} is far outside the values of the training images, {low:g} to {high:g}.",
+                    f"{name} {column[is_far][0]:g} is far outside the values of the training images, {low:g} to {high:g}.",
+                    FarValueWarning,
                     stacklevel=stacklevel,
                 )
+
+
+def _to_tensor(values: Any, name: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        given = repr(values)
+        given = given if len(given) <= 60 else f"{given[:57]}..."
+        raise ValueError(f"`conditions`: {given} is no number for '{name}'.") from error
 
 
 class ConditionsMixin:
@@ -169,12 +218,7 @@ class ConditionsMixin:
         count = self._network.config.get("num_conditions")
         self._condition_statistics = None
         if condition_statistics is not None:
-            given = dict(condition_statistics)
-            if set(given) != set(_FIELDS):
-                raise ValueError(
-                    f"`condition_statistics` must be a dict of {', '.join(_FIELDS)}, got {sorted(given)}."
-                )
-            self._condition_statistics = ConditionStatistics(**given)
+            self._condition_statistics = ConditionStatistics.from_config(condition_statistics)
         names = [] if condition_statistics is None else self._condition_statistics.names
         if len(names) != (count or 0):
             raise ValueError(

@@ -194,6 +194,12 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
             if given:
                 raise ValueError(f"`{given[0]}` are for the inversion: give `inversion=True`, or leave them out.")
             return None, None, 1.0
+        taken = {"source_class_labels": self._num_rows, "source_conditions": self._condition_statistics}
+        missing = [name for name, is_taken in taken.items() if is_taken and name not in given]
+        if given and missing:
+            raise ValueError(
+                f"The inversion needs `{missing[0]}` beside `{given[0]}`: give both, or neither to invert without them."
+            )
         guidance_scale = None if given or not self._has_condition else 0.0
         lacks_null = self._num_rows and self._null_class_id is None
         if guidance_scale == 0 and (lacks_null or self.config.class_dropout_prob == 0):

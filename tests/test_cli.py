@@ -227,7 +227,7 @@ class TestSample:
         assert "--class_labels means nothing" in line(checkpoint, "--class_labels", "cat")
         assert "Did you mean 'cat'" in line(conditional_checkpoint, "--class_labels", "catt")
         few = line(conditional_checkpoint, "--class_labels", "cat,dog", "--num_images", 1)
-        assert "--num_images 1 is less than the 2 --class_labels" in few
+        assert "--num_images 1 is less than the 2 of --class_labels" in few
         assert "num_inference_steps" in line(checkpoint, "--num_inference_steps", 0)
         assert "eta" in line(checkpoint, "--eta", 2)
         assert "--device" in line(checkpoint, "--device", "nothing")

@@ -84,8 +84,10 @@ def test_sample_draws_each_combination(checkpoint, tmp_path):
             2,
             [f"age {a}, kind {k}" for a in (20, 60) for k in (0, 1)],
         ),
+        (("--condition", "age=2e7,20000001", "--condition", "hat=1"), None, ["age 20000000", "age 20000001"]),
     ],
 )
+@pytest.mark.filterwarnings("ignore::tiny_diffusers.pipelines.pipeline_tiny_conditions.FarValueWarning")
 def test_a_grid_has_a_labelled_row_for_each_combination(make_pipe, tmp_path, monkeypatch, flags, classes, rows):
     from tiny_diffusers import plots
 
@@ -100,6 +102,61 @@ def test_a_grid_has_a_labelled_row_for_each_combination(make_pipe, tmp_path, mon
     assert run("sample", tmp_path / "model", *flags, **FAST, output=f"{tmp_path}/s.png") == 0
     assert list(dict.fromkeys(grids[0]["row_labels"])) == rows
     assert all(set(row) == {"age", "hat"} for row in drawn[0]["conditions"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "ages", "labels"),
+    [
+        (("--num_images", "1"), [20], ["kind 0"]),
+        (("--num_images", "6"), [20, 20, 40, 40, 60, 60], 3 * ["kind 0", "kind 1"]),
+        (("--num_images", "4", "--class_labels", "0,1"), [20, 20, 40, 40], ["0", "1", "0", "1"]),
+    ],
+)
+def test_the_defaults_make_way_for_fewer_images(make_pipe, tmp_path, monkeypatch, flags, ages, labels):
+    make_pipe(2).save_pretrained(tmp_path / "model")
+
+    def draw_images(pipe, count, seed, batch_size, drawn, pictures, conditions, **options):
+        assert ([row["age"] for row in conditions], drawn) == (ages, labels)
+        return [Image.new("L", (8, 8))] * count, []
+
+    monkeypatch.setattr(sampling, "draw_images", draw_images)
+    assert run("sample", tmp_path / "model", *flags, **FAST, output=f"{tmp_path}/s.png") == 0
+
+
+@pytest.mark.parametrize("kind", ["samples", "denoising", "interpolation", "guidance"])
+def test_pictures_take_them(make_pipe, tmp_path, capsys, kind):
+    make_pipe(2).save_pretrained(tmp_path / "model")
+    flags = {"guidance": ("--guidance_scales", "0,2", "--num_walks", "0"), "interpolation": ("--num_frames", "2")}
+    flags = (*flags.get(kind, ()), "--output", tmp_path / "a.png")
+    given = ("--condition", "age=30", "--condition", "hat=1")
+    assert run("plot", kind, tmp_path / "model", *given, *flags, **FAST) == 0
+    words = "draws by conditions: give --condition NAME=VALUE for each of age (20 to 60), hat (0 or 1)"
+    assert words in error_line(capsys, "plot", kind, tmp_path / "model", *flags, **FAST)
+
+
+def test_an_inversion_takes_those_of_the_pictures(make_pipe, tmp_path, capsys):
+    make_pipe(2).save_pretrained(tmp_path / "model")
+    Image.new("L", (8, 8), 100).save(tmp_path / "a.png")
+    asked = {**FAST, "image": tmp_path / "a.png", "output": f"{tmp_path}/edit/", "class_labels": 0}
+    asked = ["edit", tmp_path / "model", *[word for name, value in asked.items() for word in (f"--{name}", value)]]
+    asked += ["--condition", "age=60", "--condition", "hat=1"]
+    source = ("--source_condition", "age=20", "--source_condition", "hat=1")
+    assert run(*asked, "--inversion", *source, "--source_class_labels", "1") == 0
+    assert "needs `source_class_labels` beside `source_conditions`" in error_line(
+        capsys, *asked, "--inversion", *source
+    )
+    lacks = error_line(capsys, *asked, "--inversion", "--source_class_labels", "1")
+    assert "needs `source_conditions` beside `source_class_labels`" in lacks
+    assert "--source_condition is for the inversion" in error_line(capsys, *asked, *source)
+    assert "--source_condition: `conditions` lacks hat" in error_line(capsys, *asked, "--inversion", *source[:2])
+
+
+def test_describe_names_them(checkpoint, tmp_path, monkeypatch, capsys):
+    from tiny_diffusers import plots
+
+    monkeypatch.setattr(plots, "draw_network", lambda *args: None)
+    assert run("describe", checkpoint, output=tmp_path / "a.svg") == 0
+    assert "conditions: age 20 to 60, hat 0 or 1" in capsys.readouterr().out
 
 
 def test_interpolate_and_edit_take_them(checkpoint, tmp_path):
@@ -126,11 +183,14 @@ def test_interpolate_and_edit_take_them(checkpoint, tmp_path):
         ("sample", ["age=nan"], "'nan' is not a list of finite numbers"),
         ("sample", ["age"], "'age' is not a name and its value, such as age=30"),
         ("sample", ["age=1", "age=2", "hat=1"], "--condition age: it is given twice"),
+        ("sample", ["age=1,2,3", "hat=1", "--num_images 2"], "--num_images 2 is less than the 3 of --condition: give"),
+        ("sample", ["age=1", "hat=1", "--guidance_scale 0"], "--guidance_scale 0 draws samples without conditions"),
         ("interpolate", ["age=1,2,3", "hat=1"], "--condition age has 3 values: give 2 at most"),
+        ("interpolate", [], "give --condition NAME=VALUE for each of age (20 to 60), hat (0 or 1), or --guidance"),
     ],
 )
 def test_each_mistake_is_one_line(checkpoint, capsys, command, flags, words):
-    flags = [word for flag in flags for word in ("--condition", flag)]
+    flags = [word for flag in flags for word in (("--condition", flag) if "--" not in flag else flag.split())]
     assert words in error_line(capsys, command, checkpoint, *flags, **FAST)
 
 
@@ -200,6 +260,39 @@ def test_evaluate_draws_by_the_conditions_of_the_reference(make_pipe, monkeypatc
     assert Report.load(tmp_path).per_condition == report.per_condition and "| age |" in report.markdown()
 
 
+def test_evaluate_leaves_out_what_the_regressor_cannot_learn(make_pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    monkeypatch.setattr(image_sets, "sample", lambda *args, **kwargs: pytest.fail("images are drawn"))
+    data = squares(60)
+    protocol = Protocol(**MEASURED, metrics=["condition_agreement"], sampling={"num_inference_steps": 2})
+    data.conditions[:] = torch.tensor([40.0, 1])
+    with pytest.raises(UserError, match="condition_agreement: all reference images have the same conditions"):
+        evaluate(make_pipe(), data, protocol)
+    data.conditions[regressor.held_out(60, regressor.HELD_OUT)[1][0]] = torch.tensor([50.0, 0])  # not to train on
+    with pytest.raises(UserError, match="real images to train a regressor on have the same conditions"):
+        evaluate(make_pipe(), data, protocol)
+
+    monkeypatch.undo()
+    monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    data = squares(60)
+    data.conditions[:, 1] = 1
+    data.conditions[:2, 0] = 90
+    report = evaluate(make_pipe(), data, protocol)
+    assert report.per_condition.keys() == {"age"}
+    assert any("agreement with hat was not measured" in warning for warning in report.warnings)
+    assert any("of 64 images were drawn by values far outside" in warning for warning in report.warnings)
+
+
+def test_the_pipeline_says_what_is_a_label(monkeypatch):
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    data = squares(40)
+    trained = regressor.load_regressor(data, data, labels=[])  # `hat` is 0 and 1 here, and a number to the model
+    assert trained.compare(data)["hat"].keys() >= {"condition_error"}
+    data.conditions[:] = data.conditions[:1].clone()  # no correlation with one value
+    assert "age with a mean error of" in trained.summary() and "correlation" not in trained.summary()
+
+
 def test_evaluate_names_what_is_missing(make_pipe):
     data = squares(60)
     without = ImageData(data.images, None, None, "squares", "test", "")
@@ -210,6 +303,11 @@ def test_evaluate_names_what_is_missing(make_pipe):
         evaluate(make_pipe(), without, Protocol(**{**asked, "metrics": ["frechet_distance"]}))
     with pytest.raises(UserError, match="drawn by no conditions"):
         evaluate(without, data, Protocol(**asked))
+    of_call = {"conditions": {"age": 30, "hat": 1}}
+    with pytest.raises(UserError, match="`sampling` gives `conditions`.* leave it out"):
+        evaluate(make_pipe(), data, Protocol(**{**asked, "sampling": of_call}))
+    with pytest.raises(UserError, match="takes a class beside its conditions.* --label_column"):
+        evaluate(make_pipe(2), data, Protocol(**asked))
     with pytest.raises(UserError, match="bits_per_dim: they depend on the conditions"):
         evaluate(make_pipe(), data, Protocol(**{**asked, "metrics": ["bits_per_dim"]}))
 

@@ -133,7 +133,7 @@ def test_each_mistake_is_one_line(checkpoint, make_pipe, tiny_unet, pictures, ca
     make_pipe(classes=3).save_pretrained(pictures / "classes")
     shares = {"image": small, "class_labels": "0,1,2", "num_images": 8}
     line = error_line(capsys, "sample", pictures / "classes", **shares)
-    assert "each of the 2 pictures of --image has 4 images, which is no multiple of the 3 --class_labels" in line
+    assert "each of the 2 pictures of --image has 4 images, which is no multiple of the 3 of --class_labels" in line
     assert "--degrade is for the picture of --image" in error_line(capsys, "sample", checkpoint, "--degrade")
     assert "takes no image as a condition" in error_line(capsys, "sample", plain, image=small)
     assert "TinyInterpolationPipeline can't give" in error_line(capsys, "interpolate", checkpoint)

@@ -110,6 +110,38 @@ def test_what_a_column_holds_decides_what_it_is(values, names, expected):
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
 
 
+def test_the_labels_of_a_hub_dataset_are_the_same_in_each_split_and_minus_one_is_none(load, tmp_path):
+    names = ["cat", "dog", "frog"]
+    features = datasets.Features(
+        image=datasets.Image(),
+        kind=datasets.ClassLabel(names=names),
+        old=datasets.ClassLabel(names=["no", "yes"]),
+        all=datasets.Sequence(datasets.ClassLabel(names=names)),
+        place=datasets.Sequence(datasets.Value("int32"), length=2),
+    )
+    rows = {"kind": [1, -1], "old": [1, -1], "all": [[-1], [0]], "place": [[3, 5], [4, 6]]}
+    rows["image"] = [Image.new("L", (8, 8))] * 2
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    data = load(tmp_path / "a.parquet", condition_columns="all,place")
+    assert data.condition_names == [*names, "place_0", "place_1"]  # numbers, and no ids
+    assert data.conditions.tolist() == [[0, 0, 0, 3, 5], [1, 0, 0, 4, 6]]
+    for column in ("kind", "old"):
+        data = load(tmp_path / "a.parquet", condition_columns=column, drop_missing=True)
+        assert data.conditions.tolist() == ([[0, 1, 0]] if column == "kind" else [[1]])
+
+
+def test_the_names_of_arrays_keep_their_case_and_lose_their_split(load, put):
+    path = put(
+        "npz", MeanTemp_train=np.array(AGES), val=np.array(AGES), place=np.array([[3, 5], [4, 6], [3, 6], [1, 1]])
+    )
+    data = load(path, condition_columns="MeanTemp_train,place")
+    assert data.condition_names == ["MeanTemp", "place_0", "place_1"]
+    assert data.conditions[1].tolist() == [30, 4, 6]
+    np.savez(path, image=np.zeros((COUNT, 8, 8), np.uint8), age_train=AGES, age=AGES)
+    with pytest.raises(UserError, match="two of age_train, age have one name without their split"):
+        load(path, condition_columns="age_train,age")
+
+
 def test_they_follow_their_images_through_every_selection(load, put):
     path = put("jsonl", age=[20, None, 40, 50], kind=["a", "a", "b", "a"])
     asked = {"condition_columns": "age", "label_column": "kind"}

@@ -417,6 +417,13 @@ class TestCard:
         with pytest.raises(UserError, match="no model_index.json"):
             write_card(tmp_path)
 
+    def test_damaged_conditions_are_one_line(self, exported, tmp_path):
+        shutil.copytree(exported[0], tmp_path / "model")
+        index = tmp_path / "model" / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"condition_statistics": {"name": ["age"]}}))
+        with pytest.raises(UserError, match="`condition_statistics` must be a dict of names.*got .*'name'"):
+            write_card(tmp_path / "model")
+
 
 class TestPush:
     def test_what_the_model_needs_is_pushed_and_what_only_this_machine_needs_is_not(

@@ -401,7 +401,7 @@ class TestSamples:
         sizes = line(checkpoints / "vae", checkpoints / "small")
         assert "draws 8x8 pixels and" in sizes and "4x4: give checkpoints of one size" in sizes
         few = line(checkpoints / "conditional", "--class_labels", "cat,dog,frog")
-        assert "--num_images 2 is less than the 3 --class_labels" in few
+        assert "--num_images 2 is less than the 3 of --class_labels" in few
         assert "--temperature means nothing to any" in line(checkpoints / "vae", "--temperature", 0.5)
 
     def test_two_of_one_name_are_named_in_full(self):

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scheduler = build_scheduler(settings)
     conditioning = build_conditioning(settings, data)
-    statistics = measure_conditions(settings, data)
+    data, statistics = measure_conditions(settings, data)
     num_class_embeds = None if data.id2label is None else len(data.id2label)
     num_conditions = None if statistics is None else len(statistics.names)
     unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, code_block, markdown, say
+from .errors import UserError, code_block, markdown, refusals, say
 from .files import load_json, replace_file
 from .runs import MODEL_INDEX, RunFolder
 
@@ -308,7 +308,11 @@ def _describe(folder: Path) -> dict[str, object]:
         # A name may hold anything: in lines that are copied to a shell or Python, only plain ones stand.
         classes = [name if re.fullmatch(_PLAIN_NAME, name) else int(class_id) for class_id, name in names]
     statistics = index.get("condition_statistics")
-    conditions = ConditionStatistics(**statistics).examples()[0][-1] if statistics else {}
+    conditions = {}
+    if statistics is not None:
+        with refusals(f"'{folder}': "):
+            rows, _ = ConditionStatistics.from_config(statistics).examples()
+        conditions = rows[len(rows) // 2]
     if not all(re.fullmatch(_PLAIN_NAME, name) for name in conditions):
         conditions = {}
     return {
@@ -321,7 +325,7 @@ def _describe(folder: Path) -> dict[str, object]:
         "channels": (network.get("in_channels"), network.get("out_channels")),
         "scheduler": {name: markdown(str(value)) for name, value in configs.get("scheduler", {}).items()},
         "classes": classes,  # some of them, for the examples
-        "conditions": {name: float(f"{value:.3g}") for name, value in conditions.items()},  # a value of each
+        "conditions": {name: float(f"{value:.8g}") for name, value in conditions.items()},  # a value of each
         "takes_conditions": bool(statistics),
         "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
         "loads_in": loads_in,

@@ -15,7 +15,7 @@ from tiny_diffusers import (
     TinyPipeline,
     TinyRestorationPipeline,
 )
-from tiny_diffusers.pipelines.pipeline_tiny_conditions import ConditionStatistics
+from tiny_diffusers.pipelines.pipeline_tiny_conditions import ConditionStatistics, spell_numbers
 
 
 STATISTICS = {
@@ -63,6 +63,13 @@ def test_examples_show_what_the_first_condition_does():
     swapped = {name: values[::-1] for name, values in STATISTICS.items()}
     rows, texts = ConditionStatistics(**swapped).examples()
     assert rows == [{"age": age, "smiling": 0} for age in (20, 40, 60)] and texts == ["age 20", "age 40", "age 60"]
+
+
+def test_numbers_are_spelled_with_as_many_digits_as_tell_them_apart():
+    assert spell_numbers([1985.0, 2000.5, 2016.0]) == ["1985", "2000.5", "2016"]
+    assert spell_numbers([1e7, 1e7 + 1, 1e7]) == ["10000000", "10000001", "10000000"]
+    years = {"names": ["year"], "means": [2000.0], "deviations": [9.0], "lows": [1985.0], "highs": [2016.0]}
+    assert ConditionStatistics(**years).examples()[1] == ["year 1985", "year 2000.5", "year 2016"]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,10 @@ def test_a_walk_is_linear_in_the_values(make_pipe):
         ({"smiling": 1}, "lacks age"),
         ({"smiling": 1, "age": float("nan")}, "finite, got nan for 'age'"),
         ({"smiling": [1, 0], "age": [1, 2, 3]}, "has 2 values of 'smiling': give one, or 3"),
+        ({"smiling": 1, "age": "x"}, "`conditions`: 'x' is no number for 'age'"),
+        ({"smiling": 1, "age": None}, "`conditions`: None is no number for 'age'"),
+        ({"smiling": 1, "age": 10**400}, "`conditions`: 1000.*0... is no number for 'age'"),
+        ("age=3", "`conditions`: 'age=3' is no number for 'smiling, age'"),
         (torch.zeros(1, 3), r"of shape \(B, 2\), got the shape \(1, 3\)"),
     ],
 )
@@ -226,7 +237,7 @@ def test_a_network_without_conditions_refuses_them(make_unet):
         ({"means": ["a", 1.0]}, "wrong value in means for 'smiling'"),
         ({"deviations": [1.0, 0.0]}, "wrong value in deviations for 'age'"),
         ({"highs": [1.0, float("inf")]}, "wrong value in highs for 'age'"),
-        ({"further": []}, "must be a dict of names"),
+        ({"further": []}, "must be a dict of names.* 'further'"),
     ],
 )
 def test_damaged_statistics_are_refused(make_pipe, change, words):

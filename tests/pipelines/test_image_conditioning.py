@@ -200,7 +200,7 @@ def test_an_image_that_is_not_the_condition_is_one_clear_line(make_pipe, make_un
 
 
 def test_guidance_by_an_image_that_was_never_dropped_warns(make_pipe):
-    with pytest.warns(UserWarning, match="won't help.*drops conditioning images as well"):
+    with pytest.warns(UserWarning, match="won't help.*drops conditions and conditioning images as well"):
         draw(make_pipe(class_dropout_prob=0.0), torch.zeros(1, 1, 4, 4), guidance_scale=2.0)
 
 

@@ -77,6 +77,15 @@ class TestWhatIsAsked:
             ({"name": "x.yaml"}, ["x.yaml", "which script"]),
             ({"name": "dcgan_x.yaml", "study": {"metrics": ["bits_per_dim"]}}, ["bits_per_dim", "DCGAN"]),
             ({"name": "vae_x.yaml", "study": {"num_inference_steps": [2]}}, ["num_inference_steps", "train_vae.py"]),
+            (
+                {"study": {"metrics": ["kernel_distance", "condition_agreement"]}},
+                ["condition_agreement", "no conditions"],
+            ),
+            (
+                {"name": "conditional_x.yaml", "study": {"metrics": ["kernel_distance", "condition_agreement"]}},
+                ["condition_agreement: the cell", "has no condition_columns"],
+            ),
+            ({"study": {"metrics": ["condition_agreement"]}}, ["--main_metric condition_correlation"]),
             ({"train_flags": ["--seed", "1"]}, ["--seed", "--set"]),
             ({"train_flags": ["--hub_token", "x"]}, ["--hub_token", "--set"]),
             ({"train_flags": ["--dataset_nam", "x"]}, ["--dataset_nam", "--dataset_name"]),

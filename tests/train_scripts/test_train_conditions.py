@@ -29,7 +29,7 @@ def data(tmp_path):
         "hat": rng.integers(0, 2, COUNT),
         "kind": np.array(["a", "b"])[rng.integers(0, 2, COUNT)],
     }
-    np.savez(tmp_path / "values.npz", image=images, same=np.full(COUNT, 7), **columns)
+    np.savez(tmp_path / "values.npz", image=images, same=np.full(COUNT, 7), never=np.zeros(COUNT), **columns)
     return ("--train_data_dir", str(tmp_path / "values.npz"))
 
 
@@ -53,17 +53,22 @@ def read(path):
 
 
 @pytest.mark.parametrize("labels", ["none", "kind"])
-def test_what_a_run_leaves(train, data, labels):
-    folder = train(*data, "--condition_columns", "value,hat", "--label_column", labels, plots=False)
+def test_what_a_run_leaves(train, data, labels, capsys):
+    columns = ("--condition_columns", "value,never,hat", "--random_flip")  # no image has the label `never`
+    folder = train(*data, *columns, "--label_column", labels, plots=False)
+    printed = capsys.readouterr()
+    assert "conditions: value 40 to 220, hat 0 or 1" in printed.out
+    assert "left out, as all training images or none have these labels: never" in printed.err
+    assert "--random_flip with --condition_columns: the conditions stay as they are" in printed.err
     index = read(folder / "model_index.json")
     assert index["condition_statistics"]["names"] == ["value", "hat"]
     network = read(folder / "unet" / "config.json")
     assert (network["num_conditions"], network["num_class_embeds"]) == (2, 2 if labels == "kind" else None)
     assert (folder / "pipeline_tiny_conditions.py").is_file()
-    assert read(folder / "run.json")["data"]["conditions"] == {"value": "40 to 220", "hat": "0 to 1"}
+    assert read(folder / "run.json")["data"]["conditions"] == {"value": "40 to 220", "hat": "0 or 1"}
     card = (folder / "README.md").read_text()
-    assert "conditional diffusion model" in card and "conditions={'value': 220.0, 'hat': 0.0}" in card
-    assert '--condition "value=220.0" --condition "hat=0.0"' in card
+    assert "conditional diffusion model" in card and "conditions={'value': 130.0, 'hat': 0.0}" in card
+    assert '--condition "value=130.0" --condition "hat=0.0"' in card
     pipe = TinyPipeline.from_pretrained(folder)
     given = {"class_labels": "b"} if labels == "kind" else {}
     images = pipe(conditions={"value": [50, 90], "hat": 1}, guidance_scale=2.0, num_inference_steps=2, **given).images

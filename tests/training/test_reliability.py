@@ -20,6 +20,7 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 
 from tiny import TINY_DIFFUSION, TINY_NETWORK, read_log, train
 from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
@@ -410,10 +411,20 @@ for name, argv in json.loads(sys.argv[1]).items():
 """
 
 
+def _data(name, folder):
+    """Flags of the digits, and for the conditional script of an .npz of them with their mean as a condition."""
+    if name != "train_conditional":
+        return ()
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)
+    np.savez(folder / "digits.npz", image=images, label=digits.target, ink=images.mean(axis=(1, 2)))
+    return ("--train_data_dir", str(folder / "digits.npz"), "--condition_columns", "ink")
+
+
 def _settings(name, folder, batch):
     return [
         *(*_FAMILIES[name], "--max_train_steps", "50", "--logging_steps", "10", "--save_images_epochs", "0"),
-        *("--max_train_samples", "64", "--validation_split", "0", "--checkpointing_steps", "50"),
+        *(*_data(name, folder), "--max_train_samples", "64", "--validation_split", "0", "--checkpointing_steps", "50"),
         *("--mixed_precision", "no", "--num_threads", "1", "--train_batch_size", str(batch)),
         *("--output_dir", str(folder / name)),
     ]

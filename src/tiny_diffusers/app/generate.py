@@ -56,7 +56,8 @@ def sample_words(
         words += ["--temperature", f"{temperature:g}"]
     if model.family in ("vae", "dcgan") and number("Truncation", truncation, 0, 1) != 1:
         words += ["--truncation", f"{truncation:g}"]
-    for condition, value in zip(model.conditions, conditions, strict=False):  # the boxes beyond are hidden
+    taken = model.conditions if guidance != 0 else ()  # 0 draws samples without conditions
+    for condition, value in zip(taken, conditions, strict=False):  # the boxes beyond are hidden
         words += ["--condition", f"{condition.name}={number(condition.name, value, -MAX_NUMBER, MAX_NUMBER):g}"]
     return words
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def add_condition_argument(parser: argparse.ArgumentParser, help: str) -> None:
+def add_condition_argument(parser: argparse.ArgumentParser, help: str, name: str = "condition") -> None:
     parser.add_argument(
-        "--condition",
+        f"--{name}",
         type=named_numbers,
         action="append",
         metavar="NAME=VALUE",
@@ -34,23 +34,26 @@ def named_numbers(text: str) -> tuple[str, list[float]]:
 
 
 def conditions_to_draw(
-    pipe: "DiffusionPipeline", args: argparse.Namespace
+    pipe: "DiffusionPipeline", args: argparse.Namespace, most: int | None
 ) -> tuple[list[dict[str, float]], list[str]]:
     """
     Returns each combination of the values of `--condition`, with a text for it; without the flag, some that show what the
-    first condition does; of a network without conditions, none.
+    first condition does, `most` at most; of a network without conditions, none.
     """
     if args.condition is None:
         statistics = getattr(pipe, "_condition_statistics", None)
         if statistics is None or args.guidance_scale == 0:
             return [], []
-        rows, texts = statistics.examples()
+        rows, texts = (each[:most] for each in statistics.examples())
         say(f"{', '.join(texts)}; --condition gives other values", sys.stderr)
         return rows, texts
+    from ..pipelines.pipeline_tiny_conditions import spell_numbers
+
     values = condition_options(pipe.__call__, pipe, args, math.inf)["conditions"]
     rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     shown = [name for name, numbers in values.items() if len(numbers) > 1] or list(values)
-    return rows, [", ".join(f"{name} {row[name]:g}" for name in shown) for row in rows]
+    texts = [[f"{name} {text}" for text in spell_numbers([row[name] for row in rows])] for name in shown]
+    return rows, [", ".join(text) for text in zip(*texts, strict=True)]
 
 
 def condition_options(
@@ -58,22 +61,41 @@ def condition_options(
 ) -> dict[str, Any]:
     """
     Returns `conditions` for `call`, the pipeline's own or its interpolation, as `--condition` gives them: name -> values,
-    `most` of each at most; empty without the flag.
+    `most` of each at most; empty for a network without conditions, and for samples without any.
 
     Raises:
         UserError: If the network takes no such conditions, a name is missing or given twice, or has too many values.
     """
-    if args.condition is None:
+    from ..data.folders import abbreviate
+
+    statistics = getattr(pipe, "_condition_statistics", None)
+    if args.condition is not None and args.guidance_scale == 0:
+        raise UserError("--guidance_scale 0 draws samples without conditions: leave out that or --condition.")
+    if args.condition is None and statistics is not None and args.guidance_scale != 0:
+        names = abbreviate([f"{name} ({values})" for name, values in statistics.ranges.items()])
+        raise UserError(
+            f"'{args.checkpoint}' draws by conditions: give --condition NAME=VALUE for each of {names}, or "
+            "--guidance_scale 0 for none."
+        )
+    return given_conditions("condition", call, pipe, args, most)
+
+
+def given_conditions(
+    flag: str, call: Callable, pipe: "DiffusionPipeline", args: argparse.Namespace, most: float
+) -> dict[str, Any]:
+    """Returns what `--condition`, or another flag of its kind, gives to `call`: as [`condition_options`], or nothing."""
+    given = getattr(args, flag)
+    if given is None:
         return {}
     statistics = getattr(pipe, "_condition_statistics", None)
-    if statistics is None or "conditions" not in inspect.signature(call).parameters:
-        raise UserError(f"--condition means nothing to '{args.checkpoint}', which takes no conditions: leave it out.")
-    values = dict(args.condition)
-    for name, numbers in args.condition:
+    if statistics is None or f"{flag}s" not in inspect.signature(call).parameters:
+        raise UserError(f"--{flag} means nothing to '{args.checkpoint}', which takes no conditions: leave it out.")
+    values = dict(given)
+    for name, numbers in given:
         if numbers is not values[name]:
-            raise UserError(f"--condition {name}: it is given twice; give its values with commas, such as {name}=1,2.")
+            raise UserError(f"--{flag} {name}: it is given twice; give its values with commas, such as {name}=1,2.")
         if len(numbers) > most:
-            raise UserError(f"--condition {name} has {len(numbers)} values: give {most} at most.")
-    with refusals("--condition: "):
+            raise UserError(f"--{flag} {name} has {len(numbers)} values: give {most} at most.")
+    with refusals(f"--{flag}: "):
         statistics.parse({name: numbers[:1] for name, numbers in values.items()})
-    return {"conditions": values}
+    return {f"{flag}s": values}

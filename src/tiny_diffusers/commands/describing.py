@@ -40,6 +40,9 @@ def describe(args: argparse.Namespace) -> None:
         raise UserError(f"'{args.checkpoint}' is a {type(pipe).__name__} without a network.")
     if pipe._value_range is not None:
         say(f"images: {spell_values(pipe._value_range)}")
+    statistics = getattr(pipe, "_condition_statistics", None)
+    if statistics is not None:
+        say(f"conditions: {', '.join(f'{name} {values}' for name, values in statistics.ranges.items())}")
     for name, network in networks.items():
         output = args.output
         if len(networks) > 1:

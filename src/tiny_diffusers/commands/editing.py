@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
-from .conditions import add_condition_argument, condition_options
+from .conditions import add_condition_argument, condition_options, given_conditions
 from .shared import (
     add_checkpoint_argument,
     add_guidance_interval,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 
 MAX_ROWS = 64  # images of a folder in one picture
+_OF_SOURCE = ("source_class_labels", "source_condition")  # of the given pictures, for their inversion
 
 
 def edit_parser() -> argparse.ArgumentParser:
@@ -87,6 +88,7 @@ def edit_parser() -> argparse.ArgumentParser:
         "--source_class_labels",
         help="with --inversion: the class of the pictures (default: none)",
     )
+    add_condition_argument(parser, "of the pictures, with --inversion (default: none)", "source_condition")
     add_guidance_interval(parser)
     add_sampling_arguments(parser)
     add_show_channels(parser)
@@ -140,6 +142,7 @@ def edit_options(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict:
     names += ("strength", "source_class_labels", "method", "noise_std", "jump_length", "jump_n_sample")
     options = call_options(pipe.__call__, pipe, args, *names) | _task_options(args)
     options |= condition_options(pipe.__call__, pipe, args, 1)
+    options |= given_conditions("source_condition", pipe.__call__, pipe, args, 1)
     return options | ({"inversion": True} if args.inversion else {})
 
 
@@ -196,12 +199,15 @@ def check_edit_flags(args: argparse.Namespace) -> None:
     elif args.mask is not None:
         kind, allowed = "--mask", {"jump_length", "jump_n_sample"}
     else:
-        kind, allowed = "variations (no --mask, no --task)", {"strength", "inversion", "source_class_labels"}
-    every = ("strength", "inversion", "source_class_labels", "method", "noise_std", "degrade", "jump_length")
-    for name in (*every, "jump_n_sample"):
+        kind, allowed = "variations (no --mask, no --task)", {"strength", "inversion", *_OF_SOURCE}
+    every = ("strength", "inversion", *_OF_SOURCE, "method", "noise_std", "degrade", "jump_length", "jump_n_sample")
+    for name in every:
         given = getattr(args, name)
         if given is not None and given is not False and name not in allowed:
             raise UserError(f"--{name} means nothing with {kind}: leave it out.")
+    for name in _OF_SOURCE:
+        if getattr(args, name) is not None and not args.inversion:
+            raise UserError(f"--{name} is for the inversion: give --inversion, or leave it out.")
     if args.task is not None and (args.mask is not None) != (args.task.partition(":")[0] == "inpaint"):
         raise UserError("--task inpaint takes a --mask, and the other tasks take none.")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say, unknown
 from ..resolution import parse_resolution, to_size
+from .conditions import add_condition_argument, condition_options
 from .sampling import check_unconditioned, default_classes
 from .shared import (
     PICTURE_SUFFIXES,
@@ -289,6 +290,7 @@ def denoising_parser() -> argparse.ArgumentParser:
         help="real images: the timesteps t that denoising starts from (default: the quarters of all)",
     )
     parser.add_argument("--class_labels", help="the class, a name or id (default: the first)")
+    add_condition_argument(parser, "of them")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise, of all rows (default: 0)")
     add_solver_arguments(parser)
     add_show_channels(parser)
@@ -325,6 +327,7 @@ def denoising_strips(pipe: "DiffusionPipeline", args: argparse.Namespace, **furt
     steps = steps or sorted({min(n, total) for n in ([50] if starts_from_image else [5, 10, 50])})
     pipe.set_progress_bar_config(desc="denoising", leave=False, **bar_options())
     options = call_options(pipe.__call__, pipe, args, "eta", "clip_sample", "guidance_scale", "class_labels") | further
+    options |= condition_options(pipe.__call__, pipe, args, 1)
     classes = default_classes(pipe, args.guidance_scale)
     if classes and args.class_labels is None:
         options["class_labels"] = classes[:1]

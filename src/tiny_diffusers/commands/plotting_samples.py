@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, refusals, say
+from .conditions import add_condition_argument, condition_options
 from .sampling import (
     check_enough_images,
     check_unconditioned,
@@ -70,6 +71,7 @@ def samples_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class_labels", type=comma_separated, help="names or ids, such as cat,frog (default: the first ones)"
     )
+    add_condition_argument(parser, "of them, with one value for all images")
     add_sampling_arguments(parser)
     add_temperature(parser)
     add_picture_output(parser, "samples_compared.png")
@@ -108,6 +110,13 @@ def samples_strips(
     for name in options:
         if getattr(args, name) is not None and not any(name in names for names in known):
             raise UserError(f"--{name} means nothing to any of these checkpoints: leave it out.")
+    takes_conditions = [getattr(pipe, "_condition_statistics", None) is not None for pipe in pipes]
+    if args.condition is not None and not any(takes_conditions):
+        raise UserError("--condition means nothing to any of these checkpoints: leave it out.")
+    conditions = [
+        condition_options(pipe.__call__, pipe, own, 1).get("conditions") if takes_some else None
+        for own, pipe, takes_some in zip(_each_checkpoint(args), pipes, takes_conditions, strict=True)
+    ]
     sizes = ["x".join(map(str, pipe._image_shape[1:])) for pipe in pipes]
     for checkpoint, size in zip(args.checkpoints, sizes, strict=True):
         if size != sizes[0]:
@@ -117,11 +126,13 @@ def samples_strips(
 
     strips, labels = [], []
     names_of_rows, further = _names(args.checkpoints), further or [{}] * len(pipes)
-    rows = zip(_each_checkpoint(args), pipes, known, names_of_rows, further, strict=True)
-    for own, pipe, names, label, more in rows:
+    rows = zip(_each_checkpoint(args), pipes, known, conditions, names_of_rows, further, strict=True)
+    for own, pipe, names, values, label, more in rows:
         given = call_options(pipe.__call__, pipe, own, *names) | more
         classes = given.pop("class_labels", None) or default_classes(pipe, args.guidance_scale)[: args.num_images]
         labels.append(spread(classes, args.num_images) if classes else None)
+        if values is not None:
+            given["conditions"] = [{name: numbers[0] for name, numbers in values.items()}] * args.num_images
         images, _ = draw_images(pipe, args.num_images, args.seed, args.batch_size, labels[-1], **given)
         strips.append(Strip(images, label=label))
     for strip, classes, following in zip(strips, labels, [*labels[1:], None], strict=True):
@@ -200,6 +211,7 @@ def interpolation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_frames", type=positive_number, default=10, help="images, both ends too (default: 10)")
     parser.add_argument("--interpolation", help="slerp, or linear, whose middle images are smoother (default: slerp)")
     parser.add_argument("--class_labels", type=comma_separated, help="a name or id, or one for each end: cat,frog")
+    add_condition_argument(parser, "of them, with a value for all images, or one for each end")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the fresh noise (default: 0)")
     add_guidance_interval(parser)
     add_sampling_arguments(parser)
@@ -229,6 +241,7 @@ def interpolation_strips(pipe: "DiffusionPipeline", args: argparse.Namespace, **
     options = (
         call_options(walk, pipe, args, *names, "interpolation", "seeds") | {"num_frames": args.num_frames} | further
     )
+    options |= condition_options(walk, pipe, args, 2)
     classes = default_classes(pipe, args.guidance_scale)
     if classes and args.class_labels is None:
         options["class_labels"] = classes[:1]
@@ -284,6 +297,7 @@ def guidance_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_argument(parser)
     parser.add_argument("--class_labels", type=comma_separated, help="names or ids (default: the first ten)")
+    add_condition_argument(parser, "of them, with one value for all images")
     parser.add_argument(
         "--guidance_scales", type=finite_numbers, default=[0, 1, 2, 4, 8], help="the columns (default: 0,1,2,4,8)"
     )
@@ -313,7 +327,7 @@ def guidance(args: argparse.Namespace) -> None:
     if not classes or "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"'{args.checkpoint}' has no classes to guide to: give a class-conditional checkpoint.")
     names = ("num_inference_steps", "eta", "clip_sample", "guidance_interval")
-    options = call_options(pipe.__call__, pipe, args, *names)
+    options = call_options(pipe.__call__, pipe, args, *names) | condition_options(pipe.__call__, pipe, args, 1)
     scales = args.guidance_scales
     pipe.set_progress_bar_config(desc="guiding", leave=False, **bar_options())
     columns = []

@@ -158,12 +158,14 @@ def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SampleP
     names += ("dynamic_thresholding", "temperature", "truncation", "return_intermediates")
     options = call_options(pipe.__call__, pipe, args, *names)
     labels = options.pop("class_labels", None)
-    rows, texts = conditions_to_draw(pipe, args)
     if args.image is None and args.guidance_scale != 0:
         check_unconditioned(pipe, args.checkpoint, "give --image, or --guidance_scale 0 for samples without it")
     pictures = None if args.image is None else _conditioning_images(pipe, args)
+    # with --num_images, no more kinds of what is drawn by default than images
+    most = args.num_images and args.num_images // len(pictures or [None])
+    rows, texts = conditions_to_draw(pipe, args, most and max(1, most // len(labels or [None])))
     if pictures is None and labels is None:
-        labels = default_classes(pipe, args.guidance_scale)[: None if rows else args.num_images]
+        labels = default_classes(pipe, args.guidance_scale)[: most and max(1, most // len(rows or [None]))]
     # each combination of conditions and classes: (its text, label, conditions)
     kinds = [
         (", ".join(part for part in (text, label) if part), label, row)
@@ -198,7 +200,7 @@ def _share_out(
 ) -> tuple[int, list[tuple]]:
     """Returns the number of images, and the kind of each: all kinds, and all pictures, have equal shares."""
     num_images, num_kinds = args.num_images, len(kinds)
-    flags = " of --class_labels and --condition" if has_conditions else " --class_labels"
+    flags = " and ".join(f"--{name}" for name in ("class_labels", "condition") if getattr(args, name) is not None)
     if pictures is None:
         are_defaults = args.class_labels is None and kinds[0][1] is not None
         if num_images is None and (has_conditions or are_defaults):
@@ -210,10 +212,10 @@ def _share_out(
     if num_images % len(pictures):
         raise UserError(f"--num_images {num_images} is no multiple of the {len(pictures)} pictures of --image.")
     each = num_images // len(pictures)
-    if each % num_kinds:
+    if each % num_kinds and flags:
         raise UserError(
             f"--num_images {num_images}: each of the {len(pictures)} pictures of --image has {each} images, which is no "
-            f"multiple of the {num_kinds}{flags}."
+            f"multiple of the {num_kinds} of {flags}."
         )
     return num_images, spread(kinds, each) * len(pictures)
 
@@ -294,10 +296,10 @@ def check_unconditioned(pipe: "DiffusionPipeline", checkpoint: str, remedy: str)
         raise UserError(f"'{checkpoint}' needs an image as a condition: {remedy}.")
 
 
-def check_enough_images(num_images: int, kinds: list, flags: str = " --class_labels") -> None:
+def check_enough_images(num_images: int, kinds: list, flags: str = "--class_labels") -> None:
     """Refuses fewer images than classes, or combinations of conditions, of which some would be left out."""
     if len(kinds) > num_images:
-        raise UserError(f"--num_images {num_images} is less than the {len(kinds)}{flags}: give more.")
+        raise UserError(f"--num_images {num_images} is less than the {len(kinds)} of {flags}: give more.")
 
 
 def spread(values: list, num_images: int) -> list:

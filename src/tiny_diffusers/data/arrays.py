@@ -68,9 +68,14 @@ def read_arrays(
     )
 
     measured = {
-        _without_split(column): _find_column(arrays, column, f"condition_columns of '{name}'")
+        _without_split(column) or column: _find_column(arrays, column, f"condition_columns of '{name}'")
         for column in condition_columns
     }
+    if len(measured) < len(condition_columns):
+        raise UserError(
+            f"condition_columns of '{name}': two of {', '.join(condition_columns)} have one name without their split: give "
+            "one of them."
+        )
     image_columns = [
         each
         for each, array in arrays.items()
@@ -98,10 +103,7 @@ def read_arrays(
                     f"condition column '{column}' of '{name}' holds no values, one or a row of them for each image: its "
                     f"arrays are {shapes}."
                 )
-        values = {
-            column: (arrays[each].ravel() if arrays[each].shape[1:] == (1,) else arrays[each]).tolist()
-            for column, each in measured.items()
-        }
+        values = {column: _list_values(arrays[each]) for column, each in measured.items()}
         conditions, condition_names = parse_conditions(values, name)
 
     label_columns = [
@@ -155,14 +157,23 @@ def _find_column(arrays: dict[str, np.ndarray], column: str, what: str) -> str:
     """Returns the name of an array of the split: the given one, or what another split's array of that name is called."""
     if column in arrays:
         return column
-    found = next((each for each in arrays if _without_split(each) == _without_split(column)), None)
+    wanted = _without_split(column).lower()
+    found = next((each for each in arrays if _without_split(each).lower() == wanted), None)
     if found is None:
         raise unknown(what, column, arrays)
     return found
 
 
 def _without_split(name: str) -> str:
-    return re.sub("[a-z]+", lambda word: "" if word[0] in SPLITS else word[0], name.lower()).strip("_-. ")
+    """Returns the name of an array without that of its split, which may be all of it."""
+    return re.sub("[A-Za-z]+", lambda word: "" if word[0].lower() in SPLITS else word[0], name).strip("_-. ")
+
+
+def _list_values(array: np.ndarray) -> list:
+    """Returns the conditions of an array (N,), or (N, D), whose numbers are floats and no ids of labels."""
+    if array.ndim == 2 and array.dtype.kind in "iub":
+        array = array.astype(np.float64)
+    return (array.ravel() if array.shape[1:] == (1,) else array).tolist()
 
 
 def _words(name: str) -> list[str]:

@@ -32,13 +32,17 @@ def as_columns(condition_columns: str | Sequence[str] | None) -> tuple[str, ...]
     return columns
 
 
-def parse_conditions(columns: Mapping[str, Sequence[Any]], name: str) -> tuple[np.ndarray, list[str]]:
+def parse_conditions(
+    columns: Mapping[str, Sequence[Any]], name: str, labels: Mapping[str, Sequence[str] | None] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """
     Converts columns to conditions.
 
     Args:
         columns (`Mapping[str, Sequence]`): column -> the value of each image, None where it is missing.
         name (`str`): Name of the dataset in messages.
+        labels (`Mapping`, *optional*): column of lists -> all its labels, which the images may lack;
+            by default those that they have.
 
     Returns:
         `tuple[np.ndarray, list[str]]`: float32 values (N, D), NaN where they are missing, and the D names.
@@ -49,7 +53,7 @@ def parse_conditions(columns: Mapping[str, Sequence[Any]], name: str) -> tuple[n
     """
     conditions: dict[str, np.ndarray] = {}
     for column, values in columns.items():
-        for each, numbers in _parse_column(values, column, name).items():
+        for each, numbers in _parse_column(values, column, name, (labels or {}).get(column)).items():
             if each in conditions:
                 raise UserError(f"condition_columns of '{name}' have two conditions named '{each}': rename one.")
             conditions[each] = numbers
@@ -60,7 +64,9 @@ def parse_conditions(columns: Mapping[str, Sequence[Any]], name: str) -> tuple[n
     return np.stack(list(conditions.values()), axis=1).astype(np.float32), list(conditions)
 
 
-def _parse_column(values: Sequence[Any], column: str, name: str) -> dict[str, np.ndarray]:
+def _parse_column(
+    values: Sequence[Any], column: str, name: str, labels: Sequence[str] | None
+) -> dict[str, np.ndarray]:
     """Returns the conditions of a column by name, float64 (N,) each."""
     known = [value for value in values if value is not None]
     if not known:
@@ -74,15 +80,15 @@ def _parse_column(values: Sequence[Any], column: str, name: str) -> dict[str, np
             "list of labels. Give text of few values as label_column."
         )
     if any(isinstance(value, (list, tuple, np.ndarray)) for value in known):
-        return _parse_lists(values, column, name)
+        return _parse_lists(values, column, name, labels)
     return {column: _to_numbers(values, column, name)}
 
 
-def _parse_lists(values: Sequence[Any], column: str, name: str) -> dict[str, np.ndarray]:
+def _parse_lists(values: Sequence[Any], column: str, name: str, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
     lists = [None if value is None else list(value) for value in values]
     known = [each for each in lists if each is not None]
     items = [item for each in known for item in each]
-    of_numbers = all(isinstance(item, (bool, int, float, np.number)) for item in items)
+    of_numbers = all(isinstance(item, (bool, int, float, np.number, type(None))) for item in items)
     are_vectors = len({len(each) for each in known}) == 1 and of_numbers
     if items and are_vectors and (any(isinstance(item, float) for item in items) or set(items) <= {0, 1}):
         width = len(known[0])
@@ -90,13 +96,13 @@ def _parse_lists(values: Sequence[Any], column: str, name: str) -> dict[str, np.
             f"{column}_{i}": _to_numbers([None if each is None else each[i] for each in lists], column, name)
             for i in range(width)
         }
-    if not items or not all(isinstance(item, (str, int)) for item in items):
+    if not (items or labels) or not all(isinstance(item, (str, int)) for item in items):
         raise UserError(
             f"condition column '{column}' of '{name}' holds lists of neither labels nor numbers: give names, ids, or as many "
             "numbers for each image."
         )
     conditions = {}
-    for label in sorted(set(items), key=lambda item: (isinstance(item, str), item)):
+    for label in labels or sorted(set(items), key=lambda item: (isinstance(item, str), item)):
         has_label = [math.nan if each is None else float(label in each) for each in lists]
         conditions[label if isinstance(label, str) else f"{column}_{label}"] = np.array(has_label)
     return conditions

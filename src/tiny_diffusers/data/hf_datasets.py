@@ -144,7 +144,8 @@ def read_dataset(
     conditions, condition_names = None, None
     if condition_columns:
         values = {column: _read_values(dataset, column, name) for column in condition_columns}
-        conditions, condition_names = parse_conditions(values, name)
+        labels = {column: _label_names(dataset.features[column]) for column in condition_columns}
+        conditions, condition_names = parse_conditions(values, name, labels)
     others = dataset.remove_columns([column for column in condition_columns if column != label_column])
     label_columns = _label_columns(others, label_column, name, splits)
     labels, class_names = _read_labels(dataset, label_columns[0]) if label_columns else (None, None)
@@ -280,7 +281,7 @@ def _read_labels(dataset: "datasets.Dataset", column: str) -> tuple[np.ndarray, 
 
 
 def _read_values(dataset: "datasets.Dataset", column: str, name: str) -> list[Any]:
-    """Returns the values of a column of conditions, with the names of classes in lists."""
+    """Returns the values of a column of conditions: lists of the names of classes, and of floats for lists of one length."""
     import datasets
 
     if column not in dataset.features:
@@ -288,10 +289,22 @@ def _read_values(dataset: "datasets.Dataset", column: str, name: str) -> list[An
     if column in _image_columns_of(dataset):
         raise UserError(f"condition column '{column}' of '{name}' holds images: it must hold numbers or labels.")
     feature = dataset.features[column]
-    values = dataset.select_columns([column])[:][column]
-    if isinstance(feature, datasets.ClassLabel) and len(feature.names) > 2:
-        return [None if value is None else [feature.names[value]] for value in values]
-    labels = getattr(feature, "feature", None)  # of a list
-    if isinstance(labels, datasets.ClassLabel):
-        return [None if row is None else [labels.names[value] for value in row] for row in values]
+    values, names = dataset.select_columns([column])[:][column], _label_names(feature)
+    if isinstance(feature, datasets.ClassLabel):  # -1 is no class
+        values = [None if value is None or value < 0 else [value] if names else value for value in values]
+    if names:
+        known = [value and [each for each in value if each is not None and each >= 0] for value in values]
+        return [row and [names[each] for each in row] for row in known]
+    items = getattr(feature, "feature", None)  # of a list
+    if getattr(feature, "length", -1) > 0 and isinstance(items, datasets.Value) and not items.dtype.endswith("string"):
+        return [row and [None if each is None else float(each) for each in row] for row in values]
     return values
+
+
+def _label_names(feature: object) -> list[str] | None:
+    """Returns the names of the labels of a column of more than two classes, or of lists of classes; else None."""
+    import datasets
+
+    items = getattr(feature, "feature", feature)
+    is_list_of_labels = isinstance(items, datasets.ClassLabel) and (items is not feature or len(items.names) > 2)
+    return items.names if is_list_of_labels else None

@@ -242,7 +242,7 @@ def _take_complete(source: Source, drop_missing: bool) -> Source:
         f"{count:,} of {total:,} images of '{source.name}' ({count / total:.1%}) have no value of {', '.join(names)}"
     )
     if count == total or not drop_missing:
-        remedy = "leave that out" if count == total else "--drop_missing leaves these images out"
+        remedy = "leave it out of --condition_columns" if count == total else "--drop_missing leaves these images out"
         raise UserError(f"{said}: {remedy}.")
     source.notes.append(f"{said}, left out")
     return source.take(is_complete)

@@ -37,19 +37,18 @@ HELD_OUT = 0.2  # share of the real images, where there is no other set to test 
 
 MAX_SIDE = 32  # larger images are reduced to this, so that training takes a minute
 PREDICTED = 500  # images at a time
-_WEIGHTS, _FACTS = "classifier.safetensors", "facts.json"
+_FACTS = "facts.json"
 
 
-class SmallClassifier(nn.Module):
+class SmallNetwork(nn.Module):
     """
-    Convolutional network of three blocks (3x3 convolution, batch norm, ReLU, max pooling) and a linear layer.
+    Three blocks of 3x3 convolution, batch norm, ReLU and max pooling, for the networks that are trained here.
 
     Args:
         in_channels (`int`): Channels of the images.
-        num_classes (`int`): Number K of classes.
     """
 
-    def __init__(self, in_channels: int, num_classes: int):
+    def __init__(self, in_channels: int):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -60,7 +59,6 @@ class SmallClassifier(nn.Module):
             )
             for inputs, outputs in zip((in_channels, *WIDTHS), WIDTHS, strict=False)
         )
-        self.head = nn.Linear(WIDTHS[-1], num_classes)
 
     def layers(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the output of each block for uint8 images (B, C, H, W): (B, width, height, width) each."""
@@ -75,6 +73,20 @@ class SmallClassifier(nn.Module):
             hidden = block(hidden)
             outputs.append(hidden)
         return outputs
+
+
+class SmallClassifier(SmallNetwork):
+    """
+    The blocks of [`SmallNetwork`] and a linear layer on the means over positions.
+
+    Args:
+        in_channels (`int`): Channels of the images.
+        num_classes (`int`): Number K of classes.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__(in_channels)
+        self.head = nn.Linear(WIDTHS[-1], num_classes)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the means of the last block over positions: (B, 128)."""
@@ -150,26 +162,49 @@ def load_classifier(training: ImageData, held_out: ImageData) -> Classifier:
     Returns:
         [`Classifier`]: The classifier.
     """
-    description = _describe(training, held_out)
-    entry = cache_root() / "classifiers" / images.digest(description, torch.__version__)
-    entry.parent.mkdir(parents=True, exist_ok=True)
     num_classes = 1 + max(int(data.labels.max()) for data in (training, held_out))
     network = build_classifier(training.images.shape[1], num_classes)
+
+    def train() -> dict[str, Any]:
+        train_classifier(network, training)
+        correct = predict(network, held_out.images) == held_out.labels
+        return {"accuracy": float(correct.double().mean())}
+
+    facts = load_or_train(network, "classifier", _describe(training, held_out), train)
+    return Classifier(network, training, held_out, facts["accuracy"])
+
+
+def load_or_train(
+    network: nn.Module, kind: str, description: dict[str, Any], train: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """
+    Loads a network's weights from the package's cache, or trains it and keeps them there, and freezes it.
+
+    Args:
+        network (`nn.Module`): The network.
+        kind (`str`): Name of its folder and file in the cache, in the singular.
+        description (`dict`): Everything that decides the weights, in JSON values.
+        train (`Callable`): Trains the network and returns what was measured.
+
+    Returns:
+        `dict`: The description with what was measured.
+    """
+    entry = cache_root() / f"{kind}s" / images.digest(description, torch.__version__)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    weights_name = f"{kind}.safetensors"
     with FileLock(entry.with_suffix(".lock")):  # another evaluation may train the same
         if find_damage(entry) is not None:
-            train_classifier(network, training)
-            correct = predict(network, held_out.images) == held_out.labels
-            facts = {**description, "accuracy": float(correct.double().mean())}
+            facts = {**description, **train()}
 
             def write(staging: Path) -> None:
                 weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-                save_file(weights, staging / _WEIGHTS)
+                save_file(weights, staging / weights_name)
                 (staging / _FACTS).write_text(json.dumps(facts, indent=2))
 
             publish(entry, write)
-    network.load_state_dict(load_file(entry / _WEIGHTS))
-    accuracy = json.loads((entry / _FACTS).read_text())["accuracy"]
-    return Classifier(network.eval().requires_grad_(False), training, held_out, accuracy)
+    network.load_state_dict(load_file(entry / weights_name))
+    network.eval().requires_grad_(False)
+    return json.loads((entry / _FACTS).read_text())
 
 
 def build_classifier(in_channels: int, num_classes: int, seed: int = SEED) -> SmallClassifier:
@@ -227,11 +262,16 @@ def split_real_images(reference: ImageData, others: ImageData | None) -> tuple[I
 
 def _describe(training: ImageData, held_out: ImageData) -> dict[str, Any]:
     """Returns everything that decides a classifier, in JSON values."""
+    return describe_training("mean over positions; linear", "cross-entropy", training, held_out)
+
+
+def describe_training(head: str, loss: str, training: ImageData, held_out: ImageData) -> dict[str, Any]:
+    """Returns how a [`SmallNetwork`] with a head is trained by a loss, and on what, in JSON values."""
     return {
         "network": f"3 blocks of 3x3 convolution ({', '.join(map(str, WIDTHS))}), batch norm, ReLU and max pooling; "
-        f"mean over positions; linear; images above {MAX_SIDE} pixels reduced by the mean over areas",
+        f"{head}; images above {MAX_SIDE} pixels reduced by the mean over areas",
         "training": f"AdamW, one cycle up to {LEARNING_RATE:g}, {MAX_STEPS:,} steps or {MAX_EPOCHS} epochs of batches of "
-        f"{BATCH_SIZE}, cross-entropy, float32",
+        f"{BATCH_SIZE}, {loss}, float32",
         "seed": SEED,
         "images": len(training),
         "fingerprint": training.fingerprint,

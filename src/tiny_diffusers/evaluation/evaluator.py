@@ -38,7 +38,7 @@ from . import regressor as regressors
 from .classifier import Classifier
 from .extraction import CACHE_FORMAT, FEATURE_BATCH, FeatureFiles, libraries
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
-from .measurement import FeatureSets, Measurement, OtherFigures, are_mostly_other, score_classes
+from .measurement import FeatureSets, ImageSet, Measurement, OtherFigures, are_mostly_other, score_classes
 from .metrics import Estimate
 from .regressor import Regressor
 from .report import Protocol, Report
@@ -123,6 +123,18 @@ def evaluate(
         ),
     }
     measured_metrics = [metric for metric in protocol.metrics if left_out.get(metric) is None]
+    shared = 0 if training is None else image_sets.count_shared(reference.images.numpy(), training.images.numpy())
+    unseen = training if training is not None and are_mostly_other(shared, len(reference)) else None
+    if "condition_agreement" in measured_metrics:
+        names = _condition_names(pipe_or_images)
+        of_regressor = regressors.split_real_images(regressors.with_conditions(reference, names), unseen)
+        constant = [name for name in names if name not in of_regressor[0].condition_names]
+        if constant:
+            notes = [
+                *notes,
+                f"The agreement with {', '.join(constant)} was not measured: the real images to train a regressor on have "
+                "one value only.",
+            ]
     samples = cache_root() / "samples"
     files = FeatureFiles(extractor, shape, state)  # refuses channels that the features lack, before images are drawn
 
@@ -136,6 +148,7 @@ def evaluate(
         )
     else:
         data, source = draw_images(pipe_or_images, reference, protocol, state, name)
+        notes = [*notes, *_far_values(pipe_or_images, data)]
     image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
 
     # 2. Features
@@ -148,7 +161,6 @@ def evaluate(
         seen = files.of_images(training, "the training set", limit=limit)
     base = real if seen is None else seen
     baselines = {kind: files.of_baseline(kind, base, len(generated)) for kind in protocol.baselines if kind != "real"}
-    shared = 0 if training is None else image_sets.count_shared(reference.images.numpy(), training.images.numpy())
     sets = FeatureSets(generated, real, seen, baselines, shared)
 
     # 3. What is not computed from these features
@@ -157,16 +169,14 @@ def evaluate(
         likelihood = measure_likelihood(pipe_or_images, real, protocol, samples, source["key"], state)
         source["likelihood"] = likelihood.describe()
         others.append(OtherFigures({"bits_per_dim": likelihood.mean()}))
-    unseen = training if training is not None and are_mostly_other(shared, len(reference)) else None
     if "classifier_score" in measured_metrics:
         with state.main_process_first():
             classifier = classifiers.load_classifier(*classifiers.split_real_images(reference, unseen))
         others.append(_classify(classifier, data, sets, protocol, state))
     if "condition_agreement" in measured_metrics:
-        wanted = regressors.with_conditions(reference, data.condition_names)
         with state.main_process_first():
-            regressor = regressors.load_regressor(*regressors.split_real_images(wanted, unseen))
-        others.append(_read_conditions(regressor, data, protocol))
+            regressor = regressors.load_regressor(*of_regressor, _label_names(pipe_or_images))
+        others.append(_read_conditions(regressor, generated))
     if "feature_distance" in measured_metrics:
         others.append(perceptual.measure_distances(files, generated, real))
         notes = [*notes, *perceptual.find_gaps(generated, real)]
@@ -391,6 +401,36 @@ def _has_conditions(pipe_or_images: DiffusionPipeline | Images, protocol: Protoc
     return has_some and protocol.sampling.get("guidance_scale") != 0
 
 
+def _condition_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str]:
+    """Returns the names of the conditions that images are drawn by."""
+    if isinstance(pipe_or_images, ImageData):
+        return pipe_or_images.condition_names
+    return pipe_or_images._condition_statistics.names
+
+
+def _label_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str] | None:
+    """Returns the names of those that are labels, or None for images, whose pipeline is unknown."""
+    if isinstance(pipe_or_images, ImageData):
+        return None
+    statistics = pipe_or_images._condition_statistics
+    return [name for name, is_label in zip(statistics.names, statistics.are_labels, strict=True) if is_label]
+
+
+def _far_values(pipe: DiffusionPipeline, drawn: ImageData) -> list[str]:
+    """Returns a note on images that were drawn by values far outside the range of the pipeline's training images."""
+    if drawn.conditions is None:
+        return []
+    statistics = pipe._condition_statistics
+    are_far = statistics.find_far_values(drawn.conditions)  # (N, D)
+    if not are_far.any():
+        return []
+    names = [name for name, is_far in zip(statistics.names, are_far.any(dim=0).tolist(), strict=True) if is_far]
+    return [
+        f"{int(are_far.any(dim=1).sum()):,} of {len(drawn):,} images were drawn by values far outside those of the "
+        f"training images, of {', '.join(names)}."
+    ]
+
+
 def _conditions_of(
     pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None
 ) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor] | None, torch.Tensor | None]:
@@ -399,11 +439,19 @@ def _conditions_of(
     the conditions (N, D). They are of the reference's images in the order of their hashes, again from the first on if there
     are fewer than N.
     """
+    for name in ("conditions", "image"):
+        if name in protocol.sampling:
+            raise UserError(
+                f"The protocol's `sampling` gives `{name}`, and images are drawn by those of the reference: leave it out."
+            )
     order = image_sets.order_of(real.images.numpy())
     rows = torch.from_numpy(np.resize(order, protocol.num_images))
     if labels is not None:
         if real.labels is None:
-            raise UserError("The model has classes and other conditions, and the reference has no labels for both.")
+            raise UserError(
+                "The model takes a class beside its conditions, and the reference has no labels: name their column by "
+                "--label_column."
+            )
         labels = real.labels[rows].numpy()
     conditions = None
     if _has_conditions(pipe, protocol):
@@ -435,11 +483,9 @@ def _classify(
     return score_classes(classifier.extractor, generated, baselines, protocol.num_jackknife)
 
 
-def _read_conditions(regressor: Regressor, data: ImageData, protocol: Protocol) -> OtherFigures:
+def _read_conditions(regressor: Regressor, generated: ImageSet) -> OtherFigures:
     """Compares the conditions that images were drawn by with what a regressor reads off them, and off real images."""
-    count = protocol.num_images
-    drawn = replace(data, images=data.images[:count], conditions=data.conditions[:count])
-    per_condition = regressor.compare(drawn)
+    per_condition = regressor.compare(generated.data.take(torch.from_numpy(generated.order)))
     real = regressors.summarize(regressor.compare(regressor.held_out))
     return OtherFigures(regressors.summarize(per_condition), {"real": real}, per_condition=per_condition)
 

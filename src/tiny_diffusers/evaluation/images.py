@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..data.images import spell_values
 from ..errors import UserError
 from ..files import find_damage, publish
 from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_conditions import FarValueWarning
 from ..progress import progress_bar
 
 
@@ -153,7 +155,9 @@ def sample(
         if conditions is not None:
             given["conditions"] = conditions[start:stop]
         if real is None:
-            output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **given, **options)
+            with warnings.catch_warnings():  # far values are counted in the report
+                warnings.simplefilter("ignore", FarValueWarning)
+                output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **given, **options)
         else:
             pixels = torch.from_numpy(real[start:stop]) / 255
             output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)

@@ -7,47 +7,26 @@ numbers and labels that it was asked to have.
     compare(values, wanted, are_labels=[False, True])    # metrics of each condition
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data import ImageData, cache_root, held_out
+from ..data import ImageData, held_out
 from ..errors import UserError
-from ..files import find_damage, publish
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
-from . import images
-from .classifier import (
-    BATCH_SIZE,
-    HELD_OUT,
-    LEARNING_RATE,
-    MAX_EPOCHS,
-    MAX_SIDE,
-    MAX_STEPS,
-    PREDICTED,
-    SEED,
-    WIDTHS,
-    SmallClassifier,
-    train_network,
-)
+from .classifier import HELD_OUT, PREDICTED, SEED, SmallNetwork, describe_training, load_or_train, train_network
 from .measurement import share
 from .metrics import Estimate
 
 
-_WEIGHTS = "regressor.safetensors"
-
-
-class SmallRegressor(SmallClassifier):
+class SmallRegressor(SmallNetwork):
     """
-    The blocks of [`SmallClassifier`] and a linear layer over all positions, as conditions may be positions.
+    The blocks of [`SmallNetwork`] and a linear layer over all positions, as conditions may be positions.
 
     Args:
         image_shape (`tuple[int, int, int]`): (C, H, W) of the images.
@@ -55,14 +34,18 @@ class SmallRegressor(SmallClassifier):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_conditions: int):
-        super().__init__(image_shape[0], num_conditions)
+        super().__init__(image_shape[0])
         with torch.no_grad():
-            outputs = self.eval().layers(torch.zeros(1, *image_shape, dtype=torch.uint8))[-1]
-        self.head = nn.Linear(outputs.numel(), num_conditions)
+            features = self.eval().features(torch.zeros(1, *image_shape, dtype=torch.uint8))
+        self.head = nn.Linear(features.shape[1], num_conditions)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the last block: (B, 128 h w)."""
         return self.layers(images)[-1].flatten(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns standardized values (B, D) of uint8 images (B, C, H, W)."""
+        return self.head(self.features(images))
 
 
 @dataclass
@@ -73,12 +56,14 @@ class Regressor:
     Args:
         network ([`SmallRegressor`]): The network, which gives standardized values.
         statistics ([`ConditionStatistics`]): Names and standardization of the conditions.
+        are_labels (`list[bool]`): Whether each condition is a label of 0 or 1, and not a number.
         training, held_out ([`~tiny_diffusers.data.ImageData`]): The images that it was trained and tested on.
         description (`dict`): Everything that decides it.
     """
 
     network: SmallRegressor
     statistics: ConditionStatistics
+    are_labels: list[bool]
     training: ImageData
     held_out: ImageData
     description: dict[str, Any]
@@ -90,7 +75,8 @@ class Regressor:
 
     def compare(self, data: ImageData) -> dict[str, dict[str, Estimate]]:
         """Compares the conditions of images with what it reads off them: condition -> metric -> value."""
-        figures = compare(self.predict(data.images).numpy(), data.conditions.numpy(), self.statistics.are_labels)
+        data = with_conditions(data, self.statistics.names)
+        figures = compare(self.predict(data.images).numpy(), data.conditions.numpy(), self.are_labels)
         return dict(zip(self.statistics.names, figures, strict=True))
 
     def summary(self) -> str:
@@ -100,8 +86,9 @@ class Regressor:
             if "condition_agreement" in figures:
                 words.append(f"{name} right for {figures['condition_agreement'].value:.1%}")
             else:
-                error, correlation = figures["condition_error"].value, figures["condition_correlation"].value
-                words.append(f"{name} with a mean error of {error:.3g} (correlation {correlation:.3f})")
+                correlation = figures.get("condition_correlation")
+                beside = "" if correlation is None else f" (correlation {correlation.value:.3f})"
+                words.append(f"{name} with a mean error of {figures['condition_error'].value:.3g}{beside}")
         return (
             f"The regressor of the conditions was trained on {len(self.training):,} images of {self.training.name} "
             f"({self.training.split}). Of {len(self.held_out):,} held-out real images ({self.held_out.split}) it finds "
@@ -115,6 +102,8 @@ def why_impossible(reference: ImageData, has_conditions: bool) -> str | None:
         return "the images are drawn by no conditions"
     if reference.conditions is None:
         return "the reference images have no conditions: name their columns by --condition_columns"
+    if (reference.conditions == reference.conditions[0]).all():
+        return "all reference images have the same conditions"
     return None
 
 
@@ -130,7 +119,8 @@ def with_conditions(data: ImageData, names: Sequence[str]) -> ImageData:
     if missing:
         raise UserError(
             f"The model draws by the conditions {', '.join(names)}, and '{data.name}' ({data.split}) has no "
-            f"{', '.join(missing)}: name the columns that it was trained on by --condition_columns."
+            f"{', '.join(missing)}: name the columns that it was trained on by --condition_columns, and give labels that no "
+            "image has as a ClassLabel."
         )
     columns = [own.index(name) for name in names]
     return replace(data, conditions=data.conditions[:, columns], condition_names=list(names))
@@ -139,18 +129,29 @@ def with_conditions(data: ImageData, names: Sequence[str]) -> ImageData:
 def split_real_images(reference: ImageData, others: ImageData | None) -> tuple[ImageData, ImageData]:
     """
     Returns the images to train a regressor on and those to test it on: other real images and the reference, or else two
-    parts of the reference.
+    parts of the reference. Conditions of which the images to train on have one value only are left out.
 
     Args:
         reference ([`~tiny_diffusers.data.ImageData`]): The reference, with conditions.
         others ([`~tiny_diffusers.data.ImageData`], *optional*): Real images that are not the reference's.
+
+    Raises:
+        [`~tiny_diffusers.errors.UserError`]: If no condition is left.
     """
     if others is not None and others.conditions is not None:
-        return with_conditions(others, reference.condition_names), reference
-    return tuple(reference.take(rows) for rows in held_out(len(reference), HELD_OUT, SEED))
+        parts = with_conditions(others, reference.condition_names), reference
+    else:
+        parts = tuple(reference.take(rows) for rows in held_out(len(reference), HELD_OUT, SEED))
+    varies = (parts[0].conditions != parts[0].conditions[0]).any(dim=0).tolist()
+    names = [name for name, each in zip(reference.condition_names, varies, strict=True) if each]
+    if not names:
+        raise UserError(
+            "Leave out the metric condition_agreement: the real images to train a regressor on have the same conditions."
+        )
+    return tuple(with_conditions(part, names) for part in parts)
 
 
-def load_regressor(training: ImageData, held_out: ImageData) -> Regressor:
+def load_regressor(training: ImageData, held_out: ImageData, labels: Collection[str] | None = None) -> Regressor:
     """
     Loads the regressor of a dataset's conditions from the package's cache, or trains it and keeps it there, as
     [`~tiny_diffusers.evaluation.classifier.load_classifier`] does: on the CPU in float32 from a fixed seed.
@@ -158,6 +159,8 @@ def load_regressor(training: ImageData, held_out: ImageData) -> Regressor:
     Args:
         training ([`~tiny_diffusers.data.ImageData`]): Images with conditions, to train on.
         held_out ([`~tiny_diffusers.data.ImageData`]): Other images with the same conditions, to test it on.
+        labels (collection of `str`, *optional*): The conditions that are labels and not numbers; by default those of
+            which the training images have 0 and 1 alone.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If a condition has one value only.
@@ -166,23 +169,18 @@ def load_regressor(training: ImageData, held_out: ImageData) -> Regressor:
         statistics = ConditionStatistics.measure(training.conditions, training.condition_names)
     except ValueError as error:
         raise UserError(f"The regressor of the conditions cannot be trained: {error}") from error
-    description = _describe(training, held_out)
-    entry = cache_root() / "regressors" / images.digest(description, torch.__version__)
-    entry.parent.mkdir(parents=True, exist_ok=True)
     network = build_regressor(tuple(training.images.shape[1:]), len(statistics.names))
-    with FileLock(entry.with_suffix(".lock")):  # another evaluation may train the same
-        if find_damage(entry) is not None:
-            wanted = statistics.standardize(training.conditions)
-            train_network(network, training.images, lambda values, rows: F.mse_loss(values, wanted[rows]))
+    head, loss = "linear over all positions", "squared error of standardized values"
+    description = describe_training(head, loss, training, held_out) | {"conditions": training.condition_names}
 
-            def write(staging: Path) -> None:
-                weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-                save_file(weights, staging / _WEIGHTS)
-                (staging / "facts.json").write_text(json.dumps(description, indent=2))
+    def train() -> dict[str, Any]:
+        wanted = statistics.standardize(training.conditions)
+        train_network(network, training.images, lambda values, rows: F.mse_loss(values, wanted[rows]))
+        return {}
 
-            publish(entry, write)
-    network.load_state_dict(load_file(entry / _WEIGHTS))
-    return Regressor(network.eval().requires_grad_(False), statistics, training, held_out, description)
+    load_or_train(network, "regressor", description, train)
+    are_labels = statistics.are_labels if labels is None else [name in labels for name in statistics.names]
+    return Regressor(network, statistics, are_labels, training, held_out, description)
 
 
 def build_regressor(image_shape: tuple[int, int, int], num_conditions: int, seed: int = SEED) -> SmallRegressor:
@@ -221,19 +219,3 @@ def summarize(figures: dict[str, dict[str, Estimate]]) -> dict[str, Estimate]:
         if values:
             means[metric] = Estimate(float(np.mean(values)))
     return means
-
-
-def _describe(training: ImageData, held_out: ImageData) -> dict[str, Any]:
-    """Returns everything that decides a regressor, in JSON values."""
-    return {
-        "network": f"3 blocks of 3x3 convolution ({', '.join(map(str, WIDTHS))}), batch norm, ReLU and max pooling; "
-        f"linear over all positions; images above {MAX_SIDE} pixels reduced by the mean over areas",
-        "training": f"AdamW, one cycle up to {LEARNING_RATE:g}, {MAX_STEPS:,} steps or {MAX_EPOCHS} epochs of batches of "
-        f"{BATCH_SIZE}, squared error of standardized values, float32",
-        "seed": SEED,
-        "conditions": training.condition_names,
-        "images": len(training),
-        "fingerprint": training.fingerprint,
-        "held_out_images": len(held_out),
-        "held_out_fingerprint": held_out.fingerprint,
-    }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from .. import plots
 from ..data import ImageData
+from ..data.folders import abbreviate
 from ..errors import UserError, refusals, unknown
 from ..flags import flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
-from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics, FarValueWarning
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..training.family import class_grid, load_pretrained
 from ..training.settings import split_indices
@@ -109,30 +111,46 @@ def build_conditioning(settings: ConditionalArguments, data: ImageData) -> Condi
         return Conditioning(kind, tuple(data.images.shape[1:]))
 
 
-def measure_conditions(settings: ConditionalArguments, data: ImageData) -> ConditionStatistics | None:
+def measure_conditions(
+    settings: ConditionalArguments, data: ImageData
+) -> tuple[ImageData, ConditionStatistics | None]:
     """
     Measures the conditions of the training images, those of the held-out ones left out; None without conditions. A
-    checkpoint to start from keeps its means and deviations.
+    checkpoint to start from keeps its means and deviations. Returns them with the data, without labels that no training
+    image, or each, has.
 
     Raises:
         UserError: If a condition has one value only, or the checkpoint has others.
     """
     if data.conditions is None:
-        return None
-    with refusals("--condition_columns: "):
-        statistics = ConditionStatistics.measure(
-            data.conditions[split_indices(settings, data)[0]], data.condition_names
+        return data, None
+    moving = [name for name in ("random_flip", "random_crop_padding") if getattr(settings, name)]
+    if moving:
+        logger.warning(
+            f"--{' --'.join(moving)} with --condition_columns: the conditions stay as they are, so leave it out if one "
+            "depends on where things are or which way they point."
         )
+    values = data.conditions[split_indices(settings, data)[0]]
+    is_constant_label = (values == values[0]).all(dim=0) & ((values[0] == 0) | (values[0] == 1))
+    columns = (~is_constant_label).nonzero().flatten().tolist()
+    if columns and len(columns) < len(data.condition_names):
+        constant = [name for name, each in zip(data.condition_names, is_constant_label.tolist(), strict=True) if each]
+        logger.warning(f"left out, as all training images or none have these labels: {abbreviate(constant)}")
+        names = [data.condition_names[column] for column in columns]
+        data = dataclasses.replace(data, conditions=data.conditions[:, columns], condition_names=names)
+        values = values[:, columns]
+    with refusals("--condition_columns: "):
+        statistics = ConditionStatistics.measure(values, data.condition_names)
     earlier = getattr(load_pretrained(settings, TinyPipeline), "_condition_statistics", None)
     if earlier is None:
-        return statistics
+        return data, statistics
     if earlier.names != statistics.names:
         raise UserError(
             f"--pretrained_model_name_or_path: {settings.pretrained_model_name_or_path} has the conditions "
             f"{', '.join(earlier.names)}, and --condition_columns gives {', '.join(statistics.names)}: give the same ones in "
             "the same order."
         )
-    return dataclasses.replace(statistics, means=earlier.means, deviations=earlier.deviations)
+    return data, dataclasses.replace(statistics, means=earlier.means, deviations=earlier.deviations)
 
 
 class ConditionalDiffusion(Diffusion):
@@ -239,15 +257,17 @@ class ConditionalDiffusion(Diffusion):
         self, pipeline: TinyConditionalPipeline, each: int, num_images: int, seed: int, steps: int, **conditions: Any
     ) -> tuple[list[list], list[str]]:
         """Draws rows with `each` images of a guidance scale after another, and returns them with the columns' names."""
-        batches = [
-            pipeline(
-                guidance_scale=scale,
-                generator=image_generators(seed, num_images),
-                num_inference_steps=steps,
-                **conditions,
-            ).images
-            for scale in self.guidance_scales
-        ]
+        with warnings.catch_warnings():  # held-out images may have values far outside the range of training
+            warnings.simplefilter("ignore", FarValueWarning)
+            batches = [
+                pipeline(
+                    guidance_scale=scale,
+                    generator=image_generators(seed, num_images),
+                    num_inference_steps=steps,
+                    **conditions,
+                ).images
+                for scale in self.guidance_scales
+            ]
         starts = range(0, num_images, each)
         rows = [[image for batch in batches for image in batch[start : start + each]] for start in starts]
         return rows, [text for w in self.guidance_scales for text in [f"w = {w:g}", *[""] * (each - 1)]]

@@ -211,6 +211,9 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
     for cell in arguments.cells or []:
         if cell not in grid:
             raise unknown(f"cell of {recipe}", cell, grid)
+    for cell in arguments.cells or grid:
+        if (shared | grid[cell] | flags).get("condition_columns") is None:
+            protocol.leave_out("condition_agreement", f"the cell {cell} has no condition_columns")
 
     values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     asked = {

@@ -70,12 +70,17 @@ def choose_main_metric(arguments: StudyArguments, protocol: Protocol) -> str:
     Returns the figure that is plotted and names the winner.
 
     Raises:
-        UserError: If the protocol does not measure it.
+        UserError: If the protocol does not measure it, or cannot say which figure comes first.
     """
     figures = protocol.figures
     if arguments.main_metric not in (None, *figures):
         raise UserError(
             f"--main_metric {arguments.main_metric} is not measured: add it to --metrics, or choose from {', '.join(figures)}."
+        )
+    if arguments.main_metric is None and figures[0] == "condition_correlation":
+        raise UserError(
+            "--metrics begins with condition_agreement: give --main_metric condition_correlation, if a condition is a "
+            "number, or condition_agreement, if one is a label."
         )
     return arguments.main_metric or figures[0]
 
@@ -99,6 +104,8 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         )
     if "bits_per_dim" in protocol.metrics and script == "dcgan":
         raise UserError("--metrics bits_per_dim: a DCGAN has no likelihood; leave it out.")
+    if script != "conditional":
+        protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")
     if main_metric == "inception_score" and protocol.features != "inception":
         raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
     if main_metric == "class_agreement" and script in ("unconditional", "vae"):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__, hub, plots
-from ..data import ImageData
+from ..data.folders import abbreviate
 from ..errors import UserError, say
 from ..hardware import default_dtype
 from ..progress import bar_options
@@ -60,7 +60,7 @@ def write_seconds(trainer: "Trainer") -> None:
 
 def data_facts(trainer: "Trainer") -> dict[str, Any]:
     """Describes the training data for `run.json` and the card."""
-    data, held_out = trainer.data, trainer.validation_indices
+    data, held_out, statistics = trainer.data, trainer.validation_indices, trainer.family.condition_statistics
     return {
         "name": data.name,
         "split": data.split,
@@ -68,17 +68,11 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "held_out": len(held_out) if held_out is not None else 0,
         "shape": list(data.images.shape[1:]),
         "classes": list(data.id2label.values()) if data.id2label else None,
-        **({} if data.conditions is None else {"conditions": _describe_conditions(data)}),
+        **({} if statistics is None else {"conditions": statistics.ranges}),
         "fingerprint": data.fingerprint,
         "notes": data.notes,
         **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
-
-
-def _describe_conditions(data: ImageData) -> dict[str, str]:
-    """Describes the conditions by name, with the values that the images have."""
-    lows, highs = (limit(dim=0).values.tolist() for limit in (data.conditions.min, data.conditions.max))
-    return {name: f"{low:g} to {high:g}" for name, low, high in zip(data.condition_names, lows, highs, strict=True)}
 
 
 def print_summary(trainer: "Trainer") -> None:
@@ -86,6 +80,9 @@ def print_summary(trainer: "Trainer") -> None:
     data, settings = trainer.data, trainer.settings
     for note in data.notes:
         say(f"data: {note}")
+    statistics = trainer.family.condition_statistics
+    if statistics is not None:
+        say(f"conditions: {abbreviate([f'{name} {values}' for name, values in statistics.ranges.items()])}")
     modules = trainer.family.modules.items()
     parameters = ", ".join(f"{name} {count_parameters(module) / 1e6:.2f} M" for name, module in modules)
     say(
