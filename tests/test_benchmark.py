@@ -210,6 +210,7 @@ def test_a_missing_extra_is_one_line(tmp_path, capsys, monkeypatch):
     assert "| evaluation | skipped: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quality_compares_few_evaluations_with_all_steps(tmp_path, monkeypatch, tiny_unet):
     pytest.importorskip("efficientnet_lite_pytorch")
     monkeypatch.setattr(details, "_FEW_STEPS", 2)

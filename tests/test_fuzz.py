@@ -18,8 +18,8 @@ def fuzz():
         yield fuzzer
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["configs", "flags", "commands"])
+@pytest.mark.parametrize("first", [0, pytest.param(12, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", [pytest.param("configs", marks=pytest.mark.slow), "flags", "commands"])
 def test_wrong_and_hostile_inputs_succeed_or_are_refused_in_one_line(fuzz, kind, first):
     outcomes = [fuzz.give(kind, index) for index in range(first, first + 12)]
     assert [given for outcome, given in outcomes if outcome == "fault"] == []

@@ -110,7 +110,7 @@ def test_the_server_outlives_what_is_wrong(served, connect, store, index_of, ope
     client, model = connect(), store.models[index_of["flow"]]
     _, values = open_tab(GenerateTab, model, **{"Number of images": 2, "Steps": 3})
     for position, wrong in ((0, 65), (0, None), (1, -1), (3, 10_000), (4, "/etc/passwd"), (5, float("nan"))):
-        with pytest.raises(Exception, match=r"is not|Unknown|choices|JSON|(greater|less) than m"):
+        with pytest.raises(Exception, match=r"is not|Unknown|choices|JSON|preprocess|(greater|less) than m"):
             client.predict(FLOW, *values[:position], wrong, *values[position + 1 :], api_name="/generate")
     for wrong in (99, -1, "/etc", "me/model"):
         with pytest.raises(Exception, match="choices|no model"):

@@ -201,7 +201,7 @@ def test_the_mask_is_a_named_part_or_what_is_painted_in_red():
         find_mask({}, "all", (8, 8))
 
 
-@pytest.mark.parametrize("family", ["conditional", "flow", "rectangle", "channels", "conditions"])
+@pytest.mark.parametrize("family", ["conditional", "channels", "conditions"])
 def test_each_view_of_a_model_is_drawn(store, index_of, open_tab, family):
     model = store.models[index_of[family]]
     for view in views_of(model):

@@ -21,6 +21,7 @@ from tiny_diffusers.training.arguments import TrainingArguments, load_cells, par
 
 # The script that a recipe is for stands first in its name: unconditional_no_attention.yaml is train_unconditional.py's.
 RECIPES = sorted((Path(train_scripts.__file__).parent / "recipes").glob("*.yaml"))
+SAMPLE = {recipe.stem.partition("_")[0]: recipe for recipe in RECIPES}.values()  # one for each script
 CELLS = [(recipe, cell) for recipe in RECIPES for cell in load_cells(recipe)[1] or [None]]
 
 
@@ -83,8 +84,13 @@ def test_cells_of_a_recipe_differ():
         assert len(set(map(tuple, changes))) == len(changes), recipe.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, id=recipe.stem, marks=pytest.mark.slow if recipe in SAMPLE else pytest.mark.exhaustive)
+        for recipe in RECIPES
+    ],
+)
 def test_each_recipe_runs(recipe, stand_in, tmp_path):
     cell = next(iter(load_cells(recipe)[1]), None)
     argv = [*flags(recipe, cell), "--smoke", "--dataset_name", stand_in, "--output_dir", str(tmp_path / "run")]

@@ -114,6 +114,7 @@ def test_flags_that_a_checkpoint_does_not_have_are_refused(train):
         train(*argv, name="other")
 
 
+@pytest.mark.slow
 def test_it_learns_the_digits(tmp_path):
     """From 8 bits a pixel to fewer than 5, and reconstructions that are nearer to their image than to any other."""
     train_vae.main(

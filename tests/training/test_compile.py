@@ -27,6 +27,7 @@ def eager_backend(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_training_resumes_and_saves_as_plain_training_does(tmp_path, eager_backend):
     plain = run(tmp_path / "plain", 4)
     assert not eager_backend
