@@ -269,6 +269,7 @@ def test_networks():
     assert "parameters: transformer " in row.notes[0]
 
 
+@pytest.mark.slow
 def test_scaling(monkeypatch):
     monkeypatch.setattr(details, "_SIDES", (8, 16))
     monkeypatch.setattr(details, "_BATCH_SIZES", (1, 2))

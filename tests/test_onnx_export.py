@@ -32,7 +32,8 @@ def diffusion(tiny_unet):
 
 def conditions(tiny_unet):
     statistics = {"names": ["a", "b"], "means": [0, 0], "deviations": [1, 1], "lows": [0, 0], "highs": [1, 1]}
-    pipe = TinyConditionalPipeline(tiny_unet(num_conditions=2), TinyDDIMScheduler(), condition_statistics=statistics)
+    unet = tiny_unet(num_conditions=2, sample_size=SIZE)
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), condition_statistics=statistics)
     values = (
         torch.linspace(-1, 1, 10).view(5, 2).index_fill(0, torch.tensor([1]), float("nan"))
     )  # and none of an image
@@ -119,6 +120,7 @@ def test_torch_exports_a_network_with_any_batch_size(tiny_unet, build):
         torch.testing.assert_close(program.module()(**inputs).sample, function(*inputs.values()), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_lays_the_network_and_the_scheduler(tiny_unet, tmp_path, capsys):
     pipe, _, _ = dcgan(tiny_unet)
     pipe.save_pretrained(tmp_path / "model")

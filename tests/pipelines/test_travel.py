@@ -85,6 +85,7 @@ def test_file_names_are_unique_across_the_rooms():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_unet, quiet, tmp_path):
     unets = {"stock": make_unet(classes=3), "tiny": make_unet(stock=False, classes=3)}
     ddim, labels = schedulers.TinyDDIMScheduler(), {0: "cat", 1: "dog"}

@@ -373,7 +373,7 @@ def test_a_recipe_with_a_search_is_a_plan(recipe):
     assert len(plan.ranges) >= 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_of_real_runs_killed_in_the_middle_equals_an_uninterrupted_one(recipe, tmp_path):
     content = RECIPE.replace("[[8, 8], [16, 32]]", "[[8, 8], [8, 16]]").replace(
         "max_train_steps: 40", "max_train_steps: 20"

@@ -267,6 +267,7 @@ class TestWhatIsTold:
         text = (studies.run_study(plan({"seeds": [0]})) / "README.md").read_text()
         assert "no winner: not all values have an error." in text
 
+    @pytest.mark.slow
     def test_table_and_pictures_are_made_again_from_the_json_alone(self, plan, work, tmp_path, monkeypatch):
         monkeypatch.setattr(studies, "draw", pictures.draw)
         cells = [{"name": "a", "ddpm_beta_schedule": "linear"}, {"name": "bbbb", "ddpm_beta_schedule": "cosine"}]

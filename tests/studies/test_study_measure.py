@@ -56,6 +56,7 @@ def decode(samples):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(samples))))
 
 
+@pytest.mark.slow
 def test_a_report_is_kept_for_the_same_weights_only(study, run, evaluated):
     first = measuring.measure(run, study)
     assert [entry["num_inference_steps"] for entry in first["measured"]] == evaluated == [2, 3]

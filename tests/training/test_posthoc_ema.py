@@ -112,6 +112,7 @@ def ema(*argv):
     return cli.main(["ema", *map(str, argv)])
 
 
+@pytest.mark.slow
 def test_the_command_rebuilds_lengths_as_pipelines(run, capsys):
     folder, kept, last = run
     assert ema(folder, "--sigma_rel", *LENGTHS) == 0

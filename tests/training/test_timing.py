@@ -93,6 +93,7 @@ class TestMinutes:
         train(*QUICK, "--max_train_minutes", "1", steps=None)
         assert 50 <= clock.now <= 60
 
+    @pytest.mark.slow
     def test_grids_count_and_have_as_many_images_as_fit(self, clock, tmp_path):
         clock.step, clock.image = 5.0, 2.0
         flags = [flag for flag in tiny.TINY_RUN if flag not in ("--eval_batch_size", "4")]
@@ -165,6 +166,7 @@ class TestGrids:
         recipe = ("--config", str(tmp_path / "recipe.yaml"))
         assert grids(train(*QUICK, *recipe, "--save_images_steps", "5", steps=9)) == [5]
 
+    @pytest.mark.slow
     def test_costly_grids_that_nobody_asked_for_take_a_small_share(self, train, clock):
         clock.step, clock.image = 2.0, 0.6  # 2.4 seconds a grid
         assert grids(train(*QUICK, steps=50)) == [1, 2, 41]  # five seconds, then a tenth of the time so far
