@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tiny_diffusers.app.requests import (
+    MAX_DRAWINGS,
     MAX_UPLOAD_BYTES,
     Progress,
     Stopped,
@@ -18,6 +19,7 @@ from tiny_diffusers.app.requests import (
     Tasks,
     answers,
     check_upload,
+    checked,
     number,
     save_once,
     streams,
@@ -144,3 +146,17 @@ def test_a_picture_that_is_saved_again_leaves_its_file_alone(tmp_path):
     assert first.path == second.path == str(file)
     with Image.open(file) as saved:
         assert saved.tobytes() == picture.tobytes()
+
+
+def test_a_page_can_send_few_layers_and_keeps_few_drawings():
+    with gr.Blocks(analytics_enabled=False):
+        editor = checked(gr.ImageEditor())
+    for number in range(MAX_DRAWINGS + 5):
+        sent = {"type": "layer", "index": "0", "id": str(number)}
+        editor.accept_blobs(types.SimpleNamespace(data=sent, files=[("file", b"")]))
+    assert len(editor.blob_storage) == MAX_DRAWINGS and "0" not in editor.blob_storage
+    for index in ("10000000000", "-1", "x"):
+        sent = {"type": "layer", "index": index, "id": "0"}
+        with pytest.raises(ValueError, match="at most 4 layers"):
+            editor.accept_blobs(types.SimpleNamespace(data=sent, files=[("file", b"")]))
+    assert editor.accept_blobs._is_server_fn  # what gradio asks for

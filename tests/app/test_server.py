@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -119,6 +120,12 @@ def test_the_server_outlives_what_is_wrong(served, connect, store, index_of, ope
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     Image.new("1", (6_000, 6_000)).save(tmp_path / "large.png")
     _, values = open_tab(EditTab, model, Steps=2)
+    small = handle_file(tmp_path / "bomb.png")
+    with pytest.raises(Exception, match="500 layers"):
+        drawing = {"background": small, "layers": [small] * 500, "composite": small}
+        client.predict(FLOW, drawing, *values[1:], api_name="/edit")
+    answer = httpx.post(f"{served.local_url}gradio_api/run/generate", json={"data": [FLOW]})
+    assert answer.status_code != 200, "a request passes by the queue"
     for name, message in (("bomb.png", "can't be read as a picture"), ("large.png", "6000 x 6000 pixels")):
         file = handle_file(tmp_path / name)
         picture = {"background": file, "layers": [], "composite": file}

@@ -56,9 +56,10 @@ def sample_words(
         words += ["--temperature", f"{temperature:g}"]
     if model.family in ("vae", "dcgan") and number("Truncation", truncation, 0, 1) != 1:
         words += ["--truncation", f"{truncation:g}"]
-    taken = model.conditions if guidance != 0 else ()  # 0 draws samples without conditions
+    drops = model.can_be_guided and guidance == 0  # which draws samples without conditions
+    taken = () if drops else model.conditions
     for condition, value in zip(taken, conditions, strict=False):  # the boxes beyond are hidden
-        words += ["--condition", f"{condition.name}={number(condition.name, value, -MAX_NUMBER, MAX_NUMBER):g}"]
+        words += ["--condition", f"{condition.name}={number(condition.name, value, -MAX_NUMBER, MAX_NUMBER):.12g}"]
     return words
 
 

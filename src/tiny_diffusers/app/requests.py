@@ -30,6 +30,8 @@ MAX_IMAGES = 64  # of a request
 MAX_STEPS = 250
 MAX_UPLOAD_BYTES = 8 * 2**20
 MAX_UPLOAD_PIXELS = 2**24
+MAX_LAYERS = 4  # of an uploaded drawing
+MAX_DRAWINGS = 100  # that pages have sent and no request has used yet
 PREVIEW_SECONDS = 0.4  # between two previews
 
 
@@ -243,18 +245,38 @@ def save_once(component: "gr.Image | gr.Gallery") -> "gr.Image | gr.Gallery":
 
 
 def checked(editor: gr.ImageEditor) -> gr.ImageEditor:
-    """Makes a component check the files of its pictures before they are decoded."""
-    convert = editor.convert_and_format_image
+    """Makes a component check the files and the number of its pictures before they are decoded."""
+    accept, preprocess, convert = editor.accept_blobs, editor.preprocess, editor.convert_and_format_image
+
+    @functools.wraps(accept)
+    def check_and_accept(data: Any) -> Any:
+        index = str(data.data.get("index") or 0)
+        if index != "null" and not (index.isdecimal() and int(index) < MAX_LAYERS):
+            raise ValueError(f"A drawing has at most {MAX_LAYERS} layers.")
+        while len(editor.blob_storage) >= MAX_DRAWINGS:
+            editor.blob_storage.pop(next(iter(editor.blob_storage)))
+        return accept(data)
+
+    def check_and_preprocess(payload: Any) -> Any:
+        sent = payload and editor.blob_storage.get(payload.id, payload)
+        with _one_line_errors():
+            if sent and len(sent.layers or ()) > MAX_LAYERS:
+                raise UserError(f"The drawing has {len(sent.layers)} layers: give at most {MAX_LAYERS}.")
+            return preprocess(payload)
 
     def check_and_convert(file: Any, flatten_on_white: bool = False) -> Any:
         if file is None:
             return None
         with _one_line_errors():
-            check_upload(file if isinstance(file, (bytes, bytearray, memoryview)) else Path(file.path).read_bytes())
+            is_content = isinstance(file, (bytes, bytearray, memoryview))
+            if not is_content and Path(file.path).stat().st_size > MAX_UPLOAD_BYTES:
+                raise UserError(f"The file is too large: give one of at most {MAX_UPLOAD_BYTES >> 20} MB.")
+            check_upload(file if is_content else Path(file.path).read_bytes())
             try:
                 return convert(file, flatten_on_white)
             except (OSError, SyntaxError, ValueError) as error:
                 raise UserError(f"The file can't be read as a picture ({first_line(error)}).") from error
 
+    editor.accept_blobs, editor.preprocess = check_and_accept, check_and_preprocess
     editor.convert_and_format_image = check_and_convert
     return editor

@@ -111,7 +111,7 @@ def launch(
     """
     store = ModelStore(models, device=device)
     page = build(store)
-    page.queue(max_size=queue_size, default_concurrency_limit=1)
+    page.queue(max_size=queue_size, default_concurrency_limit=1, api_open=False)  # no request passes the queue
     try:
         page.launch(
             server_name=host,

@@ -67,6 +67,8 @@ def app(args: argparse.Namespace) -> None:
         return
     if args.share and args.auth is None:
         say("warning: --share without --auth: whoever has the link can use this machine", sys.stderr)
+    elif args.host not in ("127.0.0.1", "localhost") and args.auth is None and "SPACE_ID" not in os.environ:
+        say(f"warning: --host {args.host} without --auth: whoever reaches it can use this machine", sys.stderr)
     page = server.launch(
         listed, args.host, args.port, args.share, args.auth, args.queue_size, args.device, block=False
     )
