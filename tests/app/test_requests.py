@@ -151,8 +151,8 @@ def test_a_picture_that_is_saved_again_leaves_its_file_alone(tmp_path):
 def test_a_page_can_send_few_layers_and_keeps_few_drawings():
     with gr.Blocks(analytics_enabled=False):
         editor = checked(gr.ImageEditor())
-    for number in range(MAX_DRAWINGS + 5):
-        sent = {"type": "layer", "index": "0", "id": str(number)}
+    for drawing in range(MAX_DRAWINGS + 5):
+        sent = {"type": "layer", "index": "0", "id": str(drawing)}
         editor.accept_blobs(types.SimpleNamespace(data=sent, files=[("file", b"")]))
     assert len(editor.blob_storage) == MAX_DRAWINGS and "0" not in editor.blob_storage
     for index in ("10000000000", "-1", "x"):
