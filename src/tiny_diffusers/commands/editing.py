@@ -150,8 +150,8 @@ def edit_pictures(
     pipe: "DiffusionPipeline", pictures: "list[Image.Image] | list[np.ndarray]", args: argparse.Namespace, **options
 ) -> list[dict]:
     """
-    Edits images, a row for each: as given, its mask or what is observed of it, the results, also as arrays, their mean and
-    deviation.
+    Edits images, a row for each: as given, its mask or what is observed of it, the results, also as arrays if no picture
+    holds them, their mean and deviation.
     """
     from ..pipelines.pipeline_tiny import image_generators
     from ..progress import bar_options
@@ -307,7 +307,8 @@ def _rows(
     per_picture = results.unflatten(0, (len(pictures), args.num_images))
     for row, images in zip(rows, per_picture, strict=True):
         row["results"] = to_pil(images)
-        row["arrays"] = list(pipe._to_images(2 * images - 1, "np"))
+        if not are_pictures(pipe):
+            row["arrays"] = list(pipe._to_images(2 * images - 1, "np"))
     if mask is not None:
         for row in rows:
             row["mask"] = shown(mask)

@@ -36,8 +36,8 @@ def read_arrays(
     Reads an .npy or .npz file of images, of numbers of any kind.
 
     Images are the first array of shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C = 1 or 3 comes before other
-    numbers. Labels are the first one of N integers or strings; one named "label", "labels" or "y" comes before others. Arrays that are named by
-    splits, such as `x_train` and `y_test`, are read as these splits.
+    numbers. Labels are the first one of N integers or strings; one named "label", "labels" or "y" comes before others.
+    Arrays that are named by splits, such as `x_train` and `y_test`, are read as these splits.
 
     Args:
         file (`Path`): The file.

@@ -207,9 +207,8 @@ def _image_columns(dataset: "datasets.Dataset", given: str | None, name: str, fl
     """Returns the given column, or else all columns that hold images, or else all that hold arrays."""
     if given is not None and given not in dataset.column_names:
         raise unknown(f"{flag} of '{name}'", given, dataset.column_names)
-    features = dataset.features.items()
-    images = [column for column, feature in features if _holds_images(feature)]
-    arrays = [column for column, feature in features if _array_dtype(feature) is not None]
+    images = _image_columns_of(dataset)
+    arrays = [column for column, feature in dataset.features.items() if _array_dtype(feature) is not None]
     found = images + arrays if given is not None else images or arrays
     if not found:
         raise UserError(f"'{name}' has no image column: its columns are {', '.join(dataset.column_names)}.")
