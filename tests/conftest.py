@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 
 import pytest
 
@@ -10,6 +11,9 @@ import tiny
 
 # On tensors of a few kilobytes threads only wait for each other: here, and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# diffusers copies the code of checkpoints into one folder, where two processes would overwrite each other's.
+_copied_code = tempfile.TemporaryDirectory(prefix="hf-modules-")
+os.environ["HF_MODULES_CACHE"] = _copied_code.name
 
 
 @pytest.fixture(scope="session", autouse=True)
