@@ -89,6 +89,9 @@ _OBJECTIVES = {
 }
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
+# What a network's config must share with that of its guidance model: both are called with the same.
+_NETWORK_CALL = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "num_conditions")
+
 # The highest noise level that a solver starts at, that of EDM (https://huggingface.co/papers/2206.00364, table 1). The
 # cosine schedule ends at 20,291, from where no step of a second order leads to the image.
 _SIGMA_MAX = 80.0
@@ -155,6 +158,9 @@ class TinyPipeline(DiffusionPipeline):
             A scheduler to denoise the latents with `unet`: `TinyDDIMScheduler`, `TinyDDPMScheduler` or any stock one.
         value_range (`dict[str, float]`, *optional*):
             The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        guidance_model ([`ModelMixin`], *optional*):
+            A weaker version of `unet`, to guide away from: a smaller network, or one that was trained for less long, on the
+            same images, conditions and objective ([autoguidance](https://huggingface.co/papers/2406.02507)).
 
     `show_channels`, an attribute of every pipeline, is a list of the one or three channels that PIL images show.
 
@@ -172,12 +178,19 @@ class TinyPipeline(DiffusionPipeline):
     _network_name = "unet"  # the component that generates the images
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
     _output_types = ("pil", "np", "pt", "latent")
+    _optional_components = ["guidance_model"]
 
     show_channels: list[int] | None = None
 
-    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin, value_range: Optional[dict] = None):
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        scheduler: SchedulerMixin,
+        value_range: Optional[dict] = None,
+        guidance_model: Optional[torch.nn.Module] = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, guidance_model=guidance_model)
         self._register_value_range(value_range)
         self._objective = objective_of(scheduler)  # of the network, whatever scheduler is put in later
 
@@ -198,6 +211,8 @@ class TinyPipeline(DiffusionPipeline):
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> TinyPipelineOutput | tuple:
         r"""
         Samples a batch of images.
@@ -236,6 +251,13 @@ class TinyPipeline(DiffusionPipeline):
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                w in w D(x) + (1 - w) D'(x), eq. 4 of [autoguidance](https://huggingface.co/papers/2406.02507), with the
+                predictions D of `unet` and D' of `guidance_model`. 1 samples without guidance; values above 1 lead away
+                from the errors of the weaker model, and need one.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                The [share of the steps](https://huggingface.co/papers/2404.07724) that are guided, from 0 at the noise
+                to 1 at the image. The other steps use w = 1.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images, and the intermediates if `return_intermediates` is given.
@@ -253,16 +275,13 @@ class TinyPipeline(DiffusionPipeline):
                 "The network is class-conditional and has no unconditional mode: sample with "
                 "`TinyConditionalPipeline(**pipe.components)` and `class_labels`."
             )
+        self._check_guidance(guidance_scale, guidance_interval)
+        scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         latents = self._prepare_latents(batch_size, generator, latents)
-        scheduler = self._set_timesteps(self._clipping_scheduler(clip_sample), num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        predict = self._guide((), None, guidance_scale, guidance_interval)
         latents, intermediates = self._denoise(
-            latents,
-            lambda sample, timestep, step: self._predict(sample, timestep),
-            scheduler,
-            eta,
-            generator,
-            on_step_end,
-            return_intermediates,
+            latents, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
 
@@ -270,6 +289,11 @@ class TinyPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Returns the number of network evaluations in the last call. A second-order scheduler takes two per step."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Returns the guidance scale w of the last call. A callback may change it by `pipeline._guidance_scale`."""
+        return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
@@ -551,17 +575,90 @@ class TinyPipeline(DiffusionPipeline):
         self._num_timesteps = len(scheduler.timesteps)
         return scheduler
 
+    @property
+    def _can_guide(self) -> bool:
+        """Returns whether there is a weaker model to guide away from."""
+        return getattr(self, "guidance_model", None) is not None
+
+    def _check_guidance(self, guidance_scale: float, guidance_interval: tuple[float, float]):
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
+        if guidance_scale != 1 and not self._can_guide:
+            raise ValueError(
+                f"`guidance_scale` must be 1 for a network without conditions, got {guidance_scale}: load the pipeline with "
+                "a weaker network as its `guidance_model`."
+            )
+        start, end = guidance_interval
+        if not 0 <= start <= end <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval}."
+            )
+        guide = getattr(self, "guidance_model", None)
+        if guide is not None:
+            for name in _NETWORK_CALL:
+                values = [network.config.get(name) for network in (self._network, guide)]
+                if values[0] != values[1]:
+                    raise ValueError(f"`guidance_model` has the {name} {values[1]}, and the network {values[0]}.")
+
+    def _clips(
+        self, clip_sample: bool | None, guidance_scale: float, guidance_interval: tuple[float, float]
+    ) -> bool | None:
+        """
+        Returns whether x_0 is to be clipped if nobody says: under guidance, as samples that leave the range of images no
+        longer converge to the class.
+        """
+        start, end = guidance_interval
+        guided = self._can_guide and guidance_scale not in (0, 1) and start < end
+        return True if clip_sample is None and guided and self._can_clip else clip_sample
+
+    def _guide(
+        self,
+        condition: tuple[torch.Tensor | None, ...],
+        null: tuple[torch.Tensor | None, ...] | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+    ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        """
+        Returns the guided network as `predict(sample, timestep, step)`: w D(x, c) + (1 - w) D'(x). D'(x) is the guidance
+        model's prediction by the same condition c, or, without a guidance model, the network's by the null condition. Outside
+        the interval, and with neither of them, w = 1.
+        """
+        self._guidance_scale, (start, end) = guidance_scale, guidance_interval
+        num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
+        guide = getattr(self, "guidance_model", None)
+        if guide is None and null is None:
+            start = end = 0.0
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
+            w = self.guidance_scale if start <= step / num_timesteps < end else 1.0
+            if w == 1:
+                return self._predict(sample, timestep, *condition)
+            if guide is not None:
+                strong = self._predict(sample, timestep, *condition)
+                weak = self._predict(sample, timestep, *condition, network=guide)
+            elif w == 0:
+                return self._predict(sample, timestep, *null)
+            else:
+                both = (None if c is None else torch.cat([c, n]) for c, n in zip(condition, null, strict=True))
+                strong, weak = self._predict(torch.cat([sample, sample]), timestep, *both).chunk(2)
+            channels = sample.shape[1]
+            mean = w * strong[:, :channels] + (1 - w) * weak[:, :channels]
+            return torch.cat([mean, strong[:, channels:]], dim=1)
+
+        return predict
+
     def _predict(
         self,
         x_t: torch.Tensor,
         timestep: torch.Tensor,
         labels: torch.Tensor | None = None,
         conditions: torch.Tensor | None = None,
+        network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        """Runs the network on a sample in the network's dtype. The prediction is in float32 at least."""
+        """Runs a network, `unet` by default, in its dtype. The prediction is in float32 at least."""
         given = {"class_labels": labels, "conditions": conditions}
         condition = {name: values for name, values in given.items() if values is not None}
-        model_output = self.unet(x_t, timestep, **condition).sample
+        model_output = (self.unet if network is None else network)(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
     @staticmethod
@@ -815,6 +912,9 @@ class TinyPipeline(DiffusionPipeline):
         range, or of other than 1, 3 or 4 channels, and for EDM images that are not square.
         """
         super().save_config(save_directory, **kwargs)
+        index_path = os.path.join(save_directory, self.config_name)
+        if getattr(self, "guidance_model", None) is None:  # stock pipelines warn of names that they don't know
+            _write_json(index_path, {k: v for k, v in _read_json(index_path).items() if k != "guidance_model"})
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
             return
         is_rectangle = isinstance(self._network.config.sample_size, (list, tuple))
@@ -828,13 +928,10 @@ class TinyPipeline(DiffusionPipeline):
         index = {"_class_name": _OBJECTIVES[self._objective].pipeline, "scheduler": ["diffusers", stock.__name__]}
         if type(self).__name__ != "TinyPipeline":
             index["_tiny_class_name"] = type(self).__name__
-        changes = {self.config_name: index, f"scheduler/{self.scheduler.config_name}": {"_class_name": stock.__name__}}
-        for name, values in changes.items():
-            path = os.path.join(save_directory, name)
+        scheduler_path = os.path.join(save_directory, "scheduler", self.scheduler.config_name)
+        for path, values in {index_path: index, scheduler_path: {"_class_name": stock.__name__}}.items():
             if os.path.isfile(path):
-                content = json.dumps(_read_json(path) | values, indent=2, sort_keys=True)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(content + "\n")
+                _write_json(path, _read_json(path) | values)
 
 
 def takes(scheduler: SchedulerMixin, name: str) -> bool:
@@ -1166,6 +1263,11 @@ def _check_weights(pipeline: DiffusionPipeline, folder: str):
             missing = [weight for weight, values in component.named_parameters() if values.is_meta]
             if missing:
                 raise ValueError(f"{folder} is damaged: its {name} lacks {len(missing)} weights, first {missing[0]}.")
+
+
+def _write_json(path: str, content: dict[str, Any]):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _read_json(path: str) -> dict[str, Any]:

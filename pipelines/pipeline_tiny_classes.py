@@ -36,8 +36,9 @@ class ClassConditioningMixin:
         conditioning: Optional[str] = None,
         value_range: Optional[dict] = None,
         condition_statistics: Optional[dict] = None,
+        guidance_model: Optional[torch.nn.Module] = None,
     ):
-        super().__init__(unet, scheduler, value_range)
+        super().__init__(unet, scheduler, value_range, guidance_model)
         self._register_classes(id2label, null_class_id, class_dropout_prob)
         self._register_conditioning(conditioning)
         self._register_conditions(condition_statistics)
@@ -76,11 +77,6 @@ class ClassConditioningMixin:
         self.register_to_config(id2label=id2label)
 
     @property
-    def guidance_scale(self) -> float:
-        """Returns the guidance scale w of the last call. A callback may change it by `pipeline._guidance_scale`."""
-        return self._guidance_scale
-
-    @property
     def _has_condition(self) -> bool:
         """Returns whether the network takes a class, an image or numbers as conditions, and so can be guided."""
         others = (self.config.get(name) for name in ("conditioning", "condition_statistics"))
@@ -110,25 +106,25 @@ class ClassConditioningMixin:
         ids = self._class_ids
         return f"{ids[0]} to {ids[-1]}" if ids else "none"
 
+    @property
+    def _can_guide(self) -> bool:
+        return super()._can_guide or self._has_condition
+
     def _check_guidance(self, guidance_scale: float, guidance_interval: tuple[float, float]):
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
-        if self._num_rows and guidance_scale != 1 and self._null_class_id is None:
+        super()._check_guidance(guidance_scale, guidance_interval)
+        if guidance_scale == 1 or super()._can_guide:
+            return
+        if self._num_rows and self._null_class_id is None:
             raise ValueError(
                 f"`guidance_scale` must be 1 for a network without a null class, got {guidance_scale}: train one with "
                 "label dropout for guidance."
             )
-        if self._has_condition and guidance_scale != 1 and self.config.class_dropout_prob == 0:
+        if self.config.class_dropout_prob == 0:
             warnings.warn(
                 f"`guidance_scale` {guidance_scale} won't help: the network was trained without label dropout, which drops "
                 "conditions and conditioning images as well, and so never without its condition. Use 1, or train with "
                 "`--class_dropout_prob 0.1`.",
                 stacklevel=4,
-            )
-        start, end = guidance_interval
-        if not 0 <= start <= end <= 1:
-            raise ValueError(
-                f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval}."
             )
 
     def _encode_class_labels(
@@ -218,17 +214,6 @@ class ClassConditioningMixin:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"Unknown class '{label}': the classes are {self._allowed_classes}.{hint}")
 
-    def _clips(
-        self, clip_sample: bool | None, guidance_scale: float, guidance_interval: tuple[float, float]
-    ) -> bool | None:
-        """
-        Returns whether x_0 is to be clipped if nobody says: under guidance, as samples that leave the range of images no
-        longer converge to the class.
-        """
-        start, end = guidance_interval
-        guided = self._has_condition and guidance_scale not in (0, 1) and start < end
-        return True if clip_sample is None and guided and self._can_clip else clip_sample
-
     def _guided_predict(
         self,
         labels: torch.Tensor | None,
@@ -238,36 +223,26 @@ class ClassConditioningMixin:
         conditions: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         """
-        Returns the guided network as `predict(sample, timestep, step)`: eps = w eps(x, c) + (1 - w) eps(x, null). This
-        is eq. 6 of [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. Outside the
-        interval, w = 1. The condition c is the class, the image (B, K, H, W) and the numbers (B, D), as far as the network
-        takes them; without them, the image is zeros and the numbers are NaN.
+        Returns the guided network as `predict(sample, timestep, step)`: without a guidance model,
+        eps = w eps(x, c) + (1 - w) eps(x, null). This is eq. 6 of
+        [Ho & Salimans](https://huggingface.co/papers/2207.12598) with w for their 1 + w. The condition c is the class, the
+        image (B, K, H, W) and the numbers (B, D), as far as the network takes them; without them, the image is zeros and
+        the numbers are NaN.
         """
-        self._guidance_scale, (start, end) = guidance_scale, guidance_interval
-        num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
-        null_labels, null_image = None, None if image is None else torch.zeros_like(image)
-        if labels is not None and self._null_class_id is not None:
-            null_labels = torch.full((len(labels),), self._null_class_id, device=labels.device)
-            if labels.is_floating_point():
+        condition, null = (labels, image, conditions), None
+        has_null = (
+            self._null_class_id is not None if labels is not None else image is not None or conditions is not None
+        )
+        if has_null:
+            null_labels = (
+                None if labels is None else torch.full((len(labels),), self._null_class_id, device=labels.device)
+            )
+            if labels is not None and labels.is_floating_point():
                 null_labels = torch.nn.functional.one_hot(null_labels, self._num_rows).to(labels.dtype)
-        elif labels is not None or (image is None and conditions is None):  # without a null class, w = 1 throughout
-            start = end = 0.0
-        null_conditions = None if conditions is None else torch.full_like(conditions, math.nan)
-        condition, null = (labels, image, conditions), (null_labels, null_image, null_conditions)
-
-        def predict(sample: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
-            w = self.guidance_scale if start <= step / num_timesteps < end else 1.0
-            if w == 1:
-                return self._predict(sample, timestep, *condition)
-            if w == 0:
-                return self._predict(sample, timestep, *null)
-            channels = sample.shape[1]
-            both = (None if c is None else torch.cat([c, n]) for c, n in zip(condition, null, strict=True))
-            conditional, unconditional = self._predict(torch.cat([sample, sample]), timestep, *both).chunk(2)
-            mean = w * conditional[:, :channels] + (1 - w) * unconditional[:, :channels]
-            return torch.cat([mean, conditional[:, channels:]], dim=1)
-
-        return predict
+            null_image = None if image is None else torch.zeros_like(image)
+            null_conditions = None if conditions is None else torch.full_like(conditions, math.nan)
+            null = (null_labels, null_image, null_conditions)
+        return self._guide(condition, null, guidance_scale, guidance_interval)
 
     def _predict(
         self,
@@ -276,14 +251,16 @@ class ClassConditioningMixin:
         labels: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         conditions: torch.Tensor | None = None,
+        network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         if image is not None:
             x_t = torch.cat([x_t, image.to(x_t.dtype)], dim=1)  # (B, C, H, W), (B, K, H, W) -> (B, C + K, H, W)
         is_mixture = labels is not None and labels.is_floating_point()
-        if is_mixture and isinstance(self._network, UNet2DModel):
-            with _mix_embeddings(self._network.class_embedding):
-                return super()._predict(x_t, timestep, labels, conditions)
-        return super()._predict(x_t, timestep, labels, conditions)
+        stock = self._network if network is None else network
+        if is_mixture and isinstance(stock, UNet2DModel):
+            with _mix_embeddings(stock.class_embedding):
+                return super()._predict(x_t, timestep, labels, conditions, network)
+        return super()._predict(x_t, timestep, labels, conditions, network)
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         self._check_generator(generator, batch_size)
         labels, _ = self._encode_class_labels(class_labels, num_given, guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, num_given)
-        *source, source_guidance = self._encode_source(source_class_labels, source_conditions, num_given, inversion)
+        source = self._encode_source(source_class_labels, source_conditions, num_given, inversion)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         begin = self._first_step(strength, scheduler)
@@ -159,9 +159,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
             inverted = self._clipping_scheduler(clip_sample)  # guidance clips, and the inversion has none
             inverted = self._set_timesteps(inverted, num_inference_steps, timesteps)
             labels_of_source, conditions_of_source = source
-            predict = self._guided_predict(
-                labels_of_source, source_guidance, (0.0, 1.0), conditions=conditions_of_source
-            )
+            predict = self._guided_predict(labels_of_source, 1.0, (0.0, 1.0), conditions=conditions_of_source)
             latents = self._invert(image, predict, inverted, begin)
             latents = latents.repeat_interleave(num_images, dim=0)
         else:
@@ -184,16 +182,14 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         source_conditions: Conditions | None,
         num_given: int,
         inversion: bool,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-        """
-        Returns the labels and conditions of the given images and the guidance scale of their inversion: 0 without either.
-        """
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Returns the labels and conditions that the given images are inverted by: null ones if neither is given."""
         given = {"source_class_labels": source_class_labels, "source_conditions": source_conditions}
         given = [name for name, values in given.items() if values is not None]
         if not inversion:
             if given:
                 raise ValueError(f"`{given[0]}` are for the inversion: give `inversion=True`, or leave them out.")
-            return None, None, 1.0
+            return None, None
         taken = {"source_class_labels": self._num_rows, "source_conditions": self._condition_statistics}
         missing = [name for name, is_taken in taken.items() if is_taken and name not in given]
         if given and missing:
@@ -209,7 +205,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
             )
         labels, _ = self._encode_class_labels(source_class_labels, num_given, guidance_scale)
         conditions = self._encode_conditions(source_conditions, guidance_scale, num_given)
-        return labels, conditions, 1.0 if guidance_scale is None else 0.0
+        return labels, conditions
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

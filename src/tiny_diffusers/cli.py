@@ -26,6 +26,7 @@ from .commands.shared import (
     DTYPES,
     Command,
     add_checkpoint_argument,
+    add_guidance_model,
     load_checkpoint,
     make_parser,
     prepare_output,
@@ -72,6 +73,11 @@ def export_parser() -> argparse.ArgumentParser:
         default="diffusers",
         help="onnx: the network alone, in float32, for any batch size (default: diffusers)",
     )
+    parser.add_argument(
+        "--guidance_model",
+        metavar="CHECKPOINT",
+        help="a weaker checkpoint, smaller or earlier in training, that --guidance_scale above 1 then leads away from",
+    )
     return parser
 
 
@@ -85,10 +91,14 @@ def export(args: argparse.Namespace) -> None:
     target = RunFolder(args.directory)
     if target.model_index.exists() or target.config.exists():
         raise UserError(f"'{args.directory}' holds a model or a run already: give another folder to export to.")
-    if args.format == "onnx" and (args.dtype != "float32" or args.no_code):
-        raise UserError("--format onnx is float32 and has no code beside it: leave out --dtype and --no_code.")
+    if args.format == "onnx" and (args.dtype != "float32" or args.no_code or args.guidance_model):
+        raise UserError(
+            "--format onnx is one network in float32, without code: leave out --dtype, --no_code and --guidance_model."
+        )
     prepare_output(f"{args.directory}/")
     pipe = load_checkpoint(args)
+    if args.guidance_model is not None:
+        add_guidance_model(pipe, args)
     if args.format == "onnx":
         from .onnx_export import export_onnx
 

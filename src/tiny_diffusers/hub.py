@@ -327,7 +327,8 @@ def _describe(folder: Path) -> dict[str, object]:
         "classes": classes,  # some of them, for the examples
         "conditions": {name: float(f"{value:.8g}") for name, value in conditions.items()},  # a value of each
         "takes_conditions": bool(statistics),
-        "guided": index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0,
+        "guided": "guidance_model" in components
+        or (index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0),
         "loads_in": loads_in,
     }
 

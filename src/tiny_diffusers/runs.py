@@ -52,7 +52,7 @@ FILE_LIST = ".files.json"  # what the run has written
 _LOCK = ".lock"
 MAX_STEP = 2**53  # of a line in a log
 _REPLACED = ".replaced"  # holds the run that is overwritten until the new one has taken a step
-_COMPONENTS = ("unet", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
+_COMPONENTS = ("unet", "guidance_model", "scheduler", "pixelcnn", "vae", "generator", "discriminator")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
 # The files of a saved model and its run

@@ -28,6 +28,10 @@ PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 MAX_SEED = 2**63 - 1
 MAX_ROW = 16  # images of one class beside each other in a grid
 
+# The settings that a guidance model shares with the model: of its scheduler and of its pipeline
+_OBJECTIVE = ("prediction_type", "num_train_timesteps", "trained_betas", "sigma_data")
+_INPUTS = ("id2label", "null_class_id", "conditioning", "condition_statistics", "value_range")
+
 
 class Command(NamedTuple):
     """Command, or a kind of one: its line of help, its parser, and what runs it."""
@@ -356,6 +360,25 @@ def load_checkpoint(args: argparse.Namespace) -> "DiffusionPipeline":
     ):
         raise UserError(f"--output {output}: JPEG has no alpha channel: give a .png, or --show_channels 0 1 2.")
     return pipe
+
+
+def add_guidance_model(pipe: "DiffusionPipeline", args: argparse.Namespace) -> None:
+    """Gives a pipeline the network of --guidance_model, which must have been trained for the same as its own."""
+    source = argparse.Namespace(checkpoint=args.guidance_model, trust_remote_code=args.trust_remote_code)
+    other = load_checkpoint(source)
+    for each, checkpoint in ((pipe, args.checkpoint), (other, args.guidance_model)):
+        check_diffusion(each, checkpoint, "be guided by another model")
+    configs = [(each.scheduler.config, each.config) for each in (other, pipe)]
+    for names, theirs, ours in zip((_OBJECTIVE, _INPUTS), *configs, strict=True):
+        for name in names:
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"--guidance_model '{args.guidance_model}' was trained for another task: its {name} is "
+                    f"{theirs.get(name)}, and that of '{args.checkpoint}' {ours.get(name)}."
+                )
+    with refusals("--guidance_model: "):
+        pipe.register_modules(guidance_model=other.unet)
+        pipe._check_guidance(1.0, (0.0, 1.0))
 
 
 def check_diffusion(pipe: "DiffusionPipeline", checkpoint: str, purpose: str) -> None:

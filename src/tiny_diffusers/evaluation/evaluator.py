@@ -336,6 +336,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
     if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides it if nobody says
         defaults["eta"] = pipe._default_eta
+    if "guidance_scale" in defaults and not pipe._can_guide:
+        del defaults["guidance_scale"]
     source = {
         "kind": "pipeline",
         "name": public_name(name or pipe.config.get("_name_or_path") or type(pipe).__name__),
@@ -352,7 +354,7 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
         source["conditioning"] = pipe.config.conditioning
     if _has_conditions(pipe, protocol):
         source["conditions"] = list(pipe._condition_statistics.names)
-    if "clip_sample" in parameters and "guidance_scale" in parameters:  # guidance decides it if nobody says
+    if "clip_sample" in parameters and "guidance_scale" in defaults:  # guidance decides it if nobody says
         sampling = source["sampling"]
         interval = sampling.get("guidance_interval", (0.0, 1.0))
         clips = pipe._clips(sampling.get("clip_sample"), sampling["guidance_scale"], interval)
