@@ -201,7 +201,7 @@ class TinyPipeline(DiffusionPipeline):
         self,
         batch_size: int = 1,
         generator: Generators | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -223,8 +223,9 @@ class TinyPipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
+            num_inference_steps (`int`, *optional*):
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, and to 2
+                for a consistency model.
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
@@ -266,6 +267,7 @@ class TinyPipeline(DiffusionPipeline):
             `ValueError`: If an argument is not as described above, the scheduler is not for such a network, the network
                 needs class labels, or the samples are not finite.
         """
+        num_inference_steps = self._default_steps if num_inference_steps is None else num_inference_steps
         eta = self._default_eta if eta is None else eta
         self._check_output(batch_size, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)
@@ -334,6 +336,11 @@ class TinyPipeline(DiffusionPipeline):
         """Returns the values that arrays have where tensors have 0 and 1, or None for 8-bit images: their arrays do, too."""
         limits = self.config.get("value_range")
         return None if limits is None else (limits["low"], limits["high"])
+
+    @property
+    def _default_steps(self) -> int:
+        is_consistency = self.scheduler.config.get("stochastic_sampling", False)
+        return 2 if is_consistency else min(50, self.scheduler.config.num_train_timesteps)
 
     @property
     def _default_eta(self) -> float:

@@ -68,7 +68,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         dynamic_thresholding: float | None = None,
         generator: Generators | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -104,8 +104,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`.
+            num_inference_steps (`int`, *optional*):
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, and to 2
+                for a consistency model.
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
@@ -149,6 +150,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         Raises:
             `ValueError`: If an argument is not as described above, a class or a condition is unknown, or the samples are not finite.
         """
+        num_inference_steps = self._default_steps if num_inference_steps is None else num_inference_steps
         eta = self._default_eta if eta is None else eta
         self._check_output(1 if batch_size is None else batch_size, output_type, return_intermediates)
         self._check_steps(num_inference_steps, timesteps, eta)

@@ -25,7 +25,6 @@ _STOCK_ONLY = {
     "use_dynamic_shifting": False,
     "shift_terminal": None,
     "invert_sigmas": False,
-    "stochastic_sampling": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
@@ -248,9 +247,11 @@ class TinyContinuousMixin:
             self._start = (x, velocity, level)
         prev_sample = x + (next_level - level) * velocity
 
-        if eta > 0 and next_level > 0 and self._start is None:
+        is_all_fresh = self.config.get("stochastic_sampling", False)
+        if (eta > 0 or is_all_fresh) and next_level > 0 and self._start is None:
             ratio = next_level * self._signal(level) / (level * self._signal(next_level))
             share = eta**2 * (1 - ratio**2) if eta <= 1 else 1 - ratio ** (2 * eta**2)  # r^2
+            share = 1.0 if is_all_fresh else share
             kept = (1 - share) ** 0.5
             epsilon = (prev_sample - self._signal(next_level) * x_0) / next_level
             fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)

@@ -39,6 +39,9 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             and uniform for 30 %.
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
+        stochastic_sampling (`bool`, defaults to `False`):
+            Whether each step draws all of the noise anew, as consistency models are sampled
+            (https://huggingface.co/papers/2303.01469, algorithm 1), whatever `eta` is.
         solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0.
         clip_sample_range (`float`, defaults to `1.0`): The magnitude at which x_0 is clipped.
@@ -56,6 +59,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         self,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
+        stochastic_sampling: bool = False,
         *,
         timestep_distribution: Literal["uniform", "logit_normal", "mixed"] = "mixed",
         logit_mean: float = 0.0,
@@ -71,7 +75,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             raise ValueError(
                 f"num_train_timesteps must be at least 1 and shift above 0, got {num_train_timesteps} and {shift}."
             )
-        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
+        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift, stochastic_sampling=stochastic_sampling)
         self._check_choices("timestep_distribution", "solver")
         self._check_clipping()
         if not logit_std > 0:

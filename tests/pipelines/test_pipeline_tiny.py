@@ -301,10 +301,19 @@ def test_a_pipeline_can_be_rebuilt_from_its_components(pipe, quiet):
     )
 
 
-def test_arguments_have_the_names_and_defaults_of_diffusers():
+def test_arguments_have_the_names_and_defaults_of_diffusers(make_unet, quiet):
     ours, stock = (inspect.signature(c.__call__).parameters for c in (TinyPipeline, DDIMPipeline))
-    for name in set(stock) - {"self", "eta", "use_clipped_model_output"}:
+    for name in set(stock) - {"self", "eta", "num_inference_steps", "use_clipped_model_output"}:
         assert ours[name].default == stock[name].default
+    for scheduler, num_steps in (
+        (TinyDDIMScheduler(), stock["num_inference_steps"].default),
+        (TinyFlowMatchScheduler(), 50),
+        (TinyFlowMatchScheduler(num_train_timesteps=10), 10),
+        (TinyFlowMatchScheduler(stochastic_sampling=True), 2),  # a consistency model
+    ):
+        pipe = quiet(TinyPipeline(make_unet(), scheduler))
+        pipe()
+        assert pipe.num_timesteps == num_steps
 
 
 @pytest.mark.parametrize(

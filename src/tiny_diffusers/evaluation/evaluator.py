@@ -334,8 +334,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     scheduler = getattr(pipe, "scheduler", None)
     parameters = inspect.signature(pipe.__call__).parameters
     defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
-    if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides it if nobody says
-        defaults["eta"] = pipe._default_eta
+    if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides both if nobody says
+        defaults |= {"eta": pipe._default_eta, "num_inference_steps": pipe._default_steps}
     if "guidance_scale" in defaults and not pipe._can_guide:
         del defaults["guidance_scale"]
     source = {

@@ -287,13 +287,17 @@ class Diffusion(Family):
         else:
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
+        output = self._predict(unet, batch, noisy, timesteps)
+        return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
+
+    def _predict(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Runs the network on noisy images, with the conditions of the batch."""
         given = {"class_labels": batch.labels, "conditions": batch.conditions}
         given = {name: values for name, values in given.items() if values is not None}
         sample = self.scheduler.scale_model_input(noisy, timesteps)
         if batch.conditioning_images is not None:
             sample = torch.cat([sample, batch.conditioning_images], dim=1)  # (B, C + K, H, W)
-        output = unet(sample, timesteps, **given).sample
-        return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
+        return unet(sample, timesteps, **given).sample
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:
         return TinyPipeline(unet=modules["unet"], scheduler=self.scheduler)

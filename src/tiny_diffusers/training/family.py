@@ -37,6 +37,7 @@ class Batch:
         conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
             as the images; zeros where they were dropped.
         conditions (`torch.Tensor` of shape `(B, D)`, *optional*): float32, standardized; NaN where they were dropped.
+        progress (`float`): Share of the run's steps that were taken before, in [0, 1); 1 in validation.
     """
 
     images: torch.Tensor
@@ -44,6 +45,7 @@ class Batch:
     draws: Draws
     conditioning_images: torch.Tensor | None = None
     conditions: torch.Tensor | None = None
+    progress: float = 1.0
 
 
 class Family:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError, unknown
 
 
-SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan")  # train_scripts/train_SCRIPT.py
+SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan", "consistency")  # train_scripts/train_SCRIPT.py
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -83,6 +83,7 @@ class Trainer:
         self.received_signal = 0  # by this process, at any moment
         self.stop_signal = 0  # by any process, agreed on once a step
         self.is_late = False  # `--max_train_minutes` are over
+        self.max_steps: int | None = None  # until they are measured
         self.grid_seconds: list[float] = []  # of each sample grid that this process has saved
         if family.conditioning is not None:
             shown = self.train_indices if self.validation_indices is None else self.validation_indices
@@ -588,7 +589,8 @@ class Trainer:
                 conditioning_images = conditioning_images.masked_fill(dropped[:, None, None, None], 0)
             if conditions is not None:
                 conditions = conditions.masked_fill(dropped[:, None], math.nan)
-        return Batch(images, labels, draws, conditioning_images, conditions)
+        progress = draws.step / self.max_steps if training and self.max_steps else 1.0
+        return Batch(images, labels, draws, conditioning_images, conditions, progress)
 
     def _load(
         self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None

@@ -1,0 +1,133 @@
+"""Consistency tuning: its pairs of noise levels, what it converges to, and what a run leaves."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import tiny
+from tiny_diffusers import TinyFlowMatchScheduler, TinyPipeline
+from tiny_diffusers.families.consistency import Consistency, earlier_levels
+from tiny_diffusers.families.diffusion import Diffusion
+from tiny_diffusers.train_scripts import train_conditional, train_consistency, train_unconditional
+from tiny_diffusers.training.draws import Draws
+from tiny_diffusers.training.family import Batch
+
+
+SCRIPT = train_consistency
+NETWORK = ["--ddpm_num_inference_steps", "2"]  # that of the checkpoint
+MEAN, COVARIANCE = torch.tensor([0.3, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.4]])
+
+
+def test_the_levels_of_a_pair_approach_each_other():
+    levels = torch.tensor([0.0, 0.001, 0.25, 0.5, 0.9, 1.0])
+    gaps = [levels - earlier_levels(levels, stage) for stage in range(1, 11)]
+    assert torch.equal(gaps[0][1:4], levels[1:4])  # the first stage is diffusion, but near pure noise
+    torch.testing.assert_close(gaps[0][5], torch.tensor(0.5))  # n = 1 where s is infinite
+    n = 1 + 8 * torch.sigmoid(torch.tensor(-1.0))  # t = 1/2 is s = 1
+    torch.testing.assert_close(gaps[9][3], 0.5 * n / 2**10)
+    for wider, gap in zip(gaps, gaps[1:], strict=False):
+        assert (gap <= wider).all() and (gap[1:] > 0).all()
+
+
+class Linear(torch.nn.Module):
+    """Network whose velocity is linear in each two neighboring pixels, by cosines of t."""
+
+    def __init__(self):
+        super().__init__()
+        self.coefficients = torch.nn.Parameter(torch.zeros(6, 6))
+
+    def forward(self, sample, timestep):
+        powers = torch.cos(torch.pi * torch.arange(6) * timestep[:, None] / 1000)
+        matrix, vector = (powers @ self.coefficients).split([4, 2], dim=1)
+        pairs = sample.reshape(len(sample), -1, 2)
+        velocity = pairs @ matrix.reshape(-1, 2, 2) + vector[:, None]
+        return SimpleNamespace(sample=velocity.reshape(sample.shape))
+
+
+def fit(network, family, learning_rate, num_steps):
+    """Trains on images of which each two neighboring pixels are a draw of the Gaussian."""
+    optimizer = torch.optim.Adam(network.parameters())
+    factor = torch.linalg.cholesky(COVARIANCE)
+    for step in range(num_steps):
+        draws = Draws(0, step, range(128))
+        images = (MEAN + draws.normal("images", 32, 2) @ factor.T).reshape(-1, 1, 8, 8)
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
+        optimizer.zero_grad()
+        family._image_losses(network, Batch(images, None, draws, progress=step / num_steps)).mean().backward()
+        optimizer.step()
+
+
+def spread(predict):
+    """Returns the standard deviation, over the levels, of the x_0 that is predicted along exact trajectories."""
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    start = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    predicted = []
+    for t in torch.linspace(0.05, 1, 20):
+        deviations = ((1 - t) ** 2 * eigenvalues + t**2).sqrt()
+        x = (start * deviations) @ vectors.T + (1 - t) * MEAN
+        with torch.no_grad():
+            predicted.append(predict(x, t))
+    return float(torch.stack(predicted).std(dim=0).mean())
+
+
+@pytest.mark.slow
+def test_a_tuned_linear_network_draws_a_gaussian_in_one_step():
+    network, scheduler = Linear(), TinyFlowMatchScheduler(stochastic_sampling=True)
+
+    def predict(x, t):
+        return x - t * network(x, 1000 * t.expand(len(x))).sample
+
+    fit(network, Diffusion(network, scheduler), 3e-2, 300)
+    before = spread(predict)
+    family = Consistency(network, scheduler)
+    family.num_stages = 6
+    fit(network, family, 2e-3, 1000)
+    assert spread(predict) < 0.2 * before
+
+    noise = torch.randn(64_000, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = predict(noise, torch.tensor(1.0))
+    torch.testing.assert_close(pixels.mean(dim=0), MEAN, atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.cov(pixels.T), COVARIANCE, atol=0.1, rtol=0)  # by diffusion it is 0.002
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run of rectified flow."""
+    return tiny.train(tmp_path_factory.mktemp("flow") / "run", script=train_unconditional, steps=2)
+
+
+def test_a_run_leaves_a_model_of_two_steps_that_stock_diffusers_draws(train, train_in_two, checkpoint):
+    flags = ("--pretrained_model_name_or_path", str(checkpoint))
+    folder = train(*flags)
+    resumed = train_in_two(*flags, stopped_at=3)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (resumed / weights).read_bytes() == (folder / weights).read_bytes() != (checkpoint / weights).read_bytes()
+
+    ours = TinyPipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    images = []
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(2, generator=torch.Generator().manual_seed(0), output_type="np").images)
+        assert pipe.scheduler.config.stochastic_sampling and pipe.num_timesteps == 2
+    assert np.array_equal(*images)
+
+
+def test_classes_stay(train, tmp_path):
+    classes = train(*tiny.TINY_NETWORK, script=train_conditional, name="classes", steps=2)
+    folder = train("--pretrained_model_name_or_path", str(classes), name="tuned", steps=2)
+    pipe = TinyPipeline.from_pretrained(folder)
+    assert pipe.unet.config.num_class_embeds == 10 and len(pipe(["3", "4"], num_inference_steps=1).images) == 2
+
+
+def test_what_is_not_of_rectified_flow_is_refused(check_mistake, train):
+    betas = train(
+        *tiny.TINY_NETWORK, "--prediction_type", "epsilon", script=train_unconditional, name="betas", steps=1
+    )
+    words = ["consistency tuning is for rectified flow, not for epsilon", "--prediction_type flow"]
+    check_mistake(["--pretrained_model_name_or_path", str(betas)], words)
+    check_mistake(["--prediction_type", "edm"], ["--prediction_type: consistency tuning is for rectified flow"])
