@@ -276,9 +276,7 @@ def test_a_file_that_poses_as_a_library_is_refused(make_unet, tmp_path):
         TinyPipeline.from_pretrained(tmp_path)
 
 
-def test_trusted_code_is_run(saved, tmp_path_factory, monkeypatch):
-    cache = str(tmp_path_factory.mktemp("modules"))
-    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", cache)
+def test_trusted_code_is_run(saved):
     (saved / "pipeline_mine.py").write_text(
         "from diffusers import DDIMPipeline\n\n\nclass MyPipeline(DDIMPipeline):\n    mine = True\n"
     )
