@@ -89,6 +89,9 @@ _OBJECTIVES = {
 }
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
+# Steps of sampling of a consistency model, if nobody says
+CONSISTENCY_STEPS = 2
+
 # What a network's config must share with that of its guidance model: both are called with the same.
 _NETWORK_CALL = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "num_conditions")
 
@@ -224,8 +227,8 @@ class TinyPipeline(DiffusionPipeline):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, and to 2
-                for a consistency model.
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, or to as
+                many as there are, and to 2 for a consistency model, which draws all noise anew in each step.
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
@@ -248,7 +251,7 @@ class TinyPipeline(DiffusionPipeline):
                 schedule, and floats for rectified flow and EDM.
             clip_sample (`bool`, *optional*):
                 Whether to clip the predicted x_0 to the range of images. Not all schedulers support this. Defaults to the
-                scheduler's setting.
+                scheduler's setting, and to True under guidance.
             return_intermediates (`int`, *optional*):
                 The number K of evenly spaced states and x_0 predictions to return as well. They include the last step
                 and, if K > 1, the first.
@@ -286,6 +289,13 @@ class TinyPipeline(DiffusionPipeline):
             latents, predict, scheduler, eta, generator, on_step_end, return_intermediates
         )
         return self._postprocess(latents, intermediates, output_type, return_dict)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Returns the components by name, as diffusers does, but no guidance model where there is none."""
+        return {
+            name: part for name, part in super().components.items() if name != "guidance_model" or part is not None
+        }
 
     @property
     def num_timesteps(self) -> int:
@@ -340,7 +350,7 @@ class TinyPipeline(DiffusionPipeline):
     @property
     def _default_steps(self) -> int:
         is_consistency = self.scheduler.config.get("stochastic_sampling", False)
-        return 2 if is_consistency else min(50, self.scheduler.config.num_train_timesteps)
+        return CONSISTENCY_STEPS if is_consistency else min(50, self.scheduler.config.num_train_timesteps)
 
     @property
     def _default_eta(self) -> float:
@@ -585,7 +595,7 @@ class TinyPipeline(DiffusionPipeline):
     @property
     def _can_guide(self) -> bool:
         """Returns whether there is a weaker model to guide away from."""
-        return getattr(self, "guidance_model", None) is not None
+        return self.guidance_model is not None
 
     def _check_guidance(self, guidance_scale: float, guidance_interval: tuple[float, float]):
         if not math.isfinite(guidance_scale):
@@ -600,12 +610,10 @@ class TinyPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, got {guidance_interval}."
             )
-        guide = getattr(self, "guidance_model", None)
-        if guide is not None:
-            for name in _NETWORK_CALL:
-                values = [network.config.get(name) for network in (self._network, guide)]
-                if values[0] != values[1]:
-                    raise ValueError(f"`guidance_model` has the {name} {values[1]}, and the network {values[0]}.")
+        for name in _NETWORK_CALL if self.guidance_model is not None else ():
+            own, weaker = (network.config.get(name) for network in (self._network, self.guidance_model))
+            if own != weaker:
+                raise ValueError(f"The `guidance_model` has the {name} {weaker}, and the network {own}.")
 
     def _clips(
         self, clip_sample: bool | None, guidance_scale: float, guidance_interval: tuple[float, float]
@@ -632,7 +640,7 @@ class TinyPipeline(DiffusionPipeline):
         """
         self._guidance_scale, (start, end) = guidance_scale, guidance_interval
         num_timesteps = self.num_timesteps  # of the whole schedule, whatever part of it is run
-        guide = getattr(self, "guidance_model", None)
+        guide = self.guidance_model
         if guide is None and null is None:
             start = end = 0.0
 
@@ -665,7 +673,8 @@ class TinyPipeline(DiffusionPipeline):
         """Runs a network, `unet` by default, in its dtype. The prediction is in float32 at least."""
         given = {"class_labels": labels, "conditions": conditions}
         condition = {name: values for name, values in given.items() if values is not None}
-        model_output = (self.unet if network is None else network)(x_t, timestep, **condition).sample
+        network = self.unet if network is None else network
+        model_output = network(x_t.to(network.dtype), timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
     @staticmethod
@@ -843,9 +852,10 @@ class TinyPipeline(DiffusionPipeline):
                 pipeline = super().from_pretrained(folder, **kwargs)
             if "device_map" not in kwargs:
                 _check_weights(pipeline, folder)
-            if isinstance(getattr(pipeline, "unet", None), UNet2DModel):
-                with config_errors(folder):
-                    try_stock_network(pipeline._network)
+            for network in (getattr(pipeline, name, None) for name in ("unet", "guidance_model")):
+                if isinstance(network, UNet2DModel):
+                    with config_errors(folder):
+                        try_stock_network(network)
             for name in pipeline.components.keys() - kwargs.keys():
                 ema = os.path.join(folder, f"{name}_ema", SAFETENSORS_WEIGHTS_NAME)
                 if os.path.isfile(ema):
@@ -920,7 +930,7 @@ class TinyPipeline(DiffusionPipeline):
         """
         super().save_config(save_directory, **kwargs)
         index_path = os.path.join(save_directory, self.config_name)
-        if getattr(self, "guidance_model", None) is None:  # stock pipelines warn of names that they don't know
+        if "guidance_model" not in self.components:  # stock pipelines warn of names that they don't know
             _write_json(index_path, {k: v for k, v in _read_json(index_path).items() if k != "guidance_model"})
         if "unet" not in self.components or type(self._network).__module__.partition(".")[0] != "diffusers":
             return
@@ -975,6 +985,10 @@ def check_scheduler(scheduler: SchedulerMixin, objective: str = "betas"):
         `ValueError`: If the scheduler is for other networks. The error names the nearest one that fits.
     """
     name, config, training = type(scheduler).__name__, scheduler.config, _OBJECTIVES[objective].training
+    if config.get("stochastic_sampling") and not takes(scheduler, "stochastic_sampling"):
+        raise ValueError(
+            f"{name} solves an ODE, and the network is a consistency model: use `TinyFlowMatchScheduler`."
+        )
     if not _is_for(type(scheduler), objective):
         known = _OBJECTIVES[objective].solvers
         fitting = [

@@ -139,8 +139,8 @@ class ClassConditioningMixin:
             batch_size = 1 if batch_size is None else batch_size
             if self._num_rows == 0:
                 return None, batch_size
-            if guidance_scale != 0:
-                hint = "" if guidance_scale is None else ", or `guidance_scale=0` for unconditional samples"
+            if guidance_scale != 0 or self._null_class_id is None:
+                hint = "" if guidance_scale in (None, 0) else ", or `guidance_scale=0` for unconditional samples"
                 raise ValueError(f"The network needs `class_labels`: give classes of {self._allowed_classes}{hint}.")
             labels = torch.tensor([self._null_class_id])
         elif self._num_rows == 0:
@@ -256,9 +256,9 @@ class ClassConditioningMixin:
         if image is not None:
             x_t = torch.cat([x_t, image.to(x_t.dtype)], dim=1)  # (B, C, H, W), (B, K, H, W) -> (B, C + K, H, W)
         is_mixture = labels is not None and labels.is_floating_point()
-        stock = self._network if network is None else network
-        if is_mixture and isinstance(stock, UNet2DModel):
-            with _mix_embeddings(stock.class_embedding):
+        unwrapped = self._network if network is None else network
+        if is_mixture and isinstance(unwrapped, UNet2DModel):
+            with _mix_embeddings(unwrapped.class_embedding):
                 return super()._predict(x_t, timestep, labels, conditions, network)
         return super()._predict(x_t, timestep, labels, conditions, network)
 

@@ -42,6 +42,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         condition_statistics (`dict`, *optional*):
             The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
             network without conditions.
+        guidance_model ([`ModelMixin`], *optional*):
+            A weaker version of `unet` that `guidance_scale` then leads away from, instead of the network without its
+            condition. See [`TinyPipeline`].
 
     Example:
 

@@ -151,6 +151,8 @@ class EditingMixin:
     def _invert_ode(
         self, sample: torch.Tensor, predict: Callable[..., torch.Tensor], scheduler: SchedulerMixin, begin: int
     ) -> torch.Tensor:
+        if scheduler.config.get("stochastic_sampling"):
+            raise ValueError("Images can't be inverted by a consistency model: its steps draw all noise anew.")
         is_euler = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, EDMEulerScheduler))
         if not is_euler or scheduler.config.get("solver", "euler") != "euler":
             raise ValueError(

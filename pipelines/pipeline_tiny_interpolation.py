@@ -41,6 +41,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         condition_statistics (`dict`, *optional*):
             The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
             network without conditions.
+        guidance_model ([`ModelMixin`], *optional*):
+            A weaker version of `unet` that `guidance_scale` then leads away from, instead of the network without its
+            condition. See [`TinyPipeline`].
 
     Example:
 
@@ -234,6 +237,7 @@ def _adds_noise(scheduler: SchedulerMixin, eta: float) -> bool:
         or "Ancestral" in name
         or "SDE" in name
         or scheduler.config.get("algorithm_type", "").startswith("sde-")
+        or scheduler.config.get("stochastic_sampling", False)
         or (eta > 0 and "eta" in inspect.signature(scheduler.step).parameters)
     )
 

@@ -103,6 +103,9 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
         condition_statistics (`dict`, *optional*):
             The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
             network without conditions.
+        guidance_model ([`ModelMixin`], *optional*):
+            A weaker version of `unet` that `guidance_scale` then leads away from, instead of the network without its
+            condition. See [`TinyPipeline`].
 
     Example:
 

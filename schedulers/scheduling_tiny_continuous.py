@@ -200,7 +200,7 @@ class TinyContinuousMixin:
         Takes one step to the next lower noise level: Euler's or, with `solver="heun"`, one of the two evaluations of
         Heun's (https://huggingface.co/papers/2206.00364, algorithm 1).
 
-        With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
+        With `stochastic_sampling`, all of the predicted noise is replaced, whatever eta is. With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
         + r z. From a level s to s', with ratio = (s' a) / (s a'), r^2 = eta^2 (1 - ratio^2), as DDIM's
         (https://huggingface.co/papers/2010.02502, equation 16); eta = 1 is the reverse process of DDPM, and above it r^2
         = 1 - ratio^(2 eta^2). With any eta the marginals stay right in the limit of many steps, as the share goes to 0
@@ -306,8 +306,12 @@ class TinyContinuousMixin:
             [`TinyLikelihoodOutput`]: The negative log-likelihood of each image and its standard error.
 
         Raises:
-            `ValueError`: If `num_steps` is below 1, or `num_probes` below 2.
+            `ValueError`: If `num_steps` is below 1, or `num_probes` below 2, or the network is a consistency model.
         """
+        if self.config.get("stochastic_sampling"):
+            raise ValueError(
+                "A consistency model has no likelihood: its network does not predict the flow's velocity."
+            )
         if num_steps < 1 or num_probes < 2:
             raise ValueError(f"num_steps must be at least 1 and num_probes 2, got {num_steps} and {num_probes}.")
         sample = sample.float()

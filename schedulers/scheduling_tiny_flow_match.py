@@ -39,10 +39,10 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             and uniform for 30 %.
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
+        solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
         stochastic_sampling (`bool`, defaults to `False`):
             Whether each step draws all of the noise anew, as consistency models are sampled
             (https://huggingface.co/papers/2303.01469, algorithm 1), whatever `eta` is.
-        solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0.
         clip_sample_range (`float`, defaults to `1.0`): The magnitude at which x_0 is clipped.
         thresholding (`bool`, defaults to `False`):
@@ -59,12 +59,12 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         self,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
-        stochastic_sampling: bool = False,
         *,
         timestep_distribution: Literal["uniform", "logit_normal", "mixed"] = "mixed",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         solver: Literal["euler", "heun"] = "euler",
+        stochastic_sampling: bool = False,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
@@ -78,6 +78,8 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         super().__init__(num_train_timesteps=num_train_timesteps, shift=shift, stochastic_sampling=stochastic_sampling)
         self._check_choices("timestep_distribution", "solver")
         self._check_clipping()
+        if stochastic_sampling and solver == "heun":
+            raise ValueError("A consistency model (`stochastic_sampling`) is sampled by `solver='euler'`, got 'heun'.")
         if not logit_std > 0:
             raise ValueError(f"logit_std must be above 0, got {logit_std}.")
         # no argument may be listed as a default, or the config of another class would not get it in the same process

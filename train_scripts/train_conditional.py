@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         num_preview_steps=settings.num_preview_steps,
         conditioning=conditioning,
         condition_statistics=statistics,
+        augment_prob=settings.augment_prob,
     )
 
     Trainer(settings, accelerator, data, family).run()

@@ -14,8 +14,8 @@ from tiny_diffusers.families.consistency import (
     Consistency,
     ConsistencyArguments,
     build_consistency_scheduler,
+    load_tuned,
     resolve_consistency,
-    takes_classes,
 )
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
@@ -27,9 +27,10 @@ from tiny_diffusers.training.trainer import Trainer
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConsistencyArguments, argv)
     accelerator = setup_process(arguments)
-    has_classes = takes_classes(arguments)
+    pipeline = load_tuned(arguments)
+    has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
-    options = resolve_consistency(arguments, accelerator.state) | resolve_unet(arguments, data)
+    options = resolve_consistency(arguments, pipeline, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_consistency_scheduler(settings)
@@ -39,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     num_class_embeds = None if id2label is None else len(id2label)
     num_conditions = None if statistics is None else len(statistics.names)
     unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)
+    options = {"num_stages": settings.num_stages, "augment_prob": settings.augment_prob}
     if id2label is None and conditioning is None and statistics is None:
-        family = Consistency(unet, scheduler, settings.num_inference_steps)
+        family = Consistency(unet, scheduler, settings.num_inference_steps, **options)
     else:
         family = ConditionalConsistency(
             unet,
@@ -51,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             num_inference_steps=settings.num_inference_steps,
             conditioning=conditioning,
             condition_statistics=statistics,
+            **options,
         )
-    family.num_stages = settings.num_stages
 
     Trainer(settings, accelerator, data, family).run()
 

@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
 
     scheduler = build_scheduler(settings)
     unet = build_unet(settings, data)
-    family = Diffusion(unet, scheduler, settings.num_inference_steps, settings.num_preview_steps)
+    family = Diffusion(
+        unet, scheduler, settings.num_inference_steps, settings.num_preview_steps, settings.augment_prob
+    )
 
     Trainer(settings, accelerator, data, family).run()
 

@@ -281,7 +281,7 @@ def _describe(folder: Path) -> dict[str, object]:
     index = load_json(index_path.read_text(encoding="utf-8"))
     configs, parameters = {}, 0
     components = [name for name, entry in index.items() if name != "_class_name" and isinstance(entry, list)]
-    for component in [name for name in components if name != "discriminator"]:  # sampling needs none
+    for component in [name for name in components if name not in ("discriminator", "guidance_model")]:
         for path in (folder / component).glob("*config.json"):
             configs[component] = load_json(path.read_text(encoding="utf-8"))
         for path in (folder / component).glob("*.safetensors"):
@@ -289,6 +289,7 @@ def _describe(folder: Path) -> dict[str, object]:
                 parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     network = next(config for config in configs.values() if "sample_size" in config)
 
+    is_consistency = bool(configs.get("scheduler", {}).get("stochastic_sampling"))
     if _is_stock(index):
         loads_in = "diffusers"
     elif isinstance(index["_class_name"], list) and (folder / f"{index['_class_name'][0]}.py").is_file():
@@ -327,8 +328,10 @@ def _describe(folder: Path) -> dict[str, object]:
         "classes": classes,  # some of them, for the examples
         "conditions": {name: float(f"{value:.8g}") for name, value in conditions.items()},  # a value of each
         "takes_conditions": bool(statistics),
-        "guided": "guidance_model" in components
-        or (index.get("null_class_id") is not None and index.get("class_dropout_prob") != 0),
+        "guided": index.get("null_class_id") is not None
+        and index.get("class_dropout_prob") != 0
+        and not is_consistency,
+        "is_consistency": is_consistency,
         "loads_in": loads_in,
     }
 

@@ -73,7 +73,8 @@ def test_it_is_saved_and_travels_with_the_checkpoint(make_unet, weaker, quiet, t
 def test_a_checkpoint_without_one_is_saved_as_before(make_unet, tmp_path):
     TinyPipeline(make_unet(), TinyFlowMatchScheduler()).save_pretrained(tmp_path)
     assert "guidance_model" not in json.loads((tmp_path / "model_index.json").read_text())
-    assert TinyPipeline.from_pretrained(tmp_path).guidance_model is None
+    pipe = TinyPipeline.from_pretrained(tmp_path)
+    assert pipe.guidance_model is None and "guidance_model" not in pipe.components
 
 
 def test_what_cannot_guide_is_refused(make_unet):
@@ -81,11 +82,14 @@ def test_what_cannot_guide_is_refused(make_unet):
     with pytest.raises(ValueError, match="must be 1 for a network without conditions, got 2.*`guidance_model`"):
         TinyPipeline(unet, TinyFlowMatchScheduler())(guidance_scale=2)
     other = make_unet(stock=False, sample_size=16)
-    with pytest.raises(ValueError, match="`guidance_model` has the sample_size 16, and the network 8"):
+    with pytest.raises(ValueError, match="The `guidance_model` has the sample_size 16, and the network 8"):
         TinyPipeline(unet, TinyFlowMatchScheduler(), guidance_model=other)(guidance_scale=2)
     classes = make_unet(stock=False, classes=2)
-    with pytest.raises(ValueError, match="`guidance_model` has the num_class_embeds None, and the network 2"):
+    with pytest.raises(ValueError, match="The `guidance_model` has the num_class_embeds None, and the network 2"):
         TinyConditionalPipeline(classes, TinyFlowMatchScheduler(), guidance_model=unet)(0, guidance_scale=2)
+    pipe = TinyConditionalPipeline(classes, TinyFlowMatchScheduler(), null_class_id=None, guidance_model=classes)
+    with pytest.raises(ValueError, match="The network needs `class_labels`: give classes of 0 to 2."):
+        pipe(guidance_scale=0)
 
 
 def test_export_joins_two_checkpoints(make_unet, weaker, tmp_path, capsys):

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 import tiny
-from tiny_diffusers import TinyFlowMatchScheduler, TinyPipeline
-from tiny_diffusers.families.consistency import Consistency, earlier_levels
+from tiny_diffusers import TinyFlowMatchScheduler, TinyImg2ImgPipeline, TinyPipeline
+from tiny_diffusers.families.consistency import Consistency, level_gaps
 from tiny_diffusers.families.diffusion import Diffusion
 from tiny_diffusers.train_scripts import train_conditional, train_consistency, train_unconditional
 from tiny_diffusers.training.draws import Draws
@@ -23,7 +23,7 @@ MEAN, COVARIANCE = torch.tensor([0.3, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.
 
 def test_the_levels_of_a_pair_approach_each_other():
     levels = torch.tensor([0.0, 0.001, 0.25, 0.5, 0.9, 1.0])
-    gaps = [levels - earlier_levels(levels, stage) for stage in range(1, 11)]
+    gaps = [level_gaps(levels, stage) for stage in range(1, 13)]
     assert torch.equal(gaps[0][1:4], levels[1:4])  # the first stage is diffusion, but near pure noise
     torch.testing.assert_close(gaps[0][5], torch.tensor(0.5))  # n = 1 where s is infinite
     n = 1 + 8 * torch.sigmoid(torch.tensor(-1.0))  # t = 1/2 is s = 1
@@ -82,8 +82,7 @@ def test_a_tuned_linear_network_draws_a_gaussian_in_one_step():
 
     fit(network, Diffusion(network, scheduler), 3e-2, 300)
     before = spread(predict)
-    family = Consistency(network, scheduler)
-    family.num_stages = 6
+    family = Consistency(network, scheduler, num_stages=6)
     fit(network, family, 2e-3, 1000)
     assert spread(predict) < 0.2 * before
 
@@ -128,6 +127,22 @@ def test_what_is_not_of_rectified_flow_is_refused(check_mistake, train):
     betas = train(
         *tiny.TINY_NETWORK, "--prediction_type", "epsilon", script=train_unconditional, name="betas", steps=1
     )
-    words = ["consistency tuning is for rectified flow, not for epsilon", "--prediction_type flow"]
+    words = [f"{betas} (epsilon) is no checkpoint of rectified flow", "--prediction_type flow"]
     check_mistake(["--pretrained_model_name_or_path", str(betas)], words)
-    check_mistake(["--prediction_type", "edm"], ["--prediction_type: consistency tuning is for rectified flow"])
+    check_mistake(["--pretrained_model_name_or_path", str(betas), "--prediction_type", "flow"], words)
+    check_mistake(["--prediction_type", "edm"], ["Consistency tuning is for rectified flow, not for edm", "leave out"])
+
+
+def test_what_solves_an_ode_refuses_a_consistency_model(checkpoint):
+    pipe = TinyPipeline.from_pretrained(checkpoint)
+    config = pipe.scheduler.config | {"stochastic_sampling": True}
+    pipe.scheduler = TinyFlowMatchScheduler.from_config(config)
+    with pytest.raises(ValueError, match="is sampled by `solver='euler'`"):
+        TinyFlowMatchScheduler.from_config(config, solver="heun")
+    with pytest.raises(ValueError, match="has no likelihood"):
+        pipe.scheduler.ode_likelihood(pipe.unet, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="can't be inverted by a consistency model"):
+        TinyImg2ImgPipeline.from_pipe(pipe)(torch.zeros(1, 1, 8, 8), inversion=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler solves an ODE"):
+        pipe()

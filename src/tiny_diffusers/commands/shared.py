@@ -29,7 +29,8 @@ MAX_SEED = 2**63 - 1
 MAX_ROW = 16  # images of one class beside each other in a grid
 
 # The settings that a guidance model shares with the model: of its scheduler and of its pipeline
-_OBJECTIVE = ("prediction_type", "num_train_timesteps", "trained_betas", "sigma_data")
+_OBJECTIVE = ("prediction_type", "num_train_timesteps", "sigma_data", "stochastic_sampling", "rescale_betas_zero_snr")
+_OBJECTIVE += ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 _INPUTS = ("id2label", "null_class_id", "conditioning", "condition_statistics", "value_range")
 
 

@@ -336,6 +336,8 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
     if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides both if nobody says
         defaults |= {"eta": pipe._default_eta, "num_inference_steps": pipe._default_steps}
+    if scheduler is not None and scheduler.config.get("stochastic_sampling"):  # which draws all noise anew
+        defaults.pop("eta", None)
     if "guidance_scale" in defaults and not pipe._can_guide:
         del defaults["guidance_scale"]
     source = {

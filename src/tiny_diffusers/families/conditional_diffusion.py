@@ -81,6 +81,10 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
         if self.conditioning is not None and self.conditioning.partition(":")[0] not in _MADE_CONDITIONS:
             raise unknown("--conditioning", self.conditioning, [*_MADE_CONDITIONS.values()])
 
+        if self.augment_prob > 0 and self.conditioning_column is not None:
+            raise UserError(
+                f"--augment_prob {self.augment_prob:g} moves the images, but not those of --conditioning_column: leave it out."
+            )
         if self.drop_missing and self.condition_columns is None:
             raise UserError("--drop_missing is for images without a value in --condition_columns: leave it out.")
 
@@ -124,7 +128,7 @@ def measure_conditions(
     """
     if data.conditions is None:
         return data, None
-    moving = [name for name in ("random_flip", "random_crop_padding") if getattr(settings, name)]
+    moving = [name for name in ("random_flip", "random_crop_padding", "augment_prob") if getattr(settings, name)]
     if moving:
         logger.warning(
             f"--{' --'.join(moving)} with --condition_columns: the conditions stay as they are, so leave it out if one "
@@ -171,6 +175,7 @@ class ConditionalDiffusion(Diffusion):
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
         conditioning ([`Conditioning`], *optional*): The conditioning image.
         condition_statistics ([`ConditionStatistics`], *optional*): The conditions.
+        augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
     """
 
     def __init__(
@@ -184,8 +189,9 @@ class ConditionalDiffusion(Diffusion):
         num_preview_steps: int | None = None,
         conditioning: Conditioning | None = None,
         condition_statistics: ConditionStatistics | None = None,
+        augment_prob: float = 0.0,
     ):
-        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps)
+        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps, augment_prob)
         self.id2label, self.conditioning = id2label, conditioning
         self.condition_statistics = condition_statistics
         self.null_label = None if id2label is None else len(id2label)

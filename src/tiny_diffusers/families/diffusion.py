@@ -117,6 +117,12 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         within="(0, 1]",
     )
 
+    augment_prob: float = flag(
+        0.0,
+        "Probability of each kind of augmentation that the network is told of, so that none leaks into the samples: "
+        "mirroring, flipping, scaling, rotation, stretching, shifting. 0.12 is usual, for few images.",
+        within="[0, 1]",
+    )
     pretrained_model_name_or_path: str | None = flag(
         None,
         "Checkpoint or Hub id to start from.",
@@ -259,6 +265,7 @@ class Diffusion(Family):
         scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
         num_inference_steps (`int`): Sampling steps of the last sample grid.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
+        augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
     """
 
     def __init__(
@@ -267,7 +274,9 @@ class Diffusion(Family):
         scheduler: TinyScheduler,
         num_inference_steps: int = NUM_INFERENCE_STEPS,
         num_preview_steps: int | None = None,
+        augment_prob: float = 0.0,
     ):
+        self.augment_prob = augment_prob
         self.modules = {"unet": unet}
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
@@ -292,7 +301,7 @@ class Diffusion(Family):
 
     def _predict(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Runs the network on noisy images, with the conditions of the batch."""
-        given = {"class_labels": batch.labels, "conditions": batch.conditions}
+        given = {"class_labels": batch.labels, "conditions": batch.conditions, "augment_labels": batch.augment_labels}
         given = {name: values for name, values in given.items() if values is not None}
         sample = self.scheduler.scale_model_input(noisy, timesteps)
         if batch.conditioning_images is not None:

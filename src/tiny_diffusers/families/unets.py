@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from ..data import ImageData
+from ..data.labelled_augmentation import NUM_LABELS
 from ..errors import UserError, refusals, unknown
 from ..files import load_json
 from ..flags import flag
@@ -32,6 +33,11 @@ from .transformers import TransformerArguments, default_transformer, warn_of_cos
 
 logger = logging.getLogger(__name__)
 
+# The inputs that stock networks lack, by the option of a network: the flag that asks for them, and what they are
+_FURTHER_INPUTS = {
+    "num_conditions": ("condition_columns", "conditions"),
+    "num_augment_labels": ("augment_prob", "labels of augmentation"),
+}
 _COSTLY_POSITIONS = 64 * 64  # full attention over this many or more is warned of on a CPU
 
 
@@ -172,6 +178,7 @@ def build_unet(
         "out_channels": channels * (2 if settings.variance_type == "learned_range" else 1),
         "num_class_embeds": num_class_embeds,
         "num_conditions": num_conditions,
+        "num_augment_labels": NUM_LABELS if settings.augment_prob > 0 else None,
         # of Fourier and learned embeddings; EDM's ln(sigma) / 4 is embedded as it is
         "num_train_timesteps": 1 if settings.prediction_type == "edm" else settings.ddpm_num_steps,
     }
@@ -275,13 +282,15 @@ def _pretrained_unet(
     )
     _check_checkpoint(pipeline, settings, channels)
     if num_conditions is not None:
-        pipeline.register_modules(unet=_with_conditions(unet, num_conditions, settings))
-        unet = pipeline.unet
+        unet = _with_inputs(unet, "num_conditions", num_conditions, settings)
     elif unet.config.get("num_conditions") is not None:
         raise UserError(
             f"--pretrained_model_name_or_path: {name} has conditions: continue with `tiny-diffusers train conditional "
             "--condition_columns`, on images that have them."
         )
+    if settings.augment_prob > 0:
+        unet = _with_inputs(unet, "num_augment_labels", NUM_LABELS, settings)
+    pipeline.register_modules(unet=unet)
     if id2label is not None:
         unet = _with_classes(pipeline, id2label, settings.seed)
     elif unet.config.get("num_class_embeds") is not None:
@@ -324,6 +333,8 @@ def _check_checkpoint(pipeline: Any, settings: TrainingArguments, channels: int)
     compared = {"prediction_type": "prediction_type"}
     if objective == "betas" and settings.prediction_type not in ("flow", "edm"):
         compared |= {"ddpm_beta_schedule": "beta_schedule", "ddpm_num_steps": "num_train_timesteps"}
+    elif objective == settings.prediction_type == "flow":
+        compared |= {"ddpm_num_steps": "num_train_timesteps"}
     for flag_name, key in compared.items():
         own, asked = (papers.get(value, value) for value in (learned.get(key), getattr(settings, flag_name)))
         if own not in (None, asked):
@@ -367,21 +378,22 @@ def _with_classes(pipeline: Any, id2label: dict[int, str], seed: int) -> nn.Modu
     return unet
 
 
-def _with_conditions(unet: nn.Module, num_conditions: int, settings: TrainingArguments) -> nn.Module:
-    """Rebuilds a network without conditions for some, whose embedding is drawn; one with conditions stays as it is."""
-    if unet.config.get("num_conditions") is not None:
+def _with_inputs(unet: nn.Module, option: str, count: int, settings: TrainingArguments) -> nn.Module:
+    """Rebuilds a network without such inputs for some, whose embedding is drawn; one that has them stays as it is."""
+    if unet.config.get(option) is not None:
         return unet
-    _refuse_stock_conditions(type(unet).__name__, settings.pretrained_model_name_or_path)
+    _refuse_stock_inputs(type(unet).__name__, option, settings.pretrained_model_name_or_path)
     torch.manual_seed(settings.seed)
-    extended = type(unet).from_config(unet.config, num_conditions=num_conditions)
+    extended = type(unet).from_config(unet.config, **{option: count})
     extended.load_state_dict(extended.state_dict() | unet.state_dict())
     return extended
 
 
-def _refuse_stock_conditions(class_name: str, source: str) -> None:
+def _refuse_stock_inputs(class_name: str, option: str, source: str) -> None:
     if class_name == "UNet2DModel":
+        flag_name, inputs = _FURTHER_INPUTS[option]
         raise UserError(
-            f"--condition_columns: the network of {source} is a stock UNet2DModel, which takes no conditions: train a "
+            f"--{flag_name}: the network of {source} is a stock UNet2DModel, which takes no {inputs}: train a "
             "TinyUNet2DModel or TinyTransformer2DModel, or leave the flag out."
         )
 
@@ -400,10 +412,12 @@ def _configured_unet(settings: TrainingArguments, fixed: dict[str, Any]) -> nn.M
     if class_name not in classes:
         raise unknown(f"_class_name in {path}", class_name, classes)
     config |= fixed
-    if fixed["num_conditions"] is not None:
-        _refuse_stock_conditions(class_name, str(path))
+    for option in _FURTHER_INPUTS:
+        if fixed[option] is not None:
+            _refuse_stock_inputs(class_name, option, str(path))
     if class_name == "UNet2DModel":
-        del config["num_conditions"]
+        for option in _FURTHER_INPUTS:
+            del config[option]
         config["class_embed_type"] = None  # a table
         if fixed["num_class_embeds"] is not None:  # it has no null class of its own
             config["num_class_embeds"] += 1

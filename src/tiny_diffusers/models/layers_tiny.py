@@ -28,6 +28,7 @@ OPTIONAL_SIZES = {
     "time_embedding_dim": (1, 16384),
     "num_class_embeds": (1, 100_000),
     "num_conditions": (1, 4096),
+    "num_augment_labels": (1, 4096),
 }
 SIZES = {
     **OPTIONAL_SIZES,
@@ -156,6 +157,18 @@ def embed_conditions(
             "conditions were given to a network without them: leave them out, or build it with num_conditions."
         )
     return None
+
+
+def embed_augmentation(augment_embed: nn.Linear | None, labels: torch.Tensor | None, B: int) -> torch.Tensor | None:
+    """Returns the embedding of what was done to the images, (B, E), or None if nothing was."""
+    if labels is None:
+        return None
+    if augment_embed is None:
+        raise ValueError("The network takes no labels of augmentation: leave out `augment_labels`.")
+    check_shape("augment_labels", labels, augment_embed.in_features)
+    if len(labels) != B:
+        raise ValueError(f"`augment_labels` must be a row for each of {B} images, got {len(labels)}.")
+    return augment_embed(labels.to(augment_embed.weight.dtype))
 
 
 class TimeEmbedding(nn.Module):

@@ -27,6 +27,7 @@ from .layers_tiny import (
     check_parameters,
     check_shape,
     check_sizes,
+    embed_augmentation,
     embed_classes,
     embed_conditions,
     height_and_width,
@@ -227,6 +228,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
         num_conditions (`int`, *optional*):
             Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
+        num_augment_labels (`int`, *optional*):
+            Number `A` of labels of augmentation, a linear map of which is added to the time embedding.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -269,6 +272,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
         num_train_timesteps: int = 1000,
         num_conditions: int | None = None,
+        num_augment_labels: int | None = None,
     ):
         super().__init__()
         self.register_to_config(sample_size=as_sample_size(sample_size))
@@ -286,6 +290,9 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         self.condition_embed = None
         if num_conditions is not None:
             self.condition_embed = ConditionEmbedding(num_conditions, time_embedding_dim)
+        self.augment_embed = None
+        if num_augment_labels is not None:
+            self.augment_embed = nn.Linear(num_augment_labels, time_embedding_dim, bias=False)
         self.act = nn.SiLU()
         self.patch_embed = nn.Linear(in_channels * patch_size**2, width)
         self.pos_embed = None
@@ -311,6 +318,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         conditions: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -322,6 +330,8 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
             conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
                 Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
+            augment_labels (`torch.Tensor` of shape `(B, num_augment_labels)`, *optional*):
+                What was done to the images; zeros or None for nothing.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: With `sample` of shape
@@ -329,7 +339,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
-                CPU), or if labels or conditions are given to a network without them.
+                CPU), or if labels, conditions or labels of augmentation are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
@@ -350,6 +360,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         for other in (
             embed_classes(self.class_embed, class_labels, B),
             embed_conditions(self.condition_embed, conditions, B),
+            embed_augmentation(self.augment_embed, augment_labels, B),
         ):
             emb = emb if other is None else emb + other
         emb = self.act(emb)  # once, for all blocks

@@ -33,6 +33,7 @@ from .layers_tiny import (
     check_parameters,
     check_shape,
     check_sizes,
+    embed_augmentation,
     embed_classes,
     embed_conditions,
     self_attention,
@@ -395,6 +396,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
         num_conditions (`int`, *optional*):
             Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
+        num_augment_labels (`int`, *optional*):
+            Number `A` of labels of augmentation, a linear map of which is added to the time embedding.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -446,6 +449,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
         num_train_timesteps: int = 1000,
         num_conditions: int | None = None,
+        num_augment_labels: int | None = None,
     ):
         super().__init__()
         resolved, kinds = _resolve_config(self.config)
@@ -465,6 +469,9 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         self.condition_embed = None
         if num_conditions is not None:
             self.condition_embed = ConditionEmbedding(num_conditions, time_embedding_dim, act_fn)
+        self.augment_embed = None
+        if num_augment_labels is not None:
+            self.augment_embed = nn.Linear(num_augment_labels, time_embedding_dim, bias=False)
         self.act = ACTIVATIONS[act_fn]()
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
 
@@ -506,6 +513,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         conditions: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
     ) -> TinyUNet2DOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -517,13 +525,15 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
             conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
                 Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
+            augment_labels (`torch.Tensor` of shape `(B, num_augment_labels)`, *optional*):
+                What was done to the images; zeros or None for nothing.
 
         Returns:
             [`TinyUNet2DOutput`] or `tuple`: With `sample` of shape `(B, out_channels, height, width)`.
 
         Raises:
             ValueError: If a shape does not fit the network, if a label or a learned timestep is out of range (on a
-                CPU), or if labels or conditions are given to a network without them.
+                CPU), or if labels, conditions or labels of augmentation are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         B, _, H, W = sample.shape
@@ -539,8 +549,11 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         temb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, D)
         if cemb is not None and self.config.class_conditioning == "add":
             temb, cemb = temb + cemb, None
-        conditions = embed_conditions(self.condition_embed, conditions, B)  # (B, D)
-        temb = temb if conditions is None else temb + conditions
+        for other in (
+            embed_conditions(self.condition_embed, conditions, B),
+            embed_augmentation(self.augment_embed, augment_labels, B),
+        ):
+            temb = temb if other is None else temb + other
         temb = self.act(temb)  # once, for all blocks
 
         # 2. patches; channels-last is several times faster on CPUs and on GPUs in 16 bits, but unreliable on MPS

@@ -12,7 +12,7 @@ from ..samplers import check_scheduler_name
 Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
 
 PLOTS: tuple[str, ...] = get_args(Plot)
-_DIFFUSION = ("unconditional", "conditional")
+_DIFFUSION = ("unconditional", "conditional", "consistency")
 _OF_GUIDANCE = ("guidance_scale", "guidance_interval", "dynamic_thresholding")
 SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's call, the same for all samplers
 
@@ -93,7 +93,7 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         UserError: If a sampler's option or a metric means nothing to them.
     """
     for name in ("num_inference_steps", "schedulers", *SAMPLING):
-        known = ("conditional",) if name in _OF_GUIDANCE else _DIFFUSION
+        known = ("conditional", "consistency") if name in _OF_GUIDANCE else _DIFFUSION
         if getattr(arguments, name) is not None and script not in known:
             raise UserError(f"--{name} means nothing to the models of train_{script}.py: leave it out.")
     for name in arguments.schedulers or []:

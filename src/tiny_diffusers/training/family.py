@@ -37,6 +37,7 @@ class Batch:
         conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
             as the images; zeros where they were dropped.
         conditions (`torch.Tensor` of shape `(B, D)`, *optional*): float32, standardized; NaN where they were dropped.
+        augment_labels (`torch.Tensor` of shape `(B, NUM_LABELS)`, *optional*): What [`augment_labelled`] did to the images.
         progress (`float`): Share of the run's steps that were taken before, in [0, 1); 1 in validation.
     """
 
@@ -45,6 +46,7 @@ class Batch:
     draws: Draws
     conditioning_images: torch.Tensor | None = None
     conditions: torch.Tensor | None = None
+    augment_labels: torch.Tensor | None = None
     progress: float = 1.0
 
 
@@ -62,6 +64,7 @@ class Family:
         examples ([`Batch`], *optional*): Held-out images, from the loop, for sample grids with a conditioning image.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
             images and conditions that it replaces by zeros and NaN with them.
+        augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
         preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
     """
@@ -72,6 +75,7 @@ class Family:
     condition_statistics: ConditionStatistics | None = None
     examples: Batch | None = None
     label_dropout: float = 0.0
+    augment_prob: float = 0.0
     phases: dict[str, int] = {}
     preview_share: float = 1.0
 

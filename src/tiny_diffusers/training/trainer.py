@@ -24,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, normalize
+from ..data.labelled_augmentation import LABELLED_DRAWS, augment_labelled
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
@@ -575,6 +576,10 @@ class Trainer:
             if conditioning_images is not None:
                 geometric = {name: self.augmentation[name] for name in _GEOMETRIC if name in self.augmentation}
                 conditioning_images = augment(conditioning_images, uniform, **geometric)
+        augment_labels = None
+        if training and family.augment_prob > 0:
+            uniform = draws.uniform("augment_labelled", LABELLED_DRAWS)
+            images, augment_labels = augment_labelled(images, uniform, family.augment_prob)
         if family.conditioning is not None and family.conditioning.is_made:
             conditioning_images = family.conditioning.enlarge(family.conditioning.observe(images))
         if data.labels is not None and family.null_label is not None:
@@ -590,7 +595,7 @@ class Trainer:
             if conditions is not None:
                 conditions = conditions.masked_fill(dropped[:, None], math.nan)
         progress = draws.step / self.max_steps if training and self.max_steps else 1.0
-        return Batch(images, labels, draws, conditioning_images, conditions, progress)
+        return Batch(images, labels, draws, conditioning_images, conditions, augment_labels, progress)
 
     def _load(
         self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None
