@@ -12,7 +12,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import diffusers
 import numpy as np
@@ -37,6 +37,9 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
+
+if TYPE_CHECKING:
+    from typing import Self  # new in Python 3.11
 
 logger = logging.get_logger(__name__)
 
@@ -216,7 +219,7 @@ class TinyPipeline(DiffusionPipeline):
         return_intermediates: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images.
 
@@ -772,7 +775,7 @@ class TinyPipeline(DiffusionPipeline):
 
     def _postprocess(
         self, latents: torch.Tensor, intermediates: list[Intermediate] | None, output_type: str, return_dict: bool
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         """Converts samples in [-1, 1] to the pipeline's output and offloads the network if offloading is enabled."""
         if not torch.isfinite(latents).all():
             raise ValueError(
@@ -804,7 +807,7 @@ class TinyPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------------------- loading and saving
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "TinyPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "Self":
         r"""
         Loads a pipeline from a folder or the Hub, in float32 unless `torch_dtype` is given.
 
@@ -865,7 +868,7 @@ class TinyPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "TinyPipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
         """
         Creates a pipeline from another's components, as [`DiffusionPipeline.from_pipe`], with any network class. It refuses
         a network that takes an image as a condition, unless this class takes it as well.
@@ -894,7 +897,7 @@ class TinyPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike,
         return_unused_kwargs: bool = False,
         return_commit_hash: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Any] | tuple:
         """
         Loads a checkpoint's `model_index.json`. This package's classes are taken from the installed package, whatever
@@ -920,7 +923,7 @@ class TinyPipeline(DiffusionPipeline):
                     index[name] = [ours.__module__, ours.__name__]
         return loaded
 
-    def save_config(self, save_directory: str | os.PathLike, **kwargs):
+    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any):
         """
         Writes `model_index.json`. With a stock network, it names `DDIMPipeline` (`DDPMPipeline` for rectified flow,
         `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
@@ -1164,7 +1167,7 @@ def _public_class(name: Any) -> type | None:
     return getattr(package, name) if isinstance(name, str) and name in getattr(package, "__all__", ()) else None
 
 
-def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs) -> str:
+def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs: Any) -> str:
     """Returns the folder of a checkpoint, downloaded from the Hub if no such folder exists."""
     folder = os.path.expanduser(name_or_path)
     if not os.path.isdir(folder):

@@ -1,5 +1,7 @@
 """`TinyConditionalPipeline`: sampling by a class, conditions, an image or several of them, with classifier-free guidance."""
 
+from typing import Any
+
 import PIL.Image
 import torch
 from diffusers import SchedulerMixin
@@ -83,7 +85,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         return_intermediates: int | None = None,
         image: Images | PIL.Image.Image | None = None,
         conditions: Conditions | None = None,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples one image for each label, for each row of conditions, or for each conditioning image.
 

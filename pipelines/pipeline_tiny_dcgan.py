@@ -1,6 +1,6 @@
 """`TinyDCGANPipeline`: unconditional and class-conditional samples of a DCGAN."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -62,7 +62,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         truncation: float = 1.0,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images by passing z from N(0, I) through the generator.
 
@@ -105,7 +105,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         num_frames: int = 16,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Interpolates between two samples, on the sphere near which their latents lie. The ends are the samples.
 

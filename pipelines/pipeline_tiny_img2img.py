@@ -1,5 +1,7 @@
 """`TinyImg2ImgPipeline`: variations of given images, and edits that keep their layout."""
 
+from typing import Any
+
 import torch
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput
@@ -73,7 +75,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         return_intermediates: int | None = None,
         conditions: Conditions | None = None,
         source_conditions: Conditions | None = None,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples images that resemble given ones.
 

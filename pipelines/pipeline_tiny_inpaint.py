@@ -1,5 +1,7 @@
 """`TinyInpaintPipeline`: fills a hole in given images."""
 
+from typing import Any
+
 import torch
 
 from .pipeline_tiny import Generators, Images, StepCallback, TinyPipeline, TinyPipelineOutput
@@ -72,7 +74,7 @@ class TinyInpaintPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         timesteps: list[int] | list[float] | None = None,
         clip_sample: bool | None = None,
         conditions: Conditions | None = None,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples what a mask hides of images.
 

@@ -1,6 +1,7 @@
 """`TinyInterpolationPipeline`: interpolation between two seeds, latents, images, classes or conditions."""
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -79,7 +80,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         clip_sample: bool | None = None,
         return_intermediates: int | None = None,
         conditions: Conditions | None = None,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples the frames of an interpolation, in order. The first and the last frame are the two samples themselves.
 

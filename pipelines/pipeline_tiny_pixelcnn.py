@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
@@ -71,7 +71,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("images",),
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images, or completes given images.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
         clip_sample: bool | None = None,
         return_statistics: bool = False,
         conditions: Conditions | None = None,
-    ) -> TinyRestorationPipelineOutput | tuple:
+    ) -> TinyRestorationPipelineOutput | Any:
         r"""
         Samples images that explain observations.
 

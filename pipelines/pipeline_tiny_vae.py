@@ -1,7 +1,7 @@
 """`TinyVAEPipeline`: samples of a variational autoencoder, reconstructions, interpolations and the likelihood bound."""
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -50,7 +50,7 @@ class TinyVAEPipeline(TinyPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         truncation: float = 1.0,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images by decoding z from the prior N(0, I). Each image is the center of p(x | z), without
         pixel noise.
@@ -109,7 +109,7 @@ class TinyVAEPipeline(TinyPipeline):
         generator: Generators | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Encodes images and decodes them again. The distance between images and their reconstructions measures how much
         the latents keep, not the quality of samples from the prior: the two can't be compared.
@@ -148,7 +148,7 @@ class TinyVAEPipeline(TinyPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         seeds: tuple[int, int] | None = None,
-    ) -> TinyPipelineOutput | tuple:
+    ) -> TinyPipelineOutput | Any:
         r"""
         Interpolates on the line between two latents. The ends are the reconstructions of two images, or two samples.
 
@@ -218,7 +218,7 @@ class TinyVAEPipeline(TinyPipeline):
         self.maybe_free_model_hooks()
         return (output.reconstruction_loss + output.kl) / (math.prod(self._image_shape) * math.log(2))
 
-    def _decode(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> TinyPipelineOutput | tuple:
+    def _decode(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> TinyPipelineOutput | Any:
         return self._postprocess(self._network.decode(latents), None, output_type, return_dict)
 
 

@@ -223,7 +223,7 @@ class TinySchedulerMixin(TinyObjectiveMixin):
             self.register_to_config(_use_default_values=unused)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs: Any):
         """
         Instantiates a scheduler from a config, as in diffusers. Arguments also override the stored values that depend
         on them: `beta_schedule`, `beta_start`, `beta_end` and `num_train_timesteps` override `trained_betas`, and

@@ -92,7 +92,7 @@ class TinyContinuousMixin:
             )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs: Any):
         """
         Instantiates a scheduler from a config, as in diffusers.
 

@@ -89,7 +89,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         self.num_inference_steps = self._start = None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: dict[str, Any] = None, return_unused_kwargs: bool = False, **kwargs: Any):
         """Instantiates a scheduler from a config, as in diffusers, with what other solvers need from the arguments."""
         if isinstance(config, dict):
             config = {name: value for name, value in config.items() if name not in _SOLVER_ARGUMENTS}

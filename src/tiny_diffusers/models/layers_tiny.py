@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -243,7 +244,7 @@ class _CPUAttention(torch.autograd.Function):
     ELEMENTS_AT_ONCE = 2**20  # elements of the probabilities that are held at a time
 
     @staticmethod
-    def forward(ctx, qkv: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, qkv: torch.Tensor) -> torch.Tensor:
         """(B, L, 3, heads, d) -> (B, L, heads, d)"""
         ctx.save_for_backward(qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -251,7 +252,7 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (qkv,) = ctx.saved_tensors
         B, L, _, heads, d = qkv.shape
         images = max(1, _CPUAttention.ELEMENTS_AT_ONCE // (heads * L * L))

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -371,7 +372,7 @@ class Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, f: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, f: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(f.dtype, torch.float32)
         t = torch.empty(f.shape, dtype=dtype).copy_(f).tanh_()
         s = torch.empty(g.shape, dtype=dtype).copy_(g).sigmoid_()
@@ -380,7 +381,7 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         t, s = ctx.saved_tensors
         wide = grad.to(t.dtype)
         grad_f = torch.ops.aten.tanh_backward(wide * s, t)
@@ -665,7 +666,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
         """x (N, D), weight (C L, D), bias (C L,), target (N, C) -> (N, C) float32"""
         N, C = target.shape
         nll = torch.empty(N, C, device=x.device)
@@ -680,7 +683,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor):
         x, weight, bias, target = ctx.saved_tensors
         N, C = target.shape
         grad_x = torch.empty_like(x)

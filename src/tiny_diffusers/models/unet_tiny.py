@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +183,7 @@ class StandardizedConv2d(nn.Conv2d):
             1 / (3 fan_in): it must be far below.
     """
 
-    def __init__(self, *args, eps: float = 1e-10, **kwargs):
+    def __init__(self, *args: Any, eps: float = 1e-10, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eps = eps
         self.gain = nn.Parameter(torch.ones(self.out_channels))
@@ -501,7 +502,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.conv_out.bias)
 
     @classmethod
-    def from_config(cls, config: Mapping, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: Mapping, return_unused_kwargs: bool = False, **kwargs: Any):
         """Builds a network by a saved config. One without `weight_standardization_eps` is older than it: 1e-5."""
         config = {"weight_standardization_eps": 1e-5, **config}
         return super().from_config(config, return_unused_kwargs, **kwargs)
