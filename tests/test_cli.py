@@ -21,6 +21,7 @@ from tiny_diffusers import (
     TinyPixelCNNPipeline,
     TinyVAEModel,
     TinyVAEPipeline,
+    cards,
     cli,
     hub,
 )
@@ -498,13 +499,13 @@ class TestExportAndPush:
             RunFolder(source).record(source / name)
             (source / name).write_bytes(name.encode())
         (source / "loss_curves.png").write_bytes(b"of another run")
-        hub.write_card(source, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
+        cards.write_card(source, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
         assert run("export", source, tmp_path / "code") == 0
         assert run("export", tmp_path / "code", tmp_path / "bare", "--no_code") == 0
-        cards = [(tmp_path / name / "README.md").read_text() for name in ("source", "code", "bare")]
-        assert ["trust_remote_code=True" in card for card in cards] == [False, True, False]
-        assert cards[0] == cards[2] and "saved beside the weights" in cards[1]
-        assert all(card.count("## How to load it") == card.count("## How it was made") == 1 for card in cards)
+        texts = [(tmp_path / name / "README.md").read_text() for name in ("source", "code", "bare")]
+        assert ["trust_remote_code=True" in text for text in texts] == [False, True, False]
+        assert texts[0] == texts[2] and "saved beside the weights" in texts[1]
+        assert all(text.count("## How to load it") == text.count("## How it was made") == 1 for text in texts)
         assert (tmp_path / "code" / "training.gif").is_file() and (tmp_path / "code" / "report.md").is_file()
         assert not (tmp_path / "code" / "loss_curves.png").exists()
 
@@ -571,12 +572,52 @@ def test_help_needs_neither_torch_nor_diffusers():
         assert command in done.stdout
 
 
-def test_each_command_has_an_example_that_it_takes():
-    from tiny_diffusers.cli import COMMANDS, EXAMPLES
+def test_each_command_has_an_example_that_it_takes(capsys):
+    from tiny_diffusers.commands.plotting import KINDS
+    from tiny_diffusers.studies.training import arguments_class
+    from tiny_diffusers.training.arguments import parse_arguments
 
-    assert list(EXAMPLES) == list(COMMANDS)
-    for name, example in EXAMPLES.items():
-        COMMANDS[name].parser().parse_args(example.split())
+    for prefix, commands in (("", cli.COMMANDS), ("plot ", KINDS)):
+        for name, command in commands.items():
+            words = command.example.partition(" > ")[0].split()
+            command.parser().parse_args(words)
+            with pytest.raises(SystemExit):
+                cli.main([*f"{prefix}{name} --help".split()])
+            assert f"Example: tiny-diffusers {prefix}{name} {command.example}".rstrip() in " ".join(
+                capsys.readouterr().out.split()
+            )
+    script, *flags = cli.COMMANDS["train"].example.split()  # whose parser is the script's
+    assert parse_arguments(arguments_class(script), flags).resolution == "32"
+
+
+def test_the_help_lists_every_command_and_a_misspelt_one_is_told_its_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line[0] for line in lines if line[0] in cli.COMMANDS] == list(cli.COMMANDS)
+    assert cli.main(["smaple"]) == 2
+    assert "Unknown command 'smaple'" in (error := capsys.readouterr().err) and "Did you mean 'sample'?" in error
+
+
+def test_a_shell_completes_commands_scripts_kinds_flags_choices_and_files(tmp_path, capsys):
+    def complete(*words):
+        names = " ".join(f"'{word}'" for word in words)
+        ask = f"source completion; COMP_WORDS=({names}); COMP_CWORD={len(words) - 1}; _shtab_tiny_diffusers"
+        done = subprocess.run(
+            ["bash", "-c", f'{ask}; printf "%s\\n" "${{COMPREPLY[@]}}"'], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and not done.stderr
+        return done.stdout.split()
+
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    assert complete("tiny-diffusers", "sa") == ["sample"]
+    assert complete("tiny-diffusers", "train", "un") == ["unconditional"]
+    assert complete("tiny-diffusers", "train", "unconditional", "--max_train_m") == ["--max_train_minutes"]
+    assert complete("tiny-diffusers", "plot", "guid") == ["guidance"]
+    assert complete("tiny-diffusers", "plot", "guidance", "--guidance_s") == ["--guidance_scales"]
+    assert complete("tiny-diffusers", "sample", "compl") == ["completion"]  # the file
+    assert complete("tiny-diffusers", "sample", "runs", "--dtype", "bfl") == ["bfloat16"]
 
 
 def test_it_runs_as_a_module():

@@ -19,8 +19,8 @@ from tiny_diffusers import (
     TinyPipeline,
     TinyVAEModel,
     TinyVAEPipeline,
+    cards,
     cli,
-    hub,
     plots,
 )
 from tiny_diffusers.commands import plotting_images, shared
@@ -317,7 +317,7 @@ def test_the_axis_of_channels_of_a_batch_is_not_guessed():
 
 def test_a_card_names_the_channels_and_the_values(tmp_path):
     vae(12, value_range={"low": -1, "high": 2.5}).save_pretrained(tmp_path)
-    hub.write_card(tmp_path, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
+    cards.write_card(tmp_path, model_name="A", command="tiny-diffusers train vae", settings={}, data={})
     card = (tmp_path / "README.md").read_text()
     assert "model of 8x8 12-channel images" in card and "values from -1.0 to 2.5." in card
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from . import __version__
 from .commands.app import app, app_parser
 from .commands.averages import ema, ema_parser
+from .commands.cards import card, card_parser
+from .commands.completion import completion, completion_parser
 from .commands.describing import describe, describe_parser
 from .commands.doctor import doctor, doctor_parser
 from .commands.editing import edit, edit_parser
@@ -27,12 +29,13 @@ from .commands.shared import (
     Command,
     add_checkpoint_argument,
     add_guidance_model,
+    build_parser,
     load_checkpoint,
     make_parser,
     prepare_output,
 )
 from .commands.studies import study, study_parser
-from .errors import UserError, exit_status, say
+from .errors import UserError, exit_status, say, unknown
 from .training.recipes import SCRIPTS
 
 
@@ -158,45 +161,109 @@ def benchmark(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
-COMMANDS = {
-    "train": Command("train a model", train_parser, train),
-    "sample": Command("draw samples from a checkpoint", sample_parser, sample),
-    "interpolate": Command("interpolate between two samples", interpolate_parser, interpolate),
-    "edit": Command("vary, inpaint or restore given pictures", edit_parser, edit),
-    "evaluate": Command("measure the images of a checkpoint or a folder", evaluate_parser, evaluate),
-    "compare": Command("tabulate several evaluated checkpoints", compare_parser, compare),
-    "study": Command("train and measure each cell of a recipe's grid", study_parser, study),
-    "search": Command("search for the best settings of a recipe", search_parser, search),
-    "plot": Command("draw losses, noise schedules, denoising, samples and more", plot_parser, plot),
-    "describe": Command("list the layers of a network, and draw it", describe_parser, describe),
-    "app": Command("use checkpoints in a browser", app_parser, app),
-    "ema": Command("rebuild averages of a run's weights, of any length", ema_parser, ema),
-    "benchmark": Command("measure speed and memory against stock diffusers", benchmark_parser, benchmark),
-    "export": Command("save a checkpoint with the code that it needs", export_parser, export),
-    "push": Command("push a checkpoint's folder to the Hub", push_parser, push),
-    "doctor": Command(
-        "print versions, the machine and what is missing, for a report of a fault", doctor_parser, doctor
-    ),
+# In the order in which one does it, as --help lists them
+_GROUPS = {
+    "make a model": {
+        "train": Command(
+            "train a model on images",
+            train_parser,
+            train,
+            "unconditional --dataset_name path/to/images --resolution 32 --max_train_minutes 10",
+        ),
+        "study": Command(
+            "train and measure each cell of a recipe's grid",
+            study_parser,
+            study,
+            "unconditional_digits_betas --seeds 0,1",
+        ),
+        "search": Command(
+            "search for the best settings of a recipe", search_parser, search, "unconditional_mine.yaml --trials 50"
+        ),
+        "ema": Command(
+            "rebuild averages of a run's weights, of any length",
+            ema_parser,
+            ema,
+            "runs/ddpm-digits --sigma_rel 0.05 0.1",
+        ),
+    },
+    "use it": {
+        "sample": Command(
+            "draw samples from a checkpoint",
+            sample_parser,
+            sample,
+            "runs/ddpm-digits --num_images 64 --output samples.png",
+        ),
+        "interpolate": Command(
+            "walk between two samples",
+            interpolate_parser,
+            interpolate,
+            "runs/ddpm-digits --seeds 0,1 --output walk.gif",
+        ),
+        "edit": Command(
+            "vary, inpaint or restore given pictures",
+            edit_parser,
+            edit,
+            "runs/ddpm-digits --image digit.png --strength 0.6 --output variations.png",
+        ),
+        "app": Command("use checkpoints in a browser", app_parser, app, "runs/ddpm-digits"),
+    },
+    "see how good it is": {
+        "evaluate": Command(
+            "measure the images of a checkpoint or a folder",
+            evaluate_parser,
+            evaluate,
+            "runs/ddpm-digits --num_images 1000",
+        ),
+        "compare": Command(
+            "tabulate several evaluated checkpoints, or runs", compare_parser, compare, "runs/a runs/b --settings"
+        ),
+        "plot": Command(
+            "draw losses, noise schedules, denoising, samples and more",
+            plot_parser,
+            plot,
+            "losses runs/a runs/b --output losses.png",
+        ),
+        "describe": Command(
+            "list the layers of a network, and draw it",
+            describe_parser,
+            describe,
+            "runs/ddpm-digits --output network.png",
+        ),
+    },
+    "share it": {
+        "card": Command(
+            "rewrite a model card, with the metrics of a report",
+            card_parser,
+            card,
+            "runs/ddpm-digits --report ddim-50",
+        ),
+        "export": Command(
+            "save a checkpoint with the code that it needs, or as ONNX",
+            export_parser,
+            export,
+            "runs/ddpm-digits digits --dtype float16",
+        ),
+        "push": Command(
+            "push a checkpoint's folder, or a Space, to the Hub",
+            push_parser,
+            push,
+            "runs/ddpm-digits me/my-digits --dry_run",
+        ),
+    },
+    "this machine": {
+        "benchmark": Command(
+            "measure speed and memory against stock diffusers", benchmark_parser, benchmark, "--rows training sampling"
+        ),
+        "doctor": Command("print versions, the machine and what is missing", doctor_parser, doctor, ""),
+        "completion": Command(
+            "print a script for completion in a shell",
+            completion_parser,
+            completion,
+            "bash > ~/.local/share/bash-completion/completions/tiny-diffusers",
+        ),
+    },
 }
-
-EXAMPLES = {
-    "train": "unconditional --dataset_name path/to/images --resolution 32 --max_train_minutes 10",
-    "sample": "runs/ddpm-digits --num_images 64 --output samples.png",
-    "interpolate": "runs/ddpm-digits --seeds 0,1 --output walk.gif",
-    "edit": "runs/ddpm-digits --image digit.png --strength 0.6 --output variations.png",
-    "evaluate": "runs/ddpm-digits --num_images 1000",
-    "compare": "runs/a runs/b --settings",
-    "study": "unconditional_digits_betas --seeds 0,1",
-    "search": "unconditional_mine.yaml --trials 50",
-    "plot": "losses runs/a runs/b --output losses.png",
-    "describe": "runs/ddpm-digits --output network.png",
-    "app": "runs/ddpm-digits",
-    "ema": "runs/ddpm-digits --sigma_rel 0.05 0.1",
-    "benchmark": "--rows training sampling",
-    "export": "runs/ddpm-digits digits --dtype float16",
-    "push": "runs/ddpm-digits me/my-digits --dry_run",
-    "doctor": "",
-}
+COMMANDS = {name: command for commands in _GROUPS.values() for name, command in commands.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,26 +286,36 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}. --help lists the commands.")
 
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if value not in COMMANDS:
+            raise unknown("command", value, COMMANDS)
+
+
+def _list_commands() -> str:
+    """Returns the table of the commands for --help."""
+    lines = []
+    for title, commands in _GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:13}{command.help}" for name, command in commands.items()), ""]
+    return "\n".join([*lines, "tiny-diffusers COMMAND --help lists a command's arguments, with an example."])
+
 
 def _run(argv: list[str]) -> int | None:
     parser = _Parser(
         prog="tiny-diffusers",
+        usage="tiny-diffusers COMMAND ...",
         description="Train, sample, measure and share generative models of small images.",
+        epilog=_list_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tiny-diffusers {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).command
     command = COMMANDS[name]
 
     from .flags import expand_user
 
-    parser = command.parser()
-    parser.description = parser.description or command.help
-    example = f"Example: tiny-diffusers {name} {EXAMPLES[name]}"
-    parser.epilog = example if parser.epilog is None else f"{parser.epilog}\n\n{example}"
+    parser = build_parser(name, command)
     args = expand_user(parser.parse_args(argv[1:]))
     args.argv, args.command_line = argv[1:], shlex.join(["tiny-diffusers", *argv])
     return command.run(args)

@@ -323,7 +323,13 @@ class RunFolder:
     def keep_foreign_card(self) -> None:
         """Renames a README.md that the run has not written, of a repository that it is trained into."""
         if self.card.exists() and "README.md" not in self.list_files():
-            self.card.rename(self.path / "README.original.md")
+            self.set_card_aside()
+
+    def set_card_aside(self) -> Path:
+        """Renames a README.md that is about to be replaced, and replaces no other by that."""
+        names = itertools.chain(["README.original.md"], (f"README.original-{i}.md" for i in itertools.count(2)))
+        free = next(self.path / name for name in names if not (self.path / name).exists())
+        return self.card.rename(free)
 
     def place(self, write: Callable[[Path], None]) -> None:
         """

@@ -52,13 +52,13 @@ def write_card(folder: Path, args: argparse.Namespace, figures: dict) -> None:
     """Rewrites the card of the run with the results and the command that measured them."""
     import yaml
 
-    from tiny_diffusers import hub
+    from tiny_diffusers import cards
 
     facts = json.loads((folder / "run.json").read_text())
     command = f"python tests/benchmarks/check_digits.py {folder.as_posix()} --seed {args.seed}"
     if args.scheduler:
         command += f" --scheduler {args.scheduler}"
-    hub.write_card(
+    cards.write_card(
         folder,
         model_name=folder.name,
         command=facts["command"],

@@ -29,8 +29,8 @@ from tiny_diffusers import (
     TinyPipeline,
     TinyVAEModel,
     TinyVAEPipeline,
+    cards,
     cli,
-    hub,
 )
 from tiny_diffusers.commands import shared
 from tiny_diffusers.data import ImageData, load_images, loading
@@ -666,7 +666,7 @@ class TestCommandLine:
     def checkpoint(self, tmp_path, pipeline):
         folder = tmp_path / "checkpoint"
         pipeline().save_pretrained(folder)
-        hub.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
+        cards.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
         return folder
 
     def run(self, *arguments):
@@ -739,7 +739,7 @@ class TestCommandLine:
     def test_reconstructions_leave_the_report_and_the_card_of_the_samples_alone(self, tmp_path, capsys):
         folder = tmp_path / "vae"
         vae().save_pretrained(folder)
-        hub.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
+        cards.write_card(folder, model_name="tiny", command="train", settings={}, data={"name": "digits"})
         steps = self.OPTIONS.index("--num_inference_steps")
         options = self.OPTIONS[:steps] + self.OPTIONS[steps + 2 :]
         assert self.run("evaluate", folder, *options, "--kind", "reconstructions") == 0
@@ -986,7 +986,7 @@ class TestRun:
 
     def test_no_path_is_shared_and_the_report_is_repeated_with_those_kept(self, trained, folder, tmp_path, capsys):
         run = trained(dataset_name=str(folder), resolution=8)
-        hub.write_card(run, model_name="tiny", command="train", settings={}, data={"name": "pets"})
+        cards.write_card(run, model_name="tiny", command="train", settings={}, data={"name": "pets"})
         assert self.run(run, "--publish") == 0
         files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")]
         texts = {path.name: path.read_text() for path in files if path.suffix in (".json", ".yaml", ".md")}

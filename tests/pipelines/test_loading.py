@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from tiny_diffusers import pipelines
 from tiny_diffusers.models import TinyUNet2DModel
 from tiny_diffusers.pipelines import TinyConditionalPipeline, TinyInterpolationPipeline, TinyPipeline
 from tiny_diffusers.schedulers import TinyDDIMScheduler, TinyDDPMScheduler
@@ -434,3 +436,29 @@ def test_pickled_weights_are_not_read(saved, make_unet):
 def test_an_unknown_device_map_is_named(saved):
     with pytest.raises(NotImplementedError, match="auto not supported"):
         TinyPipeline.from_pretrained(saved, device_map="auto")
+
+
+# ----------------------------------------------------------------------------------------------------- custom_pipeline
+
+
+@pytest.fixture
+def stock_checkpoint(make_unet, tmp_path):
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+@pytest.mark.parametrize("kind", ["", "_conditional", "_interpolation", "_img2img", "_inpaint", "_restoration"])
+def test_each_pipeline_of_diffusion_is_a_community_pipeline_for_stock_checkpoints(stock_checkpoint, kind):
+    file = Path(pipelines.__file__).with_name(f"pipeline_tiny{kind}.py")
+    pipe = DiffusionPipeline.from_pretrained(stock_checkpoint, custom_pipeline=str(file), trust_remote_code=True)
+    assert type(pipe).__module__ == f"diffusers_modules.local.{file.stem}"
+    assert type(pipe.unet) is diffusers.UNet2DModel and type(pipe.scheduler) is DDIMScheduler
+    if not kind:
+        np.testing.assert_array_equal(images(pipe), images(TinyPipeline(pipe.unet, pipe.scheduler)))
+
+
+def test_a_folder_with_the_file_as_pipeline_py_is_a_community_pipeline_too(stock_checkpoint, tmp_path):
+    code = shutil.copytree(Path(pipelines.__file__).parent, tmp_path / "code")
+    shutil.copyfile(code / "pipeline_tiny_inpaint.py", code / "pipeline.py")
+    pipe = DiffusionPipeline.from_pretrained(stock_checkpoint, custom_pipeline=str(code), trust_remote_code=True)
+    assert type(pipe).__name__ == "TinyInpaintPipeline" and type(pipe).__module__ == "diffusers_modules.local.pipeline"

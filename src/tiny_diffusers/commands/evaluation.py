@@ -112,10 +112,10 @@ def evaluate(args: argparse.Namespace) -> None:
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "sampling"]
     protocol = Protocol(**{name: getattr(args, name) for name in fields})
 
+    from ..cards import add_results
     from ..evaluation import evaluate as measure
     from ..evaluation.evaluator import describe_images, describe_pipeline, processes
     from ..evaluation.images import read_folder, round_to_8_bits
-    from ..hub import add_results
 
     # 1. The images to measure, and the real ones
     state = processes()  # before anything is put on a device: each process has its own

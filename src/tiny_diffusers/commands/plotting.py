@@ -1,6 +1,7 @@
 """`tiny-diffusers plot`: its kinds of pictures, and those of curves: noise schedules, losses, and both from a file."""
 
 import argparse
+import functools
 from pathlib import Path
 
 from ..errors import UserError, say, unknown
@@ -25,7 +26,15 @@ from .plotting_samples import (
     samples,
     samples_parser,
 )
-from .shared import FIGURE_SUFFIXES, Command, check_diffusion, load_checkpoint, make_parser, prepare_picture
+from .shared import (
+    FIGURE_SUFFIXES,
+    Command,
+    build_parser,
+    check_diffusion,
+    load_checkpoint,
+    make_parser,
+    prepare_picture,
+)
 
 
 def plot_parser() -> argparse.ArgumentParser:
@@ -33,7 +42,7 @@ def plot_parser() -> argparse.ArgumentParser:
 
     kinds = "\n".join(f"  {name:16}{kind.help}" for name, kind in KINDS.items())
     return KindParser(
-        {name: kind.parser for name, kind in KINDS.items()},
+        {name: functools.partial(build_parser, f"plot {name}", kind) for name, kind in KINDS.items()},
         _kind_of,
         prog="tiny-diffusers plot",
         usage="tiny-diffusers plot KIND ... | RUN [RUN ...] | FILE.json",
@@ -179,14 +188,53 @@ def redraw(args: argparse.Namespace) -> None:
 
 
 KINDS = {
-    "schedules": Command("betas, alphas_cumprod and log-SNR of noise schedules", schedules_parser, schedules),
-    "forward": Command("an image that turns to noise, a row for each schedule", forward_parser, forward),
-    "denoising": Command("noise, or a noisy image, that turns to an image", denoising_parser, denoising),
-    "losses": Command("losses of one or several runs", losses_parser, losses),
-    "interpolation": Command("images between two seeds, by DDIM and by DDPM", interpolation_parser, interpolation),
-    "samples": Command("samples of several checkpoints from the same seeds", samples_parser, samples),
-    "epochs": Command("samples of a run over its training", epochs_parser, epochs),
-    "guidance": Command("classes at several guidance scales, and walks between classes", guidance_parser, guidance),
-    "reconstructions": Command("images and what a VAE makes of them", reconstructions_parser, reconstructions),
-    "redraw": Command("curves, from the .json file beside their picture", redraw_parser, redraw),
+    "schedules": Command(
+        "betas, alphas_cumprod and log-SNR of noise schedules",
+        schedules_parser,
+        schedules,
+        "runs/ddpm-digits --schedules linear,cosine --output schedules.png",
+    ),
+    "forward": Command(
+        "an image that turns to noise, a row for each schedule",
+        forward_parser,
+        forward,
+        "digit.png --schedules linear,cosine,flow --output forward.png",
+    ),
+    "denoising": Command(
+        "noise, or a noisy image, that turns to an image",
+        denoising_parser,
+        denoising,
+        "runs/ddpm-digits --output denoising.gif",
+    ),
+    "losses": Command("losses of one or several runs", losses_parser, losses, "runs/a runs/b --output losses.png"),
+    "interpolation": Command(
+        "images between two seeds, by DDIM and by DDPM",
+        interpolation_parser,
+        interpolation,
+        "runs/ddpm-digits --seeds 0,1 --output interpolation.png",
+    ),
+    "samples": Command(
+        "samples of several checkpoints from the same seeds",
+        samples_parser,
+        samples,
+        "runs/a runs/b --output samples.png",
+    ),
+    "epochs": Command(
+        "samples of a run over its training", epochs_parser, epochs, "runs/ddpm-digits --output epochs.png"
+    ),
+    "guidance": Command(
+        "classes at several guidance scales, and walks between classes",
+        guidance_parser,
+        guidance,
+        "runs/ddpm-cats --output guidance.png",
+    ),
+    "reconstructions": Command(
+        "images and what a VAE makes of them",
+        reconstructions_parser,
+        reconstructions,
+        "runs/vae-digits --output reconstructions.png",
+    ),
+    "redraw": Command(
+        "curves, from the .json file beside their picture", redraw_parser, redraw, "losses.json --output losses.svg"
+    ),
 }

@@ -35,11 +35,21 @@ _INPUTS = ("id2label", "null_class_id", "conditioning", "condition_statistics", 
 
 
 class Command(NamedTuple):
-    """Command, or a kind of one: its line of help, its parser, and what runs it."""
+    """Command, or a kind of one: its line of help, its parser, what runs it, and the arguments of an example."""
 
     help: str
     parser: Callable[[], argparse.ArgumentParser]
     run: Callable[[argparse.Namespace], int | None]
+    example: str
+
+
+def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """Builds the parser of a command, whose --help ends with its example."""
+    parser = command.parser()
+    parser.description = parser.description or command.help
+    example = f"Example: tiny-diffusers {name} {command.example}".rstrip()
+    parser.epilog = example if parser.epilog is None else f"{parser.epilog}\n\n{example}"
+    return parser
 
 
 def make_parser(command: str, description: str | None = None) -> argparse.ArgumentParser:

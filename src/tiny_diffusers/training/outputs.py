@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 from torch import nn
 
-from .. import __version__, hub, plots
+from .. import __version__, cards, hub, plots
 from ..data.folders import abbreviate
 from ..errors import UserError, say
 from ..hardware import default_dtype
@@ -170,7 +170,7 @@ def save_results(trainer: "Trainer") -> None:
             plots.animation([*grids, folder.samples], folder.animation)
         with contextlib.suppress(UserError):  # a run that is cut short may have logged no loss yet
             plots.loss_curves(folder.log, folder.loss_curves)
-        hub.write_card(
+        cards.write_card(
             folder.path,
             model_name=settings.hub_model_id or folder.path.name,
             command=command_line(settings),

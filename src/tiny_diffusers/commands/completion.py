@@ -1,0 +1,53 @@
+"""`tiny-diffusers completion`: a script that knows all commands and flags, so that a shell completes them without Python."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import say
+from ..training.recipes import SCRIPTS
+from .shared import make_parser
+
+
+def completion_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "completion",
+        "Prints a script that completes commands, flags, choices and files in a shell. Write it anew after an update.",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def completion(args: argparse.Namespace) -> None:
+    import shtab
+
+    say(shtab.complete(build_tree(), args.shell))
+
+
+def build_tree() -> argparse.ArgumentParser:
+    """Builds one parser of all commands, of which the command line itself builds only the one that it runs."""
+    from ..cli import COMMANDS
+    from ..flags import FlagParser, KindParser
+    from ..studies.training import arguments_class
+
+    parsers = {name: command.parser() for name, command in COMMANDS.items()}
+    for name, parser in parsers.items():
+        if isinstance(parser, KindParser):
+            parsers[name] = _join({kind: build() for kind, build in parser.parsers.items()})
+    parsers["train"] = _join({script: FlagParser(arguments_class(script)) for script in SCRIPTS})
+    return _join(parsers)
+
+
+def _join(parsers: Mapping[str, argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Returns a parser of which others are the commands; what takes words but has no choices is completed by files."""
+    import shtab
+
+    root = argparse.ArgumentParser("tiny-diffusers")
+    commands = root.add_subparsers()
+    for name, parser in parsers.items():
+        commands.add_parser(name, help=parser.description or name)
+        commands.choices[name] = parser
+        for action in parser._actions:
+            if action.choices is None and action.type in (None, str, Path) and action.nargs != 0:
+                action.complete = shtab.FILE
+    return root
