@@ -152,6 +152,8 @@ class OneLineParser(argparse.ArgumentParser):
         UserError: For every mistake on the command line.
     """
 
+    example = ""  # a command line that --help ends with
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = _NEGATIVE_NUMBER
@@ -166,6 +168,10 @@ class OneLineParser(argparse.ArgumentParser):
         if rest:
             raise UserError(f"'{rest[0]}' is an argument too many: it follows no --flag. --help lists the arguments.")
         return namespace
+
+    def format_help(self) -> str:
+        """Formats the help, with the example on a line of its own, which may be copied."""
+        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
 
     def error(self, message: str):
         raise UserError(f"{message}. --help lists the flags.")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from ..flags import OneLineParser
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")  # of curves and diagrams
@@ -38,21 +40,20 @@ class Command(NamedTuple):
     """Command, or a kind of one: its line of help, its parser, what runs it, and the arguments of an example."""
 
     help: str
-    parser: Callable[[], argparse.ArgumentParser]
+    parser: Callable[[], "OneLineParser"]
     run: Callable[[argparse.Namespace], int | None]
     example: str
 
 
-def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
+def build_parser(name: str, command: Command) -> "OneLineParser":
     """Builds the parser of a command, whose --help ends with its example."""
     parser = command.parser()
     parser.description = parser.description or command.help
-    example = f"Example: tiny-diffusers {name} {command.example}".rstrip()
-    parser.epilog = example if parser.epilog is None else f"{parser.epilog}\n\n{example}"
+    parser.example = f"tiny-diffusers {name} {command.example}".rstrip()
     return parser
 
 
-def make_parser(command: str, description: str | None = None) -> argparse.ArgumentParser:
+def make_parser(command: str, description: str | None = None) -> "OneLineParser":
     """Returns the parser of a command; without a description, it is what the list of commands says of it."""
     from ..flags import OneLineParser
 
