@@ -235,7 +235,7 @@ _GROUPS = {
             "rewrite a model card, with the metrics of a report",
             card_parser,
             card,
-            "runs/ddpm-digits --report ddim-50",
+            "runs/ddpm-digits",
         ),
         "export": Command(
             "save a checkpoint with the code that it needs, or as ONNX",
