@@ -98,12 +98,13 @@ def test_training_again_takes_the_metrics_of_earlier_weights_away(folder, pipeli
     assert "## Results" not in card.text and "train longer" in card.text and "## What it is not good for" in card.text
 
 
-def test_damaged_metadata_is_one_line(folder, capsys):
-    text = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(text.replace("library_name: diffusers", "library_name: [diffusers"))
-    assert main(["card", str(folder)]) == 2
-    assert "README.md can't be read" in capsys.readouterr().err
-    assert "library_name: [diffusers" in (folder / "README.md").read_text()
+@pytest.mark.parametrize("damage", ["library_name: [diffusers", "model-index: 3"])
+def test_a_card_with_damaged_metadata_is_kept_beside_the_new_one(folder, damage):
+    text = (folder / "README.md").read_text().replace("library_name: diffusers", damage)
+    (folder / "README.md").write_text(text)
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.original.md").read_text() == text
+    assert ModelCard.load(folder / "README.md").data.library_name == "diffusers"
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The model card of a checkpoint: what the model is, how to load it, how it was made, and what was measured."""
 
+import contextlib
 import importlib.resources
 import math
 import re
@@ -7,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, code_block, first_line, markdown, refusals, say
+import yaml
+
+from .errors import UserError, code_block, markdown, refusals, say
 from .files import load_json, read_text, replace_file
 from .runs import MODEL_INDEX, RunFolder
 
@@ -20,14 +23,12 @@ if TYPE_CHECKING:
 # A card's name of the model until it has one on the Hub
 THIS_FOLDER = "path/to/this/folder"
 
-# Parts of a card that are written anew, by their first and last lines; all other lines are the user's
+# Parts of a card that are written anew, between a first line of this form and `<!-- end of the PART -->`; all other lines
+# are the user's
 _MARKS = {
-    "model": (
-        "<!-- model: `tiny-diffusers card` writes this part anew, so write your own text outside of it -->",
-        "<!-- end of the model -->",
-    ),
-    "results": ("<!-- results -->", "<!-- end of the results -->"),
-    "report": ("<!-- report -->", "<!-- end of the report -->"),
+    "model": "<!-- model: `tiny-diffusers card` writes this part anew, so write your own text outside of it -->",
+    "results": "<!-- results -->",
+    "report": "<!-- report -->",
 }
 _PLAIN_NAME = r"[\w][\w .+-]*"  # that may stand in lines that are copied to a shell or Python
 
@@ -50,7 +51,8 @@ def write_card(
     The model's class, size, prediction type and how to load it are read from the checkpoint in `output_dir`;
     `samples.png` and `loss_curves.png` are shown if they exist. Of a card that is there already, the text outside the
     marked parts stays, and so does what its metadata say; the report of an evaluation goes, as it may be of other weights
-    ([`add_results`] adds it again). A card without the marks is kept as `README.original.md`.
+    ([`add_results`] adds it again). A card without the marks, or with metadata that can't be read, is kept as
+    `README.original.md`.
 
     Args:
         output_dir (`str` or `Path`): A folder with a saved pipeline.
@@ -85,7 +87,7 @@ def write_card(
     card = ModelCard.from_template(
         metadata,
         template_str=_read_template("template.md"),
-        marks=_MARKS["model"],
+        mark=_MARKS["model"],
         model_name=markdown(model_name),
         model_id=model_id,
         loading=_loading_section(facts, model_id),
@@ -112,16 +114,14 @@ def write_card(
 
 
 def _load(folder: RunFolder) -> "ModelCard | None":
-    """Loads the card of a folder; None if there is none, or none with the mark of what may be written anew."""
+    """Loads the card of a folder; None if there is none, or one without the marks or with metadata that can't be read."""
     from huggingface_hub import ModelCard
 
     text = read_text(folder.card) if folder.card.is_file() else ""
-    if _find(text, "model") is None:
-        return None
-    try:
-        return ModelCard(text)
-    except Exception as error:  # of YAML, or of the Hub's check of the results
-        raise UserError(f"The metadata of {folder.card} can't be read ({first_line(error)}): mend them.") from error
+    if _find(text, "model") is not None:
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            return ModelCard(text)
+    return None
 
 
 def _keep_metadata(card: "ModelCard", earlier: "ModelCard") -> None:
@@ -141,8 +141,7 @@ def _keep_metadata(card: "ModelCard", earlier: "ModelCard") -> None:
 
 def _find(text: str, part: str) -> re.Match | None:
     """Finds a marked part of a card, with its marks."""
-    start, end = map(re.escape, _MARKS[part])
-    return re.search(rf"^{start}$.*?^{end}$", text, re.MULTILINE | re.DOTALL)
+    return re.search(rf"^<!-- {part}\b[^\n]*-->$.*?^<!-- end of the {part} -->$", text, re.MULTILINE | re.DOTALL)
 
 
 def _replace(text: str, part: str, new: str) -> str:
@@ -156,8 +155,7 @@ def _replace(text: str, part: str, new: str) -> str:
 
 def _put_result(card: "ModelCard", part: str, content: str) -> None:
     """Writes a marked part of the section "Results", in its place or at the end of the section."""
-    start, end = _MARKS[part]
-    block = f"{start}\n\n{content}\n\n{end}"
+    block = f"{_MARKS[part]}\n\n{content}\n\n<!-- end of the {part} -->"
     if _find(card.text, part) is not None:
         card.text = _replace(card.text, part, block)
         return
