@@ -8,6 +8,7 @@ import griffe
 
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 _TYPE = re.compile(r"^( +[\w, ]+ \()(.+)(\):)", flags=re.MULTILINE)  # name (`int`, *optional*, defaults to 1):
+_RAISED = re.compile(r"^( +)\[`~?(?:\w+\.)*(\w+)`\]:", flags=re.MULTILINE)  # [`~module.Error`]: If ...
 _PAGES = Path(__file__).parent / "api"
 _DOCUMENTED = {
     path.rpartition(".")[2]: path
@@ -21,18 +22,19 @@ class References(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            text = _TYPE.sub(_plain_type, obj.docstring.value)
+            text = _RAISED.sub(r"\1\2:", _TYPE.sub(_plain_type, obj.docstring.value))
             obj.docstring.value = _REFERENCE.sub(_link, text)
 
 
 def _link(match: re.Match) -> str:
-    owner, *member = match[1].split(".")
-    if owner not in _DOCUMENTED:
-        return f"`{match[1]}`"
-    return f"[`{match[1]}`][{'.'.join([_DOCUMENTED[owner], *member])}]"
+    parts = match[1].split(".")
+    for i, owner in enumerate(parts):
+        if owner in _DOCUMENTED:
+            return f"[`{'.'.join(parts[i:])}`][{'.'.join([_DOCUMENTED[owner], *parts[i + 1 :]])}]"
+    return f"`{match[1]}`"
 
 
 def _plain_type(match: re.Match) -> str:
     """Returns the type alone, without marks: the page shows the default from the signature."""
-    marks = re.compile(r", \*optional\*.*|\[(?=`)|(?<=`)\]|`")
+    marks = re.compile(r", \*optional\*.*|\[(?=`)|(?<=`)\]|`|~(?:\w+\.)*")
     return match[1] + marks.sub("", match[2]) + match[3]

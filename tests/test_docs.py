@@ -30,12 +30,22 @@ def test_each_page_is_in_the_navigation():
     assert sorted(files(nav)) == sorted(pages)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("folder", ["pipelines", "schedulers", "src/tiny_diffusers/models"])
+def test_each_class_of_ours_that_a_docstring_refers_to_is_in_the_api_reference(folder):
+    """mkdocs_references.py makes links of them; `mkdocs build` checks their members."""
+    pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: [\w.]+\.(\w+)$", pages, flags=re.MULTILINE))
+    sources = "\n".join(file.read_text() for file in (ROOT / folder).glob("*.py"))
+    named = set(re.findall(r"\[`~?(?:[a-z_]+\.)*(Tiny\w+)", sources))
+    assert named and named <= documented
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/gallery.md"])
 def test_the_links_of_a_page_lead_to_files(page):
-    """`mkdocs build` checks those of the docs."""
-    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+    """`mkdocs build` checks those of the docs that are no HTML."""
+    links = re.findall(r"""(?:\]\(|src=")([^)#"]+)""", (ROOT / page).read_text())
     local = [link for link in links if not link.startswith("http")]
-    assert local and [link for link in local if not (ROOT / link).exists()] == []
+    assert local and [link for link in local if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_the_first_page_leads_to_each_other_page():
