@@ -167,8 +167,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         image = self._encode_image(image, guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale)
         if batch_size is None:
-            counts = (len(each) for each in (image, conditions) if each is not None)
-            batch_size = next((count for count in counts if count > 1), None)
+            batch_size = self._count_rows(image, conditions)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size, guidance_scale)
         if image is not None:
             if len(image) not in (1, batch_size):

@@ -228,12 +228,16 @@ class ConditionsMixin:
         self.register_to_config(condition_statistics=condition_statistics)
 
     def _encode_conditions(
-        self, conditions: Conditions | None, guidance_scale: float | None = None, batch_size: int | None = None
+        self,
+        conditions: Conditions | None,
+        guidance_scale: float | None = None,
+        batch_size: int | None = None,
+        optional: bool = False,
     ) -> torch.Tensor | None:
         """
         Converts conditions to the network's input on the device: standardized values (1 or B, D), or None for a network
         without conditions. With `batch_size` B, one row stands for all. Without conditions, which needs a guidance scale of
-        0, the row is NaN.
+        0 or `optional` ones, the row is NaN.
         """
         statistics = self._condition_statistics
         if statistics is None:
@@ -244,13 +248,19 @@ class ConditionsMixin:
             values = statistics.parse(conditions)
             statistics.warn_of_far_values(values, stacklevel=5)
             encoded = statistics.standardize(values)
-        elif guidance_scale == 0:
+        elif guidance_scale == 0 or optional:
             encoded = torch.full((1, len(statistics.names)), math.nan)
         else:
             hint = "" if guidance_scale is None else ", or `guidance_scale=0` for unconditional samples"
             raise ValueError(f"The network needs `conditions`: give {', '.join(statistics.names)}{hint}.")
         encoded = encoded.to(self._execution_device)
         return encoded if batch_size is None else self._expand_conditions(encoded, batch_size)
+
+    @staticmethod
+    def _count_rows(*given: torch.Tensor | None) -> int | None:
+        """Returns the number of rows of the first tensor with several, or None if there is none."""
+        counts = (len(each) for each in given if each is not None)
+        return next((count for count in counts if count > 1), None)
 
     @staticmethod
     def _expand_conditions(encoded: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
@@ -262,3 +272,8 @@ class ConditionsMixin:
                 f"`conditions` must be one row, or one for each of {batch_size} images, got {len(encoded)}."
             )
         return encoded.expand(batch_size, -1)
+
+    @staticmethod
+    def _interpolate_conditions(encoded: torch.Tensor | None, share: torch.Tensor) -> torch.Tensor | None:
+        """Returns the conditions on the line between two rows, for shares (N, 1): (N, D)"""
+        return None if encoded is None else torch.lerp(*encoded, share.to(encoded.dtype))

@@ -1,4 +1,4 @@
-"""`TinyDCGANPipeline`: unconditional and class-conditional samples of a DCGAN."""
+"""`TinyDCGANPipeline`: samples of a DCGAN, unconditional or by classes and conditions."""
 
 from typing import Any, Optional
 
@@ -7,9 +7,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from .pipeline_tiny import Generators, TinyPipeline, TinyPipelineOutput, slerp
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 
 
-class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
+class TinyDCGANPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
     r"""
     Pipeline for the generation of small images with the generator of a GAN, in one pass.
 
@@ -25,6 +26,9 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
             The class names by id.
         value_range (`dict[str, float]`, *optional*):
             The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are returned in it.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -46,11 +50,13 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         discriminator: Optional[ModelMixin] = None,
         id2label: Optional[dict] = None,
         value_range: Optional[dict] = None,
+        condition_statistics: Optional[dict] = None,
     ):
         DiffusionPipeline.__init__(self)
         self._register_value_range(value_range)
         self.register_modules(generator=generator, discriminator=discriminator)
         self._register_names(id2label)
+        self._register_conditions(condition_statistics)
 
     @torch.no_grad()
     def __call__(
@@ -62,6 +68,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         truncation: float = 1.0,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images by passing z from N(0, I) through the generator.
@@ -71,7 +78,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, num_class_embeds + 1)`
                 are weights of the rows of the network's class embedding. Required for a generator with classes.
             batch_size (`int`, *optional*):
-                The number of images. Defaults to the number of labels, or 1.
+                The number of images. Defaults to the number of labels or of conditions, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
@@ -84,17 +91,25 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
             truncation (`float`, *optional*, defaults to 1.0):
                 Factor of z, in [0, 1]. Below 1, images are more typical and less varied.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
 
         Raises:
-            `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, a class or a condition is unknown, or the samples are not finite.
         """
         self._check_output(1 if batch_size is None else batch_size, output_type)
+        conditions = self._encode_conditions(conditions)
+        if batch_size is None:
+            batch_size = self._count_rows(conditions)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
+        conditions = self._expand_conditions(conditions, batch_size)
         latents = self._truncate(self._prepare_latents(batch_size, generator, latents), truncation)
-        sample = self.generator(latents, labels).sample
+        sample = self.generator(latents, labels, conditions=conditions).sample
         return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
@@ -105,6 +120,7 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
         num_frames: int = 16,
         output_type: str = "pil",
         return_dict: bool = True,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Interpolates between two samples, on the sphere near which their latents lie. The ends are the samples.
@@ -121,20 +137,26 @@ class TinyDCGANPipeline(ClassConditioningMixin, TinyPipeline):
                 As for sampling.
             return_dict (`bool`, *optional*, defaults to `True`):
                 As for sampling.
+            conditions (`dict[str, float]`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, with a value or a list of two to interpolate between; or
+                values of shape `(1, D)` or `(2, D)`, in the order of `condition_statistics`. Required for a network with
+                conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The frames in order, ready for `diffusers.utils.export_to_gif`.
 
         Raises:
-            `ValueError`: If an argument is not as described above, a class is unknown, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, a class or a condition is unknown, or the samples are not finite.
         """
         self._check_output(2, output_type)
         self._check_num_frames(num_frames)
         labels, _ = self._encode_class_labels(class_labels, 2)
+        conditions = self._encode_conditions(conditions, batch_size=2)
         latents = self._prepare_ends(seeds, None)
         share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)[:, None]
         latents = slerp(latents[:1], latents[1:], share)
-        sample = self.generator(latents, self._interpolate_labels(labels, share)).sample
+        labels, conditions = self._interpolate_labels(labels, share), self._interpolate_conditions(conditions, share)
+        sample = self.generator(latents, labels, conditions=conditions).sample
         return self._postprocess(sample, None, output_type, return_dict)
 
 

@@ -170,8 +170,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         share = torch.linspace(0, 1, num_frames, dtype=latents.dtype, device=latents.device)
         frames = (slerp if interpolation == "slerp" else torch.lerp)(latents[:1], latents[1:], share.view(-1, 1, 1, 1))
         labels = self._interpolate_labels(labels, share[:, None])
-        if conditions is not None:
-            conditions = torch.lerp(*conditions, share[:, None].to(conditions.dtype))  # (num_frames, D)
+        conditions = self._interpolate_conditions(conditions, share[:, None])
 
         # 3. denoise the frames
         if _adds_noise(self.scheduler, eta):

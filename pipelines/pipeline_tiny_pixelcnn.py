@@ -12,9 +12,10 @@ from diffusers.image_processor import VaeImageProcessor
 
 from .pipeline_tiny import Generators, Images, TinyPipeline, TinyPipelineOutput
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 
 
-class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
+class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
     r"""
     Pipeline for the generation of small images with an autoregressive network. It samples the pixels in raster order
     and the channels of each pixel in their order.
@@ -26,8 +27,11 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         pixelcnn ([`ModelMixin`]): A `TinyPixelCNNModel`.
         id2label (`dict[int, str]`, *optional*): The class names by id.
         class_dropout_prob (`float`, *optional*):
-            The share of labels that training replaced by the null class, or None if unknown. With 0, the null class
-            was never trained, and `bits_per_dim` requires labels.
+            The share of labels that training replaced by the null class, and of conditions that it dropped with them, or
+            None if unknown. With 0, the network without them was never trained, and they are always required.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -50,12 +54,17 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
     _output_types = ("pil", "np", "pt")
 
     def __init__(
-        self, pixelcnn: ModelMixin, id2label: Optional[dict] = None, class_dropout_prob: Optional[float] = None
+        self,
+        pixelcnn: ModelMixin,
+        id2label: Optional[dict] = None,
+        class_dropout_prob: Optional[float] = None,
+        condition_statistics: Optional[dict] = None,
     ):
         DiffusionPipeline.__init__(self)
         self.register_modules(pixelcnn=pixelcnn)
         self.register_to_config(class_dropout_prob=class_dropout_prob)
         self._register_names(id2label)
+        self._register_conditions(condition_statistics)
 
     @torch.no_grad()
     def __call__(
@@ -71,13 +80,14 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("images",),
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images, or completes given images.
 
         Args:
             batch_size (`int`, *optional*):
-                The number of images. Defaults to the number of labels or of given images, or 1.
+                The number of images. Defaults to the number of labels, of conditions or of given images, or 1.
             class_labels (`int`, `str`, a list of either, or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, K + 1)` are mixing
                 weights of the K classes and the null class. Required for a network with classes.
@@ -106,6 +116,11 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
                 inspect the images so far, and stop sampling by setting `pipeline._interrupt`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("images",)`):
                 The tensors in `callback_kwargs`: `images`, of shape `(B, C, H, W)` in [0, 1].
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions and classes, or whose
+                training dropped none; without classes, None otherwise draws images of any conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
@@ -119,10 +134,14 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         if (images is None) != (mask is None):
             raise ValueError("Give `images` and `mask` together: the mask tells which part of the images is given.")
         given_images = None if images is None else self._to_levels(images)
+        conditions = self._encode_conditions(conditions, optional=self._can_omit_conditions(class_labels))
+        if batch_size is None:
+            batch_size = self._count_rows(conditions)
         one_label = class_labels is None or isinstance(class_labels, int | str)
         if batch_size is None and one_label and images is not None:
             batch_size = len(given_images)
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
+        conditions = self._expand_conditions(conditions, batch_size)
         self._check_output(batch_size, output_type)
         uniform = self._draw_uniform(batch_size, generator)  # (B, H, W, C, 2)
 
@@ -140,7 +159,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
         network = self._network
         finite = torch.ones((), dtype=torch.bool, device=device)
         with self.progress_bar(total=H * W) as bar:
-            for (c, i, j), parameters in network.conditionals(sample, labels, use_cache):
+            for (c, i, j), parameters in network.conditionals(sample, labels, use_cache, conditions):
                 finite &= torch.isfinite(parameters).all()  # NaN parameters give levels that look like any other
                 drawn = network.draw(parameters, uniform[:, i, j, c], temperature)
                 sample[:, c, i, j] = torch.where(given[:, c, i, j], sample[:, c, i, j], drawn)
@@ -155,7 +174,11 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
 
     @torch.no_grad()
     def bits_per_dim(
-        self, images: torch.Tensor, class_labels: ClassLabels | None = None, generator: Generators | None = None
+        self,
+        images: torch.Tensor,
+        class_labels: ClassLabels | None = None,
+        generator: Generators | None = None,
+        conditions: Conditions | None = None,
     ) -> torch.Tensor:
         r"""
         Computes the exact negative log-likelihood of images, -log2 p(x) / (C H W). The images are first quantized to
@@ -165,23 +188,30 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, TinyPipeline):
             images (`torch.Tensor` of shape `(B, C, H, W)`): uint8 images, 0 to 255.
             class_labels (as for sampling, *optional*): The classes for p(x | class). None is the null class.
             generator (*optional*): Not used: the likelihood is deterministic.
+            conditions (as for sampling, *optional*): The conditions for p(x | conditions). None is none of them.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Bits per dimension.
 
         Raises:
             `ValueError`: If the images are not uint8 or have another size, the network is the baseline, which has no
-                likelihood, or labels are missing and the null class was never trained.
+                likelihood, or labels or conditions are missing and the network without them was never trained.
         """
         images = self._from_uint8(images)
         labels = None
         if class_labels is None and self._num_rows and self.config.class_dropout_prob == 0:
             raise ValueError("p(x | null class) wasn't learned: no label was dropped in training. Use `class_labels`.")
-        if class_labels is not None:
+        if class_labels is not None or conditions is not None:  # training drops both or none
             labels, _ = self._encode_class_labels(class_labels, len(images))
-        bits = self._network.nll(self._network.quantize(images / 255), labels)
+        optional = self._can_omit_conditions(class_labels)
+        conditions = self._encode_conditions(conditions, batch_size=len(images), optional=optional)
+        bits = self._network.nll(self._network.quantize(images / 255), labels, conditions)
         self.maybe_free_model_hooks()
         return bits
+
+    def _can_omit_conditions(self, class_labels: ClassLabels | None) -> bool:
+        """Returns whether the network was trained without conditions as well, which are dropped together with the class."""
+        return class_labels is None and self.config.class_dropout_prob != 0
 
     def _check_temperature(self, temperature: float):
         if not 0 < temperature < math.inf:

@@ -7,9 +7,11 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from .pipeline_tiny import Generators, Images, TinyPipeline, TinyPipelineOutput
+from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
+from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 
 
-class TinyVAEPipeline(TinyPipeline):
+class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
     r"""
     Pipeline for the generation of small images with a variational autoencoder that has a vector as its latent.
 
@@ -20,6 +22,11 @@ class TinyVAEPipeline(TinyPipeline):
         vae ([`ModelMixin`]): A `TinyVAEModel`.
         value_range (`dict[str, float]`, *optional*):
             The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
+        id2label (`dict[int, str]`, *optional*):
+            The class names by id.
+        condition_statistics (`dict`, *optional*):
+            The names, means, deviations, lows and highs of the conditions that the network takes, a list each. None for a
+            network without conditions.
 
     Example:
 
@@ -36,28 +43,38 @@ class TinyVAEPipeline(TinyPipeline):
     model_cpu_offload_seq = "vae"
     _network_name = "vae"
 
-    def __init__(self, vae: ModelMixin, value_range: Optional[dict] = None):
+    def __init__(
+        self,
+        vae: ModelMixin,
+        value_range: Optional[dict] = None,
+        id2label: Optional[dict] = None,
+        condition_statistics: Optional[dict] = None,
+    ):
         DiffusionPipeline.__init__(self)
         self._register_value_range(value_range)
         self.register_modules(vae=vae)
+        self._register_names(id2label)
+        self._register_conditions(condition_statistics)
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         truncation: float = 1.0,
+        class_labels: ClassLabels | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Samples a batch of images by decoding z from the prior N(0, I). Each image is the center of p(x | z), without
         pixel noise.
 
         Args:
-            batch_size (`int`, *optional*, defaults to 1):
-                The number of images.
+            batch_size (`int`, *optional*):
+                The number of images. Defaults to the number of labels or of conditions, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
@@ -70,19 +87,35 @@ class TinyVAEPipeline(TinyPipeline):
                 Whether to return a [`TinyPipelineOutput`] instead of a plain tuple.
             truncation (`float`, *optional*, defaults to 1.0):
                 Factor of z, in [0, 1]. Below 1, images are more typical and less varied.
+            class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The classes, as ids or names: one for each image, or one for all. Floats `(B, num_class_embeds + 1)`
+                are weights of the rows of the network's class embedding. Required for a network with classes.
+            conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
+                all images or a list of one for each; or values of shape `(B, D)`, in the order of
+                `condition_statistics`. Required for a network with conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
 
         Raises:
-            `ValueError`: If an argument is not as described above, or the samples are not finite.
+            `ValueError`: If an argument is not as described above, a class or a condition is unknown, or the samples are not
+                finite.
         """
-        self._check_output(batch_size, output_type)
+        self._check_output(1 if batch_size is None else batch_size, output_type)
+        conditions = self._encode_conditions(conditions)
+        if batch_size is None:
+            batch_size = self._count_rows(conditions)
+        labels, batch_size = self._encode_class_labels(class_labels, batch_size)
+        conditions = self._expand_conditions(conditions, batch_size)
         latents = self._truncate(self._prepare_latents(batch_size, generator, latents), truncation)
-        return self._decode(latents, output_type, return_dict)
+        sample = self._network.decode(latents, labels, conditions)
+        return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
-    def encode(self, images: Images) -> torch.Tensor:
+    def encode(
+        self, images: Images, class_labels: ClassLabels | None = None, conditions: Conditions | None = None
+    ) -> torch.Tensor:
         r"""
         Encodes images into latents, the means of q(z | x).
 
@@ -90,14 +123,20 @@ class TinyVAEPipeline(TinyPipeline):
             images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
                 The images. PIL images are resized to the network's size. Arrays `(B, H, W, C)` and tensors
                 `(B, C, H, W)` must have its size and lie in [0, 1].
+            class_labels, conditions (*optional*):
+                The class and the conditions of the images, as for sampling. Required for a network that takes them.
 
         Returns:
             `torch.Tensor` of shape `(B, latent_dim)`: The latents.
 
         Raises:
-            `ValueError`: If arrays or tensors have another shape, an integer dtype, or values outside [0, 1].
+            `ValueError`: If arrays or tensors have another shape, an integer dtype, or values outside [0, 1], or if a class
+                or a condition is missing or unknown.
         """
-        latents = self._network.encode(self._preprocess(images, None, resize_arrays=False)).mean
+        sample = self._preprocess(images, None, resize_arrays=False)
+        labels, _ = self._encode_class_labels(class_labels, len(sample))
+        conditions = self._encode_conditions(conditions, batch_size=len(sample))
+        latents = self._network.encode(sample, labels, conditions).mean
         self.maybe_free_model_hooks()
         return latents
 
@@ -109,6 +148,8 @@ class TinyVAEPipeline(TinyPipeline):
         generator: Generators | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        class_labels: ClassLabels | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Encodes images and decodes them again. The distance between images and their reconstructions measures how much
@@ -126,6 +167,8 @@ class TinyVAEPipeline(TinyPipeline):
                 As for sampling.
             return_dict (`bool`, *optional*, defaults to `True`):
                 As for sampling.
+            class_labels, conditions (*optional*):
+                The class and the conditions of the images, as for sampling. Required for a network that takes them.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The reconstructions, in the order of the images.
@@ -134,11 +177,15 @@ class TinyVAEPipeline(TinyPipeline):
             `ValueError`: If an argument is not as described above.
         """
         self._check_output(1, output_type)
-        posterior = self._network.encode(self._preprocess(images, None, resize_arrays=False))
+        sample = self._preprocess(images, None, resize_arrays=False)
+        labels, _ = self._encode_class_labels(class_labels, len(sample))
+        conditions = self._encode_conditions(conditions, batch_size=len(sample))
+        posterior = self._network.encode(sample, labels, conditions)
         latents = posterior.mean
         if sample_posterior:
             latents = latents + posterior.stddev * self._prepare_latents(len(latents), generator, None)
-        return self._decode(latents, output_type, return_dict)
+        sample = self._network.decode(latents, labels, conditions)
+        return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
     def interpolate(
@@ -148,6 +195,8 @@ class TinyVAEPipeline(TinyPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         seeds: tuple[int, int] | None = None,
+        class_labels: ClassLabels | None = None,
+        conditions: Conditions | None = None,
     ) -> TinyPipelineOutput | Any:
         r"""
         Interpolates on the line between two latents. The ends are the reconstructions of two images, or two samples.
@@ -164,6 +213,13 @@ class TinyVAEPipeline(TinyPipeline):
                 As for sampling.
             seeds (`tuple[int, int]`, *optional*):
                 The seeds of two samples, each used as `generator=[torch.Generator().manual_seed(seed)]`.
+            class_labels (`int`, `str`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
+                One class, or two classes to interpolate between: ids, names or weights of the rows of the network's
+                class embedding. Required for a network with classes.
+            conditions (`dict[str, float]`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
+                The conditions by name in the units of the data, with a value or a list of two to interpolate between; or
+                values of shape `(1, D)` or `(2, D)`, in the order of `condition_statistics`. Required for a network with
+                conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The frames in order, ready for `diffusers.utils.export_to_gif`.
@@ -175,16 +231,26 @@ class TinyVAEPipeline(TinyPipeline):
         self._check_num_frames(num_frames)
         if (images is None) == (seeds is None):
             raise ValueError("Give exactly one of `images` and `seeds`, for the two ends.")
+        labels, _ = self._encode_class_labels(class_labels, 2)
+        conditions = self._encode_conditions(conditions, batch_size=2)
         if seeds is not None:
             start, end = self._prepare_ends(seeds, None)
         else:
-            start, end = self._network.encode(self._preprocess(images, 2, resize_arrays=False)).mean
-        share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
-        return self._decode(torch.lerp(start, end, share[:, None]), output_type, return_dict)
+            start, end = self._network.encode(
+                self._preprocess(images, 2, resize_arrays=False), labels, conditions
+            ).mean
+        share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)[:, None]
+        labels, conditions = self._interpolate_labels(labels, share), self._interpolate_conditions(conditions, share)
+        sample = self._network.decode(torch.lerp(start, end, share), labels, conditions)
+        return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
     def bits_per_dim(
-        self, images: torch.Tensor, class_labels: None = None, generator: Generators | None = None
+        self,
+        images: torch.Tensor,
+        class_labels: ClassLabels | None = None,
+        generator: Generators | None = None,
+        conditions: Conditions | None = None,
     ) -> torch.Tensor:
         r"""
         Estimates the evidence lower bound in bits per dimension, an upper bound on -log2 p(x) / (C H W), with one draw
@@ -192,16 +258,17 @@ class TinyVAEPipeline(TinyPipeline):
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): uint8 images, 0 to 255.
-            class_labels (`None`): Not supported: the network has no classes.
+            class_labels (as for sampling, *optional*): The classes, for p(x | class).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes the estimate deterministic. A list has one generator per image.
+            conditions (as for sampling, *optional*): The conditions, for p(x | conditions).
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Bits per dimension.
 
         Raises:
             `ValueError`: If the network's reconstruction loss is not a likelihood, the images are not uint8 or have
-                another size, or class labels are given.
+                another size, or a class or a condition is missing or unknown.
         """
         vae = self._network
         if not vae.has_likelihood:
@@ -210,16 +277,13 @@ class TinyVAEPipeline(TinyPipeline):
                 f"{vae.config.reconstruction!r}, the probabilities of {vae.config.num_levels} grey levels don't sum "
                 "to 1. Train one with 'logistic' or 'gaussian', or with 'bernoulli' on binary images (num_levels 2)."
             )
-        if class_labels is not None:
-            raise ValueError("The network has no classes: leave out `class_labels`.")
         sample = self._from_uint8(images) / 127.5 - 1
+        labels, _ = self._encode_class_labels(class_labels, len(sample))
+        conditions = self._encode_conditions(conditions, batch_size=len(sample))
         noise = self._prepare_latents(len(sample), generator, None)
-        output = vae(sample, noise)
+        output = vae(sample, noise, class_labels=labels, conditions=conditions)
         self.maybe_free_model_hooks()
         return (output.reconstruction_loss + output.kl) / (math.prod(self._image_shape) * math.log(2))
-
-    def _decode(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> TinyPipelineOutput | Any:
-        return self._postprocess(self._network.decode(latents), None, output_type, return_dict)
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

@@ -306,7 +306,9 @@ def test_evaluate_names_what_is_missing(make_pipe):
     of_call = {"conditions": {"age": 30, "hat": 1}}
     with pytest.raises(UserError, match="`sampling` gives `conditions`.* leave it out"):
         evaluate(make_pipe(), data, Protocol(**{**asked, "sampling": of_call}))
-    with pytest.raises(UserError, match="takes a class beside its conditions.* --label_column"):
+    with pytest.raises(
+        UserError, match="takes the class of a real image, and the reference has no labels.* --label_column"
+    ):
         evaluate(make_pipe(2), data, Protocol(**asked))
     with pytest.raises(UserError, match="bits_per_dim: they depend on the conditions"):
         evaluate(make_pipe(), data, Protocol(**{**asked, "metrics": ["bits_per_dim"]}))

@@ -1,4 +1,7 @@
-"""A training run that takes a second, for all tests: its flags, the run in this process, its log."""
+"""
+For all tests: a training run that takes a second (its flags, the run in this process, its log), and pipelines of the
+families without guidance that take conditions.
+"""
 
 import json
 from pathlib import Path
@@ -34,3 +37,32 @@ def train(folder: Path, *argv: str, steps: int | None = 6, script=None, flags=TI
 
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def conditional_pipeline(family: str, statistics: dict, classes: int | None = None, size=(12, 16), **options):
+    """
+    Builds a PixelCNN, VAE or DCGAN of images of two channels, by the number of its conditions and of its classes, with
+    outputs that are not zero.
+    """
+    import torch
+
+    from tiny_diffusers import models, pipelines
+
+    torch.manual_seed(0)
+    given = {"num_class_embeds": classes, "num_conditions": len(statistics["names"])}
+    if family == "pixelcnn":
+        network = models.TinyPixelCNNModel(size, 2, 16, hidden_channels=8, num_layers=1, **given)
+        pipeline_class = pipelines.TinyPixelCNNPipeline
+    elif family == "vae":
+        network = models.TinyVAEModel(size, 2, 4, (8,), class_embed_dim=8, **given)
+        pipeline_class = pipelines.TinyVAEPipeline
+    else:
+        network = models.TinyDCGANGenerator(size, 2, 4, (8,), class_embed_dim=8, **given)
+        pipeline_class = pipelines.TinyDCGANPipeline
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    names = None if classes is None else {i: f"kind {i}" for i in range(classes)}
+    pipe = pipeline_class(network.eval(), id2label=names, condition_statistics=statistics, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

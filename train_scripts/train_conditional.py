@@ -14,8 +14,8 @@ from tiny_diffusers.families.conditional_diffusion import (
     ConditionalArguments,
     ConditionalDiffusion,
     build_conditioning,
-    measure_conditions,
 )
+from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.diffusion import build_scheduler, resolve_diffusion
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments

@@ -1,5 +1,5 @@
 """
-Train a DCGAN on small images, unconditionally or on their classes.
+Train a DCGAN on small images, unconditionally, or by their classes, or numbers and labels by name.
 
     accelerate launch train_scripts/train_dcgan.py                                          # the embedded 8x8 digits
     tiny-diffusers train dcgan --dataset_name ylecun/mnist --resolution 32 --max_train_minutes 10
@@ -7,6 +7,7 @@ Train a DCGAN on small images, unconditionally or on their classes.
 
 import sys
 
+from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.dcgan import DCGAN, DCGANArguments, build_dcgan, resolve_dcgan
 from tiny_diffusers.pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
 from tiny_diffusers.training.arguments import parse_arguments
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     pretrained = load_pretrained(arguments, TinyDCGANPipeline)
     settings = resolve_settings(arguments, accelerator, data, **resolve_dcgan(arguments, data, pretrained))
 
-    generator, discriminator = build_dcgan(settings, data, pretrained)
+    data, statistics = measure_conditions(settings, data)
+    num_conditions = None if statistics is None else len(statistics.names)
+    generator, discriminator = build_dcgan(settings, data, pretrained, num_conditions)
     family = DCGAN(
         generator,
         discriminator,
@@ -32,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         fake_label=settings.fake_label,
         instance_noise=settings.instance_noise,
         instance_noise_steps=settings.instance_noise_steps,
+        condition_statistics=statistics,
     )
 
     Trainer(settings, accelerator, data, family).run()

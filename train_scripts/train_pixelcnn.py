@@ -7,6 +7,7 @@ Train a PixelCNN on small images: the gated one, PixelCNN++, or a small baseline
 
 import sys
 
+from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.pixelcnn import (
     PixelCNN,
     PixelCNNArguments,
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     pretrained = load_pretrained(arguments, TinyPixelCNNPipeline)
     settings = resolve_settings(arguments, accelerator, data, **resolve_pixelcnn(arguments, data, pretrained))
 
-    pixelcnn = build_pixelcnn(settings, data, pretrained)
+    data, statistics = measure_conditions(settings, data)
+    num_conditions = None if statistics is None else len(statistics.names)
+    pixelcnn = build_pixelcnn(settings, data, pretrained, num_conditions)
     id2label = data.id2label if settings.class_conditional else None
-    family = PixelCNN(pixelcnn, id2label, settings.class_dropout_prob, settings.temperature)
+    family = PixelCNN(pixelcnn, id2label, settings.class_dropout_prob, settings.temperature, statistics)
 
     Trainer(settings, accelerator, data, family).run()
 

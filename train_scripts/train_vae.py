@@ -7,6 +7,7 @@ Train a variational autoencoder on small images.
 
 import sys
 
+from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.vae import VAE, VAEArguments, build_vae, resolve_vae
 from tiny_diffusers.pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from tiny_diffusers.training.arguments import parse_arguments
@@ -19,12 +20,15 @@ from tiny_diffusers.training.trainer import Trainer
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(VAEArguments, argv)
     accelerator = setup_process(arguments)
-    data = load_data(arguments, accelerator)
+    data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
     pretrained = load_pretrained(arguments, TinyVAEPipeline)
     settings = resolve_settings(arguments, accelerator, data, **resolve_vae(arguments, data, pretrained))
 
-    vae = build_vae(settings, data, pretrained)
-    family = VAE(vae, settings.kl_weight, settings.kl_warmup_steps)
+    data, statistics = measure_conditions(settings, data)
+    num_conditions = None if statistics is None else len(statistics.names)
+    vae = build_vae(settings, data, pretrained, num_conditions)
+    id2label = data.id2label if settings.class_conditional else None
+    family = VAE(vae, settings.kl_weight, settings.kl_warmup_steps, id2label, statistics)
 
     Trainer(settings, accelerator, data, family).run()
 

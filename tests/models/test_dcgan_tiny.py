@@ -1,5 +1,7 @@
 """The architecture of the paper, its initialization, and classes as further channels."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,10 @@ OPTIONS = [
     {"num_class_embeds": K},
     {"num_class_embeds": K, "class_embed_dim": 5},
     {"sample_size": (12, 16)},
+    {"sample_size": (12, 16), "num_conditions": 2},
+    {"num_class_embeds": K, "num_conditions": 2},
 ]
+CONDITIONS = torch.tensor([[0.5, 1], [-1, 2], [math.nan, math.nan], [0, -1]])
 
 
 def make(network: type, channels: int = 1, **options) -> nn.Module:
@@ -38,16 +43,22 @@ def inputs(network: nn.Module, batch_size: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_option_trains_every_parameter_and_survives_a_save(network, options, tmp_path):
     model = make(network, **options)
-    labels = torch.tensor([0, 1, 2, K]) if "num_class_embeds" in options else None
-    model.train()(inputs(model), labels)[0].square().sum().backward()
+    given = {}
+    if "num_class_embeds" in options:
+        given["class_labels"] = torch.tensor([0, 1, 2, K])
+    if "num_conditions" in options:
+        given["conditions"] = CONDITIONS.clone().requires_grad_()
+    model.train()(inputs(model), **given)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    if "conditions" in given:
+        assert (given["conditions"].grad != 0).equal(~CONDITIONS.isnan())
 
-    output = model.eval()(inputs(model), labels)[0]
+    output = model.eval()(inputs(model), **given)[0]
     size = height_and_width(model.config.sample_size)
     assert output.shape == ((4, 1, *size) if network is TinyDCGANGenerator else (4,))
     model.save_pretrained(tmp_path)
     loaded = network.from_pretrained(tmp_path)
-    assert torch.equal(loaded(inputs(model), labels, return_dict=False)[0], output)
+    assert torch.equal(loaded(inputs(model), **given, return_dict=False)[0], output)
     assert loaded.config.block_out_channels == model.config.block_out_channels
     assert loaded.config.sample_size == model.config.sample_size
 
@@ -113,6 +124,18 @@ def test_a_class_embedding_is_tiled_over_the_image_as_further_channels():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+def test_class_and_conditions_share_an_embedding_and_none_of_them_is_a_learned_vector(network):
+    model = make(network, num_class_embeds=K, num_conditions=2).eval()
+    x, labels, embedding = inputs(model), torch.tensor([0, 1, 2, 1]), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: embedding.append(args[0][:, -16:, 0, 0]))
+    with torch.no_grad():
+        model(x, labels, conditions=CONDITIONS)
+        expected = model.class_embed(labels, 4) + model.condition_embed(CONDITIONS, 4)
+        torch.testing.assert_close(embedding[0], expected)
+        assert torch.equal(model(x)[0], model(x, torch.full((4,), K), conditions=torch.full((4, 2), math.nan))[0])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_in_evaluation_an_image_does_not_depend_on_its_batch(network):
     model = make(network)
     model.train()(inputs(model))
@@ -147,8 +170,12 @@ def test_a_first_convolution_that_would_fill_the_memory_is_refused():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_wrong_labels_are_refused(network):
-    plain, model = make(network), make(network, num_class_embeds=K)
+def test_wrong_labels_and_conditions_are_refused(network):
+    plain, model = make(network), make(network, num_class_embeds=K, num_conditions=2)
+    with pytest.raises(ValueError, match="without them.*num_conditions"):
+        plain(inputs(plain), conditions=CONDITIONS)
+    with pytest.raises(ValueError, match=r"conditions has shape \(4, 3\)"):
+        model(inputs(model), conditions=torch.zeros(4, 3))
     with pytest.raises(ValueError, match="without classes"):
         plain(inputs(plain), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="class label 4"):

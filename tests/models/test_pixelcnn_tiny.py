@@ -86,38 +86,68 @@ def test_a_gated_layer_extends_the_receptive_field_by_its_dilation():
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "levels", "batch", "classes"),
+    ("channels", "size", "levels", "batch", "classes", "conditions"),
     [
-        (1, 8, 256, 1, None),
-        (3, 4, 256, 2, None),
-        (3, 5, 16, 3, 4),
-        (1, 7, 3, 2, None),
-        (2, 2, 2, 2, None),
-        (1, 1, 2, 1, 2),
-        (2, (3, 6), 16, 2, None),
-        (1, (7, 2), 16, 2, 3),
+        (1, 8, 256, 1, None, None),
+        (3, 4, 256, 2, None, None),
+        (3, 5, 16, 3, 4, None),
+        (1, 7, 3, 2, None, None),
+        (2, 2, 2, 2, None, None),
+        (1, 1, 2, 1, 2, None),
+        (2, (3, 6), 16, 2, None, 2),
+        (1, (7, 2), 16, 2, 3, 1),
     ],
 )
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
 def test_conditionals_with_and_without_a_cache_equal_those_of_the_whole_image(
-    variant, options, channels, size, levels, batch, classes
+    variant, options, channels, size, levels, batch, classes, conditions
 ):
-    classes = None if variant == "baseline" else classes
-    model = make_model(variant, channels, size, levels, classes, **options)
+    classes, conditions = (None, None) if variant == "baseline" else (classes, conditions)
+    model = make_model(variant, channels, size, levels, classes, num_conditions=conditions, **options)
     images = random_images(batch, channels, size, levels)
     labels = None if classes is None else torch.arange(batch) % (classes + 1)
+    values = None if conditions is None else torch.arange(1.0, batch * conditions + 1).view(batch, conditions)
+    check_conditionals(model, images, labels, values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_they_do_for_a_rectangle_with_a_class_and_conditions(variant):
+    model = make_model(variant, 2, (12, 16), 16, classes=3, width=8, layers=1, num_conditions=2)
+    check_conditionals(model, random_images(1, 2, (12, 16), 16), torch.tensor([1]), torch.tensor([[0.5, -1]]))
+
+
+def check_conditionals(model, images, labels, values):
+    """Compares what `conditionals` yields, with a cache and without, to a forward pass."""
     with torch.no_grad():
-        expected = model(images, labels).sample
+        expected = model(images, labels, conditions=values).sample
     for use_cache in (True, False):
         canvas = torch.zeros_like(images)
         positions = []
-        for (c, i, j), parameters in model.conditionals(canvas, labels, use_cache):
+        for (c, i, j), parameters in model.conditionals(canvas, labels, use_cache, values):
             torch.testing.assert_close(parameters, expected[:, c, ..., i, j], rtol=1e-5, atol=1e-5)
             canvas[:, c, i, j] = images[:, c, i, j]
             positions.append((c, i, j))
-        height, width = height_and_width(size)
-        in_order = itertools.product(range(height), range(width), range(channels))
+        height, width = images.shape[2:]
+        in_order = itertools.product(range(height), range(width), range(images.shape[1]))
         assert positions == [(c, i, j) for i, j, c in in_order]
+
+
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
+def test_conditions_reach_every_sub_pixel_and_leave_the_order_as_it_is(variant):
+    model = make_model(variant, 2, (12, 16), 16, classes=3, width=24, layers=1, num_conditions=2)
+    images = random_images(2, 2, (12, 16), 16).requires_grad_()
+    conditions = torch.tensor([[0.5, -1], [math.nan, math.nan]], requires_grad=True)
+    output = model(images, torch.tensor([1, 3]), conditions=conditions).sample
+    at = (slice(None), 1, ..., 6, 9)
+    of_image, of_conditions = torch.autograd.grad(output[at].square().sum(), (images, conditions))
+    order = raster_order(2, (12, 16))
+    assert (of_image.abs().amax(0)[order >= order[1, 6, 9]] == 0).all()
+    assert (of_conditions != 0).tolist() == [[True, True], [False, False]]  # NaN is the learned vector
+    with torch.no_grad():
+        other = model(images, torch.tensor([1, 3]), conditions=torch.ones(2, 2)).sample
+        assert (other != output).flatten(2, -3).any(dim=2).all()  # (B, C, H, W)
+        assert torch.equal(model(images).sample[1], output[1])  # neither class nor conditions
 
 
 # -------------------------------------------------------------------------------------------------- likelihoods
@@ -419,6 +449,7 @@ def test_forward_returns_the_loss_to_run_within_wrappers():
         ({"dilations": ()}, "one or more"),
         ({"variant": "baseline", "dilations": (2,)}, "only the layers of 'gated'"),
         ({"variant": "baseline", "num_class_embeds": 10}, "no gates"),
+        ({"variant": "baseline", "num_conditions": 2}, "num_conditions 2.*no gates"),
         ({"variant": "baseline", "num_layers": 2}, "3 or more"),
     ],
 )

@@ -23,6 +23,9 @@ OPTIONS = [
     {"reconstruction": "mse"},
     {"num_levels": 16},
     {"sample_size": (12, 16)},
+    {"sample_size": (12, 16), "in_channels": 2, "num_conditions": 2},
+    {"num_class_embeds": 3},
+    {"num_class_embeds": 3, "num_conditions": 2, "class_embed_dim": 5},
 ]
 
 
@@ -45,20 +48,42 @@ def images(vae: TinyVAEModel, batch_size: int = 2, seed: int = 1) -> torch.Tenso
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_trains_every_parameter_and_survives_a_save(options, tmp_path):
     vae = make(**options)
-    sample, noise = images(vae), torch.randn(2, vae.config.latent_dim)
-    output = vae(sample, noise)
+    sample, noise, given = images(vae), torch.randn(2, vae.config.latent_dim), {}
+    if "num_class_embeds" in options:
+        given["class_labels"] = torch.tensor([0, 3])
+    if "num_conditions" in options:
+        given["conditions"] = torch.tensor([[0.5, -1], [math.nan, math.nan]], requires_grad=True)
+    output = vae(sample, noise, **given)
     assert output.sample.shape == sample.shape
     assert output.reconstruction_loss.shape == output.kl.shape == (2,)
 
-    vae.train()(sample, noise).reconstruction_loss.add(output.kl).sum().backward()
-    vae(sample, noise).kl.sum().backward()
+    vae.train()(sample, noise, **given).reconstruction_loss.add(output.kl).sum().backward()
+    vae(sample, noise, **given).kl.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
+    if "conditions" in given:
+        assert (given["conditions"].grad != 0).tolist() == [[True, True], [False, False]]
 
     vae.eval().save_pretrained(tmp_path)
     loaded = TinyVAEModel.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded(sample, noise).to_tuple(), output.to_tuple(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded(sample, noise, **given).to_tuple(), output.to_tuple(), strict=True)
+    )
     assert loaded.config.block_out_channels == vae.config.block_out_channels
     assert loaded.config.sample_size == vae.config.sample_size
+
+
+def test_encoder_and_decoder_see_class_and_conditions():
+    vae = make(num_class_embeds=3, num_conditions=2)
+    sample, latents = images(vae, 1), torch.zeros(1, 3)
+    null = {"class_labels": torch.tensor([3]), "conditions": torch.full((1, 2), math.nan)}
+    given = [{}, {"class_labels": torch.tensor([1])}, {"conditions": torch.tensor([[1.0, 0]])}]
+    with torch.no_grad():
+        assert torch.equal(vae.decode(latents), vae.decode(latents, **null))
+        for function in (lambda **each: vae.encode(sample, **each).mean, lambda **each: vae.decode(latents, **each)):
+            outputs = [function(**each) for each in given]
+            assert all(not torch.allclose(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(ValueError, match="without them.*num_conditions"):
+        make().decode(latents, conditions=torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("log_cdf", LOG_CDFS.values(), ids=LOG_CDFS)

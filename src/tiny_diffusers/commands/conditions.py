@@ -68,14 +68,15 @@ def condition_options(
     """
     from ..data.folders import abbreviate
 
-    statistics = getattr(pipe, "_condition_statistics", None)
-    if args.condition is not None and args.guidance_scale == 0:
+    statistics, guidance_scale = getattr(pipe, "_condition_statistics", None), getattr(args, "guidance_scale", None)
+    if args.condition is not None and guidance_scale == 0:
         raise UserError("--guidance_scale 0 draws samples without conditions: leave out that or --condition.")
-    if args.condition is None and statistics is not None and args.guidance_scale != 0:
+    if args.condition is None and statistics is not None and guidance_scale != 0:
         names = abbreviate([f"{name} ({values})" for name, values in statistics.ranges.items()])
+        is_guided = "guidance_scale" in inspect.signature(call).parameters
+        hint = ", or --guidance_scale 0 for none" if is_guided else ""
         raise UserError(
-            f"'{args.checkpoint}' draws by conditions: give --condition NAME=VALUE for each of {names}, or "
-            "--guidance_scale 0 for none."
+            f"'{args.checkpoint}' draws by conditions: give --condition NAME=VALUE for each of {names}{hint}."
         )
     return given_conditions("condition", call, pipe, args, most)
 

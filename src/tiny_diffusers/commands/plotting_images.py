@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, SchedulerMixin
 
+    from ..data import ImageData
     from ..plots import Strip
 
 
@@ -93,12 +94,13 @@ def _load_dataset(
     count: int,
     shape: tuple[int, int, int] | None = None,
     value_range: tuple[float, float] | None = None,
-) -> "torch.Tensor":
+) -> "ImageData":
     """
-    Loads images of a dataset, by given flags or as a run has it, from `index` on: (count, C, H, W) in [-1, 1]. The shape
-    and the value range are the dataset's by default.
+    Loads images of a dataset, by given flags or as a run has it, `count` from `index` on. The shape and the value range are
+    the dataset's by default.
     """
-    from ..data.images import normalize
+    import torch
+
     from ..evaluation import references
     from ..runs import RunFolder
 
@@ -109,7 +111,7 @@ def _load_dataset(
         raise UserError(
             f"There are {len(data):,} images, numbered from 0: {count} from number {index} on are too many."
         )
-    return normalize(data.images[index : index + count], data.value_range)
+    return data.take(torch.arange(index, index + count))
 
 
 def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "torch.Tensor":
@@ -117,14 +119,25 @@ def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int
     Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them: (count, C, H, W)
     in [-1, 1].
     """
-    shape = channels, *size = pipe._image_shape
-    if args.image is not None:
-        if args.dataset_name is not None:
-            raise UserError("--image and --dataset_name: give only one.")
-        return _load_picture(args.image, size, channels, pipe._value_range)
+    if args.image is None:
+        return _normalize(_load_data(args, pipe, count))
+    if args.dataset_name is not None:
+        raise UserError("--image and --dataset_name: give only one.")
+    channels, *size = pipe._image_shape
+    return _load_picture(args.image, size, channels, pipe._value_range)
+
+
+def _load_data(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "ImageData":
+    """Loads images of the dataset that the flags name, or of the checkpoint's run, in the pipeline's size and values."""
     run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
     given = {"dataset_name": args.dataset_name, "split": args.split}
-    return _load_dataset(given, run, args.index, count, shape, pipe._value_range)
+    return _load_dataset(given, run, args.index, count, pipe._image_shape, pipe._value_range)
+
+
+def _normalize(data: "ImageData") -> "torch.Tensor":
+    from ..data.images import normalize
+
+    return normalize(data.images, data.value_range)
 
 
 def _to_pil(images: "torch.Tensor", show_channels: list[int] | None = None) -> list:
@@ -255,8 +268,8 @@ def _load_source(args: argparse.Namespace) -> "torch.Tensor":
         return _load_picture(source, to_size(args.resolution))
     given = {"split": args.split, "resolution": args.resolution}
     if RunFolder(source).config.is_file():
-        return _load_dataset(given, source, args.index, 1)
-    return _load_dataset(given | {"dataset_name": args.source}, None, args.index, 1)
+        return _normalize(_load_dataset(given, source, args.index, 1))
+    return _normalize(_load_dataset(given | {"dataset_name": args.source}, None, args.index, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ denoising
@@ -415,6 +428,10 @@ def reconstructions_parser() -> argparse.ArgumentParser:
     add_checkpoint_argument(parser)
     _add_images_arguments(parser)
     parser.add_argument("--num_images", type=positive_number, default=16, help="of a dataset (default: 16)")
+    parser.add_argument(
+        "--class_labels", help="the class of --image, a name or id; images of a dataset have their own"
+    )
+    add_condition_argument(parser, "of them, of --image; images of a dataset have their own")
     add_show_channels(parser)
     add_picture_output(parser, "reconstructions.png")
     return parser
@@ -429,12 +446,38 @@ def reconstructions(args: argparse.Namespace) -> None:
         raise UserError(
             f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't reconstruct images: give a checkpoint of a VAE."
         )
-    images = _load_images(args, pipe, args.num_images)
+    if args.image is not None:
+        images = _load_images(args, pipe, 1)
+        options = call_options(pipe.reconstruct, pipe, args, "class_labels")
+        options |= condition_options(pipe.reconstruct, pipe, args, 1)
+    else:
+        for name in ("class_labels", "condition"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is for --image: images of a dataset have their own; leave it out.")
+        data = _load_data(args, pipe, args.num_images)
+        images, options = _normalize(data), _own_options(pipe, data)
     with refusals():
-        rebuilt = pipe.reconstruct((images / 2 + 0.5).clamp(0, 1)).images
+        rebuilt = pipe.reconstruct((images / 2 + 0.5).clamp(0, 1), **options).images
     strips, given = [], _to_pil(images, pipe.show_channels)
     for start in range(0, len(given), 8):
         strips.append(Strip(given[start : start + 8], label="given"))
         strips.append(Strip(rebuilt[start : start + 8], label="rebuilt"))
     captioned_strips(strips).save(args.output)
     say(f"wrote {args.output}")
+
+
+def _own_options(pipe: "DiffusionPipeline", data: "ImageData") -> dict:
+    """Returns the classes and the conditions of real images, as far as the pipeline takes them."""
+    from ..evaluation.regressor import with_conditions
+
+    options, statistics = {}, getattr(pipe, "_condition_statistics", None)
+    if getattr(pipe, "_class_ids", []):
+        if data.labels is None:
+            raise UserError(
+                f"The model takes classes, and '{data.name}' has no labels: give --image and --class_labels."
+            )
+        labels = data.labels.tolist()
+        options["class_labels"] = [data.id2label[label] for label in labels] if pipe.config.id2label else labels
+    if statistics is not None:
+        options["conditions"] = with_conditions(data, statistics.names).conditions
+    return options

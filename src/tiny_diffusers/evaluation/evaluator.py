@@ -283,10 +283,11 @@ def draw_images(
     shape = tuple(real.images.shape[1:])
     if hasattr(pipe, "_image_shape"):
         image_sets.check_shape(tuple(pipe._image_shape), shape, "The model's images")
+    num_images = min(protocol.num_images, len(real)) if reconstructs else protocol.num_images
     labels, id2label = _labels_to_draw(pipe, real, protocol)
     conditioning_images = conditions = None
-    if pipe.config.get("conditioning") is not None or _has_conditions(pipe, protocol):
-        labels, conditioning_images, conditions = _conditions_of(pipe, real, protocol, labels)
+    if reconstructs or pipe.config.get("conditioning") is not None or _has_conditions(pipe, protocol):
+        labels, conditioning_images, conditions = _conditions_of(pipe, real, protocol, labels, num_images)
     source = describe_pipeline(pipe, protocol, name)
     # The name decides no image; configs, libraries and the hardware do.
     described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), libraries()]
@@ -297,7 +298,7 @@ def draw_images(
     if reconstructs:
         described += [protocol.kind, real.fingerprint]
         originals = real.images.numpy()
-        originals = originals[image_sets.order_of(originals)[: protocol.num_images]]
+        originals = originals[image_sets.order_of(originals)[:num_images]]
     source["key"] = image_sets.digest(CACHE_FORMAT, described)
 
     images = image_sets.sample(
@@ -305,7 +306,7 @@ def draw_images(
         shape,
         real.images.numpy().dtype,
         cache_root() / "samples" / source["key"],
-        num_images=protocol.num_images if originals is None else len(originals),
+        num_images=num_images,
         seed=protocol.seed,
         batch_size=protocol.batch_size,
         options=protocol.sampling,
@@ -436,7 +437,7 @@ def _far_values(pipe: DiffusionPipeline, drawn: ImageData) -> list[str]:
 
 
 def _conditions_of(
-    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None
+    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None, num_images: int
 ) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor] | None, torch.Tensor | None]:
     """
     Returns the labels (N,), a function that returns the conditioning images `start` to `stop`, (B, K, h, w) in [0, 1], and
@@ -449,20 +450,21 @@ def _conditions_of(
                 f"The protocol's `sampling` gives `{name}`, and images are drawn by those of the reference: leave it out."
             )
     order = image_sets.order_of(real.images.numpy())
-    rows = torch.from_numpy(np.resize(order, protocol.num_images))
+    rows = torch.from_numpy(np.resize(order, num_images))
     if labels is not None:
         if real.labels is None:
             raise UserError(
-                "The model takes a class beside its conditions, and the reference has no labels: name their column by "
+                "The model takes the class of a real image, and the reference has no labels: name their column by "
                 "--label_column."
             )
         labels = real.labels[rows].numpy()
     conditions = None
     if _has_conditions(pipe, protocol):
         conditions = regressors.with_conditions(real, pipe._condition_statistics.names).conditions[rows]
-    if pipe._conditioning is None:
+    conditioning = getattr(pipe, "_conditioning", None)
+    if conditioning is None:
         return labels, None, conditions
-    if not pipe._conditioning.is_made:
+    if not conditioning.is_made:
         if real.conditioning_images is None:
             raise UserError(
                 "The model draws images from conditioning images, and the reference has none: name their column by "

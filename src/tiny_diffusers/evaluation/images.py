@@ -154,13 +154,13 @@ def sample(
             given["image"] = conditioning_images(start, stop)
         if conditions is not None:
             given["conditions"] = conditions[start:stop]
-        if real is None:
-            with warnings.catch_warnings():  # far values are counted in the report
-                warnings.simplefilter("ignore", FarValueWarning)
-                output = pipe(batch_size=stop - start, generator=generator, output_type="pt", **given, **options)
-        else:
-            pixels = torch.from_numpy(real[start:stop]) / 255
-            output = pipe.reconstruct(pixels, generator=generator, output_type="pt", **options)
+        options_of_images = {"generator": generator, "output_type": "pt", **given, **options}
+        with warnings.catch_warnings():  # far values are counted in the report
+            warnings.simplefilter("ignore", FarValueWarning)
+            if real is None:
+                output = pipe(batch_size=stop - start, **options_of_images)
+            else:
+                output = pipe.reconstruct(torch.from_numpy(real[start:stop]) / 255, **options_of_images)
         images = output.images.float().cpu()
         images = to_uint8(images) if dtype == np.uint8 else (255 * images).numpy()
         check_shape(images.shape[1:], shape, "The model's images")

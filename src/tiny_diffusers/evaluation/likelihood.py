@@ -1,5 +1,6 @@
 """Bits/dim of real images: a pipeline's own likelihood, or by its scheduler the variational bound or the ODE's."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from diffusers import DiffusionPipeline
 
 from ..data import ImageData, normalize
 from ..pipelines.pipeline_tiny import image_generators, objective_of
+from ..pipelines.pipeline_tiny_conditions import FarValueWarning
 from ..schedulers.scheduling_tiny_continuous import MAX_EXACT_DIMENSIONS
 from .images import IMAGE_TYPES, digest, fill
 from .measurement import ImageSet
 from .metrics import Estimate
+from .regressor import with_conditions
 from .report import Protocol
 
 
@@ -63,9 +66,8 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
     if getattr(given, "_value_range", None) is not None:
         reason = "they are of 8-bit images"
     elif hasattr(given, "bits_per_dim"):  # its network may still have no likelihood: try one image
-        labels = None if reference.labels is None else reference.labels[:1]
         try:
-            _bits(given, reference.images[:1], labels, image_generators(0, 1))
+            _bits(given, reference, torch.zeros(1, dtype=torch.long), image_generators(0, 1))
         except ValueError as error:
             reason = str(error).removesuffix(".")
     elif getattr(given, "_conditioning", None) is not None:
@@ -98,38 +100,44 @@ def measure_likelihood(
     num_images, batch_size = min(protocol.likelihood_images, len(real)), protocol.batch_size
     labels = None if real.labels is None else real.labels[:num_images].tolist()
     entry = cache / digest("bits", key, real.fingerprint, num_images, labels)
-    images = real.data.images.numpy()
 
     def compute(start: int, stop: int) -> np.ndarray:
-        labels = None if real.labels is None else torch.from_numpy(real.labels[start:stop])
-        batch = torch.from_numpy(images[real.order[start:stop]])
+        rows = torch.from_numpy(real.order[start:stop])
         generator = image_generators(protocol.seed, stop - start, first=start)
-        return _bits(pipe, batch, labels, generator).float().cpu().numpy()
+        return _bits(pipe, real.data, rows, generator).float().cpu().numpy()
 
     bits = fill(entry, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
-    return Likelihood(bits, _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, images), levels)
+    return Likelihood(
+        bits, _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, real.data.images[0].numel()), levels
+    )
 
 
-def _scheduler_kind(pipe: DiffusionPipeline, images: np.ndarray) -> str:
+def _scheduler_kind(pipe: DiffusionPipeline, dimensions: int) -> str:
     if not hasattr(getattr(pipe, "scheduler", None), "ode_likelihood"):
         return _BOUND
-    is_exact = images[0].size <= MAX_EXACT_DIMENSIONS
+    is_exact = dimensions <= MAX_EXACT_DIMENSIONS
     return _ODE.format(trace="exact trace" if is_exact else "Hutchinson's trace with 2 probes")
 
 
 def _bits(
-    pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor | None, generator: list[torch.Generator]
+    pipe: DiffusionPipeline, data: ImageData, rows: torch.Tensor, generator: list[torch.Generator]
 ) -> torch.Tensor:
-    """Computes bits/dim of uint8 images (B, C, H, W): (B,)."""
+    """Computes bits/dim of the images in `rows` (B,), by their classes and conditions if the pipeline takes some: (B,)."""
+    images = data.images[rows]
     conditional = bool(getattr(pipe, "_class_ids", []))
     options = {
-        "class_labels": labels.to(pipe.device) if conditional and labels is not None else None,
+        "class_labels": data.labels[rows].to(pipe.device) if conditional and data.labels is not None else None,
         "generator": generator,
     }
     if hasattr(pipe, "bits_per_dim"):
-        return pipe.bits_per_dim(images, **options)
+        statistics = getattr(pipe, "_condition_statistics", None)
+        if statistics is not None:
+            options["conditions"] = with_conditions(data, statistics.names).conditions[rows]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FarValueWarning)  # which the report counts where images are drawn by them
+            return pipe.bits_per_dim(images, **options)
 
     def network(sample: torch.Tensor, *args, **kwargs):
         return pipe.unet(sample.to(pipe.unet.dtype), *args, **kwargs)

@@ -1,6 +1,5 @@
 """Diffusion with classes, conditions (numbers and labels by name), an image, or several, and classifier-free guidance."""
 
-import dataclasses
 import logging
 import warnings
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from torch import nn
 
 from .. import plots
 from ..data import ImageData
-from ..data.folders import abbreviate
 from ..errors import UserError, refusals, unknown
 from ..flags import flag
-from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
+from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics, FarValueWarning
 from ..pipelines.pipeline_tiny_operators import Conditioning
-from ..training.family import class_grid, load_pretrained
-from ..training.settings import split_indices
+from ..training.family import condition_grid
+from .conditions import ConditionArguments
 from .diffusion import NUM_INFERENCE_STEPS, Diffusion, DiffusionArguments, TinyScheduler
 from .unets import ConditionalUNetArguments
 
@@ -30,7 +28,7 @@ _MADE_CONDITIONS = {"grayscale": "grayscale", "low_resolution": "low_resolution:
 
 
 @dataclass(frozen=True)
-class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
+class ConditionalArguments(ConditionalUNetArguments, ConditionArguments, DiffusionArguments):
     """The classes, the conditions and the conditioning image, and how they guide."""
 
     SCRIPT: ClassVar[str] = "conditional"
@@ -44,14 +42,6 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
     )
     conditioning_column: str | None = flag(
         None, "The same, but the image is that of another column, such as conditioning_image."
-    )
-    condition_columns: str | None = flag(
-        None,
-        "Columns of numbers, of 0 and 1, or of lists of labels that the network is given by name: 'age,smiling'. Labels are "
-        "then not required; those that the data have are conditions as well, unless --label_column is none.",
-    )
-    drop_missing: bool = flag(
-        False, "Leave out images without a value in --condition_columns, instead of refusing them."
     )
     class_dropout_prob: float = flag(
         0.1,
@@ -85,8 +75,6 @@ class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments):
             raise UserError(
                 f"--augment_prob {self.augment_prob:g} moves the images, but not those of --conditioning_column: leave it out."
             )
-        if self.drop_missing and self.condition_columns is None:
-            raise UserError("--drop_missing is for images without a value in --condition_columns: leave it out.")
 
     @property
     def has_conditioning(self) -> bool:
@@ -113,48 +101,6 @@ def build_conditioning(settings: ConditionalArguments, data: ImageData) -> Condi
         kind = f"image:{data.conditioning_images.shape[1]}"
     with refusals("--conditioning: "):
         return Conditioning(kind, tuple(data.images.shape[1:]))
-
-
-def measure_conditions(
-    settings: ConditionalArguments, data: ImageData
-) -> tuple[ImageData, ConditionStatistics | None]:
-    """
-    Measures the conditions of the training images, those of the held-out ones left out; None without conditions. A
-    checkpoint to start from keeps its means and deviations. Returns them with the data, without labels that no training
-    image, or each, has.
-
-    Raises:
-        UserError: If a condition has one value only, or the checkpoint has others.
-    """
-    if data.conditions is None:
-        return data, None
-    moving = [name for name in ("random_flip", "random_crop_padding", "augment_prob") if getattr(settings, name)]
-    if moving:
-        logger.warning(
-            f"--{' --'.join(moving)} with --condition_columns: the conditions stay as they are, so leave it out if one "
-            "depends on where things are or which way they point."
-        )
-    values = data.conditions[split_indices(settings, data)[0]]
-    is_constant_label = (values == values[0]).all(dim=0) & ((values[0] == 0) | (values[0] == 1))
-    columns = (~is_constant_label).nonzero().flatten().tolist()
-    if columns and len(columns) < len(data.condition_names):
-        constant = [name for name, each in zip(data.condition_names, is_constant_label.tolist(), strict=True) if each]
-        logger.warning(f"left out, as all training images or none have these labels: {abbreviate(constant)}")
-        names = [data.condition_names[column] for column in columns]
-        data = dataclasses.replace(data, conditions=data.conditions[:, columns], condition_names=names)
-        values = values[:, columns]
-    with refusals("--condition_columns: "):
-        statistics = ConditionStatistics.measure(values, data.condition_names)
-    earlier = getattr(load_pretrained(settings, TinyPipeline), "_condition_statistics", None)
-    if earlier is None:
-        return data, statistics
-    if earlier.names != statistics.names:
-        raise UserError(
-            f"--pretrained_model_name_or_path: {settings.pretrained_model_name_or_path} has the conditions "
-            f"{', '.join(earlier.names)}, and --condition_columns gives {', '.join(statistics.names)}: give the same ones in "
-            "the same order."
-        )
-    return data, dataclasses.replace(statistics, means=earlier.means, deviations=earlier.deviations)
 
 
 class ConditionalDiffusion(Diffusion):
@@ -211,30 +157,17 @@ class ConditionalDiffusion(Diffusion):
             id2label=self.id2label,
             class_dropout_prob=self.label_dropout,
             conditioning=None if self.conditioning is None else self.conditioning.kind,
-            condition_statistics=None if self.condition_statistics is None else self.condition_statistics.to_config(),
+            condition_statistics=self.condition_config,
         )
 
     def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:
-        """Draws a row for each class, and in it one guidance scale after another, each from the same noise."""
+        """Draws a row for each class or some conditions, with a guidance scale after another, each from the same noise."""
         if self.conditioning is not None:
             return self._draw_examples(pipeline, num_images, seed, steps)
-        if self.condition_statistics is not None:
-            return self._draw_conditions(pipeline, num_images, seed, steps)
-        labels, each, grid = class_grid(self.id2label, num_images // len(self.guidance_scales))
-        rows, names = self._draw_rows(pipeline, each, len(labels), seed, steps, class_labels=labels)
+        num_images //= len(self.guidance_scales)
+        options, each, grid = condition_grid(self.id2label, self.condition_statistics, num_images)
+        rows, names = self._draw_rows(pipeline, each, each * len(grid["row_labels"]), seed, steps, **options)
         return sum(rows, []), {**grid, "columns": len(names), "column_labels": names}
-
-    def _draw_conditions(
-        self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int
-    ) -> tuple[list, dict]:
-        """Draws a row for each of some values of the first condition, and in it one class after another."""
-        values, texts = self.condition_statistics.examples()
-        each = max(1, num_images // (len(values) * len(self.guidance_scales)))
-        conditions: dict[str, Any] = {"conditions": [row for row in values for _ in range(each)]}
-        if self.id2label is not None:
-            conditions["class_labels"] = [i % len(self.id2label) for i in range(each)] * len(values)
-        rows, names = self._draw_rows(pipeline, each, each * len(values), seed, steps, **conditions)
-        return sum(rows, []), {"columns": len(names), "row_labels": texts, "column_labels": names}
 
     def _draw_examples(
         self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int

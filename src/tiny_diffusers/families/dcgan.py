@@ -15,10 +15,20 @@ from ..data import ImageData
 from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
-from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_dcgan import TinyDCGANPipeline
-from ..training.arguments import LRScheduler, NetworkArguments, Optimizer, TrainingArguments
-from ..training.family import Batch, Family, check_images, class_grid, halving_widths, loaded_options, sample_size
+from ..training.arguments import LRScheduler, NetworkArguments, Optimizer
+from ..training.family import (
+    Batch,
+    Family,
+    check_conditions,
+    check_images,
+    draw_from_latents,
+    halving_widths,
+    loaded_options,
+    sample_size,
+)
+from .conditions import ConditionArguments
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,18 @@ class DCGANNetworkArguments(NetworkArguments):
         None, "Widths of the discriminator's levels, finest first.", within="[1, 4096]"
     )
     class_embed_dim: int = flag(
-        16, "Channels of the class embedding that is tiled to each feature map.", within="[1, 1024]"
+        16, "Channels of the embedding of class and conditions, tiled to each feature map.", within="[1, 1024]"
     )
 
 
 @dataclass(frozen=True)
-class DCGANArguments(DCGANNetworkArguments, TrainingArguments):
+class DCGANArguments(DCGANNetworkArguments, ConditionArguments):
     """The networks, their losses, and DCGAN's settings of the optimizers (arXiv 1511.06434, section 3)."""
 
     SCRIPT: ClassVar[str] = "dcgan"
     FAMILY: ClassVar[str] = "dcgan"
     SMOKE: ClassVar[dict[str, Any]] = {
-        **TrainingArguments.SMOKE,
+        **ConditionArguments.SMOKE,
         "generator_channels": [8],
         "discriminator_channels": [8],
     }
@@ -101,6 +111,7 @@ class DCGAN(Family):
         instance_noise (`float`): Standard deviation, at the start, of the noise on the discriminator's inputs
             (arXiv 1610.04490).
         instance_noise_steps (`int`): Steps over which it falls to 0, linearly.
+        condition_statistics ([`ConditionStatistics`], *optional*): The conditions, for networks with conditions.
     """
 
     def __init__(
@@ -112,30 +123,33 @@ class DCGAN(Family):
         fake_label: float = 0.0,
         instance_noise: float = 0.0,
         instance_noise_steps: int = 1,
+        condition_statistics: ConditionStatistics | None = None,
     ):
         self.modules = {"generator": generator, "discriminator": discriminator}
         self.latent_dim = generator.config.latent_dim
         self.id2label, self.null_label = id2label, generator.config.num_class_embeds
+        self.condition_statistics = condition_statistics
         self.real_label, self.fake_label = real_label, fake_label
         self.instance_noise, self.instance_noise_steps = instance_noise, instance_noise_steps
         self.phases = {"instance_noise_steps": instance_noise_steps} if instance_noise else {}
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
-        generator, discriminator, labels = modules["generator"], modules["discriminator"], batch.labels
+        generator, discriminator = modules["generator"], modules["discriminator"]
+        given = {"class_labels": batch.labels, "conditions": batch.conditions}
         real = self._noisy(batch.images, batch, "real_noise")
-        generated = generator(batch.draws.normal("latents", self.latent_dim), labels).sample
+        generated = generator(batch.draws.normal("latents", self.latent_dim), **given).sample
         fake = self._noisy(generated, batch, "fake_noise")
 
         # 1. the discriminator: real and generated images in batches of their own, for batch norm
-        on_real = discriminator(real, labels).logits
-        on_fake = discriminator(fake.detach(), labels).logits
+        on_real = discriminator(real, **given).logits
+        on_fake = discriminator(fake.detach(), **given).logits
         loss = _cross_entropy(on_real, self.real_label) + _cross_entropy(on_fake, self.fake_label)
         yield "discriminator", loss, {"D(x)": on_real.sigmoid().mean(), "D(G(z))": on_fake.sigmoid().mean()}
 
         # 2. the generator, through a discriminator that takes no gradients and waits for none from other processes
         discriminator = extract_model_from_parallel(discriminator)
         discriminator.requires_grad_(False)
-        yield "generator", _cross_entropy(discriminator(fake, labels).logits, 1.0)
+        yield "generator", _cross_entropy(discriminator(fake, **given).logits, 1.0)
         discriminator.requires_grad_(True)
 
     def _noisy(self, images: torch.Tensor, batch: Batch, purpose: str) -> torch.Tensor:
@@ -143,15 +157,15 @@ class DCGAN(Family):
         return images + sigma * batch.draws.normal(purpose, *images.shape[1:]) if sigma else images
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyDCGANPipeline:
-        return TinyDCGANPipeline(modules["generator"], modules["discriminator"], id2label=self.id2label)
+        return TinyDCGANPipeline(
+            modules["generator"],
+            modules["discriminator"],
+            id2label=self.id2label,
+            condition_statistics=self.condition_config,
+        )
 
     def sample(self, pipeline: TinyDCGANPipeline, num_images: int, seed: int) -> tuple[list, dict]:
-        """Draws a row for each class if there are classes, each from the same latents."""
-        if self.id2label is None:
-            return pipeline(batch_size=num_images, generator=image_generators(seed, num_images)).images, {}
-        labels, per_class, grid = class_grid(self.id2label, num_images)
-        generators = [generator for _ in grid["row_labels"] for generator in image_generators(seed, per_class)]
-        return pipeline(class_labels=labels, generator=generators).images, grid
+        return draw_from_latents(pipeline, self.id2label, self.condition_statistics, num_images, seed)
 
 
 def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
@@ -180,7 +194,10 @@ def resolve_dcgan(
 
 
 def build_dcgan(
-    settings: DCGANArguments, data: ImageData, pretrained: TinyDCGANPipeline | None = None
+    settings: DCGANArguments,
+    data: ImageData,
+    pretrained: TinyDCGANPipeline | None = None,
+    num_conditions: int | None = None,
 ) -> tuple[TinyDCGANGenerator, TinyDCGANDiscriminator]:
     """
     Builds the networks: a loaded pipeline's, or new ones by their options.
@@ -198,7 +215,7 @@ def build_dcgan(
             pretrained.generator.config.sample_size,
             pretrained._value_range,
         )
-        _check_classes(pretrained, data, num_class_embeds)
+        check_conditions(pretrained, data, num_class_embeds, num_conditions)
         return pretrained.generator, pretrained.discriminator
 
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
@@ -206,6 +223,7 @@ def build_dcgan(
         "sample_size": sample_size(data),
         "num_class_embeds": num_class_embeds,
         "class_embed_dim": settings.class_embed_dim,
+        "num_conditions": num_conditions,
     }
     widths = resolve_dcgan(settings, data)
     with _naming("--generator_channels"):
@@ -230,19 +248,3 @@ def _naming(flag_name: str) -> Iterator[None]:
             yield
     except UserError as error:
         raise UserError(str(error).replace("block_out_channels", flag_name)) from error
-
-
-def _check_classes(pipeline: TinyDCGANPipeline, data: ImageData, expected: int | None) -> None:
-    """Refuses a checkpoint of other classes than the data's; `expected` is their number, None without classes."""
-    given = pipeline.generator.config.num_class_embeds
-    if given != expected:
-        raise UserError(
-            f"--pretrained_model_name_or_path: it has {given or 'no'} classes, but {data.name} and the arguments ask for "
-            f"{expected or 'none'}: give --class_conditional as it was given there, and the same --classes."
-        )
-    names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
-    if names and names != data.id2label:
-        raise UserError(
-            f"--pretrained_model_name_or_path: its classes are {list(names.values())[:5]}, but those of {data.name} are "
-            f"{list(data.id2label.values())[:5]}: give the same --classes."
-        )

@@ -14,10 +14,20 @@ from ..errors import UserError, refusals
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
 from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
-from ..training.arguments import NetworkArguments, TrainingArguments, network_options
+from ..training.arguments import NetworkArguments, network_options
 from ..training.draws import DataOrder
-from ..training.family import Batch, Family, check_images, class_grid, loaded_options, sample_size
+from ..training.family import (
+    Batch,
+    Family,
+    check_conditions,
+    check_images,
+    condition_grid,
+    loaded_options,
+    sample_size,
+)
+from .conditions import ConditionArguments
 
 
 _INITIALIZATION_IMAGES = 64  # that the weight norms of PixelCNN++ are initialized from
@@ -45,13 +55,13 @@ class PixelCNNNetworkArguments(NetworkArguments):
 
 
 @dataclass(frozen=True)
-class PixelCNNArguments(PixelCNNNetworkArguments, TrainingArguments):
+class PixelCNNArguments(PixelCNNNetworkArguments, ConditionArguments):
     """The network, and what it is conditioned on."""
 
     SCRIPT: ClassVar[str] = "pixelcnn"
     FAMILY: ClassVar[str] = "pixelcnn"
     SMOKE: ClassVar[dict[str, Any]] = {
-        **TrainingArguments.SMOKE,
+        **ConditionArguments.SMOKE,
         "hidden_channels": 12,
         "resolution": 8,  # a sample costs a step for each of its sub-pixels
         "save_images_epochs": 4,
@@ -59,7 +69,9 @@ class PixelCNNArguments(PixelCNNNetworkArguments, TrainingArguments):
 
     class_conditional: bool = flag(False, "Condition on the images' classes.")
     class_dropout_prob: float = flag(
-        0.1, "Share of the labels that are dropped, to learn images of no class, too.", within="[0, 1)"
+        0.1,
+        "Share of the labels that are dropped, and of the conditions with them, to learn images of no class, too.",
+        within="[0, 1)",
     )
     single_image: int | None = flag(None, "Overfit the image of this index alone.", within="[0, inf)")
     temperature: float = flag(1.0, "Temperature of the sample grids.", within="(0, inf)", changes_run=False)
@@ -80,8 +92,10 @@ class PixelCNN(Family):
     Args:
         pixelcnn ([`TinyPixelCNNModel`]): The network.
         id2label (`dict[int, str]`, *optional*): The names of the classes, if it is conditioned on them.
-        class_dropout_prob (`float`): Share of the labels that are replaced by the null class.
+        class_dropout_prob (`float`): Share of the labels that are replaced by the null class, and of the conditions that
+            are dropped with them.
         temperature (`float`): Temperature of the sample grids.
+        condition_statistics ([`ConditionStatistics`], *optional*): The conditions.
     """
 
     def __init__(
@@ -90,11 +104,13 @@ class PixelCNN(Family):
         id2label: dict[int, str] | None = None,
         class_dropout_prob: float = 0.0,
         temperature: float = 1.0,
+        condition_statistics: ConditionStatistics | None = None,
     ):
         self.modules = {"pixelcnn": pixelcnn}
-        self.id2label = id2label
-        if id2label is not None:
-            self.null_label, self.label_dropout = len(id2label), class_dropout_prob
+        self.id2label, self.condition_statistics = id2label, condition_statistics
+        self.null_label = None if id2label is None else len(id2label)
+        self.is_conditional = id2label is not None or condition_statistics is not None
+        self.label_dropout = class_dropout_prob if self.is_conditional else 0.0
         self.temperature = temperature
 
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
@@ -105,22 +121,24 @@ class PixelCNN(Family):
 
     def _image_losses(self, pixelcnn: nn.Module, batch: Batch) -> torch.Tensor:
         images = self.modules["pixelcnn"].quantize((batch.images + 1) / 2)
-        return pixelcnn(images, batch.labels, return_loss=True).loss
+        return pixelcnn(images, batch.labels, return_loss=True, conditions=batch.conditions).loss
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPixelCNNPipeline:
-        dropped = None if self.id2label is None else self.label_dropout
-        return TinyPixelCNNPipeline(modules["pixelcnn"], self.id2label, dropped)
+        return TinyPixelCNNPipeline(
+            modules["pixelcnn"],
+            self.id2label,
+            self.label_dropout if self.is_conditional else None,
+            self.condition_config,
+        )
 
     def sample(self, pipeline: TinyPixelCNNPipeline, num_images: int, seed: int) -> tuple[list, dict]:
-        """Draws a row for each class if there are classes. The baseline has one sample, as it draws nothing."""
+        """Draws a row for each class or some conditions. The baseline has one sample, as it draws nothing."""
         if pipeline.pixelcnn.config.variant == "baseline":
             return pipeline().images, {}
-        labels, grid = None, {}
-        if self.id2label is not None:
-            labels, _, grid = class_grid(self.id2label, num_images)
-            num_images = len(labels)
-        generator = image_generators(seed, num_images)
-        return pipeline(num_images, labels, temperature=self.temperature, generator=generator).images, grid
+        options, each, grid = condition_grid(self.id2label, self.condition_statistics, num_images)
+        generator = image_generators(seed, each * len(grid.get("row_labels", [None])))
+        images = pipeline(len(generator), temperature=self.temperature, generator=generator, **options).images
+        return images, grid
 
 
 def resolve_pixelcnn(
@@ -140,7 +158,10 @@ def resolve_pixelcnn(
 
 
 def build_pixelcnn(
-    settings: PixelCNNArguments, data: ImageData, pretrained: TinyPixelCNNPipeline | None = None
+    settings: PixelCNNArguments,
+    data: ImageData,
+    pretrained: TinyPixelCNNPipeline | None = None,
+    num_conditions: int | None = None,
 ) -> TinyPixelCNNModel:
     """
     Builds the network: a loaded pipeline's, or a new one by its options, its weight norms initialized from the first
@@ -158,15 +179,12 @@ def build_pixelcnn(
         "sample_size": sample_size(data),
         "in_channels": data.images.shape[1],
         "num_class_embeds": len(data.id2label) if settings.class_conditional else None,
+        "num_conditions": num_conditions,
     }
     if pretrained is not None:
         config = pretrained.pixelcnn.config
         check_images(settings, data, config.in_channels, config.sample_size, None)
-        if config.num_class_embeds != fixed["num_class_embeds"]:
-            raise UserError(
-                f"--pretrained_model_name_or_path: its num_class_embeds is {config.num_class_embeds}, but {data.name} and "
-                f"the arguments ask for {fixed['num_class_embeds']}."
-            )
+        check_conditions(pretrained, data, fixed["num_class_embeds"], num_conditions)
         return pretrained.pixelcnn
     options = {name: value for name, value in network_options(settings).items() if value is not None}
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
@@ -194,5 +212,6 @@ def take_single_image(data: ImageData, index: int) -> ImageData:
         data,
         images=data.images[rows],
         labels=None if data.labels is None else data.labels[rows],
+        conditions=None if data.conditions is None else data.conditions[rows],
         notes=[*data.notes, f"image {index} alone: one image a step, {_SINGLE_IMAGE_EPOCH:,} steps an epoch"],
     )

@@ -12,10 +12,20 @@ from ..data import ImageData
 from ..errors import refusals
 from ..flags import flag
 from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
-from ..pipelines.pipeline_tiny import image_generators
+from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_vae import TinyVAEPipeline
-from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import Batch, Family, check_images, halving_widths, loaded_options, sample_size
+from ..training.arguments import NetworkArguments, network_options
+from ..training.family import (
+    Batch,
+    Family,
+    check_conditions,
+    check_images,
+    draw_from_latents,
+    halving_widths,
+    loaded_options,
+    sample_size,
+)
+from .conditions import ConditionArguments
 
 
 @dataclass(frozen=True)
@@ -33,21 +43,27 @@ class VAENetworkArguments(NetworkArguments):
     num_levels: int = flag(
         256, "Levels that pixels are rounded to; 2 makes them binary, for bernoulli.", within="[2, 65536]"
     )
+    class_embed_dim: int = flag(
+        32,
+        "Size of the embedding of class and conditions, which joins the image's channels and the latent vector.",
+        within="[1, 1024]",
+    )
 
 
 @dataclass(frozen=True)
-class VAEArguments(VAENetworkArguments, TrainingArguments):
+class VAEArguments(VAENetworkArguments, ConditionArguments):
     """The network and its loss."""
 
     SCRIPT: ClassVar[str] = "vae"
     FAMILY: ClassVar[str] = "vae"
     SMOKE: ClassVar[dict[str, Any]] = {
-        **TrainingArguments.SMOKE,
+        **ConditionArguments.SMOKE,
         "latent_dim": 4,
         "block_out_channels": [8],
         "kl_warmup_steps": 10,
     }
 
+    class_conditional: bool = flag(False, "Give encoder and decoder the class of the image.")
     kl_weight: float = flag(
         1.0, "Beta: weight of the KL divergence; 1 for the evidence lower bound.", within="[0, inf)"
     )
@@ -66,10 +82,21 @@ class VAE(Family):
         vae ([`TinyVAEModel`]): The network.
         kl_weight (`float`): Beta.
         kl_warmup_steps (`int`): Steps over which beta rises linearly from 0 (Bowman et al. 2016, arXiv 1511.06349).
+        id2label (`dict[int, str]`, *optional*): The names of the classes, for a network with classes.
+        condition_statistics ([`ConditionStatistics`], *optional*): The conditions, for a network with conditions.
     """
 
-    def __init__(self, vae: TinyVAEModel, kl_weight: float = 1.0, kl_warmup_steps: int = 0):
+    def __init__(
+        self,
+        vae: TinyVAEModel,
+        kl_weight: float = 1.0,
+        kl_warmup_steps: int = 0,
+        id2label: dict[int, str] | None = None,
+        condition_statistics: ConditionStatistics | None = None,
+    ):
         self.modules = {"vae": vae}
+        self.id2label, self.null_label = id2label, vae.config.num_class_embeds
+        self.condition_statistics = condition_statistics
         self.kl_weight, self.kl_warmup_steps = kl_weight, kl_warmup_steps
         self.phases = {"kl_warmup_steps": kl_warmup_steps} if kl_weight else {}
         self.validation_kl_weight = 1.0 if vae.has_likelihood else kl_weight
@@ -87,15 +114,19 @@ class VAE(Family):
     def _terms(self, vae: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes both terms for each image, (B,), in bits/dim."""
         noise = batch.draws.normal("latents", self.modules["vae"].config.latent_dim)
-        output: TinyVAEOutput = vae(batch.images, noise)
+        output: TinyVAEOutput = vae(batch.images, noise, class_labels=batch.labels, conditions=batch.conditions)
         nats = batch.images[0].numel() * math.log(2)
         return output.reconstruction_loss / nats, output.kl / nats
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyVAEPipeline:
-        return TinyVAEPipeline(vae=modules["vae"])
+        return TinyVAEPipeline(
+            vae=modules["vae"],
+            id2label=self.id2label,
+            condition_statistics=self.condition_config,
+        )
 
     def sample(self, pipeline: TinyVAEPipeline, num_images: int, seed: int) -> tuple[list, dict]:
-        return pipeline(batch_size=num_images, generator=image_generators(seed, num_images)).images, {}
+        return draw_from_latents(pipeline, self.id2label, self.condition_statistics, num_images, seed)
 
 
 def resolve_vae(arguments: VAEArguments, data: ImageData, pretrained: TinyVAEPipeline | None = None) -> dict[str, Any]:
@@ -105,7 +136,12 @@ def resolve_vae(arguments: VAEArguments, data: ImageData, pretrained: TinyVAEPip
     return {"block_out_channels": arguments.block_out_channels or halving_widths(*data.images.shape[2:])}
 
 
-def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeline | None = None) -> TinyVAEModel:
+def build_vae(
+    settings: VAEArguments,
+    data: ImageData,
+    pretrained: TinyVAEPipeline | None = None,
+    num_conditions: int | None = None,
+) -> TinyVAEModel:
     """
     Builds the network: a loaded pipeline's, or a new one by its options.
 
@@ -113,6 +149,7 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
         UserError: If it does not fit the data, or cannot be built.
     """
     channels = data.images.shape[1]
+    num_class_embeds = len(data.id2label) if settings.class_conditional else None
     if pretrained is not None:
         check_images(
             settings,
@@ -121,8 +158,15 @@ def build_vae(settings: VAEArguments, data: ImageData, pretrained: TinyVAEPipeli
             pretrained.vae.config.sample_size,
             pretrained._value_range,
         )
+        check_conditions(pretrained, data, num_class_embeds, num_conditions)
         return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
     with refusals():
-        return TinyVAEModel(sample_size=sample_size(data), in_channels=channels, **options)
+        return TinyVAEModel(
+            sample_size=sample_size(data),
+            in_channels=channels,
+            num_class_embeds=num_class_embeds,
+            num_conditions=num_conditions,
+            **options,
+        )

@@ -1,7 +1,7 @@
 """
 The DCGAN generator and discriminator (Radford et al. 2015, arXiv 1511.06434) for small images.
 
-Both can be class-conditional: the class embedding is tiled over a feature map and joins it as further channels.
+Both can take classes and conditions: their embedding is tiled over a feature map and joins it as further channels.
 """
 
 import itertools
@@ -17,12 +17,14 @@ from torch import nn
 
 from .layers_tiny import (
     ClassEmbedding,
+    ConditionEmbedding,
     as_sample_size,
     check_levels,
     check_parameters,
     check_shape,
     check_sizes,
-    embed_classes,
+    concat_embedding,
+    embed_both,
     height_and_width,
 )
 
@@ -48,13 +50,6 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
-
-
-def _concat(x: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
-    """Tiles a class embedding over a feature map: (B, C, H, W), (B, E) -> (B, C + E, H, W)"""
-    if embedding is None:
-        return x
-    return torch.cat([x, embedding[:, :, None, None].expand(-1, -1, *x.shape[2:]).to(x.dtype)], dim=1)
 
 
 class UpBlock(nn.Module):
@@ -131,7 +126,8 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         class_embed_dim (`int`, *optional*, defaults to 16):
-            Channels `E` of the class embedding, which joins the input of every convolution.
+            Channels `E` of the embedding of class and conditions, which joins the input of every convolution.
+        num_conditions (`int`, *optional*): Number `D` of conditions, numbers that images are to have.
 
     Raises:
         ValueError: If a size is not possible, before anything is allocated.
@@ -159,13 +155,14 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (64, 128, 256, 512),
         num_class_embeds: int | None = None,
         class_embed_dim: int = 16,
+        num_conditions: int | None = None,
     ):
         super().__init__()
         # tuples, as JSON turns them into lists: the config is the same after saving and loading
         self.register_to_config(sample_size=as_sample_size(sample_size), block_out_channels=tuple(block_out_channels))
         smallest = _check_config(self.config)
         widths = list(reversed(block_out_channels))
-        E = 0 if num_class_embeds is None else class_embed_dim
+        E = 0 if num_class_embeds is None and num_conditions is None else class_embed_dim
 
         self.blocks = nn.ModuleList([UpBlock(latent_dim + E, widths[0], smallest)])
         for width, narrower in itertools.pairwise(widths):
@@ -173,9 +170,14 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
         self.conv_out = nn.ConvTranspose2d(widths[-1] + E, out_channels, 4, stride=2, padding=1, bias=False)
         self.apply(_init_weights)
         self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim) if num_class_embeds else None
+        self.condition_embed = ConditionEmbedding(num_conditions, class_embed_dim) if num_conditions else None
 
     def forward(
-        self, latents: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> TinyDCGANGeneratorOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -184,20 +186,22 @@ class TinyDCGANGenerator(ModelMixin, ConfigMixin):
                 Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
                 that mix the rows. None stands for no class, row `num_class_embeds`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`TinyDCGANGeneratorOutput`] or `tuple`: With `sample` of shape `(B, C, height, width)`.
 
         Raises:
-            ValueError: If the latents have another shape, if a label is out of range (on a CPU), or if labels are
-                given to a network without classes.
+            ValueError: If the latents have another shape, if a label is out of range (on a CPU), or if labels or
+                conditions are given to a network without them.
         """
         check_shape("latents", latents, self.config.latent_dim)
-        embedding = embed_classes(self.class_embed, class_labels, latents.shape[0])
+        embedding = embed_both(self.class_embed, self.condition_embed, class_labels, conditions, latents.shape[0])
         x = latents.to(self.dtype)[:, :, None, None]  # (B, latent_dim, 1, 1)
         for block in self.blocks:
-            x = block(_concat(x, embedding))
-        x = torch.tanh(self.conv_out(_concat(x, embedding))).to(latents.dtype)
+            x = block(concat_embedding(x, embedding))
+        x = torch.tanh(self.conv_out(concat_embedding(x, embedding))).to(latents.dtype)
         return TinyDCGANGeneratorOutput(sample=x) if return_dict else (x,)
 
 
@@ -228,7 +232,8 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
         class_embed_dim (`int`, *optional*, defaults to 16):
-            Channels `E` of the class embedding, which joins the channels of the image.
+            Channels `E` of the embedding of class and conditions, which joins the channels of the image.
+        num_conditions (`int`, *optional*): Number `D` of conditions, numbers that images have.
 
     Raises:
         ValueError: If a size is not possible, before anything is allocated.
@@ -255,26 +260,34 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (64, 128, 256, 512),
         num_class_embeds: int | None = None,
         class_embed_dim: int = 16,
+        num_conditions: int | None = None,
     ):
         super().__init__()
         self.register_to_config(sample_size=as_sample_size(sample_size), block_out_channels=tuple(block_out_channels))
         smallest = _check_config(self.config)
-        widths = [in_channels if num_class_embeds is None else in_channels + class_embed_dim, *block_out_channels]
+        E = 0 if num_class_embeds is None and num_conditions is None else class_embed_dim
+        widths = [in_channels + E, *block_out_channels]
 
         pairs = enumerate(itertools.pairwise(widths))
         self.blocks = nn.ModuleList(DownBlock(width, wider, norm=i > 0) for i, (width, wider) in pairs)
         self.conv_out = nn.Conv2d(widths[-1], 1, smallest, bias=False)
         self.apply(_init_weights)
         self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim) if num_class_embeds else None
+        self.condition_embed = ConditionEmbedding(num_conditions, class_embed_dim) if num_conditions else None
 
     def forward(
-        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> TinyDCGANDiscriminatorOutput | tuple[torch.Tensor]:
         """
         Args:
             sample (`torch.Tensor` of shape `(B, C, height, width)`): Images in [-1, 1].
             class_labels (`torch.Tensor`, *optional*): As for [`TinyDCGANGenerator`].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor`, *optional*): As for [`TinyDCGANGenerator`].
 
         Returns:
             [`TinyDCGANDiscriminatorOutput`] or `tuple`: With `logits` of shape `(B,)`.
@@ -284,7 +297,8 @@ class TinyDCGANDiscriminator(ModelMixin, ConfigMixin):
                 to a network without classes.
         """
         check_shape("sample", sample, self.config.in_channels, *height_and_width(self.config.sample_size))
-        x = _concat(sample.to(self.dtype), embed_classes(self.class_embed, class_labels, sample.shape[0]))
+        embedding = embed_both(self.class_embed, self.condition_embed, class_labels, conditions, sample.shape[0])
+        x = concat_embedding(sample.to(self.dtype), embedding)
         for block in self.blocks:
             x = block(x)
         logits = self.conv_out(x).flatten().to(sample.dtype)  # (B, 1, 1, 1) -> (B,)

@@ -172,6 +172,28 @@ def embed_augmentation(augment_embed: nn.Linear | None, labels: torch.Tensor | N
     return augment_embed(labels.to(augment_embed.weight.dtype))
 
 
+def embed_both(
+    class_embed: ClassEmbedding | None,
+    condition_embed: ConditionEmbedding | None,
+    labels: torch.Tensor | None,
+    conditions: torch.Tensor | None,
+    B: int,
+) -> torch.Tensor | None:
+    """Returns the sum of the embeddings of classes and conditions, (B, E), or None for a network without either."""
+    of_class, of_conditions = embed_classes(class_embed, labels, B), embed_conditions(condition_embed, conditions, B)
+    if of_class is None or of_conditions is None:
+        return of_conditions if of_class is None else of_class
+    return of_class + of_conditions
+
+
+def concat_embedding(x: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
+    """Tiles an embedding, if there is one, over a feature map as further channels: (B, C, ...), (B, E) -> (B, C + E, ...)"""
+    if embedding is None:
+        return x
+    tiled = embedding.view(*embedding.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return torch.cat([x, tiled.to(x.dtype)], dim=1)
+
+
 class TimeEmbedding(nn.Module):
     """
     Embedding of the timestep: features, linear, activation, linear.

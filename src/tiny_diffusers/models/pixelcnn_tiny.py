@@ -27,12 +27,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .layers_tiny import (
+    ConditionEmbedding,
     as_sample_size,
     check_choice,
     check_dropout,
     check_shape,
     check_sizes,
     class_weights,
+    embed_conditions,
     height_and_width,
     refuse_labels,
 )
@@ -82,8 +84,15 @@ def _check_config(config: dict) -> None:
         refuse("dilations", "only the layers of 'gated' have them.")
     if variant == "baseline" and config["num_layers"] in (1, 2):
         refuse("num_layers", "it has two masked convolutions and one or more of 1x1, so give 3 or more.")
-    if variant == "baseline" and config["num_class_embeds"] is not None:
-        refuse("num_class_embeds", "it has no gates that classes could enter. Use 'gated' or 'plusplus'.")
+    for name in ("num_class_embeds", "num_conditions"):
+        if variant == "baseline" and config[name] is not None:
+            refuse(name, "it has no gates that they could enter. Use 'gated' or 'plusplus'.")
+
+
+def _given_dim(config: dict) -> int:
+    """Returns the size N of what the gates are given: a weight for each class row, and the embedding of the conditions."""
+    classes = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
+    return classes + (0 if config["num_conditions"] is None else config["hidden_channels"])
 
 
 # ------------------------------------------------------------------------------------------- causal convolutions
@@ -349,11 +358,11 @@ class BaselinePixelCNN(nn.Module):
         self.norm_a, self.norm_b, self.norm_out = BatchNorm(width), BatchNorm(width), BatchNorm(C)
         self.norms = nn.ModuleList([BatchNorm(width) for _ in pointwise])
 
-    def vertical(self, x: torch.Tensor | None, labels: None = None, cache: RowCache | None = None) -> None:
+    def vertical(self, x: torch.Tensor | None, given: None = None, cache: RowCache | None = None) -> None:
         """Does nothing: the windows are small enough to be evaluated again for each pixel."""
 
     def horizontal(
-        self, x: torch.Tensor | None, contexts: None, labels: None = None, cache: RowCache | None = None
+        self, x: torch.Tensor | None, contexts: None, given: None = None, cache: RowCache | None = None
     ) -> torch.Tensor:
         h = F.relu(self.norm_a(self.conv_a(x, cache), cache))
         h = h + F.relu(self.norm_b(self.conv_b(h, cache), cache))
@@ -391,30 +400,31 @@ class Gate(torch.autograd.Function):
 
 class GatedLayer(nn.Module):
     """
-    Layer of the gated PixelCNN (fig. 2): y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4.
+    Layer of the gated PixelCNN (fig. 2): y = tanh(W_f * x + V_f c) . sigmoid(W_g * x + V_g c), eq. 4, where c is what the
+    network is given: class and conditions.
 
     The vertical stack sees all of the rows above. The horizontal stack sees the vertical stack and what is left of the
     current position, and has a residual connection. Each group's features are adjacent, as are the halves of its gate.
     """
 
-    def __init__(self, channels: int, groups: int, dilation: int, num_labels: int):
+    def __init__(self, channels: int, groups: int, dilation: int, given_dim: int):
         super().__init__()
         self.group_channels = channels // groups
         self.conv_v = CausalConv2d(channels, 2 * channels, (2, 3), dilation, left=1)
         self.conv_h = CausalConv2d(channels, 2 * channels, (1, 2), dilation, mask="B", groups=groups)
         self.v_to_h = CausalConv2d(channels, 2 * channels)
         self.conv_out = CausalConv2d(channels, channels, mask="B", groups=groups)
-        self.classes = nn.Linear(num_labels, 4 * channels, bias=False) if num_labels else None
+        self.classes = nn.Linear(given_dim, 4 * channels, bias=False) if given_dim else None
 
     def vertical(
-        self, v: torch.Tensor, labels: torch.Tensor | None, cache: RowCache | None
+        self, v: torch.Tensor, given: torch.Tensor | None, cache: RowCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the features of the vertical stack, and what they and the class add to the horizontal gate."""
+        """Returns the features of the vertical stack, and what they and c add to the horizontal gate."""
         y = self.conv_v(v, cache)
         if self.classes is None:
             v = self.gate(y)
             return v, self.v_to_h(v, cache)
-        bias_v, bias_h = _broadcast(self.classes(labels), y).chunk(2, dim=-1)
+        bias_v, bias_h = _broadcast(self.classes(given), y).chunk(2, dim=-1)
         v = self.gate(y + bias_v)
         return v, self.v_to_h(v, cache) + bias_h
 
@@ -460,24 +470,24 @@ class GatedPixelCNN(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         C, width, L = config["in_channels"], config["hidden_channels"], config["num_levels"]
-        num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
         self.groups = C
         self.encoding = Frequencies(config["num_frequencies"], L) if config["num_frequencies"] else None
         inputs = C if self.encoding is None else C * self.encoding.num_features
         self.in_v = CausalConv2d(inputs, width, (3, 7), left=3, above=True)
         self.in_h = CausalConv2d(inputs, width, (1, 4), mask="A", groups=C)
         dilations = itertools.islice(itertools.cycle(config["dilations"]), config["num_layers"])
-        self.layers = nn.ModuleList([GatedLayer(width, C, dilation, num_labels) for dilation in dilations])
+        given_dim = _given_dim(config)
+        self.layers = nn.ModuleList([GatedLayer(width, C, dilation, given_dim) for dilation in dilations])
         self.head = CausalConv2d(width, width, mask="B", groups=C)
         self.out = CausalConv2d(width, C * L, mask="B", groups=C)
 
     def vertical(
-        self, x: torch.Tensor | None, labels: torch.Tensor | None = None, cache: RowCache | None = None
+        self, x: torch.Tensor | None, given: torch.Tensor | None = None, cache: RowCache | None = None
     ) -> list[torch.Tensor]:
         v = self.in_v(x, cache)
         contexts = []
         for layer in self.layers:
-            v, context = layer.vertical(v, labels, cache)
+            v, context = layer.vertical(v, given, cache)
             contexts.append(context)
         return contexts
 
@@ -485,7 +495,7 @@ class GatedPixelCNN(nn.Module):
         self,
         x: torch.Tensor | None,
         contexts: list[torch.Tensor],
-        labels: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
         cache: RowCache | None = None,
     ) -> torch.Tensor:
         h = self.in_h(x, cache)
@@ -512,10 +522,10 @@ class GatedResnet(nn.Module):
         resolution (`int`): Resolution of the block.
         has_skip (`bool`): Whether the block takes a skip connection.
         dropout (`float`): Dropout before the second convolution.
-        num_labels (`int`): Rows of the class table, 0 for none.
+        given_dim (`int`): Size of what the gate is given, 0 for nothing.
     """
 
-    def __init__(self, channels: int, window: dict, resolution: int, has_skip: bool, dropout: float, num_labels: int):
+    def __init__(self, channels: int, window: dict, resolution: int, has_skip: bool, dropout: float, given_dim: int):
         super().__init__()
         options = {**window, "resolution": resolution, "weight_norm": True}
         self.resolution = resolution
@@ -523,14 +533,14 @@ class GatedResnet(nn.Module):
         self.conv_out = CausalConv2d(2 * channels, 2 * channels, **options)
         self.skip = CausalConv2d(2 * channels, channels, weight_norm=True) if has_skip else None
         self.dropout = nn.Dropout(dropout)
-        self.classes = nn.Linear(num_labels, 2 * channels, bias=False) if num_labels else None
+        self.classes = nn.Linear(given_dim, 2 * channels, bias=False) if given_dim else None
 
     def forward(
         self,
         x: torch.Tensor,
         skip: torch.Tensor | None,
         context: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        given: torch.Tensor | None,
         cache: RowCache | None,
     ) -> torch.Tensor:
         y = self.conv_in(_concat_elu(x), cache)
@@ -540,7 +550,7 @@ class GatedResnet(nn.Module):
             y = y + context
         y = self.conv_out(self.dropout(_concat_elu(y)), cache)
         if self.classes is not None:
-            y = y + _broadcast(self.classes(labels), y)
+            y = y + _broadcast(self.classes(given), y)
         return x + F.glu(y, dim=-1)
 
 
@@ -553,11 +563,11 @@ class Stream(nn.Module):
     def __init__(self, config: dict, first: CausalConv2d, window: dict):
         super().__init__()
         width, num_layers, dropout = config["hidden_channels"], config["num_layers"], config["dropout"]
-        num_labels = 0 if config["num_class_embeds"] is None else config["num_class_embeds"] + 1
+        given_dim = _given_dim(config)
         self.first = first
 
         def blocks(resolution: int, count: int, has_skip: bool) -> nn.ModuleList:
-            options = (width, window, resolution, has_skip, dropout, num_labels)
+            options = (width, window, resolution, has_skip, dropout, given_dim)
             return nn.ModuleList([GatedResnet(*options) for _ in range(count)])
 
         coarsest = NUM_RESOLUTIONS - 1
@@ -591,21 +601,21 @@ class PixelCNNPlusPlus(nn.Module):
         self.out = CausalConv2d(width, K * (1 + 2 * C + C * (C - 1) // 2), weight_norm=True)
 
     def vertical(
-        self, x: torch.Tensor | None, labels: torch.Tensor | None = None, cache: RowCache | None = None
+        self, x: torch.Tensor | None, given: torch.Tensor | None = None, cache: RowCache | None = None
     ) -> dict[str, torch.Tensor]:
         contexts = {}
-        self._stream(self.vertical_stream, self.vertical_stream.first(x, cache), 0, contexts, labels, cache)
+        self._stream(self.vertical_stream, self.vertical_stream.first(x, cache), 0, contexts, given, cache)
         return contexts
 
     def horizontal(
         self,
         x: torch.Tensor | None,
         contexts: dict[str, torch.Tensor],
-        labels: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
         cache: RowCache | None = None,
     ) -> torch.Tensor:
         stream = self.horizontal_stream
-        return F.elu(self._stream(stream, stream.first(x, cache), 0, contexts, labels, cache))
+        return F.elu(self._stream(stream, stream.first(x, cache), 0, contexts, given, cache))
 
     def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
         # autocast would round the means to bfloat16, which costs narrow logistics hundredths of a bit
@@ -618,7 +628,7 @@ class PixelCNNPlusPlus(nn.Module):
         h: torch.Tensor,
         resolution: int,
         contexts: dict[str, torch.Tensor],
-        labels: torch.Tensor | None,
+        given: torch.Tensor | None,
         cache: RowCache | None,
     ) -> torch.Tensor:
         """
@@ -630,7 +640,7 @@ class PixelCNNPlusPlus(nn.Module):
             name, context = f"{blocks}_{resolution}_{index}", None
             if stream is self.horizontal_stream:
                 context = contexts[name] if cache is None else cache.select(contexts[name], resolution, 1)
-            h = getattr(stream, blocks)[resolution][index](h, skip, context, labels, cache)
+            h = getattr(stream, blocks)[resolution][index](h, skip, context, given, cache)
             if stream is self.vertical_stream:
                 contexts[name] = self.v_to_h[name](_concat_elu(h), cache)
             return h
@@ -642,7 +652,7 @@ class PixelCNNPlusPlus(nn.Module):
         if resolution + 1 < NUM_RESOLUTIONS:
             coarse = stream.down[resolution](h, cache)
             if coarse is not None:
-                coarse = self._stream(stream, coarse, resolution + 1, contexts, labels, cache)
+                coarse = self._stream(stream, coarse, resolution + 1, contexts, given, cache)
             h = stream.up[resolution](coarse, h.shape[1:3], cache)
         else:
             skips.pop()
@@ -794,6 +804,8 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class. Not
             possible for `baseline`.
+        num_conditions (`int`, *optional*):
+            Number `D` of conditions, numbers that images are to have. Not possible for `baseline`.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -829,6 +841,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
         num_frequencies: int = 0,
         dilations: Sequence[int] = (1,),
+        num_conditions: int | None = None,
     ):
         super().__init__()
         # a tuple, as JSON turns it into a list: the config is the same after saving and loading
@@ -842,6 +855,9 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         self._repeated_blocks = ["GatedResnet"] if variant == "plusplus" else []
         networks = {"baseline": BaselinePixelCNN, "gated": GatedPixelCNN, "plusplus": PixelCNNPlusPlus}
         self.network = networks[variant](config)
+        self.condition_embed = (
+            ConditionEmbedding(num_conditions, config["hidden_channels"]) if num_conditions else None
+        )
 
     def forward(
         self,
@@ -849,6 +865,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_loss: bool = False,
         return_dict: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> TinyPixelCNNOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -859,19 +876,21 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             return_loss (`bool`, *optional*, defaults to `False`):
                 Whether to return the loss of each image instead of the distributions, which takes less memory.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`TinyPixelCNNOutput`] or `tuple`.
 
         Raises:
-            ValueError: If a shape does not fit the network, if a label is out of range (on a CPU), or if labels are
-                given to a network without classes.
+            ValueError: If a shape does not fit the network, if a label is out of range (on a CPU), or if labels or
+                conditions are given to a network without them.
         """
         check_shape("sample", sample, self.config.in_channels, "height", "width")
-        labels = self._class_weights(class_labels, sample.shape[0])
+        given = self._given(class_labels, conditions, sample.shape[0])
         network = self.network
         x = self._input(sample)
-        features = network.horizontal(x, network.vertical(x, labels), labels)
+        features = network.horizontal(x, network.vertical(x, given), given)
         if return_loss:
             loss = self._loss(features, sample)
             return TinyPixelCNNOutput(loss=loss) if return_dict else (loss,)
@@ -880,13 +899,18 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         parameters = parameters.permute(0, 3, *range(4, parameters.ndim), 1, 2)  # (B, C, …, H, W)
         return TinyPixelCNNOutput(sample=parameters) if return_dict else (parameters,)
 
-    def nll(self, images: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def nll(
+        self,
+        images: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Computes the exact negative log-likelihood of images in bits per dimension, -log2 p(x) / (C H W).
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], at the network's levels l / (L - 1).
-            class_labels (`torch.Tensor`, *optional*): As in `forward`; None for p(x | no class).
+            class_labels, conditions (`torch.Tensor`, *optional*): As in `forward`; None for p(x | no class).
 
         Returns:
             `torch.Tensor` of shape `(B,)`, float32.
@@ -898,7 +922,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         if self.config.variant == "baseline":
             raise ValueError("The baseline predicts intensities and has no likelihood: use 'gated' or 'plusplus'.")
         self._check_mode()
-        return self(self.to_levels(images), class_labels, return_loss=True).loss
+        return self(self.to_levels(images), class_labels, return_loss=True, conditions=conditions).loss
 
     def quantize(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -954,7 +978,11 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     @apply_forward_hook  # loads an offloaded network, as this method does not call `forward`
     @torch.no_grad()
     def conditionals(
-        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, use_cache: bool = True
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        use_cache: bool = True,
+        conditions: torch.Tensor | None = None,
     ) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
         """
         Visits the sub-pixels in order and yields ((c, i, j), the parameters of p(x_cij | those before it)).
@@ -967,6 +995,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             use_cache (`bool`, *optional*, defaults to `True`):
                 Whether to keep intermediate results. Without a cache the whole network runs again for each sub-pixel
                 (`plusplus`: each pixel).
+            conditions (`torch.Tensor`, *optional*): As in `forward`.
 
         Yields:
             `tuple` of a sub-pixel and what `forward` returns for it: `(B, L)`, `(B, 3, K)` or `(B,)`.
@@ -978,22 +1007,22 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         check_shape("sample", sample, self.config.in_channels, "height", "width")
         network = self.network
         _, C, H, W = sample.shape
-        labels = self._class_weights(class_labels, sample.shape[0])
+        given = self._given(class_labels, conditions, sample.shape[0])
         cache = RowCache(sample, network) if use_cache else None
         for i in range(H):
             if use_cache:
                 cache.row, cache.column = i, None
-                contexts = network.vertical(None, labels, cache)
+                contexts = network.vertical(None, given, cache)
             for j in range(W):
                 for c in range(C):
                     if use_cache:
                         cache.column, cache.group = j, c % network.groups
                     if c < network.groups:  # otherwise the output of this pixel is known
                         if use_cache:
-                            raw = network.output(network.horizontal(None, contexts, labels, cache), cache)
+                            raw = network.output(network.horizontal(None, contexts, given, cache), cache)
                         else:
                             x = self._input(sample)
-                            raw = network.output(network.horizontal(x, network.vertical(x, labels), labels))[:, i, j]
+                            raw = network.output(network.horizontal(x, network.vertical(x, given), given))[:, i, j]
                             raw = raw.chunk(network.groups, dim=-1)[c]
                     yield (c, i, j), self._distributions(raw, 2 * sample[:, : c + 1, i, j] - 1, only=c)
                     if use_cache:
@@ -1104,13 +1133,20 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
             nll = -(log_weights + log_prob.sum(-2)).logsumexp(-1)
         return nll.view(len(sample), -1).sum(1) / (math.log(2) * target[0].numel())
 
-    def _class_weights(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
-        """Returns the weights of the class rows, (B, K + 1), or None for a network without classes."""
+    def _given(
+        self, class_labels: torch.Tensor | None, conditions: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor | None:
+        """Returns the weights of the class rows and the embedding of the conditions, (B, N), or None without either."""
+        table, given = self.network.out.weight, []
         if self.config.num_class_embeds is None:
             refuse_labels(class_labels)
-            return None
-        table = self.network.out.weight
-        return class_weights(class_labels, batch_size, self.config.num_class_embeds, table).to(table.device)
+        else:
+            weights = class_weights(class_labels, batch_size, self.config.num_class_embeds, table)
+            given.append(weights.to(table.device))
+        embedding = embed_conditions(self.condition_embed, conditions, batch_size)
+        if embedding is not None:
+            given.append(embedding)
+        return torch.cat(given, dim=1) if given else None
 
     def _check_mode(self) -> None:
         variant, dropout = self.config.variant, self.config.dropout

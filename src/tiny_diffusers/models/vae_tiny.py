@@ -1,5 +1,6 @@
 """
-A convolutional variational autoencoder (arXiv 1312.6114) for small images, with a latent vector.
+A convolutional variational autoencoder (arXiv 1312.6114) for small images, with a latent vector. Encoder and decoder can
+be given classes and conditions (Sohn et al. 2015, "Learning Structured Output Representation").
 
 Where the decoder gives each image a probability (discretized logistic or Gaussian for grey levels, Bernoulli for
 binary images), the evidence lower bound bounds the likelihood, in bits per dimension.
@@ -19,12 +20,16 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from .layers_tiny import (
+    ClassEmbedding,
+    ConditionEmbedding,
     as_sample_size,
     check_choice,
     check_levels,
     check_parameters,
     check_shape,
     check_sizes,
+    concat_embedding,
+    embed_both,
     height_and_width,
 )
 
@@ -123,7 +128,8 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
     r"""
     A convolutional variational autoencoder with a latent vector z, whose prior is N(0, I).
 
-    Each encoder level halves height and width and has residual blocks. The decoder is its mirror.
+    Each encoder level halves height and width and has residual blocks. The decoder is its mirror. With classes or
+    conditions c, they are q(z | x, c) and p(x | z, c), and the prior of z stays N(0, I).
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
@@ -142,6 +148,11 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         num_levels (`int`, *optional*, defaults to 256):
             Levels of a pixel, to which images are rounded. `"bernoulli"` is a probability only for 2 levels, that is
             for binary images, and `"mse"` never is one: otherwise neither sums to 1 over the levels.
+        num_class_embeds (`int`, *optional*):
+            Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
+        class_embed_dim (`int`, *optional*, defaults to 32):
+            Size `E` of the embedding of class and conditions, which joins the channels of the image and the latents.
+        num_conditions (`int`, *optional*): Number `D` of conditions, numbers that images have.
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -176,6 +187,9 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         layers_per_block: int = 1,
         reconstruction: str = "logistic",
         num_levels: int = 256,
+        num_class_embeds: int | None = None,
+        class_embed_dim: int = 32,
+        num_conditions: int | None = None,
     ):
         super().__init__()
         # tuples, as JSON turns them into lists: the config is the same after saving and loading
@@ -184,19 +198,24 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         widths = [in_channels, *block_out_channels]
         smallest = (widths[-1], *size)  # (C, H, W)
+        E = 0 if num_class_embeds is None and num_conditions is None else class_embed_dim
 
         encoder, decoder = [], []
         for wider, width in zip(widths[1:], widths, strict=False):
-            encoder += [nn.Conv2d(width, wider, 4, stride=2, padding=1)]
+            encoder += [nn.Conv2d(width if encoder else width + E, wider, 4, stride=2, padding=1)]
             encoder += [ResidualBlock(wider) for _ in range(layers_per_block)]
             decoder += [nn.ConvTranspose2d(wider, width, 4, stride=2, padding=1)]
             decoder += [ResidualBlock(wider) for _ in range(layers_per_block)]
         features = math.prod(smallest)
         self.encoder = nn.Sequential(*encoder, nn.SiLU(), nn.Flatten(), nn.Linear(features, 2 * latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, features), nn.Unflatten(1, smallest), *reversed(decoder))
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim + E, features), nn.Unflatten(1, smallest), *reversed(decoder)
+        )
         if reconstruction in LOG_CDFS:
             # start near the errors of a trained small network
             self.log_scale = nn.Parameter(torch.full((in_channels, 1, 1), -2.0))
+        self.class_embed = ClassEmbedding(num_class_embeds, class_embed_dim) if num_class_embeds else None
+        self.condition_embed = ConditionEmbedding(num_conditions, class_embed_dim) if num_conditions else None
 
     @property
     def has_likelihood(self) -> bool:
@@ -205,42 +224,56 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         return reconstruction in LOG_CDFS or (reconstruction == "bernoulli" and num_levels == 2)
 
     @apply_forward_hook
-    def encode(self, sample: torch.Tensor) -> Normal:
+    def encode(
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> Normal:
         """
         Encodes images to the posterior q(z | x).
 
         Args:
             sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1]; they are rounded to the levels.
+            class_labels, conditions (`torch.Tensor`, *optional*): As for a forward pass.
 
         Returns:
             `torch.distributions.Normal`: Shape `(B, latent_dim)`, in float32 or wider.
 
         Raises:
-            ValueError: If the images have another shape.
+            ValueError: If the images have another shape, or as for a forward pass.
         """
-        check_shape("sample", sample, self.config.in_channels, *height_and_width(self.config.sample_size))
-        x = self._run(self.encoder, self._round(sample).to(self.dtype))
-        mean, log_variance = _at_least_float32(x).chunk(2, dim=1)
-        return Normal(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)), validate_args=False)
+        return self._encode(sample, self._embed(class_labels, conditions, len(sample)))
 
     @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Decodes latents to images without pixel noise, the center of p(x | z).
 
         Args:
             latents (`torch.Tensor` of shape `(B, latent_dim)`): z.
+            class_labels, conditions (`torch.Tensor`, *optional*): As for a forward pass.
 
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`: Images, about [-1, 1], in float32 or wider.
 
         Raises:
-            ValueError: If the latents have another shape.
+            ValueError: If the latents have another shape, or as for a forward pass.
         """
-        return self._to_images(self._decode(latents))
+        return self._to_images(self._decode(latents, self._embed(class_labels, conditions, len(latents))))
 
     def forward(
-        self, sample: torch.Tensor, noise: torch.Tensor | None = None, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+        class_labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
     ) -> TinyVAEOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Computes both terms of the evidence lower bound (arXiv 1312.6114, eq. 3), with one draw of z for each image.
@@ -250,33 +283,51 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
             noise (`torch.Tensor` of shape `(B, latent_dim)`, *optional*):
                 Standard normal noise ε of z = μ + σ ε, drawn if not given.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
+            class_labels (`torch.Tensor`, *optional*):
+                Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
+                that mix the rows. None stands for no class, row `num_class_embeds`.
+            conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
 
         Returns:
             [`TinyVAEOutput`] or `tuple`: Reconstructions and both terms.
 
         Raises:
-            ValueError: If images or noise have another shape.
+            ValueError: If images or noise have another shape, if a label is out of range (on a CPU), or if labels or
+                conditions are given to a network without them.
         """
-        posterior = self.encode(sample)
+        embedding = self._embed(class_labels, conditions, len(sample))
+        posterior = self._encode(sample, embedding)
         noise = torch.randn_like(posterior.mean) if noise is None else noise
         if noise.shape != posterior.mean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}: it must be {tuple(posterior.mean.shape)}.")
-        output = self._decode(posterior.mean + posterior.stddev * noise)
+        output = self._decode(posterior.mean + posterior.stddev * noise, embedding)
         prior = Normal(torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean), validate_args=False)
         kl = kl_divergence(posterior, prior).sum(1)
         loss = self._pixel_losses(output, self._round(sample).to(output.dtype)).flatten(1).sum(1)
         output = TinyVAEOutput(sample=self._to_images(output), reconstruction_loss=loss, kl=kl)
         return output if return_dict else output.to_tuple()
 
+    def _embed(
+        self, class_labels: torch.Tensor | None, conditions: torch.Tensor | None, B: int
+    ) -> torch.Tensor | None:
+        return embed_both(self.class_embed, self.condition_embed, class_labels, conditions, B)
+
     def _round(self, sample: torch.Tensor) -> torch.Tensor:
         """Rounds images to the levels, in float32 or wider. 8-bit images keep their values with 256 levels."""
         steps = self.config.num_levels - 1
         return (_at_least_float32(sample).clamp(-1, 1) / 2 + 0.5).mul(steps).round() / steps * 2 - 1
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _encode(self, sample: torch.Tensor, embedding: torch.Tensor | None) -> Normal:
+        check_shape("sample", sample, self.config.in_channels, *height_and_width(self.config.sample_size))
+        x = self._run(self.encoder, concat_embedding(self._round(sample).to(self.dtype), embedding))
+        mean, log_variance = _at_least_float32(x).chunk(2, dim=1)
+        return Normal(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)), validate_args=False)
+
+    def _decode(self, latents: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
         """Returns the logits of Bernoulli pixels, or the centers of others: (B, latent_dim) -> (B, C, H, W)"""
         check_shape("latents", latents, self.config.latent_dim)
-        return _at_least_float32(self._run(self.decoder, latents.to(self.dtype)))
+        return _at_least_float32(self._run(self.decoder, concat_embedding(latents.to(self.dtype), embedding)))
 
     def _run(self, layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         for layer in layers:

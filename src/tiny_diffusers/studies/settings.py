@@ -104,9 +104,9 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         )
     if "bits_per_dim" in protocol.metrics and script == "dcgan":
         raise UserError("--metrics bits_per_dim: a DCGAN has no likelihood; leave it out.")
-    if script != "conditional":
+    if script == "unconditional":
         protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")
     if main_metric == "inception_score" and protocol.features != "inception":
         raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
-    if main_metric == "class_agreement" and script in ("unconditional", "vae"):
+    if main_metric == "class_agreement" and script == "unconditional":
         raise UserError(f"The metric class_agreement: the models of train_{script}.py have no classes.")

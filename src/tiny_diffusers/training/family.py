@@ -12,7 +12,7 @@ from ..data import ImageData
 from ..data.images import spell_values
 from ..errors import UserError, refusals
 from ..models.layers_tiny import as_sample_size, height_and_width
-from ..pipelines.pipeline_tiny import TinyPipeline
+from ..pipelines.pipeline_tiny import TinyPipeline, image_generators
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..resolution import spell_resolution
@@ -79,6 +79,11 @@ class Family:
     phases: dict[str, int] = {}
     preview_share: float = 1.0
 
+    @property
+    def condition_config(self) -> dict[str, list] | None:
+        """Returns the conditions as the config of a pipeline holds them."""
+        return None if self.condition_statistics is None else self.condition_statistics.to_config()
+
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple]:
         """
         Yields (name of a module, its scalar loss), or (name, loss, scalars to log by name), in the order in which the
@@ -103,21 +108,49 @@ class Family:
         return self.sample(pipeline, num_images, seed)
 
 
-def class_grid(id2label: dict[int, str], num_images: int) -> tuple[list[int], int, dict[str, Any]]:
+def condition_grid(
+    id2label: dict[int, str] | None, statistics: ConditionStatistics | None, num_images: int
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """
-    Lays out a grid with a row for each class.
+    Lays out a grid with a row for each of some values of the first condition, and in it one class after another; or,
+    without conditions, with a row for each class.
 
     Args:
-        id2label (`dict[int, str]`): The names of the classes; of many, the first ten are shown.
-        num_images (`int`): Number of images to share out among them; each class gets at least one.
+        id2label (`dict[int, str]`, *optional*): The names of the classes; of many, the first ten have rows.
+        statistics ([`ConditionStatistics`], *optional*): The conditions.
+        num_images (`int`): Number of images to share out among the rows; each gets at least one.
 
     Returns:
-        `tuple[list[int], int, dict]`: The label of each image, the images a class, arguments of [`plots.image_grid`].
+        `tuple[dict, int, dict]`: `class_labels` and `conditions` of the images, as far as there are some; the images a row;
+        arguments of [`plots.image_grid`], empty without classes and conditions.
     """
-    classes = list(id2label)[:MAX_GRID_CLASSES]
-    per_class = max(1, num_images // len(classes))
-    labels = [label for label in classes for _ in range(per_class)]
-    return labels, per_class, {"columns": per_class, "row_labels": [id2label[label] for label in classes]}
+    if statistics is not None:
+        values, texts = statistics.examples()
+        each = max(1, num_images // len(values))
+        options: dict[str, Any] = {"conditions": [row for row in values for _ in range(each)]}
+        if id2label is not None:
+            options["class_labels"] = [i % len(id2label) for i in range(each)] * len(values)
+    elif id2label is not None:
+        classes = list(id2label)[:MAX_GRID_CLASSES]
+        texts = [id2label[label] for label in classes]
+        each = max(1, num_images // len(classes))
+        options = {"class_labels": [label for label in classes for _ in range(each)]}
+    else:
+        return {}, num_images, {}
+    return options, each, {"columns": each, "row_labels": texts}
+
+
+def draw_from_latents(
+    pipeline: Any,
+    id2label: dict[int, str] | None,
+    statistics: ConditionStatistics | None,
+    num_images: int,
+    seed: int,
+) -> tuple[list, dict]:
+    """Draws the grid of [`condition_grid`] by a VAE or a DCGAN, each row from the same latents; returns images and grid."""
+    options, each, grid = condition_grid(id2label, statistics, num_images)
+    generator = [one for _ in grid.get("row_labels", [None]) for one in image_generators(seed, each)]
+    return pipeline(batch_size=len(generator), generator=generator, **options).images, grid
 
 
 def sample_size(data: ImageData) -> int | tuple[int, int]:
@@ -201,6 +234,41 @@ def check_images(
         raise UserError(
             f"{source} {height}x{width} pixels, but those of {data.name} have {given_size[0]}x{given_size[1]}: give "
             f"--resolution {spell_resolution(height, width)}."
+        )
+
+
+def check_conditions(
+    pipeline: TinyPipeline, data: ImageData, num_class_embeds: int | None, num_conditions: int | None
+) -> None:
+    """
+    Checks that the network of `--pretrained_model_name_or_path` takes the classes and conditions of the run.
+
+    Args:
+        pipeline ([`TinyPipeline`]): The checkpoint.
+        data ([`ImageData`]): The images.
+        num_class_embeds (`int`, *optional*), num_conditions (`int`, *optional*): Number of the classes and of the conditions
+            that the run gives to its network; None for none.
+
+    Raises:
+        UserError: If it does not; it says what to do.
+    """
+    config = pipeline._network.config
+    if config.num_class_embeds != num_class_embeds:
+        raise UserError(
+            f"--pretrained_model_name_or_path: it has {config.num_class_embeds or 'no'} classes, but {data.name} and the "
+            f"arguments ask for {num_class_embeds or 'none'}: give --class_conditional as it was given there, and the same "
+            "--classes."
+        )
+    names = {int(class_id): name for class_id, name in (pipeline.config.get("id2label") or {}).items()}
+    if names and names != data.id2label:
+        raise UserError(
+            f"--pretrained_model_name_or_path: its classes are {list(names.values())[:5]}, but those of {data.name} are "
+            f"{list(data.id2label.values())[:5]}: give the same --classes."
+        )
+    if config.num_conditions != num_conditions:
+        raise UserError(
+            f"--pretrained_model_name_or_path: it has {config.num_conditions or 'no'} conditions, but the arguments ask for "
+            f"{num_conditions or 'none'}: give --condition_columns as it was given there, or train a new network."
         )
 
 
