@@ -39,25 +39,25 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
-def conditional_pipeline(family: str, statistics: dict, classes: int | None = None, size=(12, 16), **options):
+def conditional_pipeline(family: str, statistics: dict | None, classes: int | None = None, **options):
     """
-    Builds a PixelCNN, VAE or DCGAN of images of two channels, by the number of its conditions and of its classes, with
-    outputs that are not zero.
+    Builds the pipeline of a PixelCNN, VAE or DCGAN of images of 12x16 pixels and two channels (of a PixelCNN, 3x4), with
+    conditions, classes, or both, and outputs that are not zero.
     """
     import torch
 
     from tiny_diffusers import models, pipelines
 
     torch.manual_seed(0)
-    given = {"num_class_embeds": classes, "num_conditions": len(statistics["names"])}
+    given = {"num_class_embeds": classes, "num_conditions": statistics and len(statistics["names"])}
     if family == "pixelcnn":
-        network = models.TinyPixelCNNModel(size, 2, 16, hidden_channels=8, num_layers=1, **given)
+        network = models.TinyPixelCNNModel((3, 4), 2, 16, hidden_channels=8, num_layers=1, **given)
         pipeline_class = pipelines.TinyPixelCNNPipeline
     elif family == "vae":
-        network = models.TinyVAEModel(size, 2, 4, (8,), class_embed_dim=8, **given)
+        network = models.TinyVAEModel((12, 16), 2, 4, (8,), class_embed_dim=8, **given)
         pipeline_class = pipelines.TinyVAEPipeline
     else:
-        network = models.TinyDCGANGenerator(size, 2, 4, (8,), class_embed_dim=8, **given)
+        network = models.TinyDCGANGenerator((12, 16), 2, 4, (8,), class_embed_dim=8, **given)
         pipeline_class = pipelines.TinyDCGANPipeline
     with torch.no_grad():
         for parameter in network.parameters():

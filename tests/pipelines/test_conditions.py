@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tiny import conditional_pipeline
 from tiny_diffusers import (
     TinyConditionalPipeline,
     TinyDDIMScheduler,
@@ -26,11 +27,15 @@ STATISTICS = {
     "highs": [1.0, 60.0],
 }
 ROW = {"smiling": 1, "age": 30}
+OTHERS = ("pixelcnn", "vae", "dcgan")  # families without guidance
+FAMILIES = ("diffusion", *OTHERS)
 
 
 @pytest.fixture
 def make_pipe(make_unet, quiet):
-    def make(cls=TinyConditionalPipeline, classes=None, **options):
+    def make(cls=TinyConditionalPipeline, classes=None, family="diffusion", **options):
+        if family != "diffusion":
+            return conditional_pipeline(family, options.pop("condition_statistics", STATISTICS), classes, **options)
         unet = make_unet(stock=False, classes=classes, num_conditions=2)
         options = {"condition_statistics": STATISTICS, **options}
         return quiet(cls(unet, TinyDDIMScheduler(), **options))
@@ -39,7 +44,7 @@ def make_pipe(make_unet, quiet):
 
 
 def draw(pipe, *args, seed=0, **options):
-    options = {"num_inference_steps": 3, "output_type": "np", **options}
+    options = {"output_type": "np", **({"num_inference_steps": 3} if "unet" in pipe.components else {}), **options}
     return pipe(*args, generator=torch.Generator().manual_seed(seed), **options).images
 
 
@@ -72,6 +77,7 @@ def test_numbers_are_spelled_with_as_many_digits_as_tell_them_apart():
     assert ConditionStatistics(**years).examples()[1] == ["year 1985", "year 2000.5", "year 2016"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "form",
     [
@@ -83,21 +89,25 @@ def test_numbers_are_spelled_with_as_many_digits_as_tell_them_apart():
     ],
     ids=["dict", "dicts", "tensor", "array", "tensors"],
 )
-def test_each_form_gives_the_same_input_of_the_network(make_pipe, form):
-    pipe, seen = make_pipe(), []
-    pipe.unet.register_forward_pre_hook(lambda module, args, given: seen.append(given["conditions"]), with_kwargs=True)
+def test_each_form_gives_the_same_input_of_the_network(make_pipe, form, family):
+    pipe, seen = make_pipe(family=family), []
+    pipe._network.condition_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     assert len(draw(pipe, conditions=form)) == 2
-    assert all(conditions.tolist() == [[1, -1], [-1, 1]] for conditions in seen)
+    assert seen and all(conditions.tolist() == [[1, -1], [-1, 1]] for conditions in seen)
 
 
-def test_one_row_stands_for_all_and_several_are_a_batch(make_pipe):
-    pipe = make_pipe(classes=3)
-    assert len(draw(pipe, 1, conditions=ROW, batch_size=3)) == 3
-    assert len(draw(pipe, [0, 1], conditions=ROW)) == 2
-    assert len(draw(pipe, 1, conditions={"smiling": 1, "age": [20, 40, 60]})) == 3
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_row_stands_for_all_and_several_are_a_batch(make_pipe, family):
+    pipe = make_pipe(classes=3, family=family)
+    assert len(draw(pipe, class_labels=1, conditions=ROW, batch_size=3)) == 3
+    assert len(draw(pipe, class_labels=[0, 1], conditions=ROW)) == 2
+    assert len(draw(pipe, class_labels=1, conditions={"smiling": 1, "age": [20, 40, 60]})) == 3
     for many in ([0, 1], [0, 1, 2, 0]):
         with pytest.raises(ValueError, match="must be one"):
-            draw(pipe, many, conditions={"smiling": 1, "age": [20, 40, 60]})
+            draw(pipe, class_labels=many, conditions={"smiling": 1, "age": [20, 40, 60]})
+    for given, words in (({"class_labels": 1}, "needs `conditions`"), ({"conditions": ROW}, "needs `class_labels`")):
+        with pytest.raises(ValueError, match=words):
+            draw(pipe, **given)
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -141,6 +151,82 @@ def test_they_survive_a_save_and_a_change_of_pipeline(make_pipe, quiet, tmp_path
     np.testing.assert_allclose(draw(loaded, conditions=ROW), draw(pipe, conditions=ROW), atol=1e-5)
     back = TinyConditionalPipeline.from_pipe(TinyInpaintPipeline.from_pipe(loaded))
     assert back._condition_statistics == pipe._condition_statistics
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_families_without_guidance_draw_by_them_and_survive_a_save(make_pipe, tmp_path, family):
+    pipe = make_pipe(classes=3, family=family)
+    of_age = [draw(pipe, class_labels=1, conditions=ROW | {"age": age}) for age in (20, 60)]
+    assert not np.allclose(*of_age)
+    pipe.save_pretrained(tmp_path)
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is type(pipe) and loaded.config.condition_statistics == STATISTICS
+    np.testing.assert_allclose(draw(loaded, class_labels=1, conditions=ROW | {"age": 60}), of_age[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["vae", "dcgan"])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_walk_of_theirs_is_linear_in_the_values(make_pipe, family, classes):
+    pipe, labels = make_pipe(classes=classes, family=family), None if classes is None else [0, 2]
+    given = {"class_labels": labels, "conditions": {"smiling": 1, "age": [20, 60]}}
+    frames = pipe.interpolate(seeds=(3, 3), num_frames=5, output_type="np", **given).images
+    weights = [None] * 5 if classes is None else torch.eye(4)[[0, 2]]
+    weights = weights if classes is None else torch.lerp(*weights, torch.linspace(0, 1, 5)[:, None])
+    for frame, age, label in zip(frames, (20, 30, 40, 50, 60), weights, strict=True):
+        expected = draw(pipe, seed=3, class_labels=label, conditions={"smiling": 1, "age": age})
+        np.testing.assert_allclose(frame, expected[0], atol=1e-5)
+
+
+def test_a_vae_encodes_and_decodes_by_them(make_pipe):
+    pipe = make_pipe(classes=3, family="vae")
+    images = torch.randint(256, (2, 2, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels, given = images / 255, {"class_labels": [0, 2], "conditions": {"smiling": 1, "age": [20, 60]}}
+    network = {"class_labels": torch.tensor([0, 2]), "conditions": torch.tensor([[1.0, -2], [1, 2]])}
+    with torch.no_grad():
+        mean = pipe.vae.encode(2 * pixels - 1, **network).mean
+        expected = pipe.vae.decode(mean, **network)
+    torch.testing.assert_close(pipe.encode(pixels, **given), mean)
+    rebuilt = pipe.reconstruct(pixels, output_type="latent", **given).images
+    torch.testing.assert_close(rebuilt, expected)
+    frames = pipe.interpolate(pixels, num_frames=2, output_type="latent", **given).images
+    torch.testing.assert_close(frames, expected)
+    bits = [pipe.bits_per_dim(images, labels, torch.Generator().manual_seed(0), ROW) for labels in (0, 2)]
+    assert bits[0].shape == (2,) and not torch.equal(*bits)
+    for call in (pipe.encode, pipe.reconstruct, pipe.interpolate):
+        with pytest.raises(ValueError, match="needs `conditions`: give smiling, age"):
+            call(pixels, class_labels=1)
+    with pytest.raises(ValueError, match="needs `conditions`: give smiling, age"):
+        pipe.bits_per_dim(images, 1)
+
+
+def test_a_pixelcnn_completes_and_measures_by_them_and_draws_without_if_it_has_learned_to(make_pipe):
+    pipe = make_pipe(family="pixelcnn", class_dropout_prob=0.1)
+    images = torch.randint(16, (2, 2, 3, 4), generator=torch.Generator().manual_seed(1)) / 15
+    given = torch.zeros(3, 4)
+    given[:1] = 1
+    completed = draw(pipe, images=images, mask=given, conditions=ROW)
+    np.testing.assert_allclose(completed[:, :1], images.permute(0, 2, 3, 1)[:, :1], atol=1e-6)
+    np.testing.assert_array_equal(draw(pipe, images=images, mask=given, conditions=ROW, use_cache=False), completed)
+    assert not np.array_equal(draw(pipe, images=images, mask=given, conditions=ROW | {"age": 60}), completed)
+    assert len(draw(pipe, conditions={"smiling": 1, "age": [20, 40]}, images=images[:1], mask=given)) == 2
+
+    levels = (images * 255).to(torch.uint8)
+    by_hand = pipe.pixelcnn.nll(pipe.pixelcnn.quantize(levels / 255), None, torch.tensor([[1.0, -1], [1, -1]]))
+    torch.testing.assert_close(pipe.bits_per_dim(levels, conditions=ROW), by_hand)
+    torch.testing.assert_close(pipe.bits_per_dim(levels), pipe.pixelcnn.nll(pipe.pixelcnn.quantize(levels / 255)))
+    assert draw(pipe).shape == (1, 3, 4, 2)
+
+    never = make_pipe(family="pixelcnn", class_dropout_prob=0.0)
+    both = make_pipe(family="pixelcnn", classes=3, class_dropout_prob=0.1)
+    assert both.bits_per_dim(levels).shape == both.bits_per_dim(levels, 1, conditions=ROW).shape == (2,)
+    for call, words in (
+        (lambda: draw(never), "needs `conditions`"),
+        (lambda: never.bits_per_dim(levels), "needs `conditions`"),
+        (lambda: both.bits_per_dim(levels, 1), "needs `conditions`"),  # they were dropped together only
+        (lambda: both.bits_per_dim(levels, conditions=ROW), "needs `class_labels`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 EDITS = {
@@ -189,10 +275,18 @@ def test_a_walk_is_linear_in_the_values(make_pipe):
         np.testing.assert_allclose(frame, expected[0], atol=1e-5)
 
 
+def test_what_is_missing_is_named_with_the_way_to_do_without(make_pipe):
+    with pytest.raises(ValueError, match="needs `conditions`: give smiling, age, or `guidance_scale=0`"):
+        draw(make_pipe())
+    for family in ("vae", "dcgan"):
+        with pytest.raises(ValueError, match=r"needs `conditions`: give smiling, age\.$"):
+            draw(make_pipe(family=family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("conditions", "words"),
     [
-        (None, "needs `conditions`: give smiling, age, or `guidance_scale=0`"),
         ({"smiling": 1, "agee": 3}, "Unknown condition 'agee': the conditions are smiling, age. Did you mean 'age'"),
         ({"smiling": 1}, "lacks age"),
         ({"smiling": 1, "age": float("nan")}, "finite, got nan for 'age'"),
@@ -204,16 +298,20 @@ def test_a_walk_is_linear_in_the_values(make_pipe):
         (torch.zeros(1, 3), r"of shape \(B, 2\), got the shape \(1, 3\)"),
     ],
 )
-def test_each_mistake_is_one_line(make_pipe, conditions, words):
+def test_each_mistake_is_one_line(make_pipe, conditions, words, family):
     with pytest.raises(ValueError, match=words) as error:
-        draw(make_pipe(), conditions=conditions)
+        draw(make_pipe(family=family), conditions=conditions)
     assert "\n" not in str(error.value)
 
 
-def test_values_far_outside_the_range_warn_with_it(make_pipe):
-    pipe = make_pipe()
-    with pytest.warns(UserWarning, match="age 90 is far outside the values of the training images, 20 to 60"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_far_outside_the_range_warn_with_it(make_pipe, family):
+    pipe = make_pipe(family=family)
+    with pytest.warns(
+        UserWarning, match="age 90 is far outside the values of the training images, 20 to 60"
+    ) as record:
         draw(pipe, conditions={"smiling": 1, "age": 90})
+    assert record[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(pipe, conditions={"smiling": 1, "age": 62})
@@ -226,6 +324,15 @@ def test_a_network_without_conditions_refuses_them(make_unet):
             pipe(conditions=ROW)
         with pytest.raises(ValueError, match="takes no conditions and `condition_statistics` describes 2"):
             TinyConditionalPipeline(make_unet(stock=stock), TinyDDIMScheduler(), condition_statistics=STATISTICS)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_nor_do_other_families_take_conditions_that_their_network_lacks(make_pipe, family):
+    pipe = make_pipe(family=family, condition_statistics=None)
+    with pytest.raises(ValueError, match="has no conditions: leave out `conditions`"):
+        pipe(conditions=ROW)
+    with pytest.raises(ValueError, match="takes no conditions and `condition_statistics` describes 2"):
+        type(pipe)(pipe._network, condition_statistics=STATISTICS)
 
 
 @pytest.mark.parametrize(
