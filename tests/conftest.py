@@ -50,8 +50,8 @@ def _trainer(module, folder):
 
     def run(*argv, name="run", script=own_script, network=True, **options):
         flags = tiny.TINY_DIFFUSION if network else tiny.TINY_DIFFUSION[len(tiny.TINY_NETWORK) :]
-        if own_network is not None:
-            flags = [*tiny.TINY_RUN, *own_network]
+        if own_network is not None or isinstance(network, list):
+            flags = [*tiny.TINY_RUN, *(network if isinstance(network, list) else own_network)]
         return tiny.train(folder / name, *argv, script=script, flags=flags, **options)
 
     return run
@@ -61,7 +61,8 @@ def _trainer(module, folder):
 def train(tmp_path, request):
     """
     Runs a script into a folder of the test's own, by its name. A test's module names its own script as SCRIPT, and the
-    flags that take the place of the tiny U-Net's as NETWORK. With `network=False` the network is left to other flags.
+    flags that take the place of the tiny U-Net's as NETWORK. With `network=False` the network is left to other flags; a list
+    are the flags of another family's.
     """
     return _trainer(request.module, tmp_path)
 

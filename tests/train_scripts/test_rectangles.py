@@ -1,4 +1,7 @@
-"""Each family trains on images that are not square, resumes to the bit, and is measured on such images."""
+"""
+Each family trains on images that are not square, resumes to the bit, and is measured on such images. Those without guidance
+have two channels, classes and conditions.
+"""
 
 import numpy as np
 import pytest
@@ -28,13 +31,17 @@ FAMILIES = {
         ["--network", "transformer", "--ddpm_num_inference_steps", "2", *TRANSFORMER],
     ),
     "conditional": (train_conditional, [*DIFFUSION, "--conditioning", "low_resolution:4"]),
-    "pixelcnn": (train_pixelcnn, ["--hidden_channels", "6", "--num_layers", "2", "--eval_batch_size", "1"]),
+    "pixelcnn": (
+        train_pixelcnn,
+        ["--hidden_channels", "6", "--num_layers", "2", "--eval_batch_size", "1", "--class_dropout_prob", "0.5"],
+    ),
     "vae": (train_vae, ["--block_out_channels", "8", "--latent_dim", "4"]),
     "dcgan": (
         train_dcgan,
         ["--generator_channels", "8", "--discriminator_channels", "8", "--latent_dim", "4"],
     ),
 }
+CONDITIONS = ["--class_conditional", "--condition_columns", "value,hat"]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +59,26 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """An .npz of 16 images of 12x16 pixels and two channels, with a number, a label and a class of each."""
+    rng, values = np.random.default_rng(0), np.linspace(40, 220, 16)
+    images = np.broadcast_to(values[:, None, None, None], (16, HEIGHT, WIDTH, 2)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "values.npz"
+    np.savez(
+        path, image=images, value=values, hat=rng.integers(0, 2, 16), label=np.array(["a", "b"])[np.arange(16) % 2]
+    )
+    return path
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_run_equals_an_uninterrupted_one_and_its_images_have_the_datas_size(
-    family, folder, train, train_in_two
+    family, folder, arrays, train, train_in_two
 ):
     script, flags = FAMILIES[family]
-    argv = [*flags, "--train_data_dir", str(folder)]
+    takes_conditions = script in (train_pixelcnn, train_vae, train_dcgan)
+    data = [*CONDITIONS, "--train_data_dir", str(arrays)] if takes_conditions else ["--train_data_dir", str(folder)]
+    argv = [*flags, *data]
     whole = train(*argv, name="whole", script=script, steps=2)
     resumed = train_in_two(*argv, stopped_at=1, script=script, steps=2)
     weights = sorted(path.relative_to(whole) for path in whole.glob("*/diffusion_pytorch_model.safetensors"))
@@ -66,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_its_images_have_the_datas
         assert (whole / path).read_bytes() == (resumed / path).read_bytes()
     assert yaml.safe_load((resumed / "config.yaml").read_text())["resolution"] == f"{HEIGHT}x{WIDTH}"
     pipe = TinyPipeline.from_pretrained(resumed)
-    assert pipe._image_shape == (3, HEIGHT, WIDTH)
+    assert pipe._image_shape == (2 if takes_conditions else 3, HEIGHT, WIDTH)
     assert pipe._network.config.sample_size in ((HEIGHT, WIDTH), [HEIGHT, WIDTH])
 
 

@@ -9,13 +9,21 @@ from safetensors.torch import load_file
 
 from tiny_diffusers import TinyPipeline
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.train_scripts import train_conditional, train_unconditional
+from tiny_diffusers.train_scripts import (
+    train_conditional,
+    train_dcgan,
+    train_pixelcnn,
+    train_unconditional,
+    train_vae,
+)
 from tiny_diffusers.training.trainer import Trainer
 
 
 SCRIPT = train_conditional
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COUNT = 64
+# the families without guidance
+OTHERS = {"pixelcnn": train_pixelcnn, "vae": train_vae, "dcgan": train_dcgan}
 
 
 @pytest.fixture
@@ -73,6 +81,40 @@ def test_what_a_run_leaves(train, data, labels, capsys):
     given = {"class_labels": "b"} if labels == "kind" else {}
     images = pipe(conditions={"value": [50, 90], "hat": 1}, guidance_scale=2.0, num_inference_steps=2, **given).images
     assert len(images) == 2
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_a_run_of_another_family_leaves(train, data, batches, monkeypatch, capsys, family):
+    from tiny_diffusers import plots
+
+    grids, draw = [], plots.image_grid
+    monkeypatch.setattr(plots, "image_grid", lambda images, **grid: grids.append(grid) or draw(images, **grid))
+    columns = ("--condition_columns", "value,never,hat", "--label_column", "kind", "--class_conditional")
+    drops = ("--class_dropout_prob", "0.5") if family == "pixelcnn" else ()
+    options = {"script": OTHERS[family], "network": ["--smoke"], "steps": 2}
+    folder = train(*data, *columns, *drops, **options)
+    printed = capsys.readouterr()
+    assert "conditions: value 40 to 220, hat 0 or 1" in printed.out
+    assert "left out, as all training images or none have these labels: never" in printed.err
+    assert grids[-1]["row_labels"][0].startswith("value 4") and len(grids[-1]["row_labels"]) == 3
+    for _, _, batch in batches[True]:
+        dropped = batch.conditions.isnan().any(dim=1)
+        assert torch.equal(dropped, batch.labels == 2) and dropped.any() == bool(drops)
+    assert batches[False] or family == "dcgan"
+    index = read(folder / "model_index.json")
+    assert index["condition_statistics"]["names"] == ["value", "hat"]
+    assert index["id2label"] == {"0": "a", "1": "b"} and index.get("class_dropout_prob") in (None, 0.5)
+    card = (folder / "README.md").read_text()
+    assert "A conditional generative model" in card and "conditions={'value': 130.0, 'hat': 0.0}" in card
+    assert '--class_labels "a,b" --condition "value=130.0" --condition "hat=0.0"' in card
+
+    loaded = (*data, "--pretrained_model_name_or_path", str(folder), "--label_column", "kind", "--class_conditional")
+    with pytest.raises(UserError, match="has the conditions value, hat, and --condition_columns gives value"):
+        train(*loaded, "--condition_columns", "value", name="other", **options)
+    with pytest.raises(
+        UserError, match="it has 2 conditions, but the arguments ask for none: give --condition_columns"
+    ):
+        train(*loaded, name="without", **options)
 
 
 def test_the_statistics_are_those_of_the_training_images(train, data, batches):
@@ -151,6 +193,7 @@ def test_a_stock_network_takes_none(train, data, tmp_path):
         train(*data, "--condition_columns", "value", *stock, network=False)
 
 
+@pytest.mark.parametrize("script", [train_conditional, *OTHERS.values()], ids=lambda script: script.__name__)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -161,8 +204,13 @@ def test_a_stock_network_takes_none(train, data, tmp_path):
         (["--drop_missing"], ["--drop_missing", "--condition_columns"]),
     ],
 )
-def test_each_mistake_is_one_line_before_training(check_mistake, data, argv, words):
-    check_mistake([*data, *argv], words)
+def test_each_mistake_is_one_line_before_training(check_mistake, data, argv, words, script):
+    check_mistake([*data, *argv], words, script=script, network=script is train_conditional or [])
+
+
+def test_the_baseline_of_pixelcnn_refuses_them(check_mistake, data):
+    argv = [*data, "--condition_columns", "value", "--variant", "baseline"]
+    check_mistake(argv, ["num_conditions 1", "no gates"], script=train_pixelcnn, network=[])
 
 
 def test_the_unconditional_script_names_the_flag_that_it_lacks(check_mistake, data):
