@@ -1,14 +1,16 @@
 """`--condition NAME=VALUE` on the command line, and the evaluation of images that are drawn by conditions."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from tiny import TINY_DIFFUSION
-from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, cli
+from tiny import TINY_DIFFUSION, conditional_pipeline
+from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline, TinyVAEPipeline, cli
 from tiny_diffusers.commands import sampling
 from tiny_diffusers.data import ImageData
 from tiny_diffusers.errors import UserError
@@ -17,7 +19,8 @@ from tiny_diffusers.evaluation import images as image_sets
 from tiny_diffusers.train_scripts import train_conditional
 
 
-FAST = {"num_inference_steps": 2, "dtype": "float32", "device": "cpu"}
+PLAIN = {"dtype": "float32", "device": "cpu"}
+FAST = {"num_inference_steps": 2, **PLAIN}
 MEASURED = {"features": "pixels", "num_images": 64, "num_jackknife": 0, "baselines": ["real"], "batch_size": 64}
 STATISTICS = {
     "names": ["age", "hat"],
@@ -201,6 +204,52 @@ def test_a_checkpoint_without_conditions_refuses_them(tiny_unet, tmp_path, capsy
         assert "--condition means nothing to" in line and "leave it out" in line
 
 
+@pytest.mark.parametrize("family", ["pixelcnn", "vae", "dcgan"])
+def test_the_families_without_guidance_take_them(tmp_path, capsys, family):
+    pipe, model = conditional_pipeline(family, STATISTICS, classes=2), tmp_path / "model"
+    pipe.save_pretrained(model)
+    given = ("--condition", "age=20,60", "--condition", "hat=1")
+    assert run("sample", model, *given, **PLAIN, num_images=4, output=f"{tmp_path}/out/") == 0
+    conditions = {"age": [20, 20, 60, 60], "hat": 1}
+    generator = [torch.Generator().manual_seed(i) for i in range(4)]
+    expected = pipe(class_labels=[0, 1] * 2, conditions=conditions, generator=generator, output_type="np").images
+    drawn = [np.load(tmp_path / "out" / f"{i:05}.npy") for i in range(4)]  # no picture holds two channels
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+    assert "Did you mean 'age'" in error_line(capsys, "sample", model, "--condition", "agee=3", **PLAIN)
+    assert "--guidance_scale means nothing" in error_line(capsys, "sample", model, *given, guidance_scale=0, **PLAIN)
+    if family == "pixelcnn":
+        return
+    walk = {**PLAIN, "num_frames": 3, "seeds": "0,0", "class_labels": 1}
+    assert run("interpolate", model, *given, **walk, output=f"{tmp_path}/walk/") == 0
+    assert not np.allclose(np.load(tmp_path / "walk" / "00000.npy"), np.load(tmp_path / "walk" / "00002.npy"))
+    lacks = error_line(capsys, "interpolate", model, **walk)
+    assert lacks.endswith("give --condition NAME=VALUE for each of age (20 to 60), hat (0 or 1).")
+
+
+def test_reconstructions_are_by_the_conditions_of_the_images(tmp_path, capsys, monkeypatch):
+    conditional_pipeline("vae", STATISTICS, classes=2).save_pretrained(tmp_path)
+    rng, rows = np.random.default_rng(0), np.arange(8)
+    columns = {"age": 20.0 + 5 * rows, "hat": rows // 4, "kind": np.array(["kind 0", "kind 1"])[rows % 2]}
+    np.savez(tmp_path / "data.npz", image=rng.integers(0, 256, (8, 12, 16, 2), dtype=np.uint8), **columns)
+    settings = {"train_data_dir": str(tmp_path / "data.npz"), "condition_columns": "age,hat", "label_column": "kind"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    seen, reconstruct = [], TinyVAEPipeline.reconstruct
+    watched = functools.wraps(reconstruct)(lambda *a, **k: seen.append(k) or reconstruct(*a, **k))
+    monkeypatch.setattr(TinyVAEPipeline, "reconstruct", watched)
+    flags = ("--num_images", "3", "--index", "4", "--output", str(tmp_path / "a.png"))
+    assert run("plot", "reconstructions", tmp_path, *flags) == 0
+    assert seen[0]["conditions"].tolist() == [[40, 1], [45, 1], [50, 1]]
+    assert seen[0]["class_labels"] == ["kind 0", "kind 1", "kind 0"]
+    given = ("--condition", "age=30", "--condition", "hat=1")
+    assert "--condition is for --image" in error_line(capsys, "plot", "reconstructions", tmp_path, *flags, *given)
+
+    np.save(tmp_path / "one.npy", rng.random((12, 16, 2), dtype=np.float32))
+    flags = ("--image", tmp_path / "one.npy", "--class_labels", "1", "--output", tmp_path / "a.png")
+    assert run("plot", "reconstructions", tmp_path, *flags, *given) == 0
+    assert seen[-1] == {"class_labels": "1", "conditions": {"age": [30.0], "hat": [1.0]}}
+    assert "draws by conditions: give" in error_line(capsys, "plot", "reconstructions", tmp_path, *flags)
+
+
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -258,6 +307,36 @@ def test_evaluate_draws_by_the_conditions_of_the_reference(make_pipe, monkeypatc
     assert report.measured_by["regressor"]["conditions"] == ["age", "hat"]
     assert any("(age, hat)" in warning for warning in report.warnings)
     assert Report.load(tmp_path).per_condition == report.per_condition and "| age |" in report.markdown()
+
+
+@pytest.mark.parametrize("kind", ["samples", "reconstructions"])
+@pytest.mark.parametrize("family", ["pixelcnn", "vae", "dcgan"])
+def test_evaluate_draws_and_measures_by_those_of_the_reference_in_each_family(monkeypatch, family, kind):
+    if kind == "reconstructions" and family != "vae":
+        return
+    pipe, count = conditional_pipeline(family, STATISTICS, classes=2), 20
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, *pipe._image_shape), dtype=torch.uint8, generator=generator)
+    conditions = torch.stack([torch.linspace(20, 60, count), torch.arange(count) // 10], dim=1)
+    names, labels = {0: "kind 0", 1: "kind 1"}, torch.arange(count) % 2
+    data = ImageData(images, labels, names, "noise", "test", "", conditions=conditions, condition_names=["age", "hat"])
+    seen, sample = {}, image_sets.sample
+    monkeypatch.setattr(image_sets, "sample", lambda pipe, *a, **k: seen.update(k) or sample(pipe, *a, **k))
+    monkeypatch.setattr(regressor, "train_network", lambda *args: None)
+    metrics = ["frechet_distance"]
+    metrics += [] if family == "dcgan" else ["bits_per_dim"]
+    metrics += [] if family == "pixelcnn" else ["condition_agreement"]  # whose images are too small to read
+    report = evaluate(pipe, data, Protocol(**MEASURED | {"num_images": 24}, metrics=metrics, kind=kind))
+    rows = torch.from_numpy(np.resize(image_sets.order_of(images.numpy()), seen["num_images"]))
+    assert seen["num_images"] == (24 if kind == "samples" else count)
+    assert torch.equal(seen["conditions"], conditions[rows]) and (seen["class_labels"] == labels[rows].numpy()).all()
+    assert ("condition_agreement" in report.figures) == (family != "pixelcnn")
+    if family == "dcgan":
+        return
+    rows = rows[:count]
+    noise = [torch.Generator().manual_seed(i) for i in range(count)]
+    bits = pipe.bits_per_dim(images[rows], labels[rows], noise, conditions[rows])
+    assert report.figures["bits_per_dim"]["value"] == pytest.approx(bits.mean().item(), rel=1e-5)
 
 
 def test_evaluate_leaves_out_what_the_regressor_cannot_learn(make_pipe, monkeypatch, tmp_path):
