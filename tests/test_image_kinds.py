@@ -23,7 +23,7 @@ from tiny_diffusers import (
     cli,
     plots,
 )
-from tiny_diffusers.commands import plotting_images, shared
+from tiny_diffusers.commands import real_images, shared
 from tiny_diffusers.data import ImageData, denormalize, load_images, normalize
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, evaluate, features
@@ -437,7 +437,7 @@ def test_interpolate_takes_and_saves_arrays(deep, tmp_path):
 
 def test_pictures_of_plots_have_the_models_values(deep, tmp_path, monkeypatch):
     checkpoint, image = deep
-    loaded = plotting_images._load_picture(Path(image), (8, 8), 5, (-100, 3000))
+    loaded = real_images.load_picture(Path(image), (8, 8), 5, (-100, 3000))
     expected = torch.from_numpy(np.load(image)).permute(2, 0, 1)[None]
     torch.testing.assert_close(denormalize(loaded, (-100, 3000)), expected, rtol=0, atol=0.01)
     output = ("--output", tmp_path / "plot.png", "--show_channels", 4)
@@ -462,7 +462,7 @@ def test_a_plot_of_a_runs_data_has_its_channels_and_values(tmp_path):
     file = save(tmp_path / "x.npy", images)
     config = f"train_data_dir: {file}\nchannels: 12\nvalue_range: ['0', '2000']\nsplit: train\n"
     (tmp_path / "run" / "config.yaml").write_text(config)
-    loaded = plotting_images._load_dataset({}, tmp_path / "run", 1, 1)
+    loaded = real_images.to_tensor(real_images.load_dataset({}, tmp_path / "run", 1, 1))
     torch.testing.assert_close(loaded, torch.from_numpy(images[1:2]) / 1000 - 1)
 
 

@@ -22,6 +22,8 @@ LABELS = torch.tensor([0, 1, 2, 3, 1])  # of three classes and no class
 SIZE = (8, 12)
 IMAGES = torch.rand(5, 1, *SIZE, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+STATISTICS = {"names": ["a", "b"], "means": [0, 0], "deviations": [1, 1], "lows": [0, 0], "highs": [1, 1]}
+VALUES = torch.linspace(-1, 1, 10).view(5, 2).index_fill(0, torch.tensor([1]), float("nan"))  # and none of an image
 
 
 def diffusion(tiny_unet):
@@ -31,13 +33,9 @@ def diffusion(tiny_unet):
 
 
 def conditions(tiny_unet):
-    statistics = {"names": ["a", "b"], "means": [0, 0], "deviations": [1, 1], "lows": [0, 0], "highs": [1, 1]}
     unet = tiny_unet(num_conditions=2, sample_size=SIZE)
-    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), condition_statistics=statistics)
-    values = (
-        torch.linspace(-1, 1, 10).view(5, 2).index_fill(0, torch.tensor([1]), float("nan"))
-    )  # and none of an image
-    inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "conditions": values}
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), condition_statistics=STATISTICS)
+    inputs = {"sample": IMAGES, "timestep": torch.tensor([0, 1, 10, 500, 999]), "conditions": VALUES}
     return pipe, inputs, lambda sample, timestep, values: pipe.unet(sample, timestep, conditions=values).sample
 
 
@@ -53,23 +51,27 @@ def transformer(tiny_unet):
 
 
 def vae(tiny_unet):
-    network = TinyVAEModel(sample_size=SIZE, in_channels=5, block_out_channels=(8,), latent_dim=4)
-    pipe = TinyVAEPipeline(network, value_range={"low": -100, "high": 2000})
-    return pipe, {"latents": LATENTS}, pipe.vae.decode
+    options = {"block_out_channels": (8,), "latent_dim": 4, "num_class_embeds": 3, "num_conditions": 2}
+    network = TinyVAEModel(sample_size=SIZE, in_channels=5, **options)
+    pipe = TinyVAEPipeline(network, value_range={"low": -100, "high": 2000}, condition_statistics=STATISTICS)
+    return pipe, {"latents": LATENTS, "class_labels": LABELS, "conditions": VALUES}, pipe.vae.decode
 
 
 def dcgan(tiny_unet):
     options = {"sample_size": SIZE, "out_channels": 1, "block_out_channels": (8,), "latent_dim": 4}
-    pipe = TinyDCGANPipeline(TinyDCGANGenerator(**options, num_class_embeds=3).eval(), None)
-    inputs = {"latents": LATENTS, "class_labels": LABELS}
-    return pipe, inputs, lambda *inputs: pipe.generator(*inputs).sample
+    network = TinyDCGANGenerator(**options, num_class_embeds=3, num_conditions=2)
+    pipe = TinyDCGANPipeline(network.eval(), condition_statistics=STATISTICS)
+    inputs = {"latents": LATENTS, "class_labels": LABELS, "conditions": VALUES}
+    return pipe, inputs, lambda x, labels, values: pipe.generator(x, labels, conditions=values).sample
 
 
 def pixelcnn(variant):
     def build(tiny_unet):
         options = {"sample_size": SIZE, "in_channels": 1, "variant": variant, "hidden_channels": 8, "num_layers": 1}
-        pipe = TinyPixelCNNPipeline(TinyPixelCNNModel(**options, num_class_embeds=3).eval())
-        return pipe, {"sample": IMAGES, "class_labels": LABELS}, lambda *inputs: pipe.pixelcnn(*inputs).sample
+        network = TinyPixelCNNModel(**options, num_class_embeds=3, num_conditions=2)
+        pipe = TinyPixelCNNPipeline(network.eval(), condition_statistics=STATISTICS)
+        inputs = {"sample": IMAGES, "class_labels": LABELS, "conditions": VALUES}
+        return pipe, inputs, lambda x, labels, values: pipe.pixelcnn(x, labels, conditions=values).sample
 
     return build
 

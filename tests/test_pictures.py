@@ -519,10 +519,10 @@ class TestDescribe:
             position_embedding="learned",
         ),
         "vae": lambda: TinyVAEModel(8, 1, 4, (8, 8)),
-        "generator": lambda: TinyDCGANGenerator(8, 1, 4, (8,), num_class_embeds=2),
+        "generator": lambda: TinyDCGANGenerator(8, 1, 4, (8,), num_class_embeds=2, num_conditions=1),
         "discriminator": lambda: TinyDCGANDiscriminator(8, 1, (8,)),
         "baseline": lambda: TinyPixelCNNModel(4, 1, variant="baseline", hidden_channels=8, num_layers=4),
-        "gated": lambda: TinyPixelCNNModel(4, 1, 16, hidden_channels=8, num_layers=2, num_class_embeds=2),
+        "gated": lambda: TinyPixelCNNModel(4, 1, 16, hidden_channels=8, num_layers=2, num_conditions=2),
         "plusplus": lambda: TinyPixelCNNModel(8, 1, variant="plusplus", hidden_channels=8, num_layers=1),
     }
 

@@ -11,11 +11,15 @@ correlations at guidance 1 and the share of the right colours, and exits with 1 
 `mnist`: digits with the slant and the stroke's thickness measured from their moments and edges as conditions, beside their
 class. Prints the mean error and the correlation of both, and those of a model that would ignore what it is asked for.
 
-Both train by `train_conditional.py` on an .npz file that the script writes, and write `grid.png`, a row for each value.
-`--skip_training` measures the model that is there.
+Both train on an .npz file that the script writes, by `train_conditional.py` or the script of another `--family`, to which
+further flags are handed on, and write `grid-NAME.png`, a row for each value of a condition. `--skip_training` measures the
+model that is there.
+
+    python tests/benchmarks/check_conditions.py blobs --family vae --max_train_minutes 2 --kl_weight 0.5
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -68,13 +72,15 @@ def measure_digits(images: np.ndarray) -> dict[str, np.ndarray]:
     return {"slant": slant, "thickness": 2 * area / perimeter}
 
 
-def train(file: Path, folder: Path, columns: str, label_column: str, steps: int) -> None:
-    from tiny_diffusers.train_scripts import train_conditional
-
-    length = ("--max_train_steps", str(steps), "--overwrite_output_dir", "--output_dir", str(folder / "run"))
-    train_conditional.main(
-        ["--train_data_dir", str(file), "--condition_columns", columns, "--label_column", label_column, *length]
-    )
+def train(file: Path, folder: Path, columns: str, label_column: str, args: argparse.Namespace) -> None:
+    script = importlib.import_module(f"tiny_diffusers.train_scripts.train_{args.family}")
+    length = ["--max_train_steps", str(args.max_train_steps)]
+    if args.max_train_minutes is not None:
+        length = ["--max_train_minutes", str(args.max_train_minutes)]
+    classes = [] if args.family == "conditional" else ["--class_conditional"]
+    data = ["--train_data_dir", str(file), "--condition_columns", columns, "--label_column", label_column]
+    run = ["--overwrite_output_dir", "--output_dir", str(folder / "run")]
+    script.main([*data, *classes, *length, *run, *args.further])
 
 
 def sample(folder: Path, values: dict[str, np.ndarray], labels: list, seed: int = 0) -> np.ndarray:
@@ -89,7 +95,8 @@ def sample(folder: Path, values: dict[str, np.ndarray], labels: list, seed: int 
         part = slice(start, start + 100)
         conditions = {name: column[part] for name, column in values.items()}
         generator = image_generators(seed, len(labels[part]), first=start)
-        images.append(pipe(labels[part], conditions=conditions, generator=generator, output_type="np").images)
+        given = {"class_labels": labels[part], "conditions": conditions}
+        images.append(pipe(**given, generator=generator, output_type="np").images)
     return np.concatenate(images)
 
 
@@ -123,7 +130,7 @@ def check_blobs(args: argparse.Namespace, folder: Path) -> bool:
         colours = rng.integers(0, 3, args.num_train)
         file = folder / "blobs.npz"
         np.savez(file, image=draw_blobs(values, colours), colour=np.array(COLOURS)[colours], **values)
-        train(file, folder, ",".join(VALUES), "colour", args.max_train_steps)
+        train(file, folder, ",".join(VALUES), "colour", args)
     passed = True
     between = {name: (column[1:] + column[:-1]) / 2 for name, column in VALUES.items()}
     for where, columns in (("at the values of training", VALUES), ("between them", between)):
@@ -147,7 +154,7 @@ def check_mnist(args: argparse.Namespace, folder: Path) -> bool:
     values = measure_digits(images / 255)
     if not args.skip_training:
         np.savez(folder / "digits.npz", image=images, label=data.labels.numpy(), **values)
-        train(folder / "digits.npz", folder, ",".join(values), "label", args.max_train_steps)
+        train(folder / "digits.npz", folder, ",".join(values), "label", args)
     rng = np.random.default_rng(0)
     ranges = {name: np.quantile(column, (0.05, 0.95)) for name, column in values.items()}
     asked = {name: rng.uniform(low, high, args.num_images) for name, (low, high) in ranges.items()}
@@ -168,13 +175,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=[*CHECKS])
     parser.add_argument("--dataset_name", default="ylecun/mnist", help="of mnist: a Hub id or a folder")
+    parser.add_argument("--family", choices=["conditional", "pixelcnn", "vae", "dcgan"], default="conditional")
     parser.add_argument("--max_train_steps", type=int, default=1500, help="steps of 32 images")
+    parser.add_argument("--max_train_minutes", type=float, help="instead of steps")
     parser.add_argument("--num_train", type=int, default=20_000, help="training images")
     parser.add_argument("--num_images", type=int, default=500, help="samples that are measured")
     parser.add_argument("--output", type=Path, default=Path("runs/check-conditions"))
     parser.add_argument("--skip_training", action="store_true")
-    args = parser.parse_args()
-    folder = args.output / args.check
+    args, args.further = parser.parse_known_args()
+    folder = args.output / (args.check if args.family == "conditional" else f"{args.check}-{args.family}")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     passed = CHECKS[args.check](args, folder)

@@ -93,17 +93,19 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     guided = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, **steps}
     image = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8, 1)
     mask = np.float32(np.arange(64).reshape(8, 8) % 8 > 3)
-    sizes = {"sample_size": (8, 12), "block_out_channels": (8,), "num_class_embeds": 2}
+    sizes = {"sample_size": (8, 12), "block_out_channels": (8,), "num_class_embeds": 2, "num_conditions": 2}
     generator = models.TinyDCGANGenerator(latent_dim=4, out_channels=1, **sizes).eval()
     discriminator = models.TinyDCGANDiscriminator(in_channels=1, **sizes)
-    vae = models.TinyVAEModel(sample_size=(8, 12), in_channels=1, latent_dim=4, block_out_channels=(8,))
+    vae = models.TinyVAEModel(in_channels=1, latent_dim=4, **sizes)
     sizes = {"sample_size": (8, 12), "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
     transformer = models.TinyTransformer2DModel(**sizes, num_layers=2, num_attention_heads=1, attention_head_dim=8)
     for parameter in transformer.eval().parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    pixelcnn = models.TinyPixelCNNModel((4, 6), 1, 4, hidden_channels=8, num_layers=1).eval()
+    pixelcnn = models.TinyPixelCNNModel((4, 6), 1, 4, hidden_channels=8, num_layers=1, num_conditions=2).eval()
     statistics = {"names": ["smiling", "age"], "means": [0.5, 40], "deviations": [0.5, 10]}
     statistics |= {"lows": [0, 20], "highs": [1, 60]}
+    conditions = {"conditions": {"age": [20, 60], "smiling": 1}}
+    by_class_too = {"class_labels": ["cat", "dog"], **conditions}
     plans = {
         "unconditional": (TinyPipeline(make_unet(stock=False), ddim), {"batch_size": 2, **steps}),
         "rectangle": (TinyPipeline(make_unet(stock=False, sample_size=(8, 12)), ddim), {"batch_size": 2, **steps}),
@@ -122,7 +124,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
             TinyConditionalPipeline(
                 make_unet(stock=False, classes=3, num_conditions=2), ddim, labels, condition_statistics=statistics
             ),
-            {"conditions": {"age": [20, 60], "smiling": 1}, **guided},
+            {**conditions, **guided},
         ),
         "by_image_around_stock": (
             TinyConditionalPipeline(make_unet(in_channels=2), ddim, conditioning="image:1"),
@@ -151,9 +153,9 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
             {"image": image[:, ::2, ::2], "operator": "super_resolution", "factor": 2, "class_labels": 1, **steps},
         ),
         "transformer": (TinyConditionalPipeline(transformer, schedulers.TinyFlowMatchScheduler(), labels), guided),
-        "vae": (pipelines.TinyVAEPipeline(vae), {"batch_size": 2}),
-        "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn), {"batch_size": 2}),
-        "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels), {"class_labels": ["cat", "dog"]}),
+        "vae": (pipelines.TinyVAEPipeline(vae, None, labels, statistics), by_class_too),
+        "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn, condition_statistics=statistics), conditions),
+        "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels, None, statistics), by_class_too),
     }
     jobs = []
     for name, (pipe, call) in plans.items():

@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, refusals, say, unknown
 from ..resolution import parse_resolution, to_size
 from .conditions import add_condition_argument, condition_options
+from .real_images import (
+    add_images_arguments,
+    add_selection_arguments,
+    load_data,
+    load_dataset,
+    load_images,
+    load_picture,
+    own_options,
+    to_tensor,
+)
 from .sampling import check_unconditioned, default_classes
 from .shared import (
     PICTURE_SUFFIXES,
@@ -24,7 +34,6 @@ from .shared import (
     positive_number,
     positive_numbers,
     prepare_picture,
-    read_picture,
     seed_number,
     whole_numbers,
 )
@@ -34,110 +43,10 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-    from ..data import ImageData
     from ..plots import Strip
 
 
 MAX_TIMESTEPS = 100_000
-MAX_SIDE = 64  # pixels that a picture is reduced to where nothing says its resolution
-
-
-# ---------------------------------------------------------------------------------------------------------- real images
-
-
-def _add_images_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="a picture or .npy file, instead of images of a dataset"
-    )
-    parser.add_argument("--dataset_name", help="a Hub id, a folder, or digits (default: what the run was trained on)")
-    _add_selection_arguments(parser)
-
-
-def _add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="its split (default: test, validation or train, the first that there is)")
-    parser.add_argument("--index", type=whole_number, default=0, help="number of its first image (default: 0)")
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
-    return int(text)
-
-
-def _load_picture(
-    path: Path,
-    size: int | tuple[int, int] | None,
-    channels: int | None = None,
-    value_range: tuple[float, float] | None = None,
-) -> "torch.Tensor":
-    """Loads the centre of a picture, of the height and width `size` or a square: (1, C, H, W) in [-1, 1]."""
-    import numpy as np
-    import torch
-
-    from ..data.images import normalize
-    from ..models.layers_tiny import height_and_width
-
-    size = size or min(*read_picture("--image", path).size, MAX_SIDE)
-    picture = read_picture("--image", path, channels, value_range, height_and_width(size))
-    if isinstance(picture, np.ndarray):
-        value_range = value_range or (0.0, 1.0)
-    elif channels == 3:
-        picture = picture.convert("RGB")
-    pixels = torch.from_numpy(np.atleast_3d(picture).copy())[None].permute(0, 3, 1, 2)
-    return normalize(pixels, value_range)
-
-
-def _load_dataset(
-    given: dict,
-    run: Path | None,
-    index: int,
-    count: int,
-    shape: tuple[int, int, int] | None = None,
-    value_range: tuple[float, float] | None = None,
-) -> "ImageData":
-    """
-    Loads images of a dataset, by given flags or as a run has it, `count` from `index` on. The shape and the value range are
-    the dataset's by default.
-    """
-    import torch
-
-    from ..evaluation import references
-    from ..runs import RunFolder
-
-    given = {name: value for name, value in given.items() if value is not None}
-    flags = references.flags_of_run(RunFolder(run), given) if run is not None else {}
-    data, _ = references.load_reference(references.choose(given, flags), shape, value_range=value_range)
-    if index + count > len(data):
-        raise UserError(
-            f"There are {len(data):,} images, numbered from 0: {count} from number {index} on are too many."
-        )
-    return data.take(torch.arange(index, index + count))
-
-
-def _load_images(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "torch.Tensor":
-    """
-    Loads the real images that the flags name, or those of the checkpoint's run, as the pipeline needs them: (count, C, H, W)
-    in [-1, 1].
-    """
-    if args.image is None:
-        return _normalize(_load_data(args, pipe, count))
-    if args.dataset_name is not None:
-        raise UserError("--image and --dataset_name: give only one.")
-    channels, *size = pipe._image_shape
-    return _load_picture(args.image, size, channels, pipe._value_range)
-
-
-def _load_data(args: argparse.Namespace, pipe: "DiffusionPipeline", count: int) -> "ImageData":
-    """Loads images of the dataset that the flags name, or of the checkpoint's run, in the pipeline's size and values."""
-    run = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else None
-    given = {"dataset_name": args.dataset_name, "split": args.split}
-    return _load_dataset(given, run, args.index, count, pipe._image_shape, pipe._value_range)
-
-
-def _normalize(data: "ImageData") -> "torch.Tensor":
-    from ..data.images import normalize
-
-    return normalize(data.images, data.value_range)
 
 
 def _to_pil(images: "torch.Tensor", show_channels: list[int] | None = None) -> list:
@@ -209,7 +118,7 @@ def forward_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resolution", type=parse_resolution, help="side, or height x width, that the image is resized to, in pixels"
     )
-    _add_selection_arguments(parser)
+    add_selection_arguments(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
     add_show_channels(parser)
     add_picture_output(parser, "forward.png")
@@ -265,11 +174,11 @@ def _load_source(args: argparse.Namespace) -> "torch.Tensor":
     RealImages(resolution=args.resolution)  # checks its range
     source = Path(args.source)
     if source.suffix.lower() in PICTURE_SUFFIXES:
-        return _load_picture(source, to_size(args.resolution))
+        return load_picture(source, to_size(args.resolution))
     given = {"split": args.split, "resolution": args.resolution}
     if RunFolder(source).config.is_file():
-        return _normalize(_load_dataset(given, source, args.index, 1))
-    return _normalize(_load_dataset(given | {"dataset_name": args.source}, None, args.index, 1))
+        return to_tensor(load_dataset(given, source, args.index, 1))
+    return to_tensor(load_dataset(given | {"dataset_name": args.source}, None, args.index, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ denoising
@@ -295,7 +204,7 @@ def denoising_parser() -> argparse.ArgumentParser:
         help="sample: the noisy x_t; x0: the x_0 that is predicted from it (default: sample)",
     )
     parser.add_argument("--num_states", type=positive_number, default=8, help="states in a row (default: 8)")
-    _add_images_arguments(parser)
+    add_images_arguments(parser)
     parser.add_argument(
         "--from_timesteps",
         type=whole_numbers,
@@ -399,7 +308,7 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
     _check_timesteps("--from_timesteps", starts, total)
     if 0 in starts:
         raise UserError("--from_timesteps 0: there is hardly any noise to remove: it must be at least 1.")
-    image = _load_images(args, pipe, 1)
+    image = load_images(args, pipe, 1)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(args.seed))
     strips = []
     for t in starts:
@@ -426,7 +335,7 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
 def reconstructions_parser() -> argparse.ArgumentParser:
     parser = make_parser("plot reconstructions", "Draws real images, and below each what a VAE makes of it.")
     add_checkpoint_argument(parser)
-    _add_images_arguments(parser)
+    add_images_arguments(parser)
     parser.add_argument("--num_images", type=positive_number, default=16, help="of a dataset (default: 16)")
     parser.add_argument(
         "--class_labels", help="the class of --image, a name or id; images of a dataset have their own"
@@ -447,15 +356,15 @@ def reconstructions(args: argparse.Namespace) -> None:
             f"'{args.checkpoint}' is a {type(pipe).__name__}, which can't reconstruct images: give a checkpoint of a VAE."
         )
     if args.image is not None:
-        images = _load_images(args, pipe, 1)
+        images = load_images(args, pipe, 1)
         options = call_options(pipe.reconstruct, pipe, args, "class_labels")
         options |= condition_options(pipe.reconstruct, pipe, args, 1)
     else:
         for name in ("class_labels", "condition"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} is for --image: images of a dataset have their own; leave it out.")
-        data = _load_data(args, pipe, args.num_images)
-        images, options = _normalize(data), _own_options(pipe, data)
+        data = load_data(args, pipe, args.num_images)
+        images, options = to_tensor(data), own_options(pipe, data)
     with refusals():
         rebuilt = pipe.reconstruct((images / 2 + 0.5).clamp(0, 1), **options).images
     strips, given = [], _to_pil(images, pipe.show_channels)
@@ -464,20 +373,3 @@ def reconstructions(args: argparse.Namespace) -> None:
         strips.append(Strip(rebuilt[start : start + 8], label="rebuilt"))
     captioned_strips(strips).save(args.output)
     say(f"wrote {args.output}")
-
-
-def _own_options(pipe: "DiffusionPipeline", data: "ImageData") -> dict:
-    """Returns the classes and the conditions of real images, as far as the pipeline takes them."""
-    from ..evaluation.regressor import with_conditions
-
-    options, statistics = {}, getattr(pipe, "_condition_statistics", None)
-    if getattr(pipe, "_class_ids", []):
-        if data.labels is None:
-            raise UserError(
-                f"The model takes classes, and '{data.name}' has no labels: give --image and --class_labels."
-            )
-        labels = data.labels.tolist()
-        options["class_labels"] = [data.id2label[label] for label in labels] if pipe.config.id2label else labels
-    if statistics is not None:
-        options["conditions"] = with_conditions(data, statistics.names).conditions
-    return options
