@@ -8,7 +8,8 @@ Tune a diffusion model of small images into a consistency model, which draws an 
 
 import sys
 
-from tiny_diffusers.families.conditional_diffusion import build_conditioning, measure_conditions
+from tiny_diffusers.families.conditional_diffusion import build_conditioning
+from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.consistency import (
     ConditionalConsistency,
     Consistency,
