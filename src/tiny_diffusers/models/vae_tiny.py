@@ -243,7 +243,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the images have another shape, or as for a forward pass.
         """
-        return self._encode(sample, self._embed(class_labels, conditions, len(sample)))
+        return self._encode(sample, self._embed(class_labels, conditions, sample.shape[0]))
 
     @apply_forward_hook
     def decode(
@@ -265,7 +265,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the latents have another shape, or as for a forward pass.
         """
-        return self._to_images(self._decode(latents, self._embed(class_labels, conditions, len(latents))))
+        return self._to_images(self._decode(latents, self._embed(class_labels, conditions, latents.shape[0])))
 
     def forward(
         self,
@@ -296,7 +296,7 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
             ValueError: If images or noise have another shape, if a label is out of range (on a CPU), or if labels or
                 conditions are given to a network without them.
         """
-        embedding = self._embed(class_labels, conditions, len(sample))
+        embedding = self._embed(class_labels, conditions, sample.shape[0])
         posterior = self._encode(sample, embedding)
         noise = torch.randn_like(posterior.mean) if noise is None else noise
         if noise.shape != posterior.mean.shape:
