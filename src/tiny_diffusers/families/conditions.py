@@ -48,8 +48,8 @@ def measure_conditions(settings: ConditionArguments, data: ImageData) -> tuple[I
     """
     if data.conditions is None:
         return data, None
-    names = ("random_flip", "random_crop_padding", "augment_prob")  # the last is of diffusion alone
-    moving = [name for name in names if getattr(settings, name, 0)]
+    geometric = ("random_flip", "random_crop_padding", "augment_prob")  # the last is of diffusion alone
+    moving = [name for name in geometric if getattr(settings, name, 0)]
     if moving:
         logger.warning(
             f"--{' --'.join(moving)} with --condition_columns: the conditions stay as they are, so leave it out if one "
