@@ -83,7 +83,9 @@ def test_what_a_run_leaves(train, data, labels, capsys):
     assert len(images) == 2
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    "family", ["vae", *(pytest.param(each, marks=pytest.mark.slow) for each in ("pixelcnn", "dcgan"))]
+)
 def test_what_a_run_of_another_family_leaves(train, data, batches, monkeypatch, capsys, family):
     from tiny_diffusers import plots
 
