@@ -281,7 +281,10 @@ def test_the_mask_is_a_named_part_or_what_is_painted_in_red():
         find_mask({}, "all", (8, 8))
 
 
-@pytest.mark.parametrize("family", ["conditional", "channels", "conditions", "rectangle"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("conditional", "rectangle")]
+
+
+@pytest.mark.parametrize("family", ["channels", "conditions", *SLOW])
 def test_each_view_of_a_model_is_drawn_as_its_command_draws_it(
     store, index_of, open_tab, run_command, tmp_path, monkeypatch, family
 ):
@@ -325,7 +328,7 @@ def test_training_images_are_shown_if_the_user_has_meant_them_alone(tmp_path, st
 
 def test_the_nearest_training_images_are_loaded_once(tmp_path, open_tab, run_command, monkeypatch, checkpoints):
     shutil.copytree(checkpoints["diffusion"], tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("dataset_name: digits\nsplit: test\nresolution: 8\n")
+    (tmp_path / "run" / "config.yaml").write_text("dataset_name: digits\nresolution: 8\n")
     store = ModelStore(list_models([str(tmp_path / "run")]), device="cpu")
     with gr.Blocks(analytics_enabled=False):
         tab = LookTab(store, Tasks(), gr.Dropdown([0]))

@@ -64,10 +64,10 @@ def build(store: ModelStore) -> gr.Blocks:
         @answers
         def choose(index: int) -> list:
             model = store.model(index)
-            shown = shown_tabs(model, store.dataset_name)
-            selected = gr.update(selected=GENERATE) if "hidden" in shown else gr.skip()  # the open tab may be hidden
-            shown = [gr.update(visible=visible) for visible in shown]
-            return [selected, *shown, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
+            visible = shown_tabs(model, store.dataset_name)
+            selected = gr.update(selected=GENERATE) if "hidden" in visible else gr.skip()  # the open tab may be hidden
+            updates = [gr.update(visible=each) for each in visible]
+            return [selected, *updates, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
 
         controls = [control for tab in tabs for control in tab.controls]
         chosen.change(
