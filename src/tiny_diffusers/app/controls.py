@@ -159,8 +159,9 @@ def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
 
 def class_settings(model: Model, number: int = 0) -> dict:
     """Returns what a model changes in [`one_class`]: its classes, of which one is chosen at first."""
-    chosen = model.classes[number : number + 1] or model.classes[-1:] or (None,)
-    return {"visible": bool(model.classes), "choices": list(model.classes), "value": chosen[0]}
+    choices = list(model.classes) or [""]  # which a client of the API may leave out, as it is no None
+    chosen = choices[min(number, len(choices) - 1)]
+    return {"visible": bool(model.classes), "choices": choices, "value": chosen}
 
 
 def code_box(label: str, language: str) -> gr.Code:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from ..commands.sampling import MAX_CLASSES, draw_plan, plan_samples, sample_par
 from ..commands.shared import choose_scheduler
 from ..errors import UserError
 from .controls import (
+    SAMPLING,
     batch_words,
     class_words,
     code_box,
@@ -42,36 +43,35 @@ def sample_words(
     num_images: object,
     seed: object,
     classes: object,
-    steps: object,
-    sampler: object,
-    guidance: object,
-    eta: object,
-    threshold: object,
+    sampling: Sequence[object],
     temperature: object,
     truncation: object,
-    picture: "Image.Image | None" = None,
-    is_whole: object = True,
-    *conditions: object,
-    folder: Path,
+    conditions: Sequence[object],
 ) -> list[str]:
-    """Returns the words of the command `sample` that a request stands for; saves its picture in a folder."""
+    """Returns the words of the command `sample` that a request stands for."""
     count = whole("Number of images", num_images, 1, MAX_IMAGES)
     words = [model.checkpoint, "--num_images", str(count), *batch_words(model, count)]
-    words += ["--seed", seed_of(seed), *class_words(model, classes)]
-    words += sampling_words(model, steps, sampler, guidance, eta, threshold)
+    words += ["--seed", seed_of(seed), *class_words(model, classes), *sampling_words(model, *sampling)]
     temperature, truncation = number("Temperature", temperature, 0.01, 10), number("Truncation", truncation, 0, 1)
     if model.has_temperature and temperature != 1:
         words += ["--temperature", spell(temperature)]
     if model.family in ("vae", "dcgan") and truncation != 1:
         words += ["--truncation", spell(truncation)]
-    if model.takes_picture and not (model.can_be_guided and guidance == 0):
-        if picture is None:
-            free = ", or choose a guidance scale of 0 for samples without one" if model.can_be_guided else ""
-            raise UserError(f"{model.title} draws from a picture: give one{free}.")
-        is_whole = bool(is_whole) and model.is_picture_made
-        fit_picture(picture, *model.given_picture(is_whole)).save(folder / "picture.png")
-        words += ["--image", str(folder / "picture.png"), *(["--degrade"] if is_whole else [])]
-    return words + condition_words(model, guidance, conditions)
+    return words + condition_words(model, sampling[SAMPLING.index("guidance")], conditions)
+
+
+def picture_words(
+    model: Model, picture: "Image.Image | None", is_whole: object, guidance: object, folder: Path
+) -> list[str]:
+    """Returns the flags of the picture that is a model's condition, and saves it in a folder; none without a condition."""
+    if not model.takes_picture or (model.can_be_guided and guidance == 0):
+        return []
+    if picture is None:
+        free = ", or choose a guidance scale of 0 for samples without one" if model.can_be_guided else ""
+        raise UserError(f"{model.title} draws from a picture: give one{free}.")
+    is_whole = bool(is_whole) and model.is_picture_made
+    fit_picture(picture, *model.given_picture(is_whole)).save(folder / "picture.png")
+    return ["--image", str(folder / "picture.png"), *(["--degrade"] if is_whole else [])]
 
 
 class GenerateTab:
@@ -162,11 +162,31 @@ class GenerateTab:
         ]
 
     @streams
-    def generate(self, request: gr.Request | None, index: int, *values) -> Iterator[tuple]:
+    def generate(
+        self,
+        request: gr.Request | None,
+        index: int,
+        num_images: object,
+        seed: object,
+        classes: object,
+        steps: object,
+        sampler: object,
+        guidance: object,
+        eta: object,
+        threshold: object,
+        temperature: object,
+        truncation: object,
+        picture: object = None,  # which a client of the API may leave out, as it has a default here
+        is_whole: object = True,
+        *conditions: object,
+    ) -> Iterator[tuple]:
         """Draws images; yields a preview of them with the progress, and at last all outputs."""
+        model = self.store.model(index)
+        sampling = (steps, sampler, guidance, eta, threshold)
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            words = sample_words(self.store.model(index), *values, folder=folder) + self.store.device_words
+            words = sample_words(model, num_images, seed, classes, sampling, temperature, truncation, conditions)
+            words += picture_words(model, picture, is_whole, guidance, folder) + self.store.device_words
             for report in self.tasks.run(request, lambda task: self._draw(index, words, task)):
                 if isinstance(report, Progress):
                     yield progress_outputs(report, "Drawing", 6)
