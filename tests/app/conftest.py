@@ -42,7 +42,9 @@ def checkpoints(tmp_path_factory, tiny_unet):
         "pixelcnn": TinyPixelCNNPipeline(pixelcnn.eval(), id2label=NAMES),
         "vae": TinyVAEPipeline(vae.eval()),
         "dcgan": TinyDCGANPipeline(dcgan.eval()),
-        "rectangle": TinyPipeline(tiny_unet(sample_size=(8, 12)), TinyFlowMatchScheduler()),
+        "rectangle": TinyPipeline(
+            tiny_unet(sample_size=(8, 12)), TinyFlowMatchScheduler(), guidance_model=tiny_unet(sample_size=(8, 12))
+        ),
         "channels": TinyPipeline(tiny_unet(in_channels=2, out_channels=2), TinyFlowMatchScheduler()),
         "conditions": TinyConditionalPipeline(
             tiny_unet(num_conditions=2), TinyFlowMatchScheduler(), condition_statistics=STATISTICS

@@ -7,7 +7,8 @@ import types
 import psutil
 import pytest
 
-from tiny_diffusers import hardware
+from tiny_diffusers import TinyFlowMatchScheduler, TinyPipeline, hardware
+from tiny_diffusers.app.controls import sampling_settings
 from tiny_diffusers.app.models import MAX_CONDITIONS, ModelStore, list_models, published_checkpoints
 from tiny_diffusers.app.server import _warm_up
 from tiny_diffusers.commands import shared
@@ -24,6 +25,7 @@ def test_the_configs_say_what_a_model_can_do(store):
     }
     assert found["conditional"].classes == found["pixelcnn"].classes == ("cat", "dog", "frog")
     assert found["conditional"].can_be_guided and found["conditions"].can_be_guided
+    assert found["rectangle"].can_be_guided and found["rectangle"].default_steps == 50
     assert not found["diffusion"].can_be_guided and not found["pixelcnn"].can_be_guided
     assert (found["diffusion"].objective, found["flow"].objective) == ("betas", "flow")
     assert found["rectangle"].size == (12, 8)  # width, height
@@ -46,6 +48,12 @@ def test_what_is_no_model_is_refused_in_a_line(tmp_path, content):
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(UserError, match=r"model_index.json|config"):
         list_models([str(tmp_path)])
+
+
+def test_a_consistency_model_has_two_steps(tmp_path, tiny_unet):
+    TinyPipeline(tiny_unet(), TinyFlowMatchScheduler(stochastic_sampling=True)).save_pretrained(tmp_path)
+    (model,) = list_models([str(tmp_path)])
+    assert sampling_settings(model, ["steps"])[0]["value"] == model.default_steps == 2
 
 
 def test_more_conditions_than_the_page_has_room_for_are_refused(tmp_path, checkpoints):

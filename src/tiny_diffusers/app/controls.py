@@ -12,7 +12,6 @@ from .uploads import save_once
 
 
 SAMPLING = ("steps", "sampler", "guidance", "eta", "threshold")
-DEFAULT_STEPS = 50
 THRESHOLDS = ("0.99", "0.995", "0.999")
 MAX_GUIDANCE = 15
 MAX_SEED = 2**31 - 1  # of a box in the page
@@ -25,7 +24,11 @@ def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dic
     is_guided = is_diffusion and model.can_be_guided
     samplers = [("as saved with the model", ""), *((name, name) for name in SCHEDULERS[model.objective])]
     settings = {
-        "steps": {"visible": is_diffusion, "maximum": min(MAX_STEPS, model.num_train_timesteps)},
+        "steps": {
+            "visible": is_diffusion,
+            "maximum": min(MAX_STEPS, model.num_train_timesteps),
+            "value": model.default_steps,
+        },
         "sampler": {"visible": is_diffusion, "choices": samplers, "value": ""},
         "eta": {"visible": is_diffusion, "maximum": 1 if model.objective == "betas" else 2},
         "guidance": {"visible": is_guided},
@@ -34,14 +37,11 @@ def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dic
     return [settings[name] for name in names]
 
 
-def sampling_controls(
-    model: Model, names: Sequence[str] = SAMPLING, steps: int = DEFAULT_STEPS
-) -> list[gr.components.Component]:
+def sampling_controls(model: Model, names: Sequence[str] = SAMPLING) -> list[gr.components.Component]:
     """Builds the named controls of sampling."""
     build = {
         "steps": lambda **of_model: gr.Slider(
             1,
-            value=min(steps, of_model["maximum"]),
             step=1,
             label="Steps",
             info="more are slower and better",

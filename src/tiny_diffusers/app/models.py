@@ -23,6 +23,7 @@ BATCH_PIXELS = 64 * 32 * 32  # that are drawn at a time
 
 # The component that tells a family, and the family's name
 _FAMILIES = {"unet": "diffusion", "pixelcnn": "pixelcnn", "vae": "vae", "generator": "dcgan"}
+GUIDE = "guidance_model"  # component of a weaker network
 TITLES = {"diffusion": "diffusion", "pixelcnn": "PixelCNN", "vae": "VAE", "dcgan": "DCGAN"}
 
 MAX_CONDITIONS = 12  # boxes in the page
@@ -52,9 +53,10 @@ class Model:
         num_channels (`int`): Channels of its images.
         classes (`tuple[str, ...]`): The names of its classes, or their ids; empty without classes.
         class_ids (`tuple[int, ...]`): The ids of its classes.
-        can_be_guided (`bool`): Whether it has a null class or a dropped image to guide away from.
+        can_be_guided (`bool`): Whether it has a weaker model, a null class or a dropped condition to guide away from.
         has_temperature (`bool`): Whether it predicts distributions of pixels.
         num_train_timesteps (`int`): T, the largest number of steps.
+        default_steps (`int`): The number of steps that its pipeline takes if none is given.
         conditioning (`str`, *optional*): The image that it takes as a condition.
         conditions (`tuple[Condition, ...]`): The numbers that it takes as conditions.
     """
@@ -71,6 +73,7 @@ class Model:
     can_be_guided: bool
     has_temperature: bool
     num_train_timesteps: int
+    default_steps: int
     conditioning: str | None
     conditions: tuple[Condition, ...]
 
@@ -168,6 +171,7 @@ def read_model(checkpoint: str, name: str) -> Model:
         width, height = (size, size) if isinstance(size, int) else reversed(size)
         classes = _read_classes(index, network, component)  # id -> name
         conditioning, conditions = index.get("conditioning"), _read_conditions(index)
+        num_train_timesteps = int(scheduler.get("num_train_timesteps", 1000))
         if len(conditions) > MAX_CONDITIONS:
             raise UserError(
                 f"'{checkpoint}' takes {len(conditions)} conditions: the app has room for {MAX_CONDITIONS}."
@@ -182,12 +186,10 @@ def read_model(checkpoint: str, name: str) -> Model:
             num_channels=_read_channels(network, scheduler, has_image=conditioning is not None),
             classes=tuple(classes.values()),
             class_ids=tuple(classes),
-            can_be_guided=component == "unet"
-            and bool(classes or conditioning or conditions)
-            and index.get("class_dropout_prob") != 0
-            and not (classes and index.get("null_class_id", -1) is None),
+            can_be_guided=component == "unet" and _can_be_guided(index, bool(classes), conditioning or conditions),
             has_temperature=component == "pixelcnn" and network.get("variant") != "baseline",
-            num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
+            num_train_timesteps=num_train_timesteps,
+            default_steps=2 if scheduler.get("stochastic_sampling") else min(50, num_train_timesteps),
             conditioning=conditioning,
             conditions=conditions,
         )
@@ -203,6 +205,14 @@ def _read_channels(network: dict, scheduler: dict, has_image: bool) -> int:
         return int(network["in_channels"])
     has_variance = str(scheduler.get("variance_type")).startswith("learned")
     return int(network["out_channels"]) // (2 if has_variance else 1)
+
+
+def _can_be_guided(index: dict, has_classes: bool, other_conditions: object) -> bool:
+    """Returns whether a pipeline of diffusion has what guidance leads away from."""
+    if isinstance(index.get(GUIDE), list):
+        return True
+    has_null = index.get("class_dropout_prob") != 0 and not (has_classes and index.get("null_class_id", -1) is None)
+    return has_null and bool(has_classes or other_conditions)
 
 
 def _read_conditions(index: dict) -> tuple[Condition, ...]:
@@ -330,4 +340,5 @@ class ModelStore:
 
 def _weights_size(model: Model) -> int:
     """Returns the bytes of a model's weights, or 0 where they are still on the Hub."""
-    return sum(file.stat().st_size for part in _FAMILIES for file in model.folder.glob(f"{part}/*.safetensors"))
+    parts = (*_FAMILIES, GUIDE)
+    return sum(file.stat().st_size for part in parts for file in model.folder.glob(f"{part}/*.safetensors"))

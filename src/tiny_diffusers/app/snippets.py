@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..samplers import SCHEDULERS
-from .models import Model
+from .models import GUIDE, Model
 
 
 if TYPE_CHECKING:
@@ -71,13 +71,14 @@ def python_of_completion(
 def _load(model: Model, pipe: "DiffusionPipeline", imports: list[str]) -> list[str]:
     """Returns the imports, and the lines that load a pipeline as the command does."""
     device = f'.to("{pipe.device}")' if pipe.device.type != "cpu" else ""
+    networks = [pipe._network_name, *([GUIDE] if getattr(pipe, GUIDE, None) is not None else [])]
     return [
         "import torch",
         *imports,
         "from tiny_diffusers import TinyPipeline",
         "",
         f"pipe = TinyPipeline.from_pretrained({model.checkpoint!r}){device}",
-        f"pipe.{pipe._network_name}.to(memory_format=torch.channels_last)  # as the command does",
+        *(f"pipe.{name}.to(memory_format=torch.channels_last)  # as the command does" for name in networks),
     ]
 
 
