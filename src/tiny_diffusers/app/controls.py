@@ -55,7 +55,7 @@ def sampling_controls(model: Model, names: Sequence[str] = SAMPLING) -> list[gr.
             *(0, MAX_GUIDANCE, 1),
             step=0.5,
             label="Guidance scale",
-            info="1: the class itself, above: more like it, 0: any class",
+            info="1: as it is, above: more like its condition, 0: without one",
             **of_model,
         ),
         "threshold": lambda **of_model: gr.Dropdown(
