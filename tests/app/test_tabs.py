@@ -350,8 +350,10 @@ def test_the_nearest_training_images_are_loaded_once(tmp_path, open_tab, run_com
 
 
 def test_models_of_one_size_are_compared_from_the_same_seeds(store, index_of):
-    with gr.Blocks(analytics_enabled=False):
+    with gr.Blocks(analytics_enabled=False) as page:
         tab = CompareTab(store, Tasks())
+    (box,) = (block for block in page.blocks.values() if isinstance(block, gr.CheckboxGroup))
+    assert index_of["enlarging"] not in [index for _, index in box.choices], "it needs an image as a condition"
     indices = [index_of[name] for name in ("diffusion", "vae", "pixelcnn")]
     picture, _, metrics, command = last(tab.compare(None, indices, 2, 0, 3))
     assert isinstance(picture, Image.Image) and command.startswith("tiny-diffusers plot samples ")

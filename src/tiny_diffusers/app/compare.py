@@ -26,12 +26,12 @@ class CompareTab:
 
     def __init__(self, store: ModelStore, tasks: Tasks):
         self.store, self.tasks = store, tasks
-        first = store.models[0]
-        alike = [index for index, model in enumerate(store.models) if model.size == first.size]
+        listed = [(index, model) for index, model in enumerate(store.models) if model.conditioning is None]
+        alike = [index for index, model in listed if model.size == listed[0][1].size]
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 models = gr.CheckboxGroup(
-                    [(model.title, index) for index, model in enumerate(store.models)],
+                    [(model.title, index) for index, model in listed],
                     value=alike[:MAX_MODELS],
                     label="Models",
                     info="of images of one size",
