@@ -55,6 +55,26 @@ def physical_cores() -> int:
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
+def memory_limit() -> int:
+    """Returns the bytes of memory that this process may take: the machine's, or those of its control group on Linux."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        for _, controllers, path in groups:
+            root, name = Path("/sys/fs/cgroup"), "memory.max"  # version 2, whose line names no controller
+            if controllers:
+                root, name = root / "memory", "memory.limit_in_bytes"
+            parts = path.strip("/").split("/")
+            for folder in (
+                root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)
+            ):  # each limits those below
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """
     Returns bfloat16 if `device` has it in hardware (AMX or AVX512-BF16 on a CPU, a GPU of compute capability 8.0 or

@@ -5,6 +5,7 @@ import pytest
 
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
 FAMILIES = ("diffusion", "conditional", "flow", "pixelcnn", "vae", "dcgan", "rectangle", "channels", "conditions")
+FAMILIES += ("enlarging",)  # takes an image as a condition
 STATISTICS = {"names": ["age", "size"], "means": [40, 2], "deviations": [9, 1], "lows": [20, 0], "highs": [60, 5]}
 
 
@@ -41,10 +42,15 @@ def checkpoints(tmp_path_factory, tiny_unet):
         "pixelcnn": TinyPixelCNNPipeline(pixelcnn.eval(), id2label=NAMES),
         "vae": TinyVAEPipeline(vae.eval()),
         "dcgan": TinyDCGANPipeline(dcgan.eval()),
-        "rectangle": TinyPipeline(tiny_unet(sample_size=(8, 12)), TinyFlowMatchScheduler()),
+        "rectangle": TinyPipeline(
+            tiny_unet(sample_size=(8, 12)), TinyFlowMatchScheduler(), guidance_model=tiny_unet(sample_size=(8, 12))
+        ),
         "channels": TinyPipeline(tiny_unet(in_channels=2, out_channels=2), TinyFlowMatchScheduler()),
         "conditions": TinyConditionalPipeline(
             tiny_unet(num_conditions=2), TinyFlowMatchScheduler(), condition_statistics=STATISTICS
+        ),
+        "enlarging": TinyConditionalPipeline(
+            tiny_unet(in_channels=2, out_channels=1), TinyFlowMatchScheduler(), conditioning="low_resolution:2"
         ),
     }
     folders = {name: tmp_path_factory.mktemp("app") / name for name in FAMILIES}

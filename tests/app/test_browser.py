@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 from tiny_diffusers.app.edit import tasks_of
 from tiny_diffusers.app.look import views_of
@@ -77,8 +78,10 @@ def set_steps(panel):
         steps.first.press("Tab")
 
 
-def run(panel, button):
+def run(panel, button, number_of_images=None):
     set_steps(panel)
+    if number_of_images is not None:
+        panel.get_by_label(re.compile("number input for Number of images")).fill(str(number_of_images))
     panel.get_by_role("button", name=button, exact=True).click()
     picture = panel.locator(".picture img")
     picture.wait_for()
@@ -128,8 +131,33 @@ def test_a_request_is_stopped(open_page):
     panel.get_by_role("button", name="Generate", exact=True).click()
     panel.get_by_text("Drawing: step").wait_for()
     panel.get_by_role("button", name="Stop").click()
-    panel.page.get_by_text("Stopped").first.wait_for()
-    panel.get_by_label(re.compile("number input for Number of images")).fill("2")
+    panel.locator(".status", has_text="Stopped.").first.wait_for()
+    run(panel, "Generate", number_of_images=2)
+
+
+def test_a_request_that_waits_is_taken_out_of_the_queue(open_page):
+    first, second = (panel_of(open_page(name), "Generate") for name in ("diffusion", "vae"))
+    for label, value in (("Number of images", "64"), ("Steps", "250")):
+        first.get_by_label(re.compile(f"number input for {label}")).fill(value)
+    first.get_by_role("button", name="Generate", exact=True).click()
+    first.get_by_text("Drawing: step").wait_for()
+    second.get_by_role("button", name="Generate", exact=True).click()
+    second.get_by_text(re.compile("queue")).first.wait_for()
+    second.get_by_role("button", name="Stop").click()
+    second.locator(".status", has_text="Stopped.").first.wait_for()
+    first.get_by_role("button", name="Stop").click()
+    first.locator(".status", has_text="Stopped.").first.wait_for()
+    run(first, "Generate", number_of_images=2)
+    assert second.locator(".picture img").count() == 0
+
+
+def test_a_picture_is_uploaded_as_a_condition(open_page, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "picture.png")
+    panel = panel_of(open_page("enlarging"), "Generate")
+    panel.locator("input[type=file]").set_input_files(tmp_path / "picture.png")
+    panel.get_by_role("img", name="Picture that is its condition").or_(
+        panel.locator(".image-container img")
+    ).first.wait_for()
     run(panel, "Generate")
 
 

@@ -1,5 +1,6 @@
 """Limits of requests, their errors, and how they are stopped."""
 
+import asyncio
 import io
 import math
 import threading
@@ -8,22 +9,19 @@ import types
 
 import gradio as gr
 import pytest
+from gradio import processing_utils
+from gradio.data_classes import ImageData
 from PIL import Image
 
-from tiny_diffusers.app.requests import (
+from tiny_diffusers.app.requests import Progress, Stopped, Task, Tasks, answers, number, spell, streams, whole
+from tiny_diffusers.app.uploads import (
     MAX_DRAWINGS,
     MAX_UPLOAD_BYTES,
-    Progress,
-    Stopped,
-    Task,
-    Tasks,
-    answers,
+    Page,
     check_upload,
     checked,
-    number,
+    checked_image,
     save_once,
-    streams,
-    whole,
 )
 from tiny_diffusers.errors import UserError
 
@@ -68,13 +66,15 @@ def test_a_small_picture_is_taken():
     check_upload(encode(Image.new("RGB", (30, 20)), "JPEG"))
 
 
-def test_work_reports_its_progress_and_then_its_result():
+def test_work_reports_its_progress_at_most_every_0_4_s_and_then_its_result(monkeypatch):
     def work(task):
         task.report("first", lambda: "a picture")
-        task.report("second", lambda: pytest.fail("a preview comes at most every 0.4 s"))
+        task.report("too soon", lambda: pytest.fail("it is drawn in vain"))
+        monkeypatch.setattr("tiny_diffusers.app.requests.REPORT_SECONDS", 0)
+        task.report("third")
         return 7
 
-    assert list(Task().run(work)) == [Progress("first", "a picture"), Progress("second"), 7]
+    assert list(Task().run(work)) == [Progress("first", "a picture"), Progress("third"), 7]
 
 
 def test_an_error_of_the_work_is_one_of_the_request():
@@ -160,3 +160,56 @@ def test_a_page_can_send_few_layers_and_keeps_few_drawings():
         with pytest.raises(ValueError, match="at most 4 layers"):
             editor.accept_blobs(types.SimpleNamespace(data=sent, files=[("file", b"")]))
     assert editor.accept_blobs._is_server_fn  # what gradio asks for
+
+
+MARK = {"_type": "gradio.FileData"}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"path": "http://127.0.0.1:1/x.png", "meta": MARK},
+        {"path": "https://example.com/x.png"},
+        {"path": "/etc/passwd"},  # Gradio looks for marked files alone among the uploads
+        {"path": "x", "meta": MARK, "background": {"path": "http://127.0.0.1:1/x.png", "meta": MARK}},
+        [{"layers": [{"path": "http://127.0.0.1:1/x.png", "meta": MARK}]}],
+    ],
+)
+def test_no_file_is_fetched_from_an_address_or_opened_outside_of_the_uploads(monkeypatch, sent):
+    async def fetch(*args, **kwargs):
+        pytest.fail("the server asks another one")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    with Page(analytics_enabled=False) as page:
+        event = gr.Button().click(lambda picture, number: None, [gr.Image(), gr.Number()])
+    function = page.fns[event["id"]]
+    for inputs in ([sent, 1], [None, sent]):
+        with pytest.raises(gr.Error, match="is no uploaded file: upload it"):
+            asyncio.run(page.preprocess_data(function, inputs, None))
+
+
+def test_a_picture_is_checked_before_it_is_decoded(tmp_path):
+    with gr.Blocks(analytics_enabled=False):
+        box = checked_image(gr.Image(type="pil", image_mode="RGB"))
+    (tmp_path / "large.png").write_bytes(encode(Image.new("1", (5_000, 5_000))))
+    (tmp_path / "small.png").write_bytes(encode(Image.new("L", (6, 5), 9)))
+    with pytest.raises(gr.Error, match="5000 x 5000 pixels"):
+        box.preprocess(ImageData(path=str(tmp_path / "large.png")))
+    given = ImageData(path=str(tmp_path / "small.png"), url="data:image/png;base64,AAAA")
+    assert box.preprocess(given).getpixel((0, 0)) == (9, 9, 9) and box.preprocess(None) is None
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 2.0, -40.0, 1e-7, 0.30000000000000004, 123456789.125, 1e300])
+def test_a_number_is_spelled_so_that_it_comes_back(value):
+    assert float(spell(value)) == value
+    assert spell(2.0) == "2"
+
+
+def test_names_in_an_error_are_no_html():
+    @answers
+    def mistaken():
+        raise UserError("Unknown class '<img src=x onerror=alert(1)>'.")
+
+    with pytest.raises(gr.Error) as error:
+        mistaken()
+    assert "<" not in error.value.message

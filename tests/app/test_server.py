@@ -124,6 +124,11 @@ def test_the_server_outlives_what_is_wrong(served, connect, store, index_of, ope
     with pytest.raises(Exception, match="500 layers"):
         drawing = {"background": small, "layers": [small] * 500, "composite": small}
         client.predict(FLOW, drawing, *values[1:], api_name="/edit")
+    for wrong in ({"path": "http://127.0.0.1:9/x.png", "meta": {"_type": "gradio.FileData"}}, {"path": "/etc/passwd"}):
+        with pytest.raises(Exception, match="is no uploaded file"):
+            client.predict(
+                FLOW, {"background": wrong, "layers": [], "composite": wrong}, *values[1:], api_name="/edit"
+            )
     answer = httpx.post(f"{served.local_url}gradio_api/run/generate", json={"data": [FLOW]})
     assert answer.status_code != 200, "a request passes by the queue"
     for name, message in (("bomb.png", "can't be read as a picture"), ("large.png", "6000 x 6000 pixels")):

@@ -1,5 +1,7 @@
 """The tab About: facts of a model, its training curves and its card, as text."""
 
+import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +49,8 @@ class AboutTab:
     def describe(self, index: int) -> tuple:
         """Returns the facts of a model in Markdown, its training curves, and its card as plain text."""
         model = self.store.model(index)
-        curves = curves_of(model)
+        log = RunFolder(model.folder).log
+        curves = curves_of(log, model.name, log.stat().st_mtime_ns) if log.is_file() else None
         return facts_of(model), gr.update(value=curves, visible=curves is not None), card_of(model)
 
 
@@ -69,25 +72,24 @@ def facts_of(model: Model) -> str:
     return "\n".join([f"### {markdown(model.name)}", *lines])
 
 
-def curves_of(model: Model) -> "Image.Image | None":
-    """Draws the losses of a model's training, if its folder has the log."""
+@functools.lru_cache(maxsize=16)
+def curves_of(log: Path, name: str, written: int) -> "Image.Image":
+    """Draws the losses of a model's training, once for what its log, which was `written` at a time, holds."""
     from PIL import Image
 
     from ..plots import loss_curves_of_run
 
-    log = RunFolder(model.folder).log
-    if not log.is_file():
-        return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curves.png"
-        loss_curves_of_run(log, title=model.name).draw(file)
+        loss_curves_of_run(log, title=name).draw(file)
         with Image.open(file) as picture:
             return picture.convert("RGB")
 
 
 def card_of(model: Model) -> str:
-    """Returns the text of a model's card."""
+    """Returns the text of a model's card, without the front matter that the Hub reads."""
     try:
-        return read_text(RunFolder(model.folder).card)[:MAX_CARD]
+        text = read_text(RunFolder(model.folder).card)[:MAX_CARD]
     except (OSError, ValueError):
         return "This model has no card."
+    return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)

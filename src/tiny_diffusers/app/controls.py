@@ -6,15 +6,16 @@ import gradio as gr
 
 from ..errors import unknown
 from ..samplers import SCHEDULERS
-from .models import Model
-from .requests import MAX_STEPS, number, save_once, whole
+from .models import Condition, Model
+from .requests import MAX_STEPS, number, spell, whole
+from .uploads import save_once
 
 
 SAMPLING = ("steps", "sampler", "guidance", "eta", "threshold")
-DEFAULT_STEPS = 50
 THRESHOLDS = ("0.99", "0.995", "0.999")
 MAX_GUIDANCE = 15
 MAX_SEED = 2**31 - 1  # of a box in the page
+MAX_NUMBER = 1e12  # of a condition
 
 
 def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dict]:
@@ -23,7 +24,11 @@ def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dic
     is_guided = is_diffusion and model.can_be_guided
     samplers = [("as saved with the model", ""), *((name, name) for name in SCHEDULERS[model.objective])]
     settings = {
-        "steps": {"visible": is_diffusion, "maximum": min(MAX_STEPS, model.num_train_timesteps)},
+        "steps": {
+            "visible": is_diffusion,
+            "maximum": min(MAX_STEPS, model.num_train_timesteps),
+            "value": model.default_steps,
+        },
         "sampler": {"visible": is_diffusion, "choices": samplers, "value": ""},
         "eta": {"visible": is_diffusion, "maximum": 1 if model.objective == "betas" else 2},
         "guidance": {"visible": is_guided},
@@ -32,14 +37,11 @@ def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dic
     return [settings[name] for name in names]
 
 
-def sampling_controls(
-    model: Model, names: Sequence[str] = SAMPLING, steps: int = DEFAULT_STEPS
-) -> list[gr.components.Component]:
+def sampling_controls(model: Model, names: Sequence[str] = SAMPLING) -> list[gr.components.Component]:
     """Builds the named controls of sampling."""
     build = {
         "steps": lambda **of_model: gr.Slider(
             1,
-            value=min(steps, of_model["maximum"]),
             step=1,
             label="Steps",
             info="more are slower and better",
@@ -53,7 +55,7 @@ def sampling_controls(
             *(0, MAX_GUIDANCE, 1),
             step=0.5,
             label="Guidance scale",
-            info="1: the class itself, above: more like it, 0: any class",
+            info="1: as it is, above: more like its condition, 0: without one",
             **of_model,
         ),
         "threshold": lambda **of_model: gr.Dropdown(
@@ -89,13 +91,19 @@ def sampling_words(
     words += ["--num_inference_steps", str(whole("Steps", steps, 1, min(MAX_STEPS, model.num_train_timesteps)))]
     if sampler:
         words += ["--scheduler", str(sampler)]
-    if number("Eta", eta, 0, 100) != 1:  # which is the default, but for solvers that take none
-        words += ["--eta", f"{eta:g}"]
-    if model.can_be_guided and number("Guidance scale", guidance, 0, MAX_GUIDANCE) != 1:
-        words += ["--guidance_scale", f"{guidance:g}"]
-    if model.can_be_guided and threshold:
-        words += ["--dynamic_thresholding", str(threshold)]
+    eta = number("Eta", eta, 0, 100)
+    if eta != 1:  # which is the default, but for solvers that take none
+        words += ["--eta", spell(eta)]
+    if model.can_be_guided:
+        guidance = number("Guidance scale", guidance, 0, MAX_GUIDANCE)
+        words += ["--guidance_scale", spell(guidance)] if guidance != 1 else []
+        words += ["--dynamic_thresholding", str(threshold)] if threshold else []
     return words
+
+
+def batch_words(model: Model, num_images: int) -> list[str]:
+    """Returns the flag of the images at a time, where not all of them are."""
+    return ["--batch_size", str(model.batch_size)] if num_images > model.batch_size else []
 
 
 def picture_box(label: str) -> gr.Image:
@@ -135,7 +143,13 @@ def class_words(model: Model, classes: Sequence[str] | str | None) -> list[str]:
     for name in chosen:
         if name not in model.classes:
             raise unknown("class", f"{name!s:.40}", model.classes)
-    return [f"--class_labels={','.join(chosen)}"]  # a name may begin with a dash
+    return [f"--class_labels={','.join(_class_word(model, name) for name in chosen)}"]  # a name may begin with a dash
+
+
+def _class_word(model: Model, name: str) -> str:
+    """Returns a class as a list of them names it: by its id, if the name would be taken apart."""
+    is_whole = name and name == name.strip() and "," not in name
+    return name if is_whole else str(model.class_ids[model.classes.index(name)])
 
 
 def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
@@ -145,10 +159,44 @@ def one_class(model: Model, label: str, number: int = 0) -> gr.Dropdown:
 
 def class_settings(model: Model, number: int = 0) -> dict:
     """Returns what a model changes in [`one_class`]: its classes, of which one is chosen at first."""
-    chosen = model.classes[number : number + 1] or model.classes[-1:] or (None,)
-    return {"visible": bool(model.classes), "choices": list(model.classes), "value": chosen[0]}
+    choices = list(model.classes) or [""]  # which a client of the API may leave out, as it is no None
+    chosen = choices[min(number, len(choices) - 1)]
+    return {"visible": bool(model.classes), "choices": choices, "value": chosen}
 
 
 def code_box(label: str, language: str) -> gr.Code:
     """Builds the place of a command or of lines of Python."""
     return gr.Code(label=label, language=language, interactive=False, wrap_lines=True)
+
+
+def condition_boxes(conditions: Sequence[Condition], count: int, end: str = "") -> list[gr.Number]:
+    """Builds `count` boxes of conditions, of which those that a model has not are hidden; `end` is what they are of."""
+    return [gr.Number(**changes) for changes in condition_settings(conditions, count, end)]
+
+
+def condition_settings(conditions: Sequence[Condition], count: int, end: str = "") -> list[dict]:
+    """Returns what a model changes in each of the [`condition_boxes`]."""
+    shown = [
+        {
+            "visible": True,
+            "label": f"{end} {name}".strip(),
+            "info": f"{low:g} to {high:g} in training",
+            "value": float(f"{mean:.3g}"),
+        }
+        for name, low, high, mean in conditions
+    ]
+    return shown + [{"visible": False, "value": 0}] * (count - len(shown))
+
+
+def condition_words(model: Model, guidance: object, *values: Sequence[object]) -> list[str]:
+    """
+    Returns the flags of conditions, each with its number in every one of the lists `values`; none where the guidance scale
+    draws samples without conditions.
+    """
+    if model.can_be_guided and guidance == 0:
+        return []
+    flags = []
+    for condition, *numbers in zip(model.conditions, *values, strict=False):  # the boxes beyond are hidden
+        numbers = [spell(number(condition.name, each, -MAX_NUMBER, MAX_NUMBER)) for each in numbers]
+        flags.append(f"--condition={condition.name}={','.join(numbers)}")  # a name may begin with a dash
+    return flags

@@ -1,20 +1,24 @@
 """The tab Edit: a picture, drawn or uploaded, that a model varies, inpaints, restores, completes or reconstructs."""
 
 import tempfile
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from ..commands.editing import edit_options, edit_parser, edit_pictures, edited_picture, editing_pipeline
+from ..commands.sampling import draw_plan, plan_samples, sample_parser
 from ..commands.shared import choose_scheduler
 from ..errors import UserError
 from .controls import (
+    MAX_NUMBER,
     class_settings,
     class_words,
     code_box,
+    condition_boxes,
+    condition_settings,
+    condition_words,
     of_any_model,
     one_class,
     picture_box,
@@ -26,8 +30,9 @@ from .controls import (
     single_images,
 )
 from .models import Model, ModelStore
-from .requests import Progress, Task, Tasks, answers, checked, number, streams, watch, whole
-from .snippets import command_line
+from .requests import Progress, Task, Tasks, answers, number, progress_outputs, spell, streams, watch, whole
+from .snippets import command_line, python_of_completion
+from .uploads import checked, fit_picture, save_archive
 
 
 if TYPE_CHECKING:
@@ -61,20 +66,18 @@ def tasks_of(model: Model) -> list[str]:
     return {"pixelcnn": [COMPLETE], "vae": [RECONSTRUCT]}.get(model.family, [])
 
 
-def settings(model: Model) -> list[dict]:
-    """Returns what a model changes in each control of the tab, in their order."""
-    kinds = tasks_of(model) or [VARY]
-    strength, area, factor, sigma, *others = shown_controls(kinds[0])
-    widest = max(0.5, round((min(model.size) - 1) // 2 / 3, 1))  # the kernel is no larger than the picture
-    sigma |= {"maximum": widest, "value": min(1.5, widest)}
-    shown, of_class = [strength, area, factor, sigma, *others], class_settings(model)
-    return [{}, {"choices": kinds, "value": kinds[0]}, *shown, of_class, {}, {}, *sampling_settings(model, SAMPLING)]
-
-
 def shown_controls(task: str) -> list[dict]:
     """Returns which of the controls of one task alone are shown."""
     shown = (task == VARY, task == INPAINT, task == ENLARGE, task == DEBLUR, task in RESTORATIONS, task == COMPLETE)
     return [{"visible": visible} for visible in shown]
+
+
+def sample_words(model: Model, label: object, seed: object, sampling: tuple) -> list[str]:
+    """Returns the words of a command that the controls of any sampling stand for: steps and so on, and conditions."""
+    steps, sampler, guidance, eta, *conditions = sampling
+    words = ["--seed", seed_of(seed), *class_words(model, label)]
+    words += sampling_words(model, steps, sampler, guidance, eta)
+    return words + condition_words(model, guidance, conditions)
 
 
 def edit_words(
@@ -93,27 +96,32 @@ def edit_words(
     """Returns the words of the command `edit` that a request stands for, on the pictures in a folder."""
     words = [model.checkpoint, "--image", str(folder / "picture.png")]
     if task == VARY:
-        words += ["--strength", f"{number('Strength', strength, 0, 1):g}"]
+        words += ["--strength", spell(number("Strength", strength, 0, 1))]
     if task == INPAINT:
         words += ["--mask", str(folder / "mask.png")]
     if task == ENLARGE:
         words += ["--task", f"super_resolution:{whole('Factor', factor, 2, 8)}"]
     if task == DEBLUR:
-        words += ["--task", f"deblur:{number('Blur', sigma, 0.1, 10):g}"]
+        words += ["--task", f"deblur:{spell(number('Blur', sigma, 0.1, 10))}"]
     if task == COLORIZE:
         words += ["--task", "colorize"]
     if task in RESTORATIONS and degrade:
         words += ["--degrade"]
-    words += ["--num_images", str(whole("Results", count, 1, MAX_RESULTS)), "--seed", seed_of(seed)]
-    return words + class_words(model, label) + sampling_words(model, *sampling)
+    words += ["--num_images", str(whole("Results", count, 1, max_results(model)))]
+    return words + sample_words(model, label, seed, sampling)
 
 
-def fit_picture(picture: "Image.Image", size: tuple[int, int], num_channels: int) -> "Image.Image":
-    """Crops and resizes a picture to the size and mode of a model's images."""
-    from PIL import Image, ImageOps
+def max_results(model: Model) -> int:
+    """Returns the most results of a request, fewer of large images: all are drawn at a time."""
+    return min(MAX_RESULTS, model.batch_size)
 
-    resampling = Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST
-    return ImageOps.fit(picture.convert("L" if num_channels == 1 else "RGB"), size, resampling)
+
+def call_options(model: Model, label: object, conditions: Sequence[object]) -> dict:
+    """Returns the class and the conditions of all images as options of a pipeline's call."""
+    taken = zip(model.conditions, conditions, strict=False)
+    values = {condition.name: number(condition.name, value, -MAX_NUMBER, MAX_NUMBER) for condition, value in taken}
+    options = {"class_labels": label} if model.classes else {}
+    return options | ({"conditions": values} if values else {})
 
 
 def find_mask(drawing: dict[str, Any], area: str, size: tuple[int, int]) -> "Image.Image":
@@ -147,9 +155,9 @@ class EditTab:
     def __init__(self, store: ModelStore, tasks: Tasks, chosen: gr.Dropdown):
         from PIL import Image
 
-        self.store, self.tasks, self.settings = store, tasks, settings
+        self.store, self.tasks = store, tasks
         model = store.models[0]
-        _, of_task, *of_one_task = settings(model)
+        _, of_task, *of_one_task = self.settings(model)
         of_strength, of_area, of_factor, of_sigma, of_degrade, of_rows, *_ = of_one_task
         blank = Image.new("RGB", (CANVAS, CANVAS))
         with gr.Row(equal_height=False):
@@ -187,9 +195,11 @@ class EditTab:
                 degrade = gr.Checkbox(value=True, label="The picture is intact", info="degrade it first", **of_degrade)
                 rows = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="Rows kept", info="share of the rows", **of_rows)
                 label = one_class(model, "Class")
-                count = gr.Slider(1, MAX_RESULTS, 4, step=1, label="Results")
+                most = max_results(model)
+                count = gr.Slider(1, most, min(4, most), step=1, label="Results")
                 seed = seed_box(info="result i has the seed plus i")
                 sampling = sampling_controls(model, SAMPLING)
+                conditions = condition_boxes(model.conditions, store.num_conditions)
                 with gr.Row():
                     start = gr.Button("Edit", variant="primary")
                     stop = gr.Button("Stop")
@@ -201,7 +211,7 @@ class EditTab:
                     command = code_box("With the downloaded picture.png and mask.png", "shell")
                 images = single_images("Single results")
         of_one_task = [strength, area, factor, sigma, degrade, rows]
-        self.controls = [drawing, task, *of_one_task, label, count, seed, *sampling]
+        self.controls = [drawing, task, *of_one_task, label, count, seed, *sampling, *conditions]
         task.input(
             answers(lambda name: [gr.update(**changes) for changes in shown_controls(name)]),
             task,
@@ -210,15 +220,15 @@ class EditTab:
             show_progress="hidden",
             api_name=False,
         )
-        take.click(
+        taken = take.click(
             self.take_sample,
-            [chosen, seed, label],
-            drawing,
+            [chosen, label, seed, *sampling, *conditions],
+            [drawing, status],
             api_name=False,
             concurrency_id="model",
             show_progress_on=status,
         )
-        start.click(
+        started = start.click(
             self.edit,
             [chosen, *self.controls],
             [picture, status, images, archive, command],
@@ -226,23 +236,50 @@ class EditTab:
             concurrency_id="model",
             show_progress_on=status,
         )
-        stop.click(tasks.stop, queue=False, api_name=False)
+        tasks.stop_by(stop, [taken, started], status)
 
-    @answers
-    def take_sample(self, index: int, seed: object, label: object) -> dict:
-        """Draws a sample of the model, enlarged, as the picture to edit."""
+    def settings(self, model: Model) -> list[dict]:
+        """Returns what a model changes in each control, in their order."""
+        kinds = tasks_of(model) or [VARY]
+        strength, area, factor, sigma, *others = shown_controls(kinds[0])
+        widest = max(0.5, round((min(model.size) - 1) // 2 / 3, 1))  # the kernel is no larger than the picture
+        sigma |= {"maximum": widest, "value": min(1.5, widest)}
+        most = max_results(model)
+        return [
+            {},
+            {"choices": kinds, "value": kinds[0]},
+            *(strength, area, factor, sigma, *others),
+            class_settings(model),
+            {"maximum": most, "value": min(4, most)},
+            {},
+            *sampling_settings(model, SAMPLING),
+            *condition_settings(model.conditions, self.store.num_conditions),
+        ]
+
+    @streams
+    def take_sample(
+        self, request: gr.Request | None, index: int, label: object, seed: object, *sampling
+    ) -> Iterator[tuple]:
+        """Draws a sample of the model, enlarged, as the picture to edit; yields progress, and at last the outputs."""
         from PIL import Image
 
-        from ..commands.sampling import draw_plan, plan_samples, sample_parser
-
         model = self.store.model(index)
-        words = [model.checkpoint, "--num_images", "1", "--seed", seed_of(seed), *class_words(model, label)]
+        words = [model.checkpoint, "--num_images", "1", *sample_words(model, label, seed, sampling)]
+        for report in self.tasks.run(request, lambda task: self._sample(index, words, task)):
+            if isinstance(report, Progress):
+                yield progress_outputs(report, "Drawing", 2)
+                continue
+            scale = max(1, CANVAS // report.width)
+            size = (report.width * scale, report.height * scale)
+            image = report.convert("RGB").resize(size, Image.Resampling.NEAREST)
+            yield {"background": image, "layers": [], "composite": image}, ""
+
+    def _sample(self, index: int, words: list[str], task: Task) -> "Image.Image":
         args = sample_parser().parse_args(words)
+        task.report("loading the model ...")
         with self.store.use(index) as (pipe,):
-            (image,), _ = draw_plan(pipe, plan_samples(pipe, args), args)
-        scale = max(1, CANVAS // image.width)
-        image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        return {"background": image, "layers": [], "composite": image}
+            choose_scheduler(pipe, args)
+            return draw_plan(pipe, plan_samples(pipe, args), args, **watch(pipe, task))[0][0]
 
     @streams
     def edit(
@@ -258,21 +295,17 @@ class EditTab:
             work = self._editor(model, index, drawing, task, values, Path(folder))
             for report in self.tasks.run(request, work):
                 if isinstance(report, Progress):
-                    yield (gr.skip(), f"Editing: {report.text}", *[gr.skip()] * 3)
+                    yield progress_outputs(report, "Editing", 5)
                     continue
                 picture, results, command = report
-                archive = Path(folder) / "edited.zip"
-                with zipfile.ZipFile(archive, "w") as file:
-                    for i, image in enumerate(results):
-                        image.save(Path(folder) / f"result-{i:02}.png")
-                    for path in sorted(Path(folder).glob("*.png")):
-                        file.write(path, path.name)
-                update = gr.update(value=str(archive), interactive=True)
+                update = gr.update(value=str(save_archive(results, Path(folder))), interactive=True)
                 yield picture, f"{len(results)} results", results, update, command
 
     def _editor(self, model: Model, index: int, drawing: dict, task: str, values: tuple, folder: Path):
         """Saves the picture and its mask in a folder, and returns the work of the request."""
         strength, area, factor, sigma, degrade, rows, label, count, seed, *sampling = values
+        conditions = sampling[len(SAMPLING) :]
+        options = call_options(model, label, conditions)
         size = model.size
         if task == ENLARGE and not degrade:
             size = tuple(side // whole("Factor", factor, 2, 8) for side in size)
@@ -280,14 +313,15 @@ class EditTab:
         given.save(folder / "picture.png")
         if task == COMPLETE:
             kept = round(number("Rows kept", rows, 0, 1) * model.size[1])
-            count, seed = whole("Results", count, 1, MAX_RESULTS), seed_of(seed)
-            return lambda job: self._complete(index, given, kept, count, int(seed), label, job)
+            count, seed = whole("Results", count, 1, max_results(model)), int(seed_of(seed))
+            return lambda job: self._complete(index, given, kept, count, seed, options, job)
         if task == RECONSTRUCT:
-            return lambda job: self._reconstruct(index, given, job)
+            words = [*class_words(model, label), *condition_words(model, None, conditions)]
+            return lambda job: self._reconstruct(index, given, options, words, job)
         if task == INPAINT:
             find_mask(drawing, area, model.size).save(folder / "mask.png")
         words = edit_words(model, task, strength, factor, sigma, degrade, label, count, seed, *sampling, folder=folder)
-        return lambda job: self._edit(index, words, folder, job)
+        return lambda job: self._edit(index, words + self.store.device_words, folder, job)
 
     def _edit(self, index: int, words: list[str], folder: Path, job: Task) -> tuple:
         from PIL import Image
@@ -298,11 +332,11 @@ class EditTab:
             choose_scheduler(pipe, args)
             pipe = editing_pipeline(pipe, args)
             rows = edit_pictures(pipe, [picture.copy()], args, **edit_options(pipe, args), **watch(pipe, job))
-        shown = [word.replace(f"{folder}/", "") for word in words]
+        shown = [word.removeprefix(f"{folder}/") for word in words]
         return edited_picture(rows), rows[0]["results"], command_line("edit", [*shown, "--output", "edited.png"])
 
     def _complete(
-        self, index: int, given: "Image.Image", kept: int, count: int, seed: int, label: object, job: Task
+        self, index: int, given: "Image.Image", kept: int, count: int, seed: int, options: dict, job: Task
     ) -> tuple:
         """Completes the rows below those that are kept, by a PixelCNN."""
         import torch
@@ -312,7 +346,6 @@ class EditTab:
         from ..plots import image_grid
 
         model = self.store.model(index)
-        labels = {"class_labels": [label] * count} if model.classes else {}
         job.report("loading the model ...")
         with self.store.use(index) as (pipe,), refusals():
             mask = torch.arange(model.size[1])[:, None].expand(-1, model.size[0]) < kept
@@ -321,32 +354,22 @@ class EditTab:
                 images=[given] * count,
                 mask=mask,
                 generator=image_generators(seed, count),
-                **labels,
+                **options,
                 **watch(pipe, job),
             ).images
-        lines = [
-            "import torch",
-            "from PIL import Image",
-            "from tiny_diffusers import TinyPipeline",
-            "",
-            f"pipe = TinyPipeline.from_pretrained({model.checkpoint!r})",
-            f"pipe.{pipe._network_name}.to(memory_format=torch.channels_last)",
-            f"mask = torch.arange({model.size[1]})[:, None].expand(-1, {model.size[0]}) < {kept}",
-            f"generator = [torch.Generator().manual_seed({seed} + i) for i in range({count})]",
-            f'given = [Image.open("picture.png")] * {count}',
-            f"images = pipe(batch_size={count}, images=given, mask=mask, generator=generator, **{labels!r}).images",
-        ]
+            python = python_of_completion(model, pipe, kept, count, seed, options)
         labels = ["given", *map(str, range(1, count + 1))]
-        return image_grid([given, *images], columns=count + 1, column_labels=labels), images, "\n".join(lines)
+        return image_grid([given, *images], columns=count + 1, column_labels=labels), images, python
 
-    def _reconstruct(self, index: int, given: "Image.Image", job: Task) -> tuple:
+    def _reconstruct(self, index: int, given: "Image.Image", options: dict, words: list[str], job: Task) -> tuple:
         """Encodes and decodes the picture, by a VAE."""
         from ..errors import refusals
         from ..plots import image_grid
 
+        model = self.store.model(index)
         job.report("loading the model ...")
         with self.store.use(index) as (pipe,), refusals():
-            images = pipe.reconstruct([given]).images
-        words = [self.store.model(index).checkpoint, "--image", "picture.png"]
+            images = pipe.reconstruct([given], **options).images
+        words = [model.checkpoint, "--image", "picture.png", *words]
         picture = image_grid([given, *images], columns=2, column_labels=["given", "rebuilt"])
         return picture, images, command_line("plot reconstructions", words)

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = ("mnist-32", "digits-8")  # folders in model_cards/
-MEMORY_SHARE = 4  # loaded models take at most one of these parts of the machine's memory
+MEMORY_SHARE = 4  # loaded models take at most one of these parts of the memory
+BATCH_PIXELS = 64 * 32 * 32  # that are drawn at a time
 
 # The component that tells a family, and the family's name
 _FAMILIES = {"unet": "diffusion", "pixelcnn": "pixelcnn", "vae": "vae", "generator": "dcgan"}
+GUIDE = "guidance_model"  # component of a weaker network
 TITLES = {"diffusion": "diffusion", "pixelcnn": "PixelCNN", "vae": "VAE", "dcgan": "DCGAN"}
-
 
 MAX_CONDITIONS = 12  # boxes in the page
 
@@ -51,9 +52,11 @@ class Model:
         size (`tuple[int, int]`): Width and height of its images.
         num_channels (`int`): Channels of its images.
         classes (`tuple[str, ...]`): The names of its classes, or their ids; empty without classes.
-        can_be_guided (`bool`): Whether it has a null class or a dropped image to guide away from.
+        class_ids (`tuple[int, ...]`): The ids of its classes.
+        can_be_guided (`bool`): Whether it has a weaker model, a null class or a dropped condition to guide away from.
         has_temperature (`bool`): Whether it predicts distributions of pixels.
         num_train_timesteps (`int`): T, the largest number of steps.
+        default_steps (`int`): The number of steps that its pipeline takes if none is given.
         conditioning (`str`, *optional*): The image that it takes as a condition.
         conditions (`tuple[Condition, ...]`): The numbers that it takes as conditions.
     """
@@ -66,9 +69,11 @@ class Model:
     size: tuple[int, int]
     num_channels: int
     classes: tuple[str, ...]
+    class_ids: tuple[int, ...]
     can_be_guided: bool
     has_temperature: bool
     num_train_timesteps: int
+    default_steps: int
     conditioning: str | None
     conditions: tuple[Condition, ...]
 
@@ -84,18 +89,39 @@ class Model:
         return not Path(self.checkpoint).expanduser().is_dir()
 
     @property
-    def needs_more(self) -> bool:
-        """Returns whether it needs an image or numbers as a condition, which Generate alone offers."""
-        return self.conditioning is not None or bool(self.conditions)
+    def takes_picture(self) -> bool:
+        """Returns whether it takes an image as a condition that a picture holds, of one channel or three."""
+        return self.conditioning is not None and {self.num_channels, self.given_picture(False)[1]} <= {1, 3}
+
+    @property
+    def is_picture_made(self) -> bool:
+        """Returns whether the image that it takes as a condition is made from a whole one."""
+        return self.takes_picture and not self.conditioning.startswith("image")
+
+    def given_picture(self, is_whole: bool) -> tuple[tuple[int, int], int]:
+        """Returns the size and the channels of the image that it takes as a condition, or of the whole one it is made from."""
+        kind, _, number = self.conditioning.partition(":")
+        if is_whole or kind not in ("grayscale", "low_resolution", "image"):
+            return self.size, self.num_channels
+        if kind == "low_resolution":
+            width, height = self.size
+            return (width // int(number), height // int(number)), self.num_channels
+        return self.size, 1 if kind == "grayscale" else int(number)
 
     @property
     def can_walk(self) -> bool:
-        return self.family != "pixelcnn" and not self.needs_more
+        return self.family != "pixelcnn" and self.conditioning is None
 
     @property
     def can_edit(self) -> bool:
         """Returns whether it edits pictures, which have one channel or three."""
-        return self.family != "dcgan" and not self.needs_more and self.num_channels in (1, 3)
+        return self.family != "dcgan" and self.conditioning is None and self.num_channels in (1, 3)
+
+    @property
+    def batch_size(self) -> int:
+        """Returns how many of its images are drawn at a time, so that large ones fit in the memory: at most 64."""
+        width, height = self.size
+        return min(64, max(1, BATCH_PIXELS // (width * height)))
 
 
 def list_models(checkpoints: Sequence[str]) -> list[Model]:
@@ -143,8 +169,9 @@ def read_model(checkpoint: str, name: str) -> Model:
     try:
         size = network["sample_size"]
         width, height = (size, size) if isinstance(size, int) else reversed(size)
-        classes = _read_classes(index, network, component)
+        classes = _read_classes(index, network, component)  # id -> name
         conditioning, conditions = index.get("conditioning"), _read_conditions(index)
+        num_train_timesteps = int(scheduler.get("num_train_timesteps", 1000))
         if len(conditions) > MAX_CONDITIONS:
             raise UserError(
                 f"'{checkpoint}' takes {len(conditions)} conditions: the app has room for {MAX_CONDITIONS}."
@@ -157,13 +184,12 @@ def read_model(checkpoint: str, name: str) -> Model:
             objective=_objective(scheduler),
             size=(width, height),
             num_channels=_read_channels(network, scheduler, has_image=conditioning is not None),
-            classes=classes,
-            can_be_guided=component == "unet"
-            and bool(classes or conditioning or conditions)
-            and index.get("class_dropout_prob") != 0
-            and not (classes and index.get("null_class_id", -1) is None),
+            classes=tuple(classes.values()),
+            class_ids=tuple(classes),
+            can_be_guided=component == "unet" and _can_be_guided(index, bool(classes), conditioning or conditions),
             has_temperature=component == "pixelcnn" and network.get("variant") != "baseline",
-            num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
+            num_train_timesteps=num_train_timesteps,
+            default_steps=2 if scheduler.get("stochastic_sampling") else min(50, num_train_timesteps),
             conditioning=conditioning,
             conditions=conditions,
         )
@@ -181,6 +207,14 @@ def _read_channels(network: dict, scheduler: dict, has_image: bool) -> int:
     return int(network["out_channels"]) // (2 if has_variance else 1)
 
 
+def _can_be_guided(index: dict, has_classes: bool, other_conditions: object) -> bool:
+    """Returns whether a pipeline of diffusion has what guidance leads away from."""
+    if isinstance(index.get(GUIDE), list):
+        return True
+    has_null = index.get("class_dropout_prob") != 0 and not (has_classes and index.get("null_class_id", -1) is None)
+    return has_null and bool(has_classes or other_conditions)
+
+
 def _read_conditions(index: dict) -> tuple[Condition, ...]:
     """Returns the conditions that a pipeline's config describes."""
     statistics = index.get("condition_statistics") or dict.fromkeys(("names", "lows", "highs", "means"), ())
@@ -188,15 +222,15 @@ def _read_conditions(index: dict) -> tuple[Condition, ...]:
     return tuple(Condition(str(name), *map(float, numbers)) for name, *numbers in zip(*columns, strict=True))
 
 
-def _read_classes(index: dict, network: dict, component: str) -> tuple[str, ...]:
-    """Returns the names of the classes that a pipeline takes, or their ids."""
+def _read_classes(index: dict, network: dict, component: str) -> dict[int, str]:
+    """Returns the names of the classes that a pipeline takes, or their ids, by their ids."""
     class_name = str(index.get("_tiny_class_name") or index["_class_name"])
     if component == "unet" and "TinyConditionalPipeline" not in class_name:
-        return ()
+        return {}
     is_stock, null_class = network["_class_name"] == "UNet2DModel", index.get("null_class_id")
     ids = range(network.get("num_class_embeds") or 0)  # a stock network counts the null class as well
     labels = {int(class_id): str(label) for class_id, label in (index.get("id2label") or {}).items()}
-    return tuple(labels.get(i, str(i)) for i in ids if not (is_stock and i == null_class))
+    return {i: labels.get(i, str(i)) for i in ids if not (is_stock and i == null_class)}
 
 
 def _objective(scheduler: dict) -> str:
@@ -222,13 +256,22 @@ class ModelStore:
 
     Args:
         models (`list[Model]`): The models that can be loaded; nothing else can.
-        max_bytes (`int`, *optional*): Memory for the weights of the loaded models, the one in use aside. Defaults to a
-            quarter of the machine's.
+        max_bytes (`int`, *optional*): Memory for the weights of the loaded models, those in use aside. Defaults to a
+            quarter of [`~tiny_diffusers.hardware.memory_limit`].
         device (`str`, *optional*): As for [`~tiny_diffusers.hardware.setup_torch`].
+        dataset_name (`str`, *optional*): The training images that may be shown of the models that were trained on them.
     """
 
-    def __init__(self, models: Sequence[Model], max_bytes: int | None = None, device: str | None = None):
-        self.models = tuple(models)
+    def __init__(
+        self,
+        models: Sequence[Model],
+        max_bytes: int | None = None,
+        device: str | None = None,
+        dataset_name: str | None = None,
+    ):
+        self.models, self.dataset_name = tuple(models), dataset_name
+        self.device_words = [] if device is None else ["--device", device]  # of a command
+        self.num_conditions = max(len(model.conditions) for model in self.models)  # boxes that a tab needs
         self._max_bytes, self._device_name = max_bytes, device
         self._loaded: OrderedDict[int, tuple[DiffusionPipeline, int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -247,7 +290,10 @@ class ModelStore:
         """Gives the pipelines of models, each with the scheduler that it was saved with, to one request alone."""
         models = [self.model(index) for index in indices]
         with self._lock:
-            pipes = [self._load(index, model) for index, model in zip(indices, models, strict=True)]
+            for index in indices:  # before others are dropped
+                if index in self._loaded:
+                    self._loaded.move_to_end(index)
+            pipes = [self._load(index, model, indices) for index, model in zip(indices, models, strict=True)]
             schedulers = [getattr(pipe, "scheduler", None) for pipe in pipes]
             try:
                 yield pipes
@@ -255,14 +301,14 @@ class ModelStore:
                 for pipe, scheduler in zip(pipes, schedulers, strict=True):
                     if scheduler is not None:
                         pipe.scheduler = scheduler
-                self._drop(keep=1)
+                self._drop(kept=indices[-1:])
 
     @property
     def loaded(self) -> list[int]:
         """Returns the indices of the loaded models, the most recently used one last."""
         return list(self._loaded)
 
-    def _load(self, index: int, model: Model) -> "DiffusionPipeline":
+    def _load(self, index: int, model: Model, in_use: Sequence[int]) -> "DiffusionPipeline":
         import argparse
 
         import torch
@@ -271,6 +317,7 @@ class ModelStore:
 
         self._device = self._device or find_device(self._device_name)
         if index not in self._loaded:
+            self._drop(kept=in_use, needed=_weights_size(model))
             pipe = load_checkpoint(argparse.Namespace(checkpoint=model.checkpoint, trust_remote_code=False))
             pipe = place(pipe, self._device, torch.float32)  # in which the same request draws the same images
             networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -279,11 +326,19 @@ class ModelStore:
         self._loaded.move_to_end(index)
         return self._loaded[index][0]
 
-    def _drop(self, keep: int) -> None:
-        """Drops the least recently used models that are over the limit, but for the last `keep`."""
-        import psutil
+    def _drop(self, kept: Sequence[int], needed: int = 0) -> None:
+        """Drops the least recently used models until the others, and one that needs so many bytes, are within the limit."""
+        from ..hardware import memory_limit, release_memory
 
-        limit = self._max_bytes
-        limit = psutil.virtual_memory().total // MEMORY_SHARE if limit is None else limit
-        while len(self._loaded) > keep and sum(size for _, size in self._loaded.values()) > limit:
-            self._loaded.popitem(last=False)
+        limit = memory_limit() // MEMORY_SHARE if self._max_bytes is None else self._max_bytes
+        for index in [index for index in self._loaded if index not in kept]:
+            if sum(size for _, size in self._loaded.values()) + needed <= limit:
+                break
+            del self._loaded[index]
+            release_memory()
+
+
+def _weights_size(model: Model) -> int:
+    """Returns the bytes of a model's weights, or 0 where they are still on the Hub."""
+    parts = (*_FAMILIES, GUIDE)
+    return sum(file.stat().st_size for part in parts for file in model.folder.glob(f"{part}/*.safetensors"))

@@ -2,19 +2,17 @@
 
 import contextlib
 import functools
+import html
 import logging
 import math
 import queue
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
-from gradio import processing_utils
 
 from ..errors import UserError, first_line
 
@@ -28,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 64  # of a request
 MAX_STEPS = 250
-MAX_UPLOAD_BYTES = 8 * 2**20
-MAX_UPLOAD_PIXELS = 2**24
-MAX_LAYERS = 4  # of an uploaded drawing
-MAX_DRAWINGS = 100  # that pages have sent and no request has used yet
-PREVIEW_SECONDS = 0.4  # between two previews
+REPORT_SECONDS = 0.4  # between two reports of progress: each costs gradio as much as a step of a small network
 
 
 class Stopped(Exception):
@@ -40,7 +34,7 @@ class Stopped(Exception):
 
 
 class Progress(NamedTuple):
-    """Progress of a request: in words, and a picture of the images as they are so far, if it was drawn anew."""
+    """Progress of a request: in words, and a picture of the images as they are so far, if the request shows one."""
 
     text: str
     picture: "Image.Image | None" = None
@@ -52,19 +46,18 @@ class Task:
     def __init__(self):
         self._reports: queue.SimpleQueue = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self._last_preview = 0.0
+        self._last_report = -math.inf
 
     def stop(self) -> None:
         self._stopped.set()
 
     def report(self, text: str, draw: "Callable[[], Image.Image] | None" = None) -> None:
-        """Reports progress, with a picture at most every 0.4 s; ends the work if it was stopped."""
+        """Reports progress, with a picture, at most every 0.4 s; ends the work if it was stopped."""
         if self._stopped.is_set():
             raise Stopped
-        is_due = draw is not None and time.monotonic() - self._last_preview > PREVIEW_SECONDS
-        self._reports.put(Progress(text, draw() if is_due else None))
-        if is_due:
-            self._last_preview = time.monotonic()
+        if time.monotonic() - self._last_report > REPORT_SECONDS:
+            self._reports.put(Progress(text, None if draw is None else draw()))
+            self._last_report = time.monotonic()
 
     def run(self, work: "Callable[[Task], Any]") -> Iterator[Any]:
         """Runs `work(task)`; yields its progress, and at last its result."""
@@ -88,7 +81,7 @@ class Task:
 
 
 class Tasks:
-    """Tasks in progress, by the session that asked for them."""
+    """Tasks of a tab that are in progress, by the session that asked for them."""
 
     def __init__(self):
         self._tasks: defaultdict[str | None, set[Task]] = defaultdict(set)
@@ -113,28 +106,54 @@ class Tasks:
             for task in self._tasks.get(request.session_hash, ()):
                 task.stop()
 
+    def stop_by(self, button: gr.Button, events: Sequence[gr.events.Dependency], status: gr.Markdown) -> None:
+        """Makes a button stop what a session's events have begun, and take those that wait out of the queue."""
+
+        def stop(request: gr.Request) -> str:
+            self.stop(request)
+            return "Stopped."
+
+        button.click(stop, None, status, cancels=events, queue=False, show_progress="hidden", api_name=False)
+
+
+def progress_outputs(progress: Progress, doing: str, count: int, status: int = 1) -> tuple:
+    """
+    Returns the outputs of a handler that show its progress: of `count` outputs the first, which is a picture, and the one
+    of the index `status`; the others stay as they are.
+    """
+    outputs = [gr.skip()] * count
+    outputs[status] = f"{doing}: {progress.text}"
+    if progress.picture is not None:
+        outputs[0] = progress.picture
+    return tuple(outputs)
+
 
 def watch(
-    pipe: "DiffusionPipeline", task: Task, arrange: "Callable[[list[Image.Image]], Image.Image] | None" = None
+    pipe: "DiffusionPipeline",
+    task: Task,
+    arrange: "Callable[[list[Image.Image]], Image.Image] | None" = None,
+    num_batches: int = 1,
 ) -> dict:
     """
-    Returns the options of a pipeline's call that report its steps, or the rows of a PixelCNN, to a task; with a picture, as
-    `arrange` makes it of the images, of the predicted x_0 or the rows so far.
+    Returns the options of a pipeline's calls that report their steps, or the rows of a PixelCNN, to a task; with a picture,
+    as `arrange` makes it of the images of a batch, of the predicted x_0 or the rows so far.
     """
     if pipe._network_name not in ("unet", "pixelcnn"):
         return {}  # one pass of the network has no steps
     has_rows = pipe._network_name == "pixelcnn"
     shown = "images" if has_rows else "pred_original_sample"
+    batch = 0
 
     def on_step_end(pipe: "DiffusionPipeline", step: int, timestep: int, tensors: dict) -> dict:
         def draw() -> "Image.Image":
             images = tensors[shown]
             return arrange(pipe._to_images(2 * images - 1 if has_rows else images, "pil"))
 
-        progress = (
-            f"row {step + 1} of {pipe._image_shape[1]}" if has_rows else f"step {step + 1} of {pipe.num_timesteps}"
-        )
-        task.report(progress, None if arrange is None else draw)
+        nonlocal batch
+        batch += step == 0
+        steps = f"row {step + 1} of {pipe._image_shape[1]}" if has_rows else f"step {step + 1} of {pipe.num_timesteps}"
+        text = f"batch {batch} of {num_batches}, {steps}" if num_batches > 1 else steps
+        task.report(text, None if arrange is None else draw)
         return {}
 
     return {
@@ -148,7 +167,7 @@ def answers(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def handler(*args, **kwargs):
-        with _one_line_errors():
+        with one_line_errors():
             return function(*args, **kwargs)
 
     return handler
@@ -159,25 +178,30 @@ def streams(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def handler(*args, **kwargs):
-        with _one_line_errors():
+        with one_line_errors():
             yield from function(*args, **kwargs)
 
     return handler
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Stopped:
         raise gr.Error("Stopped.", title="Stopped", duration=3, print_exception=False) from None
     except UserError as error:
-        raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+        raise _shown(str(error)) from error
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
         logger.exception("a request of the app failed")
-        raise gr.Error(f"This failed in the server: {first_line(error)}.", print_exception=False) from error
+        raise _shown(f"This failed in the server: {first_line(error)}.") from error
+
+
+def _shown(message: str) -> gr.Error:
+    """Returns an error as one line; the page would take its text for HTML, and names in it may be a stranger's."""
+    return gr.Error(html.escape(" ".join(message.split()), quote=False), print_exception=False)
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
@@ -198,85 +222,6 @@ def number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def check_upload(content: bytes) -> None:
-    """Refuses an uploaded file that is too large, or no picture, before it is decoded."""
-    import io
-
-    from ..data.sources import open_image
-
-    if len(content) > MAX_UPLOAD_BYTES:
-        raise UserError(
-            f"The file has {len(content) / 2**20:.0f} MB: give one of at most {MAX_UPLOAD_BYTES >> 20} MB."
-        )
-    try:
-        picture = open_image(io.BytesIO(content))
-    except Exception as error:  # each format has its own
-        raise UserError(
-            f"The file can't be read as a picture ({type(error).__name__}): give a PNG or JPEG."
-        ) from error
-    if picture.width * picture.height > MAX_UPLOAD_PIXELS:
-        raise UserError(
-            f"The picture has {picture.width} x {picture.height} pixels: give one of at most {MAX_UPLOAD_PIXELS:,}."
-        )
-
-
-def save_once(component: "gr.Image | gr.Gallery") -> "gr.Image | gr.Gallery":
-    """
-    Makes a component keep the file of a picture that it has saved before: Gradio's own saving writes over a file that a
-    browser may be reading.
-    """
-    from PIL.Image import Image
-
-    postprocess = component.postprocess
-
-    def save(picture: Any) -> Any:
-        if not isinstance(picture, Image):
-            return picture
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "image.png"
-            picture.save(file)
-            return processing_utils.save_file_to_cache(file, cache_dir=component.GRADIO_CACHE)
-
-    def save_and_postprocess(value: Any) -> Any:
-        return postprocess([save(picture) for picture in value] if isinstance(value, list) else save(value))
-
-    component.postprocess = save_and_postprocess
-    return component
-
-
-def checked(editor: gr.ImageEditor) -> gr.ImageEditor:
-    """Makes a component check the files and the number of its pictures before they are decoded."""
-    accept, preprocess, convert = editor.accept_blobs, editor.preprocess, editor.convert_and_format_image
-
-    @functools.wraps(accept)
-    def check_and_accept(data: Any) -> Any:
-        index = str(data.data.get("index") or 0)
-        if index != "null" and not (index.isdecimal() and int(index) < MAX_LAYERS):
-            raise ValueError(f"A drawing has at most {MAX_LAYERS} layers.")
-        while len(editor.blob_storage) >= MAX_DRAWINGS:
-            editor.blob_storage.pop(next(iter(editor.blob_storage)))
-        return accept(data)
-
-    def check_and_preprocess(payload: Any) -> Any:
-        sent = payload and editor.blob_storage.get(payload.id, payload)
-        with _one_line_errors():
-            if sent and len(sent.layers or ()) > MAX_LAYERS:
-                raise UserError(f"The drawing has {len(sent.layers)} layers: give at most {MAX_LAYERS}.")
-            return preprocess(payload)
-
-    def check_and_convert(file: Any, flatten_on_white: bool = False) -> Any:
-        if file is None:
-            return None
-        with _one_line_errors():
-            is_content = isinstance(file, (bytes, bytearray, memoryview))
-            if not is_content and Path(file.path).stat().st_size > MAX_UPLOAD_BYTES:
-                raise UserError(f"The file is too large: give one of at most {MAX_UPLOAD_BYTES >> 20} MB.")
-            check_upload(file if is_content else Path(file.path).read_bytes())
-            try:
-                return convert(file, flatten_on_white)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"The file can't be read as a picture ({first_line(error)}).") from error
-
-    editor.accept_blobs, editor.preprocess = check_and_accept, check_and_preprocess
-    editor.convert_and_format_image = check_and_convert
-    return editor
+def spell(value: float) -> str:
+    """Spells a number as shortly as gives the very same number back."""
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e15 else repr(value)

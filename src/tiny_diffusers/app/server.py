@@ -1,20 +1,24 @@
 """The app's page and its server."""
 
+import logging
 import threading
 from collections.abc import Sequence
 
 import gradio as gr
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .about import AboutTab
 from .compare import CompareTab
 from .edit import EditTab
 from .generate import GenerateTab
 from .look import LookTab, views_of
 from .models import Model, ModelStore
-from .requests import MAX_UPLOAD_BYTES, Tasks, answers
+from .requests import Tasks, answers
+from .uploads import MAX_UPLOAD_BYTES, Page
 from .walk import WalkTab
 
+
+logger = logging.getLogger(__name__)
 
 GENERATE = "generate"  # id of the first tab
 CACHE_SECONDS = 3600  # that files of requests are kept
@@ -32,8 +36,8 @@ footer { display: none !important; }
 
 def build(store: ModelStore) -> gr.Blocks:
     """Builds the page for the listed models."""
-    tasks, first = Tasks(), store.models[0]
-    with gr.Blocks(
+    shown = shown_tabs(store.models[0], store.dataset_name)
+    with Page(
         title="tiny-diffusers", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as page:
         chosen = gr.Dropdown(
@@ -44,15 +48,15 @@ def build(store: ModelStore) -> gr.Blocks:
         )
         with gr.Tabs() as all_tabs:
             with gr.Tab("Generate", id=GENERATE):
-                generate = GenerateTab(store, tasks, chosen)
-            with gr.Tab("Walk", visible=shown_tabs(first)[0]) as walk_tab:
-                walk = WalkTab(store, tasks, chosen)
-            with gr.Tab("Edit", visible=shown_tabs(first)[1]) as edit_tab:
-                edit = EditTab(store, tasks, chosen)
-            with gr.Tab("Look inside", visible=shown_tabs(first)[2]) as look_tab:
-                look = LookTab(store, tasks, chosen)
+                generate = GenerateTab(store, Tasks(), chosen)
+            with gr.Tab("Walk", visible=shown[0]) as walk_tab:
+                walk = WalkTab(store, Tasks(), chosen)
+            with gr.Tab("Edit", visible=shown[1]) as edit_tab:
+                edit = EditTab(store, Tasks(), chosen)
+            with gr.Tab("Look inside", visible=shown[2]) as look_tab:
+                look = LookTab(store, Tasks(), chosen)
             with gr.Tab("Compare", visible=len(store.models) > 1):
-                CompareTab(store, tasks)
+                compare = CompareTab(store, Tasks())
             with gr.Tab("About"):
                 AboutTab(store, chosen, page)
         tabs = [generate, walk, edit, look]
@@ -60,10 +64,10 @@ def build(store: ModelStore) -> gr.Blocks:
         @answers
         def choose(index: int) -> list:
             model = store.model(index)
-            shown = shown_tabs(model)
-            selected = gr.update(selected=GENERATE) if "hidden" in shown else gr.skip()  # the open tab may be hidden
-            shown = [gr.update(visible=visible) for visible in shown]
-            return [selected, *shown, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
+            visible = shown_tabs(model, store.dataset_name)
+            selected = gr.update(selected=GENERATE) if "hidden" in visible else gr.skip()  # the open tab may be hidden
+            updates = [gr.update(visible=each) for each in visible]
+            return [selected, *updates, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
 
         controls = [control for tab in tabs for control in tab.controls]
         chosen.change(
@@ -74,13 +78,14 @@ def build(store: ModelStore) -> gr.Blocks:
             api_name=False,
             show_progress="hidden",
         )
-        page.unload(tasks.stop)
+        for tab in [*tabs, compare]:
+            page.unload(tab.tasks.stop)
     return page
 
 
-def shown_tabs(model: Model) -> list[bool | str]:
+def shown_tabs(model: Model, dataset_name: str | None = None) -> list[bool | str]:
     """Returns the `visible` of Walk, Edit and Look inside. `"hidden"` keeps a tab in the page, where an update finds it."""
-    return [can or "hidden" for can in (model.can_walk, model.can_edit, bool(views_of(model)))]
+    return [can or "hidden" for can in (model.can_walk, model.can_edit, bool(views_of(model, dataset_name)))]
 
 
 def launch(
@@ -91,6 +96,7 @@ def launch(
     auth: tuple[str, str] | None = None,
     queue_size: int = 20,
     device: str | None = None,
+    dataset_name: str | None = None,
     block: bool = True,
 ) -> gr.Blocks:
     """
@@ -104,12 +110,13 @@ def launch(
         auth (`tuple[str, str]`, *optional*): User name and password that the page asks for.
         queue_size (`int`): Requests that may wait; further ones are refused.
         device (`str`, *optional*): As for [`~tiny_diffusers.hardware.setup_torch`].
+        dataset_name (`str`, *optional*): As for [`ModelStore`].
         block (`bool`): Whether to serve until the process is interrupted.
 
     Returns:
         `gr.Blocks`: The page that is served; its `close` ends that.
     """
-    store = ModelStore(models, device=device)
+    store = ModelStore(models, device=device, dataset_name=dataset_name)
     page = build(store)
     page.queue(max_size=queue_size, default_concurrency_limit=1, api_open=False)  # no request passes the queue
     try:
@@ -139,5 +146,8 @@ def launch(
 
 def _warm_up(store: ModelStore) -> None:
     """Imports torch and loads the first model, once the page is up."""
-    with store.use(0):
-        pass
+    try:
+        with store.use(0):
+            pass
+    except Exception as error:  # a request says it again, and others may choose another model
+        logger.warning("%s can't be loaded: %s", store.models[0].title, first_line(error))

@@ -14,6 +14,9 @@ from .controls import (
     class_settings,
     class_words,
     code_box,
+    condition_boxes,
+    condition_settings,
+    condition_words,
     one_class,
     picture_box,
     sampling_controls,
@@ -23,7 +26,7 @@ from .controls import (
     seed_of,
 )
 from .models import Model, ModelStore
-from .requests import MAX_IMAGES, Progress, Task, Tasks, streams, watch, whole
+from .requests import Progress, Task, Tasks, answers, progress_outputs, streams, watch, whole
 from .snippets import command_line
 
 
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
 
 
 SAMPLING = ("steps", "sampler", "guidance")
+MAX_FRAMES = 32  # which are drawn at a time
 PATHS = ("slerp", "linear")
+ENDS = ("First", "Second")
 
 
 def walk_words(
@@ -45,30 +50,33 @@ def walk_words(
     second_class: object,
     num_frames: object,
     path: object,
-    *sampling: object,
+    steps: object,
+    sampler: object,
+    guidance: object,
+    *conditions: object,
 ) -> list[str]:
     """Returns the words of the commands `interpolate` and `plot interpolation` that a request stands for."""
     seeds = f"{seed_of(first_seed, 'First seed')},{seed_of(second_seed, 'Second seed')}"
     words = [model.checkpoint, "--seeds", seeds]
-    words += ["--num_frames", str(whole("Frames", num_frames, 2, MAX_IMAGES // 2))]
+    words += ["--num_frames", str(whole("Frames", num_frames, 2, max_frames(model)))]
     words += class_words(model, [str(first_class), str(second_class)])
     if model.family == "diffusion" and path != PATHS[0]:
         words += ["--interpolation", str(path)]
-    return words + sampling_words(model, *sampling)
+    words += sampling_words(model, steps, sampler, guidance)
+    half = len(conditions) // 2
+    return words + condition_words(model, guidance, conditions[:half], conditions[half:])
 
 
-def settings(model: Model) -> list[dict]:
-    """Returns what a model changes in each control of the tab, in their order."""
-    of_classes = [class_settings(model, 0), class_settings(model, 1)]
-    of_path = {"visible": model.family == "diffusion"}
-    return [{}, {}, *of_classes, {}, of_path, *sampling_settings(model, SAMPLING)]
+def max_frames(model: Model) -> int:
+    """Returns the most frames of a walk, fewer of large images."""
+    return min(MAX_FRAMES, 2 * model.batch_size)
 
 
 class WalkTab:
     """Controls, outputs and handlers of the tab."""
 
     def __init__(self, store: ModelStore, tasks: Tasks, chosen: gr.Dropdown):
-        self.store, self.tasks, self.settings = store, tasks, settings
+        self.store, self.tasks = store, tasks
         model = store.models[0]
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
@@ -76,7 +84,8 @@ class WalkTab:
                     first_seed = seed_box("First seed", 0, "the sample at the start")
                     second_seed = seed_box("Second seed", 1, "the sample at the end")
                     first_class, second_class = one_class(model, "First class"), one_class(model, "Second class", 1)
-                count = gr.Slider(2, MAX_IMAGES // 2, 16, step=1, label="Frames", info="both ends included")
+                most = max_frames(model)
+                count = gr.Slider(2, most, min(16, most), step=1, label="Frames", info="both ends included")
                 path = gr.Dropdown(
                     PATHS,
                     value=PATHS[0],
@@ -85,6 +94,7 @@ class WalkTab:
                     visible=model.family == "diffusion",
                 )
                 sampling = sampling_controls(model, SAMPLING)
+                ends = [condition_boxes(model.conditions, store.num_conditions, end) for end in ENDS]
                 with gr.Row():
                     start = gr.Button("Walk", variant="primary")
                     stop = gr.Button("Stop")
@@ -95,9 +105,19 @@ class WalkTab:
                 download = gr.DownloadButton("Download the GIF", interactive=False)
                 with gr.Accordion("The same frames without the app", open=False):
                     command = code_box("Commands: the GIF, and both rows in one picture", "shell")
-        self.controls = [first_seed, second_seed, first_class, second_class, count, path, *sampling]
+        self.controls = [
+            first_seed,
+            second_seed,
+            first_class,
+            second_class,
+            count,
+            path,
+            *sampling,
+            *ends[0],
+            *ends[1],
+        ]
         frames = gr.State([], time_to_live=3600)
-        start.click(
+        started = start.click(
             self.walk,
             [chosen, *self.controls],
             [picture, position, status, download, command, frames],
@@ -106,15 +126,29 @@ class WalkTab:
             show_progress_on=status,
         )
         position.change(self.show, [frames, position], picture, queue=False, show_progress="hidden", api_name=False)
-        stop.click(tasks.stop, queue=False, api_name=False)
+        tasks.stop_by(stop, [started], status)
+
+    def settings(self, model: Model) -> list[dict]:
+        """Returns what a model changes in each control, in their order."""
+        most = max_frames(model)
+        return [
+            {},
+            {},
+            class_settings(model, 0),
+            class_settings(model, 1),
+            {"maximum": most, "value": min(16, most)},
+            {"visible": model.family == "diffusion"},
+            *sampling_settings(model, SAMPLING),
+            *(each for end in ENDS for each in condition_settings(model.conditions, self.store.num_conditions, end)),
+        ]
 
     @streams
     def walk(self, request: gr.Request | None, index: int, *values) -> Iterator[tuple]:
         """Draws the frames; yields progress, and at last the outputs, with the frames for the slider."""
-        words = walk_words(self.store.model(index), *values)
+        words = walk_words(self.store.model(index), *values) + self.store.device_words
         for report in self.tasks.run(request, lambda task: self._draw(index, words, task)):
             if isinstance(report, Progress):
-                yield (gr.skip(), gr.skip(), f"Walking: {report.text}", *[gr.skip()] * 3)
+                yield progress_outputs(report, "Walking", 6, status=2)
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 gif = Path(folder) / "walk.gif"
@@ -130,6 +164,7 @@ class WalkTab:
                     frames,
                 )
 
+    @answers
     def show(self, frames: "list[Image.Image]", position: int) -> "Image.Image | None":
         """Returns the frame at the slider's position."""
         return frames[min(max(1, int(position)), len(frames)) - 1] if frames else None

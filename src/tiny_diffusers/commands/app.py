@@ -29,6 +29,11 @@ def app_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)")
     parser.add_argument(
+        "--dataset_name",
+        help="training images to find the nearest ones in, of models that were trained on them: a Hub id, a folder, or "
+        "digits (default: digits, and the folder of a run that was trained here)",
+    )
+    parser.add_argument(
         *("--export_space", "--export-space"),
         type=Path,
         metavar="DIR",
@@ -70,7 +75,8 @@ def app(args: argparse.Namespace) -> None:
     elif args.host not in ("127.0.0.1", "localhost") and args.auth is None and "SPACE_ID" not in os.environ:
         say(f"warning: --host {args.host} without --auth: whoever reaches it can use this machine", sys.stderr)
     page = server.launch(
-        listed, args.host, args.port, args.share, args.auth, args.queue_size, args.device, block=False
+        *(listed, args.host, args.port, args.share, args.auth, args.queue_size, args.device, args.dataset_name),
+        block=False,
     )
     say(f"{page.local_url} (Ctrl-C ends it)")
     if page.share_url:

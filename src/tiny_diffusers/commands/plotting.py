@@ -16,6 +16,7 @@ from .plotting_images import (
     reconstructions_parser,
     schedule_names,
 )
+from .plotting_nearest import nearest, nearest_parser
 from .plotting_samples import (
     epochs,
     epochs_parser,
@@ -218,6 +219,12 @@ KINDS = {
         samples_parser,
         samples,
         "runs/a runs/b --output samples.png",
+    ),
+    "nearest": Command(
+        "samples and the training images nearest to them",
+        nearest_parser,
+        nearest,
+        "runs/ddpm-digits --output nearest.png",
     ),
     "epochs": Command(
         "samples of a run over its training", epochs_parser, epochs, "runs/ddpm-digits --output epochs.png"

@@ -109,6 +109,12 @@ def forward_parser() -> argparse.ArgumentParser:
         help="of linear, cosine, sigmoid, quadratic, flow and edm (default: linear,quadratic,sigmoid,cosine,flow)",
     )
     parser.add_argument(
+        "--checkpoint", metavar="CHECKPOINT", help="draw by the noise schedule of this checkpoint, not by --schedules"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the checkpoint's own code; read it first"
+    )
+    parser.add_argument(
         "--timesteps",
         type=whole_numbers,
         help="the timesteps t, from 0 to T - 1; of edm, the steps of its sampling, from the image (default: 0, T/4, T/2, "
@@ -129,10 +135,14 @@ def forward(args: argparse.Namespace) -> None:
     from ..plots import captioned_strips
 
     prepare_picture(args.output, given=Path(args.source))
-    total = args.ddpm_num_steps
+    if args.checkpoint is None:
+        found, total = build_schedules(args.schedules, args), args.ddpm_num_steps
+    else:
+        pipe = load_checkpoint(args)
+        check_diffusion(pipe, args.checkpoint, "have a noise schedule")
+        found, total = {Path(args.checkpoint).name: pipe.scheduler}, pipe.scheduler.config.num_train_timesteps
     timesteps = args.timesteps or sorted({0, total // 4, total // 2, 3 * total // 4, total - 1})
     _check_timesteps("--timesteps", timesteps, total)
-    found = build_schedules(args.schedules, args)
     strips = forward_strips(_load_source(args), found, timesteps, args.seed, args.show_channels)
     captioned_strips(strips).save(args.output)
     say(f"wrote {args.output}")

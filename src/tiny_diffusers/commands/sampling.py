@@ -54,13 +54,32 @@ FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enla
 
 def sample_parser() -> argparse.ArgumentParser:
     parser = make_parser("sample")
+    add_plan_arguments(parser)
+    add_show_channels(parser)
+    parser.add_argument(
+        "--return_intermediates",
+        type=positive_number,
+        metavar="K",
+        help="also show K states of the denoising: one row for each image, from noise to the image",
+    )
+    add_output_argument(
+        parser,
+        "samples.png",
+        "one picture of all images, or numbered files in a folder: PNGs, or .npy (H, W, C) of images that no picture "
+        "holds, unless --show_channels is given",
+    )
+    return parser
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:
+    """Adds the arguments of [`plan_samples`]."""
     add_checkpoint_argument(parser)
     add_sampling_arguments(parser)
-    add_show_channels(parser)
     parser.add_argument(
         "--num_images",
         type=positive_number,
-        help=f"default: {NUM_IMAGES}, or a row for each class if no class is named",
+        default=num_images,
+        help=f"default: {num_images or f'{NUM_IMAGES}, or a row for each class if no class is named'}",
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="image i has the seed SEED + i (default: 0)")
     parser.add_argument("--batch_size", type=positive_number, default=64, help="images at a time (default: 64)")
@@ -89,19 +108,6 @@ def sample_parser() -> argparse.ArgumentParser:
     add_dynamic_thresholding(parser)
     add_temperature(parser)
     add_truncation(parser)
-    parser.add_argument(
-        "--return_intermediates",
-        type=positive_number,
-        metavar="K",
-        help="also show K states of the denoising: one row for each image, from noise to the image",
-    )
-    add_output_argument(
-        parser,
-        "samples.png",
-        "one picture of all images, or numbered files in a folder: PNGs, or .npy (H, W, C) of images that no picture "
-        "holds, unless --show_channels is given",
-    )
-    return parser
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -113,11 +119,12 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--return_intermediates makes one picture of all states: give --output NAME.png.")
     pipe = load_pipeline(args)
     plan = plan_samples(pipe, args)
+    options = call_options(pipe.__call__, pipe, args, "return_intermediates")
+    options |= {"output_type": "np"} if output.is_dir() and not are_pictures(pipe) else {}
     check_numbered(output, plan.num_images)
 
     say(f"drawing {plan.num_images} images, {output} ...", sys.stderr)
     began = time.perf_counter()
-    options = {"output_type": "np"} if output.is_dir() and not are_pictures(pipe) else {}
     images, states = draw_plan(pipe, plan, args, **options)
     seconds = time.perf_counter() - began
 
@@ -155,7 +162,7 @@ class SamplePlan(NamedTuple):
 def plan_samples(pipe: "DiffusionPipeline", args: argparse.Namespace) -> SamplePlan:
     """Resolves the flags of `sample` that are left open, and refuses those that the pipeline has no use for."""
     names = ("num_inference_steps", "eta", "clip_sample", "class_labels", "guidance_scale", "guidance_interval")
-    names += ("dynamic_thresholding", "temperature", "truncation", "return_intermediates")
+    names += ("dynamic_thresholding", "temperature", "truncation")
     options = call_options(pipe.__call__, pipe, args, *names)
     labels = options.pop("class_labels", None)
     if args.image is None and args.guidance_scale != 0:

@@ -143,15 +143,14 @@ def load_real_images(
         `tuple[ImageData, ImageData | None, RealImages]`: The reference, the training set, and `images` with the splits
         that were found.
     """
-    from ..data import UnknownSplitError, load_images
+    from ..data import UnknownSplitError
 
     with state.main_process_first():
         reference, split = load_reference(images, shape, conditioning_channels, value_range)
         training = None
         if images.train_split != "none":
-            options = _load_options(images, shape, conditioning_channels, value_range)
             try:
-                training = load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
+                training = load_training(images, shape, conditioning_channels, value_range)
             except UnknownSplitError as error:
                 if images.train_split is not None:
                     raise
@@ -187,6 +186,19 @@ def load_reference(
         with contextlib.suppress(UnknownSplitError):
             return load_images(split=split, **options), split
     return load_images(split=splits[-1], **options), splits[-1]
+
+
+def load_training(
+    images: RealImages,
+    shape: tuple[int, int, int],
+    conditioning_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> "ImageData":
+    """Loads the images that the model was trained on; the arguments are those of [`load_real_images`]."""
+    from ..data import load_images
+
+    options = _load_options(images, shape, conditioning_channels, value_range)
+    return load_images(split=_train_split(images), max_samples=images.max_train_samples, **options)
 
 
 def _train_split(images: RealImages) -> str:
