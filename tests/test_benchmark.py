@@ -140,10 +140,11 @@ def test_stock_training_steps():
 
 def test_peak_memory_is_at_least_what_was_held():
     before = benchmark.peak_resident_bytes()
-    held = torch.ones(3 * before // 4)  # three times the peak before
-    assert benchmark.peak_resident_bytes() >= held.nbytes
+    held = torch.ones(before // 4)  # as much as the peak before, and so more than it with what else is held
+    most = benchmark.peak_resident_bytes()
+    assert most > max(before, held.nbytes)
     del held
-    assert benchmark.peak_resident_bytes() >= 3 * before
+    assert benchmark.peak_resident_bytes() >= most
 
 
 def test_evaluation_compares_one_network():
@@ -243,6 +244,7 @@ def test_no_compiler_is_one_line(tmp_path, monkeypatch):
     assert row == {"what": "compile", "skipped": "nothing can be compiled here (no g++)"}
 
 
+@pytest.mark.slow
 def test_the_compiled_row_has_the_first_steps_time(monkeypatch, tmp_path):
     compile_ = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **kwargs))

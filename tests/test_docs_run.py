@@ -199,13 +199,18 @@ def parse_benchmark(file: Path, argv: list[str]) -> None:
     """Lets the parser of a script read its arguments: all of them take minutes."""
     parse = argparse.ArgumentParser.parse_known_args
 
-    def leave(parser, args=None, namespace=None):
-        assert parse(parser, args, namespace)[1] == []
+    def read_all(parser):
+        assert parse(parser)[1] == []
+        raise ParsedError
+
+    def read_known(parser):  # a training script takes the rest
+        parse(parser)
         raise ParsedError
 
     with (
         mock.patch.object(sys, "argv", [str(file), *argv]),
-        mock.patch.object(argparse.ArgumentParser, "parse_known_args", leave),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", read_all),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", read_known),
         pytest.raises(ParsedError),
     ):
         runpy.run_path(str(file), run_name="__main__")

@@ -85,9 +85,9 @@ slow = pytest.mark.slow
         pytest.param(diffusion, marks=slow),
         pytest.param(conditions, marks=slow),
         pytest.param(transformer, marks=slow),
-        vae,
+        pytest.param(vae, marks=slow),
         pytest.param(dcgan, marks=slow),
-        pytest.param(pixelcnn("gated"), marks=slow),
+        pytest.param(pixelcnn("gated"), marks=pytest.mark.exhaustive),
         pytest.param(pixelcnn("plusplus"), marks=slow),
     ],
 )

@@ -73,7 +73,7 @@ def test_generated_images_are_those_of_the_command_and_of_the_python_lines(
 ):
     model = store.models[index_of[family]]
     few = FEW if model.family == "diffusion" else {"Number of images": 4}
-    few |= {"Guidance scale": 1.5} if family == "rectangle" else {}  # which has a weaker model
+    few = few | {"Guidance scale": 1.5} if family == "rectangle" else few  # which has a weaker model
     tab, values = open_tab(GenerateTab, model, **few)
     first, *_, (picture, status, images, archive, command, python) = tab.generate(None, index_of[family], *values)
     assert first[1] == "Drawing: loading the model ..." and status.startswith("4 images in ")

@@ -88,7 +88,7 @@ def test_a_gated_layer_extends_the_receptive_field_by_its_dilation():
 @pytest.mark.parametrize(
     ("channels", "size", "levels", "batch", "classes", "conditions"),
     [
-        (1, 8, 256, 1, None, None),
+        pytest.param(1, 8, 256, 1, None, None, marks=pytest.mark.exhaustive),
         (3, 4, 256, 2, None, None),
         (3, 5, 16, 3, 4, None),
         (1, 7, 3, 2, None, None),

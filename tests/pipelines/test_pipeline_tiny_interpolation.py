@@ -138,7 +138,11 @@ def test_inversion_reconstructs_images(make_unet, quiet, scheduler, prediction_t
 
 @pytest.mark.parametrize(
     ("name", "clip_sample", "count"),
-    [("digits-8", True, 2), ("digits-8", False, 2), pytest.param("mnist-32", False, 1, marks=pytest.mark.slow)],
+    [
+        ("digits-8", True, 2),
+        pytest.param("digits-8", False, 2, marks=pytest.mark.exhaustive),
+        pytest.param("mnist-32", False, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_inversion_finds_the_latents_of_a_trained_models_samples(quiet, name, clip_sample, count):
     pipe = quiet(TinyInterpolationPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / name))

@@ -37,7 +37,10 @@ def seeded(*seeds):
 # --------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize(("channels", "size", "levels", "batch"), [(1, 8, 256, 1), (3, 5, 256, 3), (3, 2, 2, 4)])
+@pytest.mark.parametrize(
+    ("channels", "size", "levels", "batch"),
+    [pytest.param(1, 8, 256, 1, marks=pytest.mark.exhaustive), (3, 5, 256, 3), (3, 2, 2, 4)],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_and_naive_sampling_give_the_same_images(make_pipe, variant, channels, size, levels, batch):
     pipe = make_pipe(variant, channels, size, levels)

@@ -162,6 +162,7 @@ def test_a_search_that_ends_in_the_middle_resumes_and_equals_an_uninterrupted_on
     assert started.runs[5][1] == started.runs[6][1] == started.runs[7][1]
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_suggestions_changes_neither(started, recipe, tmp_path, monkeypatch):
     argv = ["search", recipe(), "--trials", "2", "--output_dir"]
     assert main([*argv, str(tmp_path / "whole")]) == 0

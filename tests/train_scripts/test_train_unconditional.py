@@ -214,7 +214,10 @@ def test_flags_that_a_stock_network_does_not_know_are_refused(check_mistake, tmp
 
 @pytest.mark.parametrize(
     ("prediction_type", "pipeline", "scheduler"),
-    [("flow", "DDPMPipeline", TinyFlowMatchScheduler), ("edm", "ConsistencyModelPipeline", TinyEDMScheduler)],
+    [
+        ("flow", "DDPMPipeline", TinyFlowMatchScheduler),
+        pytest.param("edm", "ConsistencyModelPipeline", TinyEDMScheduler, marks=pytest.mark.slow),
+    ],
 )
 def test_flow_and_edm_train_a_stock_network_that_stock_diffusers_loads(
     train, tmp_path, capsys, prediction_type, pipeline, scheduler
@@ -516,6 +519,7 @@ def test_as_a_process(tmp_path):
     assert result.returncode == 2 and "--seed" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_of_few_images_ten_grids_are_drawn_and_not_one_every_ten_epochs(train, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 1e-6).__next__)  # costly grids would be fewer
     few = ("--max_train_samples", "4", "--validation_split", "0", "--checkpointing_steps", "100")
