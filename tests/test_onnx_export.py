@@ -84,11 +84,11 @@ slow = pytest.mark.slow
     [
         pytest.param(diffusion, marks=slow),
         pytest.param(conditions, marks=slow),
-        pytest.param(transformer, marks=slow),
+        pytest.param(transformer, marks=pytest.mark.exhaustive),
         pytest.param(vae, marks=slow),
         pytest.param(dcgan, marks=slow),
-        pytest.param(pixelcnn("gated"), marks=pytest.mark.exhaustive),
-        pytest.param(pixelcnn("plusplus"), marks=slow),
+        pytest.param(pixelcnn("gated"), marks=slow),
+        pytest.param(pixelcnn("plusplus"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):
@@ -130,4 +130,4 @@ def test_the_command_lays_the_network_and_the_scheduler(tiny_unet, tmp_path, cap
     files = {path.relative_to(tmp_path / "onnx").as_posix() for path in (tmp_path / "onnx").rglob("*.*")}
     assert files == {"generator/model.onnx", "generator/config.json"}
     assert cli.main(["export", f"{tmp_path}/model", f"{tmp_path}/onnx", "--format", "onnx", "--dtype", "float16"]) == 2
-    assert "--format onnx is float32" in capsys.readouterr().err
+    assert "--format onnx is one network in float32, without code: leave out --dtype" in capsys.readouterr().err

@@ -79,6 +79,7 @@ def test_a_cell_that_diverges_is_a_row_that_says_so(uninterrupted):
     assert "diverging, seed 0, **failed**" in (uninterrupted / "study" / "README.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_killed_again_and_again_it_ends_as_if_left_alone(uninterrupted, tmp_path):
     """SIGKILL once a run trains, SIGTERM once the next one does, SIGKILL once one is measured."""
     moments = [
