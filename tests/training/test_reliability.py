@@ -497,9 +497,8 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     _assert_equal(two_processes / "train_unconditional", folder)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.skipif(
     not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"), reason="accelerate is too old for FSDP 2"
 )
