@@ -200,8 +200,8 @@ class TinyContinuousMixin:
         Takes one step to the next lower noise level: Euler's or, with `solver="heun"`, one of the two evaluations of
         Heun's (https://huggingface.co/papers/2206.00364, algorithm 1).
 
-        With `stochastic_sampling`, all of the predicted noise is replaced, whatever eta is. With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
-        + r z. From a level s to s', with ratio = (s' a) / (s a'), r^2 = eta^2 (1 - ratio^2), as DDIM's
+        With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
+        + r z; with `stochastic_sampling` all of it is, whatever eta is. From a level s to s', with ratio = (s' a) / (s a'), r^2 = eta^2 (1 - ratio^2), as DDIM's
         (https://huggingface.co/papers/2010.02502, equation 16); eta = 1 is the reverse process of DDPM, and above it r^2
         = 1 - ratio^(2 eta^2). With any eta the marginals stay right in the limit of many steps, as the share goes to 0
         with the step, and fresh noise corrects the network's errors.

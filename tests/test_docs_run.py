@@ -2,7 +2,8 @@
 Runs the code blocks of the README and the docs, page by page and from the first block to the last, at a tiny size: `-m docs`.
 
 Bash itself reads a block, with programs in its path that only note how they were called. What was noted is then run in this
-process, in a folder in which everything exists that the page doesn't make itself (`GIVEN`), and shortened by flags (`SHORTER`); sampling takes eight steps at most.
+process, in a folder in which everything exists that the page doesn't make itself (`GIVEN`), and shortened by flags
+(`SHORTER`); sampling takes eight steps at most.
 A block under a comment `<!-- not run: why -->`, and the scripts in tests/benchmarks, are read by their parsers alone.
 """
 
@@ -199,12 +200,12 @@ def parse_benchmark(file: Path, argv: list[str]) -> None:
     """Lets the parser of a script read its arguments: all of them take minutes."""
     parse = argparse.ArgumentParser.parse_known_args
 
-    def read_all(parser):
-        assert parse(parser)[1] == []
+    def read_all(parser, args=None, namespace=None):
+        assert parse(parser, args, namespace)[1] == []
         raise ParsedError
 
-    def read_known(parser):  # a training script takes the rest
-        parse(parser)
+    def read_known(parser, args=None, namespace=None):  # a training script takes the rest
+        parse(parser, args, namespace)
         raise ParsedError
 
     with (
