@@ -250,6 +250,14 @@ def test_reconstructions_are_by_the_conditions_of_the_images(tmp_path, capsys, m
     assert "draws by conditions: give" in error_line(capsys, "plot", "reconstructions", tmp_path, *flags)
 
 
+def test_values_far_outside_the_range_warn_in_one_line(make_pipe, tmp_path, capsys):
+    make_pipe().save_pretrained(tmp_path / "model")
+    flags = ("--condition", "age=500", "--condition", "hat=1", "--num_images", "1")
+    assert run("sample", tmp_path / "model", *flags, **FAST, output=f"{tmp_path}/s.png") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "far outside" in line]
+    assert lines == ["warning: age 500 is far outside the values of the training images, 20 to 60."]
+
+
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 

@@ -110,6 +110,13 @@ def test_what_a_column_holds_decides_what_it_is(values, names, expected):
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
 
 
+@pytest.mark.parametrize("values", [[20240101, 20240102, 20240103], [1e39, 1e39]])
+def test_numbers_that_float32_cannot_hold_are_refused(values):
+    with pytest.raises(UserError, match="condition 'c' of 'data' has numbers that float32 rounds by more than"):
+        parse_conditions({"c": values}, "data")
+    parse_conditions({"c": [0.1, 0.3, 0.1 + 0.2]}, "data")  # equal but for the last digit
+
+
 def test_the_labels_of_a_hub_dataset_are_the_same_in_each_split_and_minus_one_is_none(load, tmp_path):
     names = ["cat", "dog", "frog"]
     features = datasets.Features(

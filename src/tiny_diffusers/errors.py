@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO
 
@@ -74,7 +75,8 @@ def exit_status(command: Callable[[], int | None], name: str) -> int:
         name (`str`): What the line begins with.
     """
     try:
-        return command() or 0
+        with _warnings_in_one_line():
+            return command() or 0
     except UserError as error:
         reason = " ".join(str(error).split())
     except OSError as error:
@@ -84,6 +86,24 @@ def exit_status(command: Callable[[], int | None], name: str) -> int:
         return 128 + signal.SIGINT
     say(f"{name}: {reason}", sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Prints `UserWarning`s that travelling files raise as those of the loggers; Python prints the others."""
+    package, show_as_python = os.path.dirname(__file__), warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, UserWarning) and (
+            filename.startswith(package) or category.__module__.startswith(f"{__package__}.")
+        ):
+            logger.warning(" ".join(str(message).split()))
+        else:
+            show_as_python(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -113,9 +113,12 @@ def samples_strips(
     takes_conditions = [getattr(pipe, "_condition_statistics", None) is not None for pipe in pipes]
     if args.condition is not None and not any(takes_conditions):
         raise UserError("--condition means nothing to any of these checkpoints: leave it out.")
+    each_args = _each_checkpoint(args)
+    for own, names in zip(each_args, known, strict=True):
+        own.guidance_scale = args.guidance_scale if "guidance_scale" in names else None  # 0 draws without conditions
     conditions = [
         condition_options(pipe.__call__, pipe, own, 1).get("conditions") if takes_some else None
-        for own, pipe, takes_some in zip(_each_checkpoint(args), pipes, takes_conditions, strict=True)
+        for own, pipe, takes_some in zip(each_args, pipes, takes_conditions, strict=True)
     ]
     sizes = ["x".join(map(str, pipe._image_shape[1:])) for pipe in pipes]
     for checkpoint, size in zip(args.checkpoints, sizes, strict=True):

@@ -126,5 +126,10 @@ def own_options(pipe: "DiffusionPipeline", data: "ImageData") -> dict:
         labels = data.labels.tolist()
         options["class_labels"] = [data.id2label[label] for label in labels] if pipe.config.id2label else labels
     if statistics is not None:
+        missing = [name for name in statistics.names if name not in (data.condition_names or [])]
+        if missing:
+            raise UserError(
+                f"The model takes conditions, and '{data.name}' has no {', '.join(missing)}: give --image and --condition."
+            )
         options["conditions"] = with_conditions(data, statistics.names).conditions
     return options

@@ -15,6 +15,7 @@ from ..errors import UserError
 
 
 _MAX_CONDITIONS = 4096
+_MAX_ROUNDING = 1e-3  # by float32, of a standard deviation
 _BOOLS = {"true": 1.0, "false": 0.0}  # as pandas writes them to a .csv
 
 
@@ -48,8 +49,8 @@ def parse_conditions(
         `tuple[np.ndarray, list[str]]`: float32 values (N, D), NaN where they are missing, and the D names.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If a column holds text, nothing, or infinite numbers, or if two conditions
-            have one name.
+        [`~tiny_diffusers.errors.UserError`]: If a column holds text, nothing, infinite numbers or numbers that
+            float32 rounds by much, or if two conditions have one name.
     """
     conditions: dict[str, np.ndarray] = {}
     for column, values in columns.items():
@@ -61,7 +62,16 @@ def parse_conditions(
         raise UserError(
             f"condition_columns of '{name}' make {len(conditions):,} conditions: at most {_MAX_CONDITIONS:,} are possible."
         )
-    return np.stack(list(conditions.values()), axis=1).astype(np.float32), list(conditions)
+    with np.errstate(over="ignore"):
+        rounded = {each: numbers.astype(np.float32) for each, numbers in conditions.items()}
+    for each, numbers in conditions.items():
+        rounding, deviation = np.nanmax(np.abs(rounded[each] - numbers)), np.nanstd(numbers)
+        if math.isinf(rounding) or (deviation > 0 and rounding > _MAX_ROUNDING * deviation):
+            raise UserError(
+                f"condition '{each}' of '{name}' has numbers that float32 rounds by more than a thousandth of their standard "
+                f"deviation, such as {numbers[np.nanargmax(np.abs(numbers))]:.17g}: subtract a constant, or scale them."
+            )
+    return np.stack(list(rounded.values()), axis=1), list(conditions)
 
 
 def _parse_column(

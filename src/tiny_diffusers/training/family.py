@@ -266,9 +266,14 @@ def check_conditions(
             f"{list(data.id2label.values())[:5]}: give the same --classes."
         )
     if config.num_conditions != num_conditions:
+        remedy = (
+            "give --condition_columns as it was given there"
+            if config.num_conditions
+            else "leave --condition_columns out"
+        )
         raise UserError(
             f"--pretrained_model_name_or_path: it has {config.num_conditions or 'no'} conditions, but the arguments ask for "
-            f"{num_conditions or 'none'}: give --condition_columns as it was given there, or train a new network."
+            f"{num_conditions or 'none'}: {remedy}, or train a new network."
         )
 
 
