@@ -653,7 +653,7 @@ class TinyPipeline(DiffusionPipeline):
                 return self._predict(sample, timestep, *condition)
             if guide is not None:
                 strong = self._predict(sample, timestep, *condition)
-                weak = self._predict(sample, timestep, *condition, network=guide)
+                weak = self._predict(sample.to(guide.dtype), timestep, *condition, network=guide)
             elif w == 0:
                 return self._predict(sample, timestep, *null)
             else:
@@ -673,11 +673,10 @@ class TinyPipeline(DiffusionPipeline):
         conditions: torch.Tensor | None = None,
         network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        """Runs a network, `unet` by default, in its dtype. The prediction is in float32 at least."""
+        """Runs a network, `unet` by default, on a sample in its dtype. The prediction is in float32 at least."""
         given = {"class_labels": labels, "conditions": conditions}
         condition = {name: values for name, values in given.items() if values is not None}
-        network = self.unet if network is None else network
-        model_output = network(x_t.to(network.dtype), timestep, **condition).sample
+        model_output = (self.unet if network is None else network)(x_t, timestep, **condition).sample
         return model_output.to(torch.promote_types(model_output.dtype, torch.float32))
 
     @staticmethod
