@@ -79,14 +79,25 @@ def set_steps(panel):
 
 
 def run(panel, button, number_of_images=None):
+    from playwright.sync_api import expect
+
     set_steps(panel)
     if number_of_images is not None:
         panel.get_by_label(re.compile("number input for Number of images")).fill(str(number_of_images))
-    panel.get_by_role("button", name=button, exact=True).click()
     picture = panel.locator(".picture img")
+    earlier = picture.get_attribute("src") if picture.count() else None
+    panel.get_by_role("button", name=button, exact=True).click()
     picture.wait_for()
     panel.locator(".block.status", has_text=re.compile("loading|step|row")).wait_for(state="detached")
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+    if earlier is not None:
+        expect(picture).not_to_have_attribute("src", earlier, timeout=60_000)
+    expect(picture).not_to_have_js_property("naturalWidth", 0, timeout=60_000)
+
+
+def stop(panel):
+    with panel.page.expect_response(lambda response: response.url.endswith("/reset")):  # the last that Stop asks for
+        panel.get_by_role("button", name="Stop").click()
+    panel.locator(".status", has_text="Stopped.").first.wait_for()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,6 +116,16 @@ def test_each_tab_does_its_work(served, open_page, family):
         run(panel, "Edit")
     if views_of(model):
         run(panel_of(page, "Look inside"), "Show")
+
+
+def test_another_model_opens_the_first_tab_only_where_it_lacks_the_open_one(open_page):
+    page = open_page("conditional")
+    for tab, model, expected in (("About", "vae", "About"), ("Walk", "pixelcnn", "Generate")):
+        page.get_by_role("tab", name=tab, exact=True).click()
+        page.get_by_label("Model", exact=True).first.click()
+        with page.expect_response(lambda response: response.url.endswith("/run/predict")):
+            page.get_by_role("option").filter(has_text=f"{model} (").first.click()
+        page.get_by_role("tab", name=expected, exact=True, selected=True).wait_for()
 
 
 def test_models_are_compared(open_page):
@@ -130,8 +151,7 @@ def test_a_request_is_stopped(open_page):
         panel.get_by_label(re.compile(f"number input for {label}")).fill(value)
     panel.get_by_role("button", name="Generate", exact=True).click()
     panel.get_by_text("Drawing: step").wait_for()
-    panel.get_by_role("button", name="Stop").click()
-    panel.locator(".status", has_text="Stopped.").first.wait_for()
+    stop(panel)
     run(panel, "Generate", number_of_images=2)
 
 
@@ -143,10 +163,8 @@ def test_a_request_that_waits_is_taken_out_of_the_queue(open_page):
     first.get_by_text("Drawing: step").wait_for()
     second.get_by_role("button", name="Generate", exact=True).click()
     second.get_by_text(re.compile("queue")).first.wait_for()
-    second.get_by_role("button", name="Stop").click()
-    second.locator(".status", has_text="Stopped.").first.wait_for()
-    first.get_by_role("button", name="Stop").click()
-    first.locator(".status", has_text="Stopped.").first.wait_for()
+    stop(second)
+    stop(first)
     run(first, "Generate", number_of_images=2)
     assert second.locator(".picture img").count() == 0
 

@@ -60,20 +60,25 @@ def build(store: ModelStore) -> gr.Blocks:
             with gr.Tab("About"):
                 AboutTab(store, chosen, page)
         tabs = [generate, walk, edit, look]
+        not_of_every_model = [walk_tab, edit_tab, look_tab]
+        opened = gr.Textbox(visible=False)  # name of the open tab, which the page itself notes
+        for tab in all_tabs.children:
+            tab.select(None, None, opened, js=f"() => {tab.label!r}", show_progress="hidden", api_name=False)
 
         @answers
-        def choose(index: int) -> list:
+        def choose(index: int, opened: str) -> list:
             model = store.model(index)
             visible = shown_tabs(model, store.dataset_name)
-            selected = gr.update(selected=GENERATE) if "hidden" in visible else gr.skip()  # the open tab may be hidden
+            hidden = [tab.label for tab, each in zip(not_of_every_model, visible, strict=True) if each == "hidden"]
+            selected = gr.update(selected=GENERATE) if opened in hidden else gr.skip()
             updates = [gr.update(visible=each) for each in visible]
             return [selected, *updates, *(gr.update(**changes) for tab in tabs for changes in tab.settings(model))]
 
         controls = [control for tab in tabs for control in tab.controls]
         chosen.change(
             choose,
-            chosen,
-            [all_tabs, walk_tab, edit_tab, look_tab, *controls],
+            [chosen, opened],
+            [all_tabs, *not_of_every_model, *controls],
             queue=False,
             api_name=False,
             show_progress="hidden",
