@@ -188,7 +188,8 @@ class EditingMixin:
             alpha_prods = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
             signals, levels = alpha_prods.sqrt().tolist(), (1 - alpha_prods).sqrt().tolist()
             return [*signals, 1.0], [*levels, 0.0]
-        if getattr(scheduler, "_has_continuous_timesteps", False) and scheduler.order == 1:  # this package's
+        is_own = getattr(scheduler, "_has_continuous_timesteps", False)
+        if is_own and scheduler.config.solver == "euler":
             levels = scheduler.sigmas.double()
             return [float(scheduler._signal(level)) for level in levels], levels.tolist()
         options = ', solver="euler"' if self._objective != "betas" else ""

@@ -107,7 +107,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
                 The number of steps from pure noise, of which `strength` are run, and as many for the inversion.
             eta (`float`, *optional*):
                 The fresh noise in each step: η of DDIM, in [0, 1], or of flow and EDM, at least 0. Defaults to 1, and to
-                0 with `inversion` or a second-order solver. Other schedulers ignore it.
+                0 with `inversion` or `heun`. Other schedulers ignore it.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).

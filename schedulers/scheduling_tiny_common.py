@@ -31,7 +31,7 @@ CHOICES = {
     "loss_type": ("l2", "l1", "huber", "pseudo_huber", "vlb"),
     "huber_schedule": ("constant", "exponential", "snr"),
     "timestep_distribution": ("uniform", "logit_normal", "mixed"),
-    "solver": ("euler", "heun"),
+    "solver": ("euler", "multistep", "heun"),
 }
 TERMINAL_SIGNAL = 2.0**-12  # sqrt of the last alpha_cumprod, at a terminal SNR of 0
 # The arguments that determine the betas if `trained_betas` is not given.

@@ -185,7 +185,7 @@ class TinyContinuousMixin:
         repeats = torch.full((len(values),), self.order)
         repeats[0] = 1
         self.timesteps = self._step_timesteps.repeat_interleave(repeats).to(device)
-        self._start = None
+        self._start, self._last = None, (None, None)
 
     def step(
         self,
@@ -201,10 +201,14 @@ class TinyContinuousMixin:
         Heun's (https://huggingface.co/papers/2206.00364, algorithm 1).
 
         With eta above 0, a share r^2 of the predicted noise is then replaced by fresh noise, eps' = sqrt(1 - r^2) eps
-        + r z; with `stochastic_sampling` all of it is, whatever eta is. From a level s to s', with ratio = (s' a) / (s a'), r^2 = eta^2 (1 - ratio^2), as DDIM's
-        (https://huggingface.co/papers/2010.02502, equation 16); eta = 1 is the reverse process of DDPM, and above it r^2
-        = 1 - ratio^(2 eta^2). With any eta the marginals stay right in the limit of many steps, as the share goes to 0
-        with the step, and fresh noise corrects the network's errors.
+        + r z; with `stochastic_sampling` all of it is, whatever eta is. From a level s to s', with ratio = (s' a) / (s
+        a'), r^2 = eta^2 (1 - ratio^2), as DDIM's (https://huggingface.co/papers/2010.02502, equation 16); eta = 1 is
+        the reverse process of DDPM, and above it r^2 = 1 - ratio^(2 eta^2). With any eta the marginals stay right in the
+        limit of many steps, as the share goes to 0 with the step, and fresh noise corrects the network's errors.
+
+        With `solver="multistep"`, x_0 is first extrapolated to the middle of the step from the last two predictions, as a
+        function of log(a / s). This is DPM-Solver++(2M) with eta = 0, and SDE-DPM-Solver++(2M) with eta = 1
+        (https://huggingface.co/papers/2211.01095).
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The network's output.
@@ -238,6 +242,10 @@ class TinyContinuousMixin:
         if self._clips:
             x_0 = self._clip(x_0)
             velocity = (x - x_0) / level
+        target = x_0
+        if self.config.solver == "multistep":
+            target = self._extrapolate(x_0, index)
+            velocity = (x - target) / level
 
         if self._start is not None:  # Heun's second evaluation, at the end of its step
             x, first_velocity, first_level = self._start
@@ -253,7 +261,7 @@ class TinyContinuousMixin:
             share = eta**2 * (1 - ratio**2) if eta <= 1 else 1 - ratio ** (2 * eta**2)  # r^2
             share = 1.0 if is_all_fresh else share
             kept = (1 - share) ** 0.5
-            epsilon = (prev_sample - self._signal(next_level) * x_0) / next_level
+            epsilon = (prev_sample - self._signal(next_level) * target) / next_level
             fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
             prev_sample = prev_sample + next_level * ((kept - 1) * epsilon + share**0.5 * fresh)
 
@@ -261,6 +269,18 @@ class TinyContinuousMixin:
         if not return_dict:
             return prev_sample, x_0
         return TinyStepOutput(prev_sample=prev_sample, pred_original_sample=x_0)
+
+    def _extrapolate(self, x_0: torch.Tensor, index: int) -> torch.Tensor:
+        """
+        Extrapolates x_0 to the middle of a step, on a line through it and that of the step before: both are functions of
+        log(a / s). Without a step before, at pure noise, and in the last step, which ends at the image, x_0 is returned.
+        """
+        (last_index, last_x_0), self._last = self._last, (index, x_0)
+        levels = self.sigmas[max(index - 1, 0) : index + 2].tolist()
+        if last_index != index - 1 or levels[-1] == 0 or self._signal(levels[0]) == 0:
+            return x_0
+        before, now, after = (math.log(self._signal(level) / level) for level in levels)
+        return x_0 + (after - now) / (2 * (now - before)) * (x_0 - last_x_0)
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         """Returns the index of a timestep among the steps."""

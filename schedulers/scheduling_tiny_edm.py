@@ -37,7 +37,9 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
         rho (`float`, defaults to `7.0`): The exponent of `karras`.
         p_mean (`float`, defaults to `-1.2`): The mean of ln(sigma) in training.
         p_std (`float`, defaults to `1.2`): The standard deviation of ln(sigma) in training, above 0.
-        solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
+        solver (`str`, defaults to `"euler"`):
+            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++), for few steps; or `heun`, of
+            second order, with two evaluations per step but the last.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0.
         clip_sample_range (`float`, defaults to `1.0`): The magnitude at which x_0 is clipped.
         thresholding (`bool`, defaults to `False`):
@@ -62,7 +64,7 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
         *,
         p_mean: float = -1.2,
         p_std: float = 1.2,
-        solver: Literal["euler", "heun"] = "euler",
+        solver: Literal["euler", "multistep", "heun"] = "euler",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,

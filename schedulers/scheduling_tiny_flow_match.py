@@ -39,7 +39,9 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             and uniform for 30 %.
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
-        solver (`str`, defaults to `"euler"`): `euler`, or `heun` with two evaluations per step but the last.
+        solver (`str`, defaults to `"euler"`):
+            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++), for few steps; or `heun`, of
+            second order, with two evaluations per step but the last.
         stochastic_sampling (`bool`, defaults to `False`):
             Whether each step draws all of the noise anew, as consistency models are sampled
             (https://huggingface.co/papers/2303.01469, algorithm 1), whatever `eta` is.
@@ -63,7 +65,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         timestep_distribution: Literal["uniform", "logit_normal", "mixed"] = "mixed",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
-        solver: Literal["euler", "heun"] = "euler",
+        solver: Literal["euler", "multistep", "heun"] = "euler",
         stochastic_sampling: bool = False,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
@@ -78,8 +80,10 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         super().__init__(num_train_timesteps=num_train_timesteps, shift=shift, stochastic_sampling=stochastic_sampling)
         self._check_choices("timestep_distribution", "solver")
         self._check_clipping()
-        if stochastic_sampling and solver == "heun":
-            raise ValueError("A consistency model (`stochastic_sampling`) is sampled by `solver='euler'`, got 'heun'.")
+        if stochastic_sampling and solver != "euler":
+            raise ValueError(
+                f"A consistency model (`stochastic_sampling`) is sampled by `solver='euler'`, got {solver!r}."
+            )
         if not logit_std > 0:
             raise ValueError(f"logit_std must be above 0, got {logit_std}.")
         # no argument may be listed as a default, or the config of another class would not get it in the same process

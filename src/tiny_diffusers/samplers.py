@@ -33,21 +33,25 @@ SCHEDULERS = {
     "flow": {
         "euler": ("TinyFlowMatchScheduler", {"solver": "euler"}),
         "heun": ("TinyFlowMatchScheduler", {"solver": "heun"}),
+        "multistep": ("TinyFlowMatchScheduler", {"solver": "multistep"}),
         **{name: BETA_SCHEDULERS[name] for name in ("deis", "dpm", "dpm_single", "sa", "sde_dpm", "unipc")},
     },
     "edm": {
         "dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
         "euler": ("TinyEDMScheduler", {"solver": "euler"}),
         "heun": ("TinyEDMScheduler", {"solver": "heun"}),
+        "multistep": ("TinyEDMScheduler", {"solver": "multistep"}),
         "sde_dpm": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     },
 }
 
+SCHEDULER_NAMES = sorted({name for schedulers in SCHEDULERS.values() for name in schedulers})
+
 
 def check_scheduler_name(name: str) -> None:
     """Checks that a name is one of those above; before anything is loaded."""
-    if name not in BETA_SCHEDULERS:
-        raise unknown("--scheduler", name, BETA_SCHEDULERS)
+    if name not in SCHEDULER_NAMES:
+        raise unknown("--scheduler", name, SCHEDULER_NAMES)
 
 
 def use_scheduler(pipe: "DiffusionPipeline", name: str, checkpoint: str) -> None:

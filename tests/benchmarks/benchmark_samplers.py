@@ -32,8 +32,9 @@ SOLVERS = ("dpm", "sde_dpm", "unipc", "heun")
 def samplers(pipe: TinyPipeline) -> dict[str, tuple[str | None, dict, dict]]:
     """Lists the samplers: name -> a solver of `--scheduler`, options of its config, options of the call."""
     if objective_of(pipe.scheduler) != "betas":
-        euler = {f"Euler, eta {eta:g}": (None, {}, {"eta": eta}) for eta in (0.0, 0.5, 1.0, 1.5, 2.0)}
-        return euler | {name: (name, {}, {}) for name in ("heun", "dpm")}
+        etas = {"euler": (0.0, 0.5, 1.0, 1.5, 2.0), "multistep": (0.5, 1.0, 1.5)}
+        own = {f"{name}, eta {eta:g}": (name, {}, {"eta": eta}) for name in etas for eta in etas[name]}
+        return own | {name: (name, {}, {}) for name in ("heun", "dpm", "sde_dpm")}
     combinations = itertools.product(("trailing", "linspace"), (0.0, 1.0), (True, False))
     found = {
         f"DDIM, {spacing}, eta {eta:g}, {'clipped' if clip else 'not clipped'}": (

@@ -431,9 +431,10 @@ def test_schedulers_that_the_method_is_not_defined_for_are_refused(make_unet, qu
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         with pytest.raises(ValueError, match="back and forth.*TinyDDIMScheduler"):
             pipe(**arguments_of(pipeline))
-        pipe = quiet(pipeline(make_unet(), TinyFlowMatchScheduler(solver="heun")))
-        with pytest.raises(ValueError, match='solver="euler"'):
-            pipe(**arguments_of(pipeline))
+        for solver in ("heun", "multistep"):
+            pipe = quiet(pipeline(make_unet(), TinyFlowMatchScheduler(solver=solver)))
+            with pytest.raises(ValueError, match='solver="euler"'):
+                pipe(**arguments_of(pipeline))
     for name in ("PNDM", "LMSDiscrete"):
         pipe = quiet(TinyImg2ImgPipeline(make_unet(), TinyDDIMScheduler()))
         pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)

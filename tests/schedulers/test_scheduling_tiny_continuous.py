@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from tiny_diffusers import TinyEDMScheduler, TinyFlowMatchScheduler
 
@@ -24,7 +25,7 @@ def sample(scheduler, network, num_images, steps, eta=0.0, shape=(1, 1, 2)):
 
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-@pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("heun", 30)])
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("multistep", 60), ("heun", 30)])
 @pytest.mark.parametrize("eta", [0.0, 1.0, 1.5])
 def test_an_ideal_network_gives_mean_and_covariance_back(gaussian_flow, scheduler_class, solver, steps, eta):
     scheduler = scheduler_class(solver=solver)
@@ -35,16 +36,33 @@ def test_an_ideal_network_gives_mean_and_covariance_back(gaussian_flow, schedule
 
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_heun_is_of_second_order_and_euler_of_first(gaussian_flow, scheduler_class):
+def test_heun_is_of_second_order_and_euler_of_first_and_multistep_better(gaussian_flow, scheduler_class):
     errors = {}
-    for solver, counts in {"euler": (40, 80), "heun": (20, 40)}.items():
+    for solver, counts in {"euler": (40, 80), "multistep": (40, 80), "heun": (20, 40)}.items():
         scheduler = scheduler_class(solver=solver)
         network = gaussian_flow(scheduler, MEAN, COV)
         fine = sample(scheduler_class(solver="heun"), network, 100, 300)
         errors[solver] = [(sample(scheduler, network, 100, n) - fine).abs().mean() for n in counts]
-    assert errors["heun"][1] < errors["euler"][1]
     assert 1.7 < errors["euler"][0] / errors["euler"][1] < 2.3
     assert errors["heun"][0] / errors["heun"][1] > 3
+    assert errors["heun"][1] < errors["euler"][1]
+    for euler, multistep in zip(errors["euler"], errors["multistep"], strict=True):
+        assert multistep < 0.7 * euler
+
+
+@pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
+def test_multistep_is_diffusers_dpm_solver(gaussian_flow, eta, algorithm):
+    scheduler = TinyFlowMatchScheduler(solver="multistep")
+    network = gaussian_flow(scheduler, MEAN, COV)
+    found = sample(scheduler, network, 50, 8, eta)
+    stock = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type=algorithm)
+    stock.set_timesteps(8)
+    stock.sigmas, stock.timesteps = scheduler.sigmas, scheduler.timesteps  # its own begin at 0.999
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 1, 1, 2, generator=generator)
+    for t in stock.timesteps:
+        x = stock.step(network(x, t).sample, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(found, x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)

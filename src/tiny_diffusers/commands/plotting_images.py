@@ -307,7 +307,7 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
     from ..plots import Strip
 
     if not type(pipe.scheduler).__name__.startswith("Tiny"):  # others have x_t in a scale of their own
-        fitting = "ddim or ddpm" if objective_of(pipe.scheduler) == "betas" else "euler or heun"
+        fitting = "ddim or ddpm" if objective_of(pipe.scheduler) == "betas" else "euler, multistep or heun"
         raise UserError(f"--scheduler {args.scheduler} can't start from a real image here: give {fitting}.")
     total = pipe.scheduler.config.num_train_timesteps
     if num_steps > total:

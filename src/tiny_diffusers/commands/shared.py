@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, first_line, refusals, say, unknown
-from ..samplers import BETA_SCHEDULERS, SCHEDULERS, check_scheduler_name, use_scheduler
+from ..samplers import SCHEDULER_NAMES, SCHEDULERS, check_scheduler_name, use_scheduler
 
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
-        help=f"one of {', '.join(BETA_SCHEDULERS)} (default: the one saved with the checkpoint); of them, for "
+        help=f"one of {', '.join(SCHEDULER_NAMES)} (default: the one saved with the checkpoint); of them, for "
         f"rectified flow {', '.join(SCHEDULERS['flow'])}, and for EDM {', '.join(SCHEDULERS['edm'])}",
     )
     parser.add_argument(
