@@ -411,23 +411,39 @@ def _pigdm_step(
 ) -> torch.Tensor:
     """
     Replaces x_0 by its mean under the observation, with x_0 given x_t supposed to be normal, of a variance r^2 that is the
-    same for all values: x_0 + (s^2 / a) (dx_0 / dx_t)^T A^T (r^2 A A^T + noise_std^2)^-1 (y - A x_0).
+    same for all values: x_0 + (s^2 / a) (dx_0 / dx_t)^T A^T (r^2 A A^T + noise_std^2)^-1 (y - A x_0), which is shortened
+    where it leads beyond the observation.
     """
     with torch.enable_grad():
         latents = latents.detach().requires_grad_()
         x_0 = predict_x_0(latents)
     variance = _DATA_VARIANCE * step.level**2 / (_DATA_VARIANCE * step.signal**2 + step.level**2)  # r^2
-    pull = observation.missing(x_0.detach()) / (variance + observation.deviation**2)
+    missing = observation.missing(x_0.detach())
+    pull = missing / (variance + observation.deviation**2)
     (gradient,) = torch.autograd.grad(x_0, latents, observation.operator.from_coordinates(pull))
     latents, x_0 = latents.detach(), x_0.detach()
     if step.signal > _MIN_SIGNAL:  # else x_t has nothing of the image
-        x_0 = x_0 + step.level**2 / step.signal * gradient
+        correction = step.level**2 / step.signal * gradient
+        x_0 = x_0 + _step_length(correction, pull, observation, missing) * correction
     if step.next_level == 0:
         if not observation.is_noisy:  # a last projection
             x_0 = x_0 + observation.operator.from_coordinates(observation.missing(x_0))
         return x_0
     noise = step.mix((latents - step.signal * x_0) / step.level, fresh)
     return step.next_signal * x_0 + step.next_level * noise
+
+
+def _step_length(
+    correction: torch.Tensor, pull: torch.Tensor, observation: _Observation, missing: torch.Tensor
+) -> torch.Tensor:
+    """
+    Returns the share of each image's correction, (B, 1, 1, 1), that leads as far as the observation and no farther: the
+    first step of conjugate gradients (https://huggingface.co/papers/2405.13712), at most 1. What is observed, such as
+    the mean of many pixels, can vary by far more than r^2.
+    """
+    reached = observation.operator.coordinates(correction) + observation.deviation**2 * pull
+    asked, reached = ((pull * part).flatten(1).sum(dim=1) for part in (missing, reached))
+    return (asked / reached).nan_to_num(0.0).clamp(0, 1)[:, None, None, None]
 
 
 # `custom_pipeline=` expects exactly one pipeline class in a file.

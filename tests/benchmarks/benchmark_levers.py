@@ -71,6 +71,7 @@ def measure(
         drawn = images.sample(
             pipe,
             pipe._image_shape,
+            np.uint8,
             folder / f"samples-{args.num_images}-{steps}-{eta:g}.npy",
             num_images=args.num_images,
             seed=0,

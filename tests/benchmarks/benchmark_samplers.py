@@ -55,6 +55,7 @@ def draw(pipe: TinyPipeline, shape: tuple, args: argparse.Namespace, **options) 
             images.sample(
                 pipe,
                 shape,
+                np.uint8,
                 Path(folder, "images"),
                 num_images=args.num_images,
                 seed=args.seed,

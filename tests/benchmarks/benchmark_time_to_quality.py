@@ -1,220 +1,391 @@
 """
-Compares what ten minutes of training on a laptop give: this package's defaults and those of diffusers' own example.
+Compares what some minutes of training give: this package's bare command, and other packages as their READMEs use them.
 
-    python tests/benchmarks/benchmark_time_to_quality.py [--minutes 10] [--dataset_name ylecun/mnist]
+    python tests/benchmarks/benchmark_time_to_quality.py --dataset_name ylecun/mnist --resolution 32
+    python tests/benchmarks/benchmark_time_to_quality.py --minutes 1 3 10 --seeds 0 1 --contenders ours torchcfm
 
-Both train for the same time on the same images. The Frechet distance of 2,000 samples of each to 5,000 test images is
-measured with `efficientnet-lite0` features at 128 pixels, and that of 2,000 training images as the best possible one.
-Diffusers' defaults are those of its `train_unconditional.py` with `--use_ema`: `UNet2DModel` (with the widths, levels
-and attention of ours; its own would have 114 million parameters), float32, batches of 16, AdamW at 1e-4 after a
-warm-up of 500 steps, linear betas, epsilon, `EMAModel`. Its 1,000 DDPM steps would take hours here, so both are
-sampled with 50 DDIM steps.
+All train for the same time on the same images, from the first step on, in turns: all contenders with one seed, then with
+the next. Samples of each are measured against test images by one protocol, with `efficientnet-lite0` features.
 
-Writes `table.md`, `table.json`, `ours.png` and `stock.png` into `--output_dir`. Existing models and samples are used
-again; a folder that was made with other minutes, images or another seed is refused. Exits with 1 if the distance of
-ours is over 150, or over a third of stock's.
+| contender | its example | changed here |
+| --- | --- | --- |
+| `ours` | `tiny-diffusers train unconditional` | |
+| `diffusers` | `train_unconditional.py --use_ema` | the widths, levels and attention of ours (its own network has 114 million parameters), 50 DDIM steps in place of 1,000 of DDPM |
+| `denoising-diffusion-pytorch` | README, `Trainer` | float32, 50 DDIM steps in place of 250 |
+| `smalldiffusion-unet` | `examples/fashion_mnist_unet.py` | no flips |
+| `smalldiffusion-dit` | `examples/fashion_mnist_dit.py` | no flips |
+| `torchcfm` | `examples/images/mnist_example.ipynb` | `torchdiffeq` solves the ODE, by the same method and tolerances |
+
+What the others need beside this package: `pip install --no-deps denoising-diffusion-pytorch smalldiffusion torchcfm
+torchdiffeq torch-ema ema-pytorch POT einops`, in an environment of its own. Two of them import torchvision, of which
+nothing is used here: any module of that name with `transforms` and `utils` serves where it can't be installed.
+
+Writes `table.md`, `table.json` and `samples.png` (a row for each contender) into `--output_dir`. What was trained, drawn or
+measured there before is used again.
 """
 
 import argparse
+import importlib.util
 import json
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from accelerate import PartialState
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 from tqdm.auto import tqdm
 
-from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, plots
-from tiny_diffusers.data import ImageData, load_images, normalize
-from tiny_diffusers.evaluation import features, images, metrics
-from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
+from tiny_diffusers import TinyPipeline, plots, train_scripts
+from tiny_diffusers.data import ImageData, load_images
+from tiny_diffusers.evaluation import Protocol, Report, evaluate
+from tiny_diffusers.evaluation.images import to_uint8
+from tiny_diffusers.hardware import default_device, default_dtype, physical_cores, processor_name
 from tiny_diffusers.runs import read_log
-from tiny_diffusers.train_scripts import train_unconditional
 
 
-GRID_IMAGES = 100
-STOCK_BATCH, STOCK_EPOCHS, STOCK_WARMUP = 16, 100, 500
+DEVICE = default_device()
+BATCH = 100  # of samples
+ROW = 16  # samples of each contender in the picture
+# contender -> the packages that it needs
+PACKAGES = {
+    "ours": [],
+    "diffusers": [],
+    "denoising-diffusion-pytorch": ["denoising_diffusion_pytorch", "ema_pytorch"],
+    "smalldiffusion-unet": ["smalldiffusion", "torch_ema"],
+    "smalldiffusion-dit": ["smalldiffusion", "torch_ema"],
+    "torchcfm": ["torchcfm", "torchdiffeq"],
+}
 
 
-def other_run(output_dir: Path, asked: dict) -> str | None:
-    """Returns the settings of an existing run in `output_dir` that differ from those asked for, as flags, or None."""
-    config, run = output_dir / "ours" / "config.yaml", output_dir / "stock" / "run.json"
-    ours = yaml.safe_load(config.read_text()) if config.is_file() else {}
-    ours["minutes"] = ours.get("max_train_minutes")
-    stock = json.loads(run.read_text()).get("settings", {}) if run.is_file() else {}
-    for made in (ours, stock):
-        differing = [f"--{name} {made[name]}" for name in asked if made.get(name) not in (None, asked[name])]
-        if differing:
-            return " ".join(differing)
-    return None
+class Diffusers:
+    """Stock diffusers' example, with a network of the sizes in our network's config."""
 
+    batch_size = 16
 
-def train_ours(folder: Path, args: argparse.Namespace) -> None:
-    size = ["--resolution", str(args.resolution)] if args.resolution else []
-    minutes = ["--max_train_minutes", str(args.minutes), "--seed", str(args.seed)]
-    train_unconditional.main(["--dataset_name", args.dataset_name, *size, *minutes, "--output_dir", str(folder)])
+    def __init__(self, shape: tuple[int, int, int], num_images: int, ours: dict):
+        attention = ours["attention"]
+        if isinstance(attention, str):
+            attention = [attention] * len(ours["block_out_channels"])
+        attends = [kind != "none" for kind in attention]
+        self.network = UNet2DModel(
+            sample_size=shape[1:],
+            in_channels=shape[0],
+            out_channels=shape[0],
+            block_out_channels=ours["block_out_channels"],
+            layers_per_block=ours["layers_per_block"],
+            down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+            up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        ).to(DEVICE)
+        self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+        self.num_steps = 100 * num_images // self.batch_size  # of 100 epochs, of which the minutes reach a part
 
-
-def stock_unet(ours: dict) -> UNet2DModel:
-    """Builds stock diffusers' network with the sizes in our network's config."""
-    attention = ours["attention"]
-    if isinstance(attention, str):
-        attention = [attention] * len(ours["block_out_channels"])
-    attends = [kind != "none" for kind in attention]
-    return UNet2DModel(
-        sample_size=ours["sample_size"],
-        in_channels=ours["in_channels"],
-        out_channels=ours["in_channels"],
-        block_out_channels=ours["block_out_channels"],
-        layers_per_block=ours["layers_per_block"],
-        down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-    )
-
-
-def train_stock(folder: Path, data: ImageData, ours: dict, asked: dict, args: argparse.Namespace) -> None:
-    """Trains as diffusers' example does, until the minutes are over."""
-    device = default_device()
-    torch.manual_seed(args.seed)
-    unet = stock_unet(ours).to(device)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    steps = STOCK_EPOCHS * len(data) // STOCK_BATCH  # of which these minutes reach a part
-    learning_rate = get_scheduler("cosine", optimizer, num_warmup_steps=STOCK_WARMUP, num_training_steps=steps)
-
-    began, step = time.perf_counter(), 0
-    with tqdm(total=round(60 * args.minutes), unit="s", desc="stock") as bar:
-        while (seconds := time.perf_counter() - began) < 60 * args.minutes:
-            sample = normalize(data.images[torch.randint(len(data), (STOCK_BATCH,))].to(device))
-            noise = torch.randn_like(sample)
-            timesteps = torch.randint(0, 1000, (STOCK_BATCH,), device=device)
-            loss = F.mse_loss(unet(scheduler.add_noise(sample, noise, timesteps), timesteps).sample, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    def train(self, batches: Iterator[torch.Tensor]) -> Iterator[None]:
+        parameters = list(self.network.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        self.ema = EMAModel(parameters, decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        learning_rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=self.num_steps)
+        for images in batches:
+            noise = torch.randn_like(images)
+            timesteps = torch.randint(0, 1000, (len(images),), device=DEVICE)
+            noisy = self.scheduler.add_noise(2 * images - 1, noise, timesteps)
+            F.mse_loss(self.network(noisy, timesteps).sample, noise).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             learning_rate.step()
             optimizer.zero_grad()
-            ema.step(unet.parameters())
-            step += 1
-            bar.update(int(seconds) - bar.n)
+            self.ema.step(parameters)
+            yield
 
-    ema.copy_to(unet.parameters())
-    DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    (folder / "run.json").write_text(json.dumps({"steps": step, "global_batch": STOCK_BATCH, "settings": asked}))
+    def average(self) -> None:
+        self.ema.copy_to(self.network.parameters())
+
+    def sample(self, count: int) -> torch.Tensor:
+        pipe = DDIMPipeline(self.network, self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(batch_size=count, num_inference_steps=50, output_type="np").images
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def images_seen(folder: Path) -> int:
+class DenoisingDiffusion:
+    """denoising-diffusion-pytorch, by the loop of its `Trainer` without the reading of files."""
+
+    batch_size = 64  # two times 32: gradients are accumulated
+
+    def __init__(self, shape: tuple[int, int, int], num_images: int, ours: dict):
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+        unet = Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=shape[0], flash_attn=True)
+        self.network = GaussianDiffusion(unet, image_size=shape[1], timesteps=1000, sampling_timesteps=50).to(DEVICE)
+
+    def train(self, batches: Iterator[torch.Tensor]) -> Iterator[None]:
+        from ema_pytorch import EMA
+
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=8e-5, betas=(0.9, 0.99))
+        self.ema = EMA(self.network, beta=0.995, update_every=10)
+        for images in batches:
+            for part in images.chunk(2):
+                (self.network(part) / 2).backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.ema.update()
+            yield
+
+    def average(self) -> None:
+        self.network.load_state_dict(self.ema.ema_model.state_dict())
+
+    def sample(self, count: int) -> torch.Tensor:
+        return self.network.sample(batch_size=count)
+
+
+class SmallDiffusion:
+    """smalldiffusion's U-Net for Fashion-MNIST."""
+
+    batch_size, learning_rate, decay = 1024, 7e-4, 0.999
+
+    def __init__(self, shape: tuple[int, int, int], num_images: int, ours: dict):
+        from smalldiffusion import ScheduleLogLinear
+
+        self.schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
+        self.network = self.build(shape).to(DEVICE)
+
+    def build(self, shape: tuple[int, int, int]) -> nn.Module:
+        from smalldiffusion import Scaled, Unet
+
+        return Scaled(Unet)(shape[1], shape[0], shape[0], ch=64, ch_mult=(1, 1, 2), attn_resolutions=(shape[1] // 2,))
+
+    def train(self, batches: Iterator[torch.Tensor]) -> Iterator[None]:
+        from smalldiffusion import training_loop
+        from torch_ema import ExponentialMovingAverage
+
+        self.ema = ExponentialMovingAverage(self.network.parameters(), decay=self.decay)
+        scaled = (2 * images - 1 for images in batches)
+        steps = training_loop(Epoch(scaled), self.network, self.schedule, epochs=1, lr=self.learning_rate)
+        for step, _ in enumerate(steps):
+            if step:  # the loop yields in the middle of a step
+                self.ema.update()
+            yield
+
+    def average(self) -> None:
+        self.ema.copy_to(self.network.parameters())
+
+    def sample(self, count: int) -> torch.Tensor:
+        from smalldiffusion import samples
+
+        *_, x_0 = samples(self.network, self.schedule.sample_sigmas(20), gam=1.6, batchsize=count)
+        return (x_0 + 1) / 2
+
+
+class SmallDiffusionDiT(SmallDiffusion):
+    """smalldiffusion's transformer for Fashion-MNIST."""
+
+    learning_rate, decay = 1e-3, 0.99
+
+    def build(self, shape: tuple[int, int, int]) -> nn.Module:
+        from smalldiffusion import DiT, ScheduleDDPM
+
+        self.schedule = ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000)
+        return DiT(in_dim=shape[1], channels=shape[0], patch_size=2, depth=6, head_dim=32, num_heads=6, mlp_ratio=4.0)
+
+
+class Epoch(torch.utils.data.IterableDataset):
+    """Batches as an epoch without end, for a loop that wants a data loader."""
+
+    def __init__(self, batches: Iterator[torch.Tensor]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.batches
+
+
+class TorchCFM:
+    """torchcfm's optimal-transport flow for MNIST."""
+
+    batch_size = 128
+
+    def __init__(self, shape: tuple[int, int, int], num_images: int, ours: dict):
+        from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
+        from torchcfm.models.unet import UNetModel
+
+        self.shape = shape
+        self.network = UNetModel(dim=shape, num_channels=32, num_res_blocks=1).to(DEVICE)
+        self.matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)
+
+    def train(self, batches: Iterator[torch.Tensor]) -> Iterator[None]:
+        optimizer = torch.optim.Adam(self.network.parameters())
+        for images in batches:
+            x_1 = 2 * images - 1
+            t, x_t, u_t = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x_1), x_1)
+            (self.network(t, x_t) - u_t).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    def average(self) -> None:
+        """Does nothing: the example keeps no average."""
+
+    def sample(self, count: int) -> torch.Tensor:
+        from torchdiffeq import odeint
+
+        noise, times = torch.randn(count, *self.shape, device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
+        path = odeint(lambda t, x: self.network(t, x), noise, times, atol=1e-4, rtol=1e-4, method="dopri5")
+        return (path[-1] + 1) / 2
+
+
+PEERS = {
+    "diffusers": Diffusers,
+    "denoising-diffusion-pytorch": DenoisingDiffusion,
+    "smalldiffusion-unet": SmallDiffusion,
+    "smalldiffusion-dit": SmallDiffusionDiT,
+    "torchcfm": TorchCFM,
+}
+
+
+def batches_of(data: ImageData, size: int) -> Iterator[torch.Tensor]:
+    """Yields batches in [0, 1], without end."""
+    while True:
+        yield data.images[torch.randint(len(data), (size,))].to(DEVICE).float() / 255
+
+
+def train_ours(folder: Path, minutes: float, seed: int, args: argparse.Namespace) -> dict:
+    size = ["--resolution", str(args.resolution)] if args.resolution else []
+    command = [
+        *(sys.executable, str(Path(train_scripts.__file__).parent / "train_unconditional.py")),
+        *("--dataset_name", args.dataset_name, *size, "--seed", str(seed)),
+        *("--max_train_minutes", str(minutes), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"),
+    ]
+    subprocess.run(command, check=True)  # in its own process: none inherits another's memory or threads
     run = json.loads((folder / "run.json").read_text())
-    if "steps" not in run:
-        run["steps"] = int(read_log(folder / "train_log.jsonl")["loss"][0][-1])
-    return run["steps"] * run["global_batch"]
+    steps = int(read_log(folder / "train_log.jsonl")["loss"][0][-1])
+    return {"images_seen": steps * run["global_batch"], "parameters": sum(run["parameters"].values())}
 
 
-def draw(name: str, shape: tuple[int, int, int], args: argparse.Namespace) -> np.ndarray:
-    """Draws samples of a trained model, uint8 (N, C, H, W)."""
-    device = default_device()
-    pipe = TinyPipeline.from_pretrained(args.output_dir / name).to(device, default_dtype(device))
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.scheduler = TinyDDIMScheduler.from_config(pipe.scheduler.config)
-    return images.sample(
-        pipe,
-        shape,
-        args.output_dir / f"{name}.npy",
-        num_images=args.num_images,
-        seed=args.seed,
-        batch_size=100,
-        options={"num_inference_steps": args.num_inference_steps},
-        class_labels=None,
-        state=PartialState(),
+def train_peer(name: str, folder: Path, minutes: float, seed: int, data: ImageData) -> dict:
+    torch.manual_seed(seed)
+    config = folder.parents[1] / "ours" / folder.name / "unet" / "config.json"
+    peer = PEERS[name](tuple(data.images.shape[1:]), len(data), json.loads(config.read_text()))
+    steps, deadline = 0, time.perf_counter() + 60 * minutes
+    with tqdm(unit="step", desc=name) as bar:
+        for _ in peer.train(batches_of(data, peer.batch_size)):
+            steps += 1
+            bar.update()
+            if time.perf_counter() > deadline:
+                break
+    peer.average()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(peer.network.state_dict(), folder / "network.pt")
+    parameters = sum(parameter.numel() for parameter in peer.network.parameters())
+    return {"images_seen": steps * peer.batch_size, "parameters": parameters}
+
+
+@torch.no_grad()
+def draw_peer(name: str, folder: Path, seed: int, data: ImageData, num_images: int) -> np.ndarray:
+    """Draws uint8 images (N, C, H, W)."""
+    config = folder.parents[1] / "ours" / folder.name / "unet" / "config.json"
+    peer = PEERS[name](tuple(data.images.shape[1:]), len(data), json.loads(config.read_text()))
+    peer.network.load_state_dict(torch.load(folder / "network.pt", map_location=DEVICE, weights_only=True))
+    peer.network.eval()
+    torch.manual_seed(seed)
+    counts = [min(BATCH, num_images - start) for start in range(0, num_images, BATCH)]
+    drawn = [peer.sample(count).clamp(0, 1).cpu() for count in tqdm(counts, desc=f"samples of {name}")]
+    return (torch.cat(drawn) * 255).round().to(torch.uint8).numpy()
+
+
+def measure(name: str, folder: Path, seed: int, data: ImageData, test: ImageData, args: argparse.Namespace) -> Report:
+    sampling = {"num_inference_steps": args.num_inference_steps} if name == "ours" else {}
+    protocol = Protocol(
+        sampling=sampling, seed=seed, num_images=args.num_images, metrics=["frechet_distance", "kernel_distance"]
     )
+    if name != "ours":
+        drawn = draw_peer(name, folder, seed, data, args.num_images)
+        np.save(folder / "samples.npy", drawn[:ROW])
+        return evaluate(drawn, test, protocol, output_dir=folder, name=name)
+    pipe = TinyPipeline.from_pretrained(folder).to(DEVICE, default_dtype(DEVICE))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.to(memory_format=torch.channels_last)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(ROW)]
+    row = pipe(batch_size=ROW, generator=generators, num_inference_steps=args.num_inference_steps).images
+    np.save(folder / "samples.npy", to_uint8(row))
+    return evaluate(pipe, test, protocol, output_dir=folder, name=name)
 
 
-def extract(extractor: features.Extractor, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Extracts the features of uint8 images: (N, C, H, W) -> (N, D)."""
-    batches = torch.as_tensor(np.array(pixels)).split(100)
-    return torch.cat([extractor(batch) for batch in tqdm(batches, desc="features", delay=2)]).numpy()
+def spread(values: list[float]) -> str:
+    """Spells the mean of the seeds, and half their range."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", default="ylecun/mnist")
     parser.add_argument("--resolution", type=int, help="default: the images' own size")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--contenders", nargs="+", choices=PACKAGES, default=["ours", "diffusers"], metavar="NAME")
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--num_references", type=int, default=5000)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="of ours")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/time-to-quality"))
     args = parser.parse_args()
+    missing = {p for name in args.contenders for p in PACKAGES[name] if importlib.util.find_spec(p) is None}
+    if missing:
+        parser.error(f"not installed: {', '.join(sorted(missing))} (see --help)")
     torch.set_num_threads(physical_cores())
-    extractor = features.load("efficientnet-lite0")  # before training, in case it is not installed
-    train_data = load_images(args.dataset_name, resolution=args.resolution)
-    test_data = load_images(
-        args.dataset_name, split="test", resolution=args.resolution, max_samples=args.num_references
-    )
+    data = load_images(args.dataset_name, resolution=args.resolution)
+    test = load_images(args.dataset_name, split="test", resolution=args.resolution, max_samples=args.num_references)
+    settings = {"dataset_name": args.dataset_name, "shape": list(data.images.shape[1:])}
 
-    asked = {name: getattr(args, name) for name in ("dataset_name", "minutes", "seed")}
-    asked["resolution"] = train_data.images.shape[-1]
-    made_with = other_run(args.output_dir, asked)
-    if made_with:
-        print(
-            f"error: {args.output_dir} holds a run of {made_with}: delete {args.output_dir}, or name another --output_dir.",
-            file=sys.stderr,
-        )
-        return 2
-
-    ours, stock = args.output_dir / "ours", args.output_dir / "stock"
-    if not (ours / "model_index.json").is_file():
-        train_ours(ours, args)
-    if not (stock / "run.json").is_file():
-        train_stock(stock, train_data, json.loads((ours / "unet" / "config.json").read_text()), asked, args)
-
-    shape = tuple(train_data.images.shape[1:])
-    reference = metrics.FrechetReference(extract(extractor, test_data.images))
-    some = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0))[: args.num_images]
-    rows = [{"model": "training images", "frechet": reference.distance(extract(extractor, train_data.images[some]))}]
-    for name in ("stock", "ours"):
-        pixels = draw(name, shape, args)
-        plots.image_grid(pixels[:GRID_IMAGES]).save(args.output_dir / f"{name}.png")
-        seen = images_seen(args.output_dir / name)
-        distance = reference.distance(extract(extractor, pixels))
-        rows.append(
-            {"model": name, "frechet": distance, "images_seen": seen, "images_per_second": seen / args.minutes / 60}
-        )
-
-    protocol = {
-        "data": f"{args.dataset_name} at {shape[1]}x{shape[2]}",
-        "minutes": args.minutes,
-        "threads": torch.get_num_threads(),
-        "num_images": args.num_images,
-        "num_references": len(test_data),
-        "sampler": f"DDIM, {args.num_inference_steps} steps, {default_dtype(default_device())}",
-        "seed": args.seed,
-        "features": extractor.preprocessing,
-    }
-    (args.output_dir / "table.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2))
     table = [
-        f"{protocol['data']}, {args.minutes:g} minutes on {default_device()} with {protocol['threads']} threads; "
-        f"{args.num_images:,} images against {len(test_data):,} test images, {extractor.name}, {protocol['sampler']}.",
+        f"{args.dataset_name} at {data.images.shape[2]}x{data.images.shape[3]}, {torch.get_num_threads()} threads of "
+        f"{processor_name()}; {args.num_images:,} images against {len(test):,} test images, efficientnet-lite0; seeds "
+        f"{', '.join(map(str, args.seeds))}, ± half their range.",
         "",
-        "| model | Frechet distance | images seen | images/s |",
-        "| --- | ---: | ---: | ---: |",
+        "| minutes | contender | parameters | images seen | Frechet distance | kernel distance x 1,000 |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        speed = [f"{row[key]:,.0f}" if key in row else "" for key in ("images_seen", "images_per_second")]
-        table.append(f"| {row['model']} | {row['frechet']:.1f} | {speed[0]} | {speed[1]} |")
+    rows, found = [], []
+    for minutes in args.minutes:
+        results: dict[str, list[dict]] = {name: [] for name in args.contenders}
+        for seed in args.seeds:
+            for name in ["ours", *(name for name in args.contenders if name != "ours")]:
+                folder = args.output_dir / f"{minutes:g}-minutes" / name / f"seed-{seed}"
+                trained, asked = folder / "trained.json", settings | {"minutes": minutes, "seed": seed}
+                if not trained.is_file():
+                    run = train_ours(folder, minutes, seed, args) if name == "ours" else None
+                    run = run or train_peer(name, folder, minutes, seed, data)
+                    trained.write_text(json.dumps(asked | run, indent=2))
+                run = json.loads(trained.read_text())
+                if not asked.items() <= run.items():
+                    parser.error(f"{folder} was trained on other images: name another --output_dir")
+                if name not in args.contenders:  # diffusers' network has the sizes of ours
+                    continue
+                done = (folder / "report.json").is_file()
+                report = Report.load(folder) if done else measure(name, folder, seed, data, test, args)
+                run |= {kind: report.figures[f"{kind}_distance"]["value"] for kind in ("frechet", "kernel")}
+                results[name].append(run)
+                found.append({"contender": name, **run})
+        for name, runs in results.items():
+            last = args.output_dir / f"{minutes:g}-minutes" / name / f"seed-{args.seeds[-1]}"
+            rows += list(np.load(last / "samples.npy"))
+            seen = round(statistics.mean(run["images_seen"] for run in runs))
+            table.append(
+                f"| {minutes:g} | {name} | {runs[0]['parameters']:,} | {seen:,} | {spread([r['frechet'] for r in runs])} "
+                f"| {spread([1000 * r['kernel'] for r in runs])} |"
+            )
+    (args.output_dir / "table.json").write_text(json.dumps(found, indent=2))
     (args.output_dir / "table.md").write_text("\n".join(table) + "\n")
+    labels = [f"{name}, {minutes:g}" for minutes in args.minutes for name in args.contenders]
+    plots.image_grid(rows, columns=ROW, row_labels=labels).save(args.output_dir / "samples.png")
     print("\n".join(table))
-    frechet = {row["model"]: row["frechet"] for row in rows}
-    return 0 if frechet["ours"] <= min(150, frechet["stock"] / 3) else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tiny_diffusers import (
     TinyPipeline,
     TinyRestorationPipeline,
 )
+from tiny_diffusers.pipelines import pipeline_tiny_restoration
 from tiny_diffusers.pipelines.pipeline_tiny import image_generators
 from tiny_diffusers.pipelines.pipeline_tiny_operators import LinearOperator
 
@@ -330,6 +331,24 @@ def test_samples_are_near_the_exact_posterior(options, mean_limit, covariance_li
     for noise_std in (0.0,) if "pipeline" in options else (0.0, 0.1):
         mean, covariance = check_restoration.errors("flow", "half", noise_std, num_images=500, **options)
         assert mean < mean_limit and covariance < covariance_limit
+
+
+@pytest.mark.parametrize("variance", [0.01, 0.25, 8.0], ids=["below r^2", "r^2", "above r^2"])
+def test_guidance_by_an_observation_leads_to_it_and_not_beyond(variance):
+    """As far as the exact posterior, of pixels that vary as is supposed, and never farther than the observation."""
+    signal, level, deviation = 0.3, 0.7, 0.05
+    operator = LinearOperator.inpaint((1, 8, 8), HALF > 0)
+    x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    gain = signal * variance / (signal**2 * variance + level**2)  # of x_0 = E[x_0 | x_t]
+    z = operator.coordinates(torch.ones(4, 1, 8, 8))
+    observation = pipeline_tiny_restoration._Observation(operator, z, torch.full(z.shape[1:], deviation))
+    step = pipeline_tiny_restoration._Step(signal, 1.0, level, 0.0, 1.0)
+    found = pipeline_tiny_restoration._pigdm_step(x_t, lambda x: gain * x, step, observation, torch.zeros_like(x_t))
+    before, after = (observation.missing(x) for x in (gain * x_t, found))
+    assert ((before * after).flatten(1).sum(dim=1) > 0).all() and after.norm() < before.norm()
+    left = variance * level**2 / (signal**2 * variance + level**2)  # Var[x_0 | x_t]
+    if variance >= 0.25:
+        torch.testing.assert_close(after, before * deviation**2 / (left + deviation**2), atol=1e-5, rtol=1e-4)
 
 
 def test_statistics_are_those_of_the_samples(make_unet, quiet):
