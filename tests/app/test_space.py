@@ -56,10 +56,11 @@ def test_the_command_writes_a_space_and_spares_a_folder_that_holds_something(tmp
 @pytest.mark.slow
 def test_a_space_starts_from_its_folder_alone(space, tmp_path):
     """In an environment with this machine's dependencies and the Space's wheel, not this repository."""
-    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = space.glob("*.whl")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     site = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
     shared = [path for path in sys.path if path.endswith("site-packages")]
     with open(f"{site}/shared.pth", "w") as file:

@@ -10,6 +10,8 @@ import time
 import pytest
 import yaml
 
+from tiny_diffusers.cli import main
+
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +45,17 @@ RECIPE = {
 }
 # after ten steps in a row whose loss is not finite a run stops
 DIVERGING = {"name": "diverging", "max_train_steps": 14, "learning_rate": 1e30, "optimizer": "sgd"}
+COMMAND = ["study", "unconditional_x.yaml", "--output_dir", "study"]
 
 
-def start(folder, cells=RECIPE["cells"]):
-    """Starts the study in a process of its own."""
-    folder.mkdir(exist_ok=True)
+def write_recipe(folder, cells=RECIPE["cells"]):
     (folder / "unconditional_x.yaml").write_text(yaml.safe_dump(RECIPE | {"cells": cells}))
-    command = [sys.executable, "-m", "tiny_diffusers.cli", "study", "unconditional_x.yaml", "--output_dir", "study"]
+
+
+def start(folder):
+    """Starts the study in a process of its own."""
+    write_recipe(folder)
+    command = [sys.executable, "-m", "tiny_diffusers.cli", *COMMAND]
     environment = os.environ | {"TINY_DIFFUSERS_CACHE": str(folder / "cache")}
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
@@ -64,7 +70,11 @@ def figures(folder):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert start(folder, [*RECIPE["cells"], DIVERGING]).wait() == 0, (folder / "log").read_text()
+    write_recipe(folder, [*RECIPE["cells"], DIVERGING])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TINY_DIFFUSERS_CACHE", str(folder / "cache"))
+        assert main(COMMAND) == 0
     return folder
 
 

@@ -512,7 +512,7 @@ def test_as_a_program(monkeypatch, capsys):
     assert stop.value.code == 2 and "--seed" in error and "Traceback" not in error
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_as_a_program says the same, without a second import of torch
 def test_as_a_process(tmp_path):
     script = train_unconditional.__file__
     result = subprocess.run([sys.executable, script, "--seeed", "1"], capture_output=True, text=True, cwd=tmp_path)
