@@ -13,11 +13,7 @@ from tiny_diffusers.app.server import launch
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
-    pytest.mark.xdist_group("browser"),  # which is opened once, also with --dist loadgroup
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 FAMILIES = ("conditional", "pixelcnn", "vae", "dcgan", "conditions")  # test_tabs.py has the others
 
 
