@@ -71,7 +71,9 @@ class Settings(Flags):
         50, "DDIM steps of a pipeline call; fewer make the row `sampling` shorter.", within="[1, 1000]"
     )
     rounds: int = flag(5, "Runs of each contender, after one that warms it up.", within="[1, inf)")
-    num_threads: int | None = flag(None, "CPU threads; the physical cores if not given.", within="[1, 1024]")
+    num_threads: int | None = flag(
+        None, "CPU threads; if not given, those of OMP_NUM_THREADS or the physical cores.", within="[1, 1024]"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "Dtype of this package's contenders; auto is its choice for this machine."
     )
@@ -226,7 +228,7 @@ def machine(settings: Settings) -> dict[str, Any]:
     return {
         "processor": hardware.processor_name(),
         "physical_cores": hardware.physical_cores(),
-        "threads": settings.num_threads or hardware.physical_cores(),
+        "threads": settings.num_threads or hardware.default_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "dtype": dtype_name(resolve_dtype(settings)),
         "system": platform.platform(),
@@ -333,7 +335,7 @@ def _synchronize() -> None:
 
 def set_threads(settings: Settings) -> None:
     """Sets the CPU threads alone, for stock contenders: the allocator stays as it is."""
-    torch.set_num_threads(settings.num_threads or hardware.physical_cores())
+    torch.set_num_threads(settings.num_threads or hardware.default_num_threads())
 
 
 def resolve_dtype(settings: Settings) -> torch.dtype:

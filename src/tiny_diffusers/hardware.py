@@ -14,6 +14,9 @@ import torch
 from .errors import UserError, first_line
 
 
+_SET_BY_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch and torchrun
+
+
 def default_device() -> torch.device:
     """Returns the accelerator that torch finds (CUDA, MPS, XPU, ...), or else the CPU."""
     if torch.accelerator.is_available():
@@ -97,12 +100,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return default_dtype(device) if name == "auto" else getattr(torch, name)
 
 
+def default_num_threads() -> int:
+    """
+    Returns the CPU threads of this process: those of `OMP_NUM_THREADS` where the user set it, else the physical cores,
+    shared by the local processes.
+
+    accelerate's launcher and torchrun set `OMP_NUM_THREADS=1` where the user did not, which would leave all cores but one
+    idle. So a 1 in a process that they started stands for no number.
+    """
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given and not (given == "1" and any(name in os.environ for name in _SET_BY_LAUNCHERS)):
+        return torch.get_num_threads()  # torch has read the variable
+    return max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup_torch(num_threads: int | None = None, device: str | None = None) -> torch.device:
     """
     Sets up torch in this process: its CPU threads, its memory allocator, its device.
 
     Args:
-        num_threads (`int`, *optional*): CPU threads; the physical cores, shared by the local processes, if not given.
+        num_threads (`int`, *optional*): CPU threads; [`default_num_threads`] if not given.
         device (`str`, *optional*): Such as `"cuda:1"`; the accelerator if there is one, else the CPU, if not given.
 
     Returns:
@@ -111,8 +128,7 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
     Raises:
         UserError: If the device cannot be used.
     """
-    # accelerate's launcher sets OMP_NUM_THREADS=1, which would leave all cores but one idle.
-    torch.set_num_threads(num_threads or max(1, physical_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(num_threads or default_num_threads())
     try:
         chosen = torch.device(device) if device else default_device()
         if device:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from tiny import TINY_DIFFUSION, TINY_NETWORK, read_log, train
-from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel
+from tiny_diffusers import TinyDDIMScheduler, TinyPipeline, TinyUNet2DModel, hardware
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments
 from tiny_diffusers.files import MANIFEST, find_damage, seal
@@ -317,10 +317,35 @@ def test_a_foreign_checkpoint_never_leads_to_weights_that_are_not_finite(run, ch
 
 
 def test_what_makes_a_resumed_run_another_run_is_said(run, capsys):
-    _train(run, *RESUME, "--seed", "1", "--max_train_samples", "32", batch=4)
+    _train(run, *RESUME, "--seed", "1", batch=4)
     said = capsys.readouterr().err
-    for words in ("--seed is 1, but was 0", "a step is 4 images, but was 8", "the images of digits are not those"):
+    for words in ("--seed is 1, but was 0", "a step is 4 images, but was 8"):
         assert words in said
+
+
+def test_other_images_are_refused_at_a_resume_and_the_same_ones_are_not_wherever_they_lie(tmp_path, capsys):
+    photos, moved, run = tmp_path / "photos", tmp_path / "elsewhere" / "moved", tmp_path / "run"
+    for i in range(6):
+        (photos / f"kind{i % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"kind{i % 2}" / f"{i}.png")
+    flags = ("--cache_dir", str(tmp_path / "cache"), "--train_data_dir")
+    _train(run, *flags, str(photos), steps=2)
+    shutil.copytree(photos, moved)
+    _train(run, *RESUME, *flags, str(moved), steps=3)
+    assert (run / "checkpoint-3").is_dir() and "warning:" not in capsys.readouterr().err
+
+    (moved / "kind0" / "2.png").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        _train(run, *RESUME, *flags, str(moved), steps=4)
+    words = r"was trained on 6 images \[1, 8, 8\] of moved \(train\), and these are 5 images \[1, 8, 8\] of moved .*"
+    assert re.search(words + f"--pretrained_model_name_or_path {run} with another --output_dir", str(error.value))
+    shutil.copyfile(photos / "kind0" / "0.png", moved / "kind0" / "2.png")
+    with pytest.raises(UserError, match=r"6 images .* of moved \(train\), with other pixels, labels or conditions"):
+        _train(run, *RESUME, *flags, str(moved), steps=4)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert capsys.readouterr().err == ""  # no warning beside the refusal
 
 
 def test_going_back_to_an_earlier_checkpoint_says_which_ones_it_replaces(whole, tmp_path, capsys):
@@ -545,6 +570,35 @@ def test_fewer_processes_than_asked_for_are_said(tmp_path, monkeypatch, capsys):
             monkeypatch.setenv("MASTER_PORT", launched["MASTER_PORT"])
         setup_process(DiffusionArguments(output_dir=str(tmp_path), mixed_precision="no", num_threads=1))
         assert ("several processes were asked for, but 1 runs" in capsys.readouterr().err) == said
+
+
+def test_threads_are_those_that_the_user_asked_for_and_not_the_one_of_a_launcher(monkeypatch):
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    args = launch_command_parser().parse_args(
+        ["--cpu", "--num_processes", "1", "--mixed_precision", "no", "script.py"]
+    )
+    args.dynamo_backend, args.num_machines = "no", 1
+    launcher, elastic = {}, {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3"}
+    for count in (1, 4):
+        args.num_cpu_threads_per_process = count
+        launcher[count] = prepare_simple_launcher_cmd_env(args)[1]
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: "torch's")  # which reads the variable when it is imported
+    for environment, expected in (
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "3"}, 4),
+        ({"OMP_NUM_THREADS": ""}, 12),
+        ({"OMP_NUM_THREADS": "1"}, "torch's"),
+        ({"OMP_NUM_THREADS": "8"}, "torch's"),
+        (launcher[1], 12),
+        (launcher[4], "torch's"),
+        ({"OMP_NUM_THREADS": "1", **elastic}, 4),
+        ({"OMP_NUM_THREADS": "8", **elastic}, "torch's"),
+    ):
+        monkeypatch.setattr(os, "environ", environment)
+        assert hardware.default_num_threads() == expected, environment
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tiny
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.diffusion import Diffusion
 from tiny_diffusers.training import outputs
-from tiny_diffusers.training.timing import TimePlan
+from tiny_diffusers.training.timing import TimePlan, spell_minutes, typical_seconds
 from tiny_diffusers.training.trainer import Trainer
 
 
@@ -63,6 +63,20 @@ class TestTimePlan:
     def test_there_is_a_step_at_least(self):
         assert TimePlan(60, 1000.0, 0, 0, 0).num_steps(0, lambda steps: 0) == 1
 
+    def test_a_few_seconds_that_are_left_over_are_not_worth_a_word(self):
+        plan = TimePlan(total=100, step=1.0, validation=0, grid=0, last_grid=7.0)
+        assert plan.unused(elapsed=40) == 100 - 40 - 7 - 3  # the last grid, and saving
+        assert plan.unused(elapsed=75) == plan.unused(elapsed=200) == 0
+
+    def test_one_step_that_another_process_slowed_down_says_nothing_about_the_others(self):
+        for trial in ([3, 1], [3, 9], [3, 1, 9], [3, 9, 1], [3, 1, 9, 1], [3, 2, 1, 1, 9, 1], [3, 1, 1, 1, 1, 9]):
+            assert typical_seconds(trial) == (3 if trial == [3, 9] else 1)
+        assert typical_seconds([5]) == 5
+        assert typical_seconds([4, 1, 2, 2, 2, 1]) == 2  # most steps
+
+    def test_minutes_are_spelled_in_words(self):
+        assert [spell_minutes(minutes) for minutes in (1.0, 0.5, 30)] == ["1 minute", "0.5 minutes", "30 minutes"]
+
 
 class TestMinutes:
     def test_a_slow_step_is_tried_once_and_the_minutes_are_kept(self, train, clock, capsys):
@@ -70,14 +84,51 @@ class TestMinutes:
         folder = train("--max_train_minutes", "1", steps=None)
         assert clock.steps == 2 and clock.now <= 60  # one to measure, and one: two would leave no time to save
         out = capsys.readouterr().out
-        assert out.index("measuring how many steps fit into 1 minutes ...") < out.index("1 steps of 8")
-        assert "1 minutes from the start of the command to the saved model: 19 s until now, 19 s a step" in out
+        assert out.index("measuring how many steps fit into 1 minute ...") < out.index("1 steps of 8")
+        assert "1 minute from the start of the command to the saved model: 19 s until now, 19 s a step" in out
         assert config(folder)["max_train_steps"] == 1
 
     def test_faster_steps_fill_the_minutes(self, train, clock):
         clock.step = 3.0
         train(*QUICK, "--max_train_minutes", "1", steps=None)
         assert 0.9 * 60 <= clock.now <= 60
+
+    def test_a_run_that_becomes_faster_says_what_is_left_of_its_minutes(self, train, clock, capsys):
+        clock.step, train_step = 5.0, Trainer.train_step
+
+        def faster(trainer):
+            clock.step = 1.0
+            train_step(trainer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "train_step", faster)
+            folder = train(*QUICK, "--max_train_minutes", "1", steps=None)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "less time than measured" in line)
+        planned, left = config(folder)["max_train_steps"], (60 - clock.now - 3) / 60
+        assert f"the {planned} planned steps ended after {clock.now / 60:.2g} of the 1 minute" in line
+        assert f"--resume_from_checkpoint latest with another --max_train_minutes, such as {left:.2g}" in line
+
+    @pytest.mark.parametrize(
+        ("length", "remedy"),
+        [
+            (("--max_train_minutes", "1"), "--max_train_minutes 1 is used up, and other minutes add"),
+            pytest.param(("--max_train_steps", "2"), "more --max_train_steps add some", marks=pytest.mark.slow),
+            pytest.param(
+                ("--num_epochs", "1", "--max_train_samples", "16"),
+                "more --num_epochs add some",
+                marks=pytest.mark.slow,
+            ),
+        ],
+    )
+    def test_a_resume_that_has_nothing_to_train_says_so(self, train, clock, capsys, length, remedy):
+        clock.step = 19.0
+        folder = train(*QUICK, *length, steps=None)
+        assert "nothing is left" not in capsys.readouterr().out
+        clock.steps = 0
+        train(*QUICK, *length, "--resume_from_checkpoint", "latest", steps=None)
+        steps = config(folder)["max_train_steps"]
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "nothing is left" in line)
+        assert f"all of its {steps} steps: {remedy}" in line and clock.steps == 0
 
     def test_what_the_data_took_counts(self, train, clock, monkeypatch):
         from tiny_diffusers.train_scripts import train_unconditional
@@ -126,8 +177,11 @@ class TestMinutes:
             folder = train(*silent, "--max_train_minutes", "1", steps=None)
         planned = config(folder)["max_train_steps"]
         assert 60 < clock.now <= 1.05 * 60 + 10 + 15
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if "minutes are over" in line)
-        assert f"of {planned}" in line and "--resume_from_checkpoint latest" in line
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "longer than measured" in line)
+        assert (
+            f"1 minute was too short for the {planned} planned steps" in line
+            and "--resume_from_checkpoint latest" in line
+        )
         assert (folder / WEIGHTS).is_file() and not (folder / f"checkpoint-{planned}").exists()
         assert (folder / "README.md").is_file() and not (folder / "loss_curves.png").exists()  # it has logged no loss
 

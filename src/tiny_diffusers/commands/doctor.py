@@ -90,6 +90,6 @@ def _machine() -> list[tuple[str, str]]:
         (PACKAGE, __version__),
         ("system", f"{platform.platform()}, Python {platform.python_version()}"),
         ("processor", f"{hardware.processor_name()}, {hardware.physical_cores()} cores, {memory:.1f} GiB of memory"),
-        ("device", f"{name}, {dtype}, {hardware.physical_cores()} threads"),
+        ("device", f"{name}, {dtype}, {hardware.default_num_threads()} threads"),
         ("cache of images and features", f"{str(cache).replace(home, '~', 1)}, {cached / 2**20:,.0f} MiB"),
     ]

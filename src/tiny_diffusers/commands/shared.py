@@ -306,13 +306,10 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
 
 def find_device(name: str | None) -> "torch.device":
     """Sets up torch, and returns the device that was asked for."""
-    import torch
-
     from .. import hardware
 
-    num_threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     try:
-        return hardware.setup_torch(num_threads, name)
+        return hardware.setup_torch(device=name)
     except UserError as error:
         raise UserError(f"--device: {error}") from error
 

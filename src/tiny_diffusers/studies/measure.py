@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import itertools
-import os
 from typing import Any
 
 import torch
@@ -38,8 +37,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
         UserError: If the run can't be measured with any sampler.
     """
     state = processes()
-    # as `tiny-diffusers evaluate` does
-    device = hardware.setup_torch(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
+    device = hardware.setup_torch()
     logging.disable_progress_bar()  # of the loading, which is short
     logging.set_verbosity_error()  # no warnings about keys of our schedulers that another one ignores
     pipe = TinyPipeline.from_pretrained(run.folder.path).to(device, hardware.resolve_dtype("auto", device))

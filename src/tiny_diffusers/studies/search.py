@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import UserError, first_line, say
 from ..evaluation.report import Report
 from ..flags import as_flags
-from ..hardware import physical_cores
+from ..hardware import default_num_threads
 from ..runs import RunFolder, read_log
 from .search_plan import VAL_LOSS, SearchPlan, show
 from .search_report import describe, outcome_of, write_pictures, write_table
@@ -112,7 +112,7 @@ class Search:
             workers (`int`): Trials at a time.
         """
         if workers > 1 and "num_threads" not in {**self.plan.base, **self.plan.given}:
-            self.run_flags["num_threads"] = max(1, physical_cores() // workers)
+            self.run_flags["num_threads"] = max(1, default_num_threads() // workers)
         numbers = (signal.SIGINT, signal.SIGTERM)
         handlers = {number: signal.signal(number, self._stop) for number in numbers}
         try:

@@ -67,10 +67,15 @@ class DataArguments(Flags):
         "Hub id, local folder of that layout or of images, or the embedded 'digits'.",
         replaces=("train_data_dir",),
         decides=_DATASET,
+        changes_run=False,  # the images may have moved: a resume compares them
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = flag(
-        None, "Image folder to train on, in place of --dataset_name.", replaces=("dataset_name",), decides=_DATASET
+        None,
+        "Image folder to train on, in place of --dataset_name.",
+        replaces=("dataset_name",),
+        decides=_DATASET,
+        changes_run=False,
     )
     split: str = flag("train", "Split of the dataset to train on.")
     image_column: str | None = flag(None, "Column of the images; found by its type if not given.")
@@ -181,7 +186,9 @@ class TrainingArguments(DataArguments):
     gradient_checkpointing: bool = flag(False, "Trade time for memory.")
     compile: bool = flag(False, "Compile the network's repeated blocks (not on a CPU).")
     num_threads: int | None = flag(
-        None, "CPU threads; the physical cores over the local processes if not given.", within="[1, 1024]"
+        None,
+        "CPU threads; if not given, those of OMP_NUM_THREADS or the physical cores over the local processes.",
+        within="[1, 1024]",
     )
     local_rank: int = flag(-1, "Accepted for compatibility: has no effect.", within="(-inf, inf)", changes_run=False)
     enable_xformers_memory_efficient_attention: bool = flag(

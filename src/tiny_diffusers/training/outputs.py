@@ -75,6 +75,11 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
+def describe_data(facts: dict[str, Any]) -> str:
+    """Returns the number, shape, name and split of the images that [`data_facts`] describe, as far as they are known."""
+    return f"{facts.get('images')} images {facts.get('shape')} of {facts.get('name')} ({facts.get('split')})"
+
+
 def print_summary(trainer: "Trainer") -> None:
     """Prints what is trained, on what, and how."""
     data, settings = trainer.data, trainer.settings
@@ -89,6 +94,11 @@ def print_summary(trainer: "Trainer") -> None:
         f"{settings.FAMILY}: {len(trainer.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
         f"{trainer.max_steps:,} steps of {trainer.global_batch}; {parameters} parameters"
     )
+    if trainer.validation_indices is not None:
+        say(
+            f"held out for the validation loss: {len(trainer.validation_indices):,} further images "
+            f"(--validation_split {settings.validation_split:g})"
+        )
     say(
         f"on {trainer.device} x {trainer.accelerator.num_processes}, {torch.get_num_threads()} threads, "
         f"mixed precision {settings.mixed_precision}, {str(trainer.memory_format).removeprefix('torch.')}, "

@@ -4,7 +4,8 @@ Python's imports, to the saved model.
 """
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -17,6 +18,7 @@ _SPARE_SHARE = 0.03  # of checkpoints, snapshots, logs and what was not foreseen
 
 _FINISH_SECONDS = 3.0  # the saved pipeline, the loss curves, the card
 _GRACE_SHARE, _GRACE_SECONDS = 0.05, 10.0  # that a run may take longer before it is cut short
+_UNUSED_SHARE = 0.2  # that a run may leave over before it is worth a word
 
 
 @dataclass
@@ -54,10 +56,28 @@ class TimePlan:
         """Seconds from the start of the command after which no step begins: the machine has become slower."""
         return self.total * (1 + _GRACE_SHARE) + _GRACE_SECONDS - self.last_grid
 
+    def unused(self, elapsed: float) -> float:
+        """Computes the seconds that a run leaves over after its last step; 0 if they are few."""
+        left = self.total - elapsed - self.last_grid - _FINISH_SECONDS
+        return left if left > _UNUSED_SHARE * self.total else 0.0
+
     def describe(self, elapsed: float) -> str:
         """Describes what the minutes hold, for the summary of the run."""
         return (
-            f"{self.total / 60:g} minutes from the start of the command to the saved model: {elapsed:.3g} s until now, "
+            f"{spell_minutes(self.total / 60)} from the start of the command to the saved model: {elapsed:.3g} s until now, "
             f"{self.step:.3g} s a step, {self.validation:.3g} s a validation, {self.grid:.3g} s a sample grid, "
             f"{self.last_grid + _FINISH_SECONDS:.3g} s for the last one and saving"
         )
+
+
+def typical_seconds(times: Sequence[float]) -> float:
+    """
+    Returns the seconds of a typical step, from those of some trial steps in their order: the median of the later half,
+    as the first steps fill caches, and a few that another process slowed down say nothing about those to come.
+    """
+    return statistics.median_low(times[-max(2, math.ceil(len(times) / 2)) :])
+
+
+def spell_minutes(minutes: float) -> str:
+    """Returns a number of minutes in words: "1 minute", "2.5 minutes"."""
+    return f"{minutes:g} minute{'' if minutes == 1 else 's'}"

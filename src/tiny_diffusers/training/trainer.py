@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import signal
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,16 @@ from .family import MAX_EXAMPLES, Batch, Family
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
 from .settings import resolve_num_steps, split_indices, warn_of_changes
-from .timing import FIRST_STEP_SHARE, GRID_SHARE, MAX_TRIAL_SECONDS, TRIAL_SHARE, VALIDATION_SHARE, TimePlan
+from .timing import (
+    FIRST_STEP_SHARE,
+    GRID_SHARE,
+    MAX_TRIAL_SECONDS,
+    TRIAL_SHARE,
+    VALIDATION_SHARE,
+    TimePlan,
+    spell_minutes,
+    typical_seconds,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -229,6 +237,22 @@ class Trainer:
                 f"--resume_from_checkpoint: {checkpoint} is past the {self.max_steps:,} steps of this run: give more "
                 "--max_train_steps or --num_epochs, or an earlier checkpoint."
             )
+        if checkpoint is not None and self.step == self.max_steps:
+            self._say_nothing_is_left()
+
+    def _say_nothing_is_left(self) -> None:
+        """Says that the checkpoint is the last one of its run, and what would add steps."""
+        settings = self.settings
+        minutes = settings.max_train_minutes
+        if "max_train_steps" not in settings.resolved:
+            remedy = "more --max_train_steps add some"
+        elif minutes is None:
+            remedy = "more --num_epochs add some"
+        else:
+            remedy = (
+                f"--max_train_minutes {minutes:g} is used up, and other minutes add as many steps as fit into them"
+            )
+        self._print(f"nothing is left to train, as the run has taken all of its {self.max_steps:,} steps: {remedy}.")
 
     def _validation_steps(self, max_steps: int) -> int:
         """Returns the steps between validations."""
@@ -240,7 +264,7 @@ class Trainer:
         step `first`, and the images of a validation and a sample grid where nobody asked for a number.
         """
         settings, total = self.settings, 60 * self.settings.max_train_minutes
-        self._print(f"measuring how many steps fit into {settings.max_train_minutes:g} minutes ...")
+        self._print(f"measuring how many steps fit into {spell_minutes(settings.max_train_minutes)} ...")
         with self._undone():
             step = self._time_steps(total)
             num_images, validation = self._time_validation(total)
@@ -290,8 +314,7 @@ class Trainer:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - step_began)
-        # The first steps fill caches, and a single slow one says nothing about those to come: hence the median.
-        return statistics.median(times[len(times) // 2 :])
+        return typical_seconds(times)
 
     def _time_validation(self, total: float) -> tuple[int, float]:
         """Times one batch of a validation; returns the number of its images that is worth its time, and the time."""
@@ -346,18 +369,30 @@ class Trainer:
                 if self.stop_signal:
                     self._print(f"stopped at step {self.step}: --resume_from_checkpoint latest continues from here.")
                     self.accelerator.end_training()
-                elif self.is_late:
-                    self._print(
-                        f"the {self.settings.max_train_minutes:g} minutes are over at step {self.step:,} of "
-                        f"{self.max_steps:,}, as the steps took longer than measured: the learning rate has not reached "
-                        "its end. --resume_from_checkpoint latest takes the other steps."
-                    )
+                elif self.time_plan is not None:
+                    self._compare_with_plan(self.time_plan)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
             if self.stop_signal:
                 raise SystemExit(128 + self.stop_signal)
             self._finish()
+
+    def _compare_with_plan(self, plan: TimePlan) -> None:
+        """Says how the training ended if the minutes were too few for the planned steps, or far too many."""
+        minutes = spell_minutes(self.settings.max_train_minutes)
+        if self.is_late:
+            self._print(
+                f"{minutes} was too short for the {self.max_steps:,} planned steps, as these took longer than measured: the "
+                f"run ends at step {self.step:,}, and the learning rate has not reached its end. --resume_from_checkpoint "
+                "latest takes the other steps."
+            )
+        elif plan.unused(self.elapsed) and not self._stopped_early():
+            self._print(
+                f"the {self.max_steps:,} planned steps ended after {self.elapsed / 60:.2g} of the {minutes}, as they took less "
+                "time than measured. --resume_from_checkpoint latest with another --max_train_minutes, such as "
+                f"{plan.unused(self.elapsed) / 60:.2g}, adds steps."
+            )
 
     def _claimed_folder(self) -> contextlib.AbstractContextManager:
         if not self.accelerator.is_main_process:
@@ -667,21 +702,34 @@ class Trainer:
                 f"--output_dir: {checkpoint} is not on this machine; all must see one and the same folder."
             )
 
-        warn_of_changes(settings, read_settings(folder.config, type(settings)))
         facts = folder.read_facts()
+        if checkpoint is not None:
+            self._check_same_images(facts.get("data", {}), checkpoint)
+        warn_of_changes(settings, read_settings(folder.config, type(settings)))
         if facts.get("global_batch", self.global_batch) != self.global_batch:
             logger.warning(
                 f"a step is {self.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
                 "--train_batch_size is for each process."
             )
-        if facts.get("data", {}).get("fingerprint", self.data.fingerprint) != self.data.fingerprint:
-            logger.warning(f"the images of {self.data.name} are not those of the run that is resumed.")
         if checkpoint is None:
             logger.warning(f"there is no checkpoint in {folder.path} yet: the run starts at step 0.")
         later = [path.name for path in folder.list_checkpoints_after(checkpoint)]
         if later:
             logger.warning(f"the run goes on from {checkpoint.name}: its next checkpoint replaces {', '.join(later)}.")
         return checkpoint
+
+    def _check_same_images(self, facts: dict[str, Any], checkpoint: Path) -> None:
+        """Refuses other images than those of the run that is resumed, wherever they lie: `facts` describe the latter."""
+        if facts.get("fingerprint", self.data.fingerprint) == self.data.fingerprint:
+            return
+        start = self.folder.path if self.folder.model_index.is_file() else checkpoint
+        theirs, ours = (outputs.describe_data(each) for each in (facts, outputs.data_facts(self)))
+        same = ", with other pixels, labels or conditions" if theirs == ours else ""
+        raise UserError(
+            f"--resume_from_checkpoint: the run was trained on {theirs}, and these are {ours}{same}. Give the run's own "
+            f"images, or a new run that starts from its weights: --pretrained_model_name_or_path {start} with another "
+            "--output_dir, without --resume_from_checkpoint."
+        )
 
     def _save_snapshot(self) -> None:
         """Publishes a snapshot of the averages, for `tiny-diffusers ema`."""
