@@ -1177,9 +1177,11 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
         try:
             folder = snapshot_download(folder, allow_patterns=files, ignore_patterns=["checkpoint-*/*"], **hub_kwargs)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            is_id = isinstance(error, OSError)  # of the network, or the Hub's answer
+            reason = str(error).strip().partition("\n")[0] if is_id else "whose names are of the form owner/name"
             raise ValueError(
-                f"'{name_or_path}' is neither a folder nor a model that can be loaded from the Hub: {reason}"
+                f"There is no folder '{name_or_path}' here, and no model of that name that can be loaded from the Hub "
+                f"({reason})."
             ) from error
     config_name = TinyPipeline.config_name
     if not os.path.isfile(os.path.join(folder, config_name)):

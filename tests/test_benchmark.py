@@ -287,7 +287,7 @@ def test_scaling(monkeypatch):
 def test_a_size_that_no_network_can_have_is_an_error(tmp_path, capsys):
     arguments = ["benchmark", "--rows", "memory", "--resolution", "9", "--rounds", "1"]
     assert cli.main([*arguments, "--output", str(tmp_path / "benchmark.json")]) == 2
-    assert "sample_size 9 is not possible with 3 levels" in capsys.readouterr().err
+    assert "--resolution 9 is not possible with 3 levels" in capsys.readouterr().err
 
 
 def test_help_names_the_rows(capsys):

@@ -132,7 +132,14 @@ def test_channels_can_be_asked_for():
         ({"channels": 5}, ["'digits' have 1 channels, and 5 are asked for"]),
         ({"train_data_dir": "/no/such/folder"}, ["There is no folder '/no/such/folder'"]),
         ({"dataset_name": "mnist", "train_data_dir": "."}, ["dataset_name 'mnist'", "train_data_dir '.'", "only one"]),
-        ({"dataset_name": "no/such/folder"}, ["no/such/folder", "no folder", "Hub", "digits"]),
+        (
+            {"dataset_name": "no/such/folder"},
+            ["no folder or file 'no/such/folder' here, and no dataset", "owner/name)"],
+        ),
+        (
+            {"dataset_name": "./mispelled"},
+            ["no folder or file './mispelled' here, and no dataset", "owner/name)", "digits"],
+        ),
     ],
 )
 def test_each_mistake_is_one_line(load, kwargs, words):
@@ -148,7 +155,9 @@ def test_an_unreachable_hub_is_one_line(load, monkeypatch):
         raise ConnectionError("Couldn't reach 'someone/something' on the Hub\nwith more lines")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(UserError, match="no dataset 'someone/something'.*Couldn't reach.*Give a Hub id") as error:
+    with pytest.raises(
+        UserError, match="no folder or file 'someone/something' here, .*Couldn't reach.* a Hub id"
+    ) as error:
         load("someone/something")
     assert "\n" not in str(error.value)
 
@@ -311,6 +320,23 @@ def test_broken_files_are_skipped_named_and_without_effect(load, tmp_path, folde
     assert data.notes == [
         "files that are not images, left out: readme.txt",
         "broken files skipped, 5: 000-truncated.jpg, 001-empty.png, 002-text.png, 003-bomb.png, 004-large.png",
+    ]
+    assert data.public_notes == ["files that are not images, left out", "broken files skipped, 5"]
+
+
+def test_notes_that_are_shared_name_no_file():
+    data = load_images(max_samples=2)
+    shared = [
+        "2 of 9 images were resized",
+        "sub-folders read as classes, 2: cat, dog",
+        "metadata.csv lists 2 of 3 images",
+    ]
+    data.notes = [*shared, "hidden images, left out, 1,002: .a, left out.png, b: c.png and 1,000 more"]
+    data.notes.append("folders not entered (read already, or no permission), 1: my secret\nfolder")
+    assert data.public_notes == [
+        *shared,
+        "hidden images, left out, 1,002",
+        "folders not entered (read already, or no permission), 1",
     ]
 
 

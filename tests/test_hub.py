@@ -524,10 +524,18 @@ class TestPush:
         repo_id = "me/no/such/name" if fault == "name" else "me/tiny"
         with pytest.raises(UserError) as refusal:
             hub.push(directory, repo_id, token="hf_bad" if fault == "token" else "hf_good")
-        assert f"tiny-diffusers push {directory} {repo_id}" in str(refusal.value)
+        remedy = "Log in by `hf auth login` and push again" if fault == "token" else "Push later"
+        assert str(refusal.value).startswith(f"{remedy} by `tiny-diffusers push {directory} {repo_id}`, as everything")
         assert "\n" not in str(refusal.value)
         assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
         assert not fake_hub.files
+
+    def test_without_a_token_the_remedy_comes_first(self, exported, fake_hub, monkeypatch):
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+        with pytest.raises(UserError, match=r"^Log in by `hf auth login` and push again by `tiny-diffusers push"):
+            hub.push(exported[0], "me/tiny")
+        with pytest.raises(UserError, match=r"^--push_to_hub: log in by `hf auth login`, or leave it out"):
+            hub.check_can_push("me/tiny")
 
     def test_a_name_alone_is_completed_with_its_owner(self, exported, fake_hub):
         write_card(exported[0])

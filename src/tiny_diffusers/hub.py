@@ -122,6 +122,7 @@ def check_can_push(repo_id: str, token: str | None = None) -> None:
         [`~tiny_diffusers.errors.UserError`]: If not, with the reason.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -129,10 +130,20 @@ def check_can_push(repo_id: str, token: str | None = None) -> None:
         HfApi(token=token).whoami()
     except Exception as error:  # name, network, token or Hub
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "log in by `hf auth login`, or " if _lacks_token(error, token) else ""
+        if isinstance(error, HFValidationError):
+            remedy = "give another --hub_model_id, or "
         raise UserError(
-            f"--push_to_hub: nothing can be pushed to '{repo_id}' ({reason}). Give another --hub_model_id, log in by "
-            "`hf auth login`, or leave it out and push later by `tiny-diffusers push`."
+            f"--push_to_hub: {remedy}leave it out and push later by `tiny-diffusers push`: nothing can be pushed to "
+            f"'{repo_id}' ({reason})."
         ) from error
+
+
+def _lacks_token(error: Exception, token: str | None) -> bool:
+    """Checks that a push failed for want of a token: none is given, stored or in `HF_TOKEN`, or the Hub refuses it."""
+    from huggingface_hub import get_token
+
+    return not (token or get_token()) or getattr(getattr(error, "response", None), "status_code", None) == 401
 
 
 def push(
@@ -204,9 +215,9 @@ def push(
     except Exception as error:  # network, token, name or Hub: the model is on disk in any case
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         later = shlex.join(["tiny-diffusers", "push", str(directory), repo_id])
+        remedy = "Log in by `hf auth login` and push again" if _lacks_token(error, token) else "Push later"
         raise UserError(
-            f"The push to '{repo_id}' failed ({reason}). Everything is still in '{directory}': push it later by `{later}`, "
-            "after `hf auth login` if a token is missing."
+            f"{remedy} by `{later}`, as everything is still in '{directory}': the push to '{repo_id}' failed ({reason})."
         ) from error
 
 

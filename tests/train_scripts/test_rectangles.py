@@ -112,7 +112,7 @@ def test_a_run_is_measured_on_images_of_its_size(folder, train, capsys, monkeypa
 
 def test_a_rectangle_that_the_levels_do_not_divide_is_refused_with_the_nearest(folder, check_mistake):
     data = ["--train_data_dir", str(folder)]
-    words = ["sample_size 12x15", "multiple of 2", "the nearest size is 12x16"]
+    words = ["--resolution 12x15", "multiple of 2", "the nearest size is 12x16"]
     two_levels = [*DIFFUSION, "--block_out_channels", "8", "8"]
     check_mistake([*two_levels, *data, "--resolution", "12x15"], words, script=train_unconditional)
     words = ["--generator_channels", "multiple of 8", "the nearest size is 8x16"]

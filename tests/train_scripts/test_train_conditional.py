@@ -268,8 +268,8 @@ def test_the_default_network_fits_its_resolution(size, patch_size, levels):
 
 @pytest.mark.parametrize(("size", "shown", "nearest"), [(9, "9", "8"), (31, "31", "32"), ((12, 15), "12x15", "12x16")])
 def test_an_odd_resolution_is_refused_with_what_to_change(size, shown, nearest):
-    advice = f"another size, or fewer levels in block_out_channels; the nearest size is {nearest}."
-    with pytest.raises(UserError, match=f"sample_size {shown} .*{advice}"):
+    advice = f"another size, or fewer levels in --block_out_channels; the nearest size is {nearest}."
+    with pytest.raises(UserError, match=f"--resolution {shown} .*{advice}"):
         build_unet(parse_arguments(ConditionalArguments, []), images_of(size), num_class_embeds=1)
 
 

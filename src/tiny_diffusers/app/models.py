@@ -245,7 +245,8 @@ def _download_configs(checkpoint: str) -> Path:
         return Path(snapshot_download(checkpoint, allow_patterns=["*.json", "README.md", "train_log.jsonl"]))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{checkpoint}' is neither a folder nor a model that can be loaded from the Hub ({first_line(error)})."
+            f"There is no folder '{checkpoint}' here, and no model of that name that can be loaded from the Hub "
+            f"({first_line(error) if isinstance(error, OSError) else 'whose names are of the form owner/name'})."
         ) from error
 
 

@@ -67,11 +67,13 @@ def open_dataset(
         reason = _reason(error, folder)
         if folder is not None:
             raise UserError(f"The folder '{name}' cannot be read as a dataset: {reason}") from error
-        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):
+        is_id = not isinstance(error, HFValidationError) and name.count("/") < 2
+        if isinstance(error, ValueError) and is_id:
             raise UserError(f"The dataset '{name}' cannot be read: {reason} (see `dataset_config_name`)") from error
+        reason = reason if is_id else "whose names are of the form owner/name"
         raise UserError(
-            f"There is no dataset '{name}': no folder has this name, and the Hub does not have it or could not be "
-            f"reached ({reason}). Give a Hub id such as ylecun/mnist, a folder, or digits."
+            f"There is no folder or file '{name}' here, and no dataset of that name that can be loaded from the Hub "
+            f"({reason}). Give a folder, a Hub id such as ylecun/mnist, or digits."
         ) from error
     try:
         builder.download_and_prepare()

@@ -1,11 +1,16 @@
 """Decoded images: their container, the held-out split and the conversion between their values and [-1, 1]."""
 
 import hashlib
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import UserError
+
+
+# In a note: "hidden images, left out, 2: a.png, b.png"
+_NAMES_OF_FILES = re.compile(r"^(.*?(?:left out|skipped|not entered \(.*?\))(?:, [\d,]+)?): .*", re.DOTALL)
 
 
 @dataclass
@@ -21,7 +26,7 @@ class ImageData:
         name (`str`): The Hub id, the folder's name, or `"digits"`.
         split (`str`): The split that was read.
         fingerprint (`str`): sha256 of all of these. It depends only on their values, not on where they were read.
-        notes (`list[str]`): Messages to the user: what was converted, resized or skipped.
+        notes (`list[str]`): Messages to the user: what was converted, resized or skipped, with the names of files.
         conditioning_images (`torch.Tensor` of shape `(N, K, H, W)`, *optional*): uint8, K = 1 or 3: of each image, the
             one that a model is given to generate it from.
         value_range (`tuple[float, float]`, *optional*): The values of images that are not of 8 bits: those that a model
@@ -45,6 +50,11 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def public_notes(self) -> list[str]:
+        """The notes without the names of skipped files, which may be private: for what is shared with a model."""
+        return [_NAMES_OF_FILES.sub(r"\1", note) for note in self.notes]
 
     def take(self, rows: torch.Tensor) -> "ImageData":
         """Returns the images of these rows, with what belongs to them and their fingerprint."""

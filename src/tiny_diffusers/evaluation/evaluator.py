@@ -604,14 +604,14 @@ def _warnings(
     reference = sets.real.data
     if sets.shared == len(reference):
         warnings.append(
-            f"The reference is the training split: all {len(reference):,} of its images ({reference.split}) are among "
-            "the training images, so the metrics say nothing about images that the model has not seen."
+            f"The reference is the training split: its {len(reference):,} images ({reference.split}) are those that the "
+            "model was trained on, or that it was validated on, so the metrics say nothing about other images."
         )
     elif sets.shared:
         warnings.append(f"{sets.shared:,} of the {len(reference):,} reference images are among the training images.")
     elif training is None and reference.split.startswith("train"):
         warnings.append(f"The reference is the split {reference.split}, on which the model may have been trained.")
-    return warnings + [f"{reference.name}: {note}." for note in reference.notes]
+    return warnings + [f"{reference.name}: {note}." for note in reference.public_notes]
 
 
 def _as_json(figures: dict[str, Estimate]) -> dict[str, dict]:

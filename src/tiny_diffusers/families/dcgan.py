@@ -1,6 +1,5 @@
 """DCGAN: its arguments, its two losses, the builder of its networks."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError, refusals
+from ..errors import UserError
 from ..flags import flag
 from ..models.dcgan_tiny import TinyDCGANDiscriminator, TinyDCGANGenerator
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
@@ -26,6 +25,7 @@ from ..training.family import (
     draw_from_latents,
     halving_widths,
     loaded_options,
+    network_refusals,
     sample_size,
 )
 from .conditions import ConditionArguments
@@ -226,25 +226,15 @@ def build_dcgan(
         "num_conditions": num_conditions,
     }
     widths = resolve_dcgan(settings, data)
-    with _naming("--generator_channels"):
+    with network_refusals(settings, block_out_channels="generator_channels"):
         generator = TinyDCGANGenerator(
             out_channels=channels,
             latent_dim=settings.latent_dim,
             block_out_channels=widths["generator_channels"],
             **shared,
         )
-    with _naming("--discriminator_channels"):
+    with network_refusals(settings, block_out_channels="discriminator_channels"):
         discriminator = TinyDCGANDiscriminator(
             in_channels=channels, block_out_channels=widths["discriminator_channels"], **shared
         )
     return generator, discriminator
-
-
-@contextlib.contextmanager
-def _naming(flag_name: str) -> Iterator[None]:
-    """Names the flag that stands for a network's `block_out_channels` in its errors."""
-    try:
-        with refusals():
-            yield
-    except UserError as error:
-        raise UserError(str(error).replace("block_out_channels", flag_name)) from error

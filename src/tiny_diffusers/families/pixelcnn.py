@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data import ImageData, held_out, normalize
 from ..data.images import spell_values
-from ..errors import UserError, refusals
+from ..errors import UserError
 from ..flags import flag
 from ..models.pixelcnn_tiny import DEFAULTS, TinyPixelCNNModel
 from ..pipelines.pipeline_tiny import image_generators
@@ -25,6 +25,7 @@ from ..training.family import (
     check_images,
     condition_grid,
     loaded_options,
+    network_refusals,
     sample_size,
 )
 from .conditions import ConditionArguments
@@ -188,7 +189,7 @@ def build_pixelcnn(
         return pretrained.pixelcnn
     options = {name: value for name, value in network_options(settings).items() if value is not None}
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-    with refusals():
+    with network_refusals(settings):
         pixelcnn = TinyPixelCNNModel(**fixed, **options)
     indices = torch.arange(len(data))
     if settings.validation_split > 0:

@@ -26,7 +26,14 @@ from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors,
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..schedulers.scheduling_tiny_common import BETA_SCHEDULE_ALIASES
 from ..training.arguments import NetworkArguments, TrainingArguments, network_options
-from ..training.family import asked_options, check_images, check_network_flags, load_pretrained, sample_size
+from ..training.family import (
+    asked_options,
+    check_images,
+    check_network_flags,
+    load_pretrained,
+    network_refusals,
+    sample_size,
+)
 from ..training.settings import earlier_settings
 from .transformers import TransformerArguments, default_transformer, warn_of_costly_tokens
 
@@ -192,7 +199,8 @@ def build_unet(
         else:
             torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
             network_class = TinyTransformer2DModel if _network_name(settings) == "transformer" else TinyUNet2DModel
-            unet = network_class(**{**_unet_options(settings, data), **fixed})
+            with network_refusals(settings):
+                unet = network_class(**{**_unet_options(settings, data), **fixed})
     _check_time_embedding(unet, settings)
     if default_device().type == "cpu":
         if isinstance(unet, TinyUNet2DModel):

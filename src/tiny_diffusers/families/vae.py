@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..data import ImageData
-from ..errors import refusals
 from ..flags import flag
 from ..models.vae_tiny import RECONSTRUCTIONS, TinyVAEModel, TinyVAEOutput
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics
@@ -23,6 +22,7 @@ from ..training.family import (
     draw_from_latents,
     halving_widths,
     loaded_options,
+    network_refusals,
     sample_size,
 )
 from .conditions import ConditionArguments
@@ -162,7 +162,7 @@ def build_vae(
         return pretrained.vae
     options = network_options(settings) | resolve_vae(settings, data)
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-    with refusals():
+    with network_refusals(settings):
         return TinyVAEModel(
             sample_size=sample_size(data),
             in_channels=channels,

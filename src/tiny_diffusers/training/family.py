@@ -1,6 +1,8 @@
 """A family of models: what it adds to the training loop, and what several families share."""
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -169,6 +171,22 @@ def halving_widths(height: int, width: int) -> list[int]:
         widths.append(2 * widths[-1])
         height, width = height // 2, width // 2
     return widths
+
+
+@contextlib.contextmanager
+def network_refusals(settings: TrainingArguments, **flags: str) -> Iterator[None]:
+    """
+    Turns what a network refuses of its options into a [`UserError`] that names their flags: `--resolution` for its
+    `sample_size`, and for others their names, unless `flags` give another.
+    """
+    names = {name: name for name in network_options(settings) if "_" in name}  # the others are words of the language
+    names |= {"sample_size": "resolution", **flags}
+    try:
+        with refusals():
+            yield
+    except UserError as error:
+        options = rf"(?<![-\w])({'|'.join(names)})(?!\w)"
+        raise UserError(re.sub(options, lambda match: f"--{names[match[1]]}", str(error))) from error
 
 
 def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]) -> Pipeline | None:

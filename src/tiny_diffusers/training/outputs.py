@@ -70,7 +70,7 @@ def data_facts(trainer: "Trainer") -> dict[str, Any]:
         "classes": list(data.id2label.values()) if data.id2label else None,
         **({} if statistics is None else {"conditions": statistics.ranges}),
         "fingerprint": data.fingerprint,
-        "notes": data.notes,
+        "notes": data.public_notes,
         **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
 
