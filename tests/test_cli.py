@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -617,6 +618,18 @@ def test_a_shell_completes_commands_scripts_kinds_flags_choices_and_files(tmp_pa
     assert complete("tiny-diffusers", "plot", "guidance", "--num_w") == ["--num_walks"]
     assert complete("tiny-diffusers", "sample", "compl") == ["completion"]  # the file
     assert complete("tiny-diffusers", "sample", "runs", "--dtype", "bfl") == ["bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_completion_of_other_shells_is_a_script_that_they_read(tmp_path, capsys, shell):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert cli.COMMANDS["doctor"].help in script
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(script)
+    assert subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True).returncode == 0
 
 
 def test_it_runs_as_a_module():

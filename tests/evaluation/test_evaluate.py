@@ -980,7 +980,8 @@ class TestRun:
         run = trained(dataset_name="digits", resolution=8)
         assert self.run(run) == 0
         report = Report.load(run)
-        assert any(line.startswith("The reference is the training split: all 1,797") for line in report.warnings)
+        said = "its 1,797 images (train) are those that the model was trained on, or that it was validated on"
+        assert any(line.startswith(f"The reference is the training split: {said}") for line in report.warnings)
         assert "The reference is the training split" in (run / "reports" / "ddim-2" / "report.md").read_text()
         assert report.baselines["real"]["images"] == 898  # halves: the training set is no other set
 

@@ -35,17 +35,22 @@ def build_tree() -> argparse.ArgumentParser:
         if isinstance(parser, KindParser):
             parsers[name] = _join({kind: build() for kind, build in parser.parsers.items()})
     parsers["train"] = _join({script: FlagParser(arguments_class(script)) for script in SCRIPTS})
-    return _join(parsers)
+    return _join(parsers, {name: command.help for name, command in COMMANDS.items()})
 
 
-def _join(parsers: Mapping[str, argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Returns a parser of which others are the commands; what takes words but has no choices is completed by files."""
+def _join(
+    parsers: Mapping[str, argparse.ArgumentParser], helps: Mapping[str, str] | None = None
+) -> argparse.ArgumentParser:
+    """
+    Returns a parser of which others are the commands, with their lines of help, or else their descriptions. What takes
+    words but has no choices is completed by files.
+    """
     import shtab
 
     root = argparse.ArgumentParser("tiny-diffusers")
     commands = root.add_subparsers()
     for name, parser in parsers.items():
-        commands.add_parser(name, help=parser.description or name)
+        commands.add_parser(name, help=(helps or {}).get(name) or parser.description or name)
         commands.choices[name] = parser
         for action in parser._actions:
             if action.choices is None and action.type in (None, str, Path) and action.nargs != 0:
