@@ -345,6 +345,8 @@ def test_evaluate_draws_and_measures_by_those_of_the_reference_in_each_family(mo
     noise = [torch.Generator().manual_seed(i) for i in range(count)]
     bits = pipe.bits_per_dim(images[rows], labels[rows], noise, conditions[rows])
     assert report.figures["bits_per_dim"]["value"] == pytest.approx(bits.mean().item(), rel=1e-5)
+    assert report.measured_by["likelihood_given"] == ["class", "age", "hat"]
+    assert "levels, given class, age, hat." in report.markdown()
 
 
 def test_evaluate_leaves_out_what_the_regressor_cannot_learn(make_pipe, monkeypatch, tmp_path):

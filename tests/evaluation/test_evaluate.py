@@ -512,6 +512,15 @@ class TestCompare:
         with pytest.raises(UserError, match="'A' and 'B'.*likelihood_levels"):
             compare({"GAN": gan, "A": samples, "B": binary})
 
+    def test_says_that_bits_given_a_class_are_no_ranking_beside_those_without(self):
+        protocol = Protocol(**{**NO_BASELINES, "sampling": {}, "likelihood_images": 4, "metrics": ["bits_per_dim"]})
+        given, plain = (evaluate(vae(num_class_embeds=classes), image_data(), protocol) for classes in (2, None))
+        assert given.measured_by["likelihood_given"] == ["class"] and "levels, given class." in given.markdown()
+        assert "likelihood_given" not in plain.measured_by
+        note = "Bits/dim are no ranking here, as what is given of each image differs: A class; B nothing."
+        assert note in compare({"A": given, "B": plain})
+        assert "no ranking" not in compare({"A": given, "B": given})
+
 
 class TestBadInput:
     @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.studies import pictures
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.cells import plan_study
-from tiny_diffusers.studies.results import Sampler, Value, find_winner, group, value_of
+from tiny_diffusers.studies.results import Sampler, Value, find_winner, group, value_of, why_not_compared
 from tiny_diffusers.training.arguments import load_cells
 from tiny_diffusers.training.recipes import find_recipe, shipped_recipes
 
@@ -223,13 +223,13 @@ class TestWhatIsTold:
     def test_a_standard_deviation_is_no_error(self):
         entry = {"value": 2.0, "error": 0.5, "error_kind": "standard deviation over 10 parts"}
         rows = [{"measured": [{"scheduler": None, "num_inference_steps": 4, "figures": {"inception_score": entry}}]}]
-        assert value_of(rows, Sampler(None, 4), "inception_score") == (2.0, None, 1)
+        assert value_of(rows, Sampler(None, 4), "inception_score") == Value(2.0, None, 1)
 
     def test_several_seeds_have_a_standard_error_and_one_keeps_that_of_its_report(self, measured):
         rows = [measured(6, seed) for seed in (0, 1)]
         value = value_of(rows, Sampler(None, 4), "frechet_distance")
-        assert value == (pytest.approx(6.05), pytest.approx(0.05), 2)  # |6.0 - 6.1| / 2
-        assert value_of(rows[:1], Sampler(None, 4), "frechet_distance") == (6, 0.5, 1)
+        assert value == Value(pytest.approx(6.05), pytest.approx(0.05), 2)  # |6.0 - 6.1| / 2
+        assert value_of(rows[:1], Sampler(None, 4), "frechet_distance") == Value(6, 0.5, 1)
         assert value_of(rows, Sampler("dpm", 4), "frechet_distance") is None
 
     @pytest.mark.parametrize(
@@ -244,10 +244,24 @@ class TestWhatIsTold:
             ("frechet_distance", {"a": Value(10, 1, 1), "b": None}, None),
             ("frechet_distance", {"a": Value(10, 0.1, 3), "b": Value(99, 0.1, 1)}, None),  # errors of two kinds
             ("diversity", {"a": Value(10, 1, 1), "b": Value(99, 1, 1)}, None),  # neither is better
+            ("bits_per_dim", {"a": Value(1, 0.1, 1, ("class",)), "b": Value(3, 0.1, 1, ("class",))}, "a"),
+            ("bits_per_dim", {"a": Value(1, 0.1, 1, ("class",)), "b": Value(3, 0.1, 1)}, None),
         ],
     )
     def test_a_winner_is_clear_of_every_other(self, figure, values, winner):
         assert find_winner(values, figure) == winner
+
+    def test_bits_of_a_row_are_with_what_they_are_given(self):
+        entry = {"value": 2.0, "error": 0.5, "error_kind": "standard error over images"}
+        figures = {"bits_per_dim": entry, "recall": entry}
+        measured = [{"scheduler": None, "num_inference_steps": None, "figures": figures}]
+        rows = [{"state": "failed"}, {"measured": measured, "likelihood_given": ["class", "age"]}]
+        value = value_of(rows, Sampler(None, None), "bits_per_dim")
+        assert value == Value(2.0, 0.5, 1, ("class", "age"))
+        assert value_of(rows, Sampler(None, None), "recall").given == ()
+        assert (
+            why_not_compared([value, Value(2.0, 0.5, 1)]) == "some bits/dim are given class, age, and others are not"
+        )
 
     def test_the_table_has_the_floor_the_error_and_the_verdict(self, plan, work):
         text = (studies.run_study(plan()) / "README.md").read_text()

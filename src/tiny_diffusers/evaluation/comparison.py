@@ -25,8 +25,9 @@ def check_comparable(reports: dict[str, Report]) -> None:
         [`~tiny_diffusers.errors.UserError`]: If two were not; it names the first difference.
     """
     for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
-        # The same images and weights may come from different places, and the same training may round differently.
-        ignored = {"load", "file", "name", "accuracy"}
+        # The same images and weights may come from different places, and the same training may round differently. What
+        # bits/dim are given, a note says.
+        ignored = {"load", "file", "name", "accuracy", "likelihood_given"}
         if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
@@ -64,7 +65,16 @@ def compare(reports: dict[str, Report]) -> str:
         f"{name} ({report.sampling})" if report.sampling else name: report.figures for name, report in reports.items()
     }
     rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in first.baselines.items()}
-    return f"{first.images} {first.against}.\n\n{format_table(first, rows, '')}\n"
+    return f"{first.images} {first.against}.\n\n{format_table(first, rows, '')}\n{_note_on_likelihoods(reports)}"
+
+
+def _note_on_likelihoods(reports: dict[str, Report]) -> str:
+    """Returns a note for below a table, if its bits/dim are given different things; none if not."""
+    given = {name: report.likelihood_given for name, report in reports.items() if "bits_per_dim" in report.figures}
+    if len({tuple(each) for each in given.values()}) < 2:
+        return ""
+    words = [f"{markdown(name)} {markdown(', '.join(each) or 'nothing')}" for name, each in given.items()]
+    return f"\n**Note:** Bits/dim are no ranking here, as what is given of each image differs: {'; '.join(words)}.\n"
 
 
 def _difference(a: Any, b: Any, ignored: set[str], where: str = "") -> tuple[str, Any, Any] | None:
@@ -111,7 +121,8 @@ def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
     table = "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines)
     caption = f"{first.images} {first.against}.\n\n" if first is not None else ""
     hidden = len(names) - len(shown)
-    return f"{caption}{table}\n" + (f"\n{hidden} settings are the same in all runs.\n" if hidden else "")
+    footer = f"\n{hidden} settings are the same in all runs.\n" if hidden else ""
+    return f"{caption}{table}\n{_note_on_likelihoods(reports)}{footer}"
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

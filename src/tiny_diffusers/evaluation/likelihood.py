@@ -1,7 +1,7 @@
 """Bits/dim of real images: a pipeline's own likelihood, or by its scheduler the variational bound or the ODE's."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ class Likelihood:
     bits: np.ndarray  # (N,)
     kind: str  # "exact" or a bound
     levels: int  # of a pixel: bits/dim of images with other levels are not comparable
+    given: list[str] = field(default_factory=list)  # to the model, of each image: "class", and names of conditions
 
     def describe(self) -> str:
-        """Returns the kind and the levels in words."""
-        return f"{self.kind}, of images with {self.levels} levels"
+        """Returns the kind, the levels and what is given, in words."""
+        given = f", given {', '.join(self.given)}" if self.given else ""
+        return f"{self.kind}, of images with {self.levels} levels{given}"
 
     def mean(self) -> Estimate:
         """Returns the mean over the images."""
@@ -109,9 +111,9 @@ def measure_likelihood(
     bits = fill(entry, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
-    return Likelihood(
-        bits, _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, real.data.images[0].numel()), levels
-    )
+    kind = _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, real.data.images[0].numel())
+    given = ["class"] if _takes_class(pipe, real.data) else []
+    return Likelihood(bits, kind, levels, [*given, *_condition_names(pipe)])
 
 
 def _scheduler_kind(pipe: DiffusionPipeline, dimensions: int) -> str:
@@ -121,20 +123,28 @@ def _scheduler_kind(pipe: DiffusionPipeline, dimensions: int) -> str:
     return _ODE.format(trace="exact trace" if is_exact else "Hutchinson's trace with 2 probes")
 
 
+def _takes_class(pipe: DiffusionPipeline, data: ImageData) -> bool:
+    return bool(getattr(pipe, "_class_ids", [])) and data.labels is not None
+
+
+def _condition_names(pipe: DiffusionPipeline) -> list[str]:
+    statistics = getattr(pipe, "_condition_statistics", None)
+    return [] if statistics is None else list(statistics.names)
+
+
 def _bits(
     pipe: DiffusionPipeline, data: ImageData, rows: torch.Tensor, generator: list[torch.Generator]
 ) -> torch.Tensor:
     """Computes bits/dim of the images in `rows` (B,), by their classes and conditions if the pipeline takes some: (B,)."""
     images = data.images[rows]
-    conditional = bool(getattr(pipe, "_class_ids", []))
     options = {
-        "class_labels": data.labels[rows].to(pipe.device) if conditional and data.labels is not None else None,
+        "class_labels": data.labels[rows].to(pipe.device) if _takes_class(pipe, data) else None,
         "generator": generator,
     }
     if hasattr(pipe, "bits_per_dim"):
-        statistics = getattr(pipe, "_condition_statistics", None)
-        if statistics is not None:
-            options["conditions"] = with_conditions(data, statistics.names).conditions[rows]
+        names = _condition_names(pipe)
+        if names:
+            options["conditions"] = with_conditions(data, names).conditions[rows]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FarValueWarning)  # which the report counts where images are drawn by them
             return pipe.bits_per_dim(images, **options)

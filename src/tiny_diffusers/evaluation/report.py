@@ -310,6 +310,11 @@ class Report:
         words += [f"{name} {value}" for name, value in self.source.get("sampling", {}).items()]
         return ", ".join(words)
 
+    @property
+    def likelihood_given(self) -> list[str]:
+        """What the model is told of each image whose bits/dim are measured: `"class"`, and the names of conditions."""
+        return [str(name) for name in self.measured_by.get("likelihood_given", [])]
+
     def asks_the_same(self, protocol: dict[str, Any], source: dict[str, Any], load: dict[str, Any]) -> bool:
         """
         Checks that a report is of the same protocol: that measuring again would replace it by one of the same name.
@@ -393,6 +398,7 @@ _FORM = {
         "num_images": int,
         "features": {"dtype": str, "resize": str},
         "reference": {"name": str, "split": str, "images": int, "fingerprint": str, "?load": dict},
+        "?likelihood_given": list,
     },
     "source": {"kind": str, "name": str, "?sampling": dict, "?scheduler": {"class": str}},
     "figures": dict,

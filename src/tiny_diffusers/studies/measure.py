@@ -102,6 +102,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
         "baselines": {name: entry["figures"] for name, entry in first.baselines.items()},
         "against": f"{first.images} {first.against}",
         "images": _fingerprints(first),
+        "likelihood_given": first.likelihood_given,
         "warnings": first.warnings,
         "samples": samples,
     }

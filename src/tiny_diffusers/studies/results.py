@@ -23,11 +23,15 @@ class Sampler(NamedTuple):
 
 
 class Value(NamedTuple):
-    """The mean over the seeds. Its error is the standard error over them, or that of the one report."""
+    """
+    The mean over the seeds. Its error is the standard error over them, or that of the one report. Of bits/dim, `given` is
+    what the model is told of each image.
+    """
 
     value: float
     error: float | None
     seeds: int
+    given: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {"value": self.value, "error": self.error}
@@ -68,7 +72,11 @@ def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
         for entry in row.get("measured", [])
         if (entry["scheduler"], entry["num_inference_steps"]) == sampler and figure in entry.get("figures", {})
     ]
-    return _combine([entry["value"] for entry in found], [_standard_error(entry) for entry in found])
+    value = _combine([entry["value"] for entry in found], [_standard_error(entry) for entry in found])
+    if value is None or figure != "bits_per_dim":
+        return value
+    given = (row["likelihood_given"] for row in rows if row.get("likelihood_given"))
+    return value._replace(given=tuple(next(given, [])))
 
 
 def _standard_error(figure: Mapping[str, Any]) -> float | None:
@@ -126,6 +134,9 @@ def why_not_compared(values: Iterable[Value]) -> str | None:
         return "not all values have an error"
     if len({value.seeds > 1 for value in values}) > 1:
         return "some values are of one seed, and others of several"
+    given = {value.given for value in values}
+    if len(given) > 1:
+        return f"some bits/dim are given {', '.join(max(given, key=len))}, and others are not"
     return None
 
 
