@@ -176,6 +176,7 @@ class ClassConditioningMixin:
                     f"Float `class_labels` are weights of the network's {self._num_rows} rows. They must be finite "
                     f"and of shape (B, {self._num_rows}), got {tuple(labels.shape)}."
                 )
+            self._check_null_weights(labels)
             return labels.float()
         if labels.ndim > 1 and labels.shape[1:] != (1,):
             labels = self._decode_one_hot(labels)
@@ -184,6 +185,20 @@ class ClassConditioningMixin:
         if unknown:
             raise ValueError(f"Unknown class id {unknown}: the classes are {self._allowed_classes}.")
         return labels
+
+    def _check_null_weights(self, weights: torch.Tensor):
+        """Refuses weights (B, rows) of the null class where training has not shown the network what they stand for."""
+        null = self._null_class_id
+        if null is None or not weights[:, null].any():
+            return
+        others = (self.config.get(name) for name in ("conditioning", "condition_statistics"))
+        if self.config.get("class_dropout_prob", 0) == 0:
+            reason = "no label was dropped in training, so it was never trained"
+        elif any(each is not None for each in others):
+            reason = "training drops the class with the other conditions, and never alone"
+        else:
+            return
+        raise ValueError(f"Float `class_labels` must give the null class, row {null}, a weight of 0: {reason}.")
 
     def _decode_one_hot(self, labels: torch.Tensor) -> torch.Tensor:
         """Converts one-hot rows (B, K) over the classes, or (B, rows) with the null class, to ids (B,)."""

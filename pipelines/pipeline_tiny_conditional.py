@@ -92,8 +92,9 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
         Args:
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, rows)` are weights of the
-                rows of the network's class embedding, null class included: they can interpolate between classes.
-                Required for a network with classes unless `guidance_scale` is 0.
+                rows of the network's class embedding, null class included: they can interpolate between classes. The
+                null class must have the weight 0 if the network takes an image or conditions as well, or no label was
+                dropped in training. Required for a network with classes unless `guidance_scale` is 0.
             batch_size (`int`, *optional*):
                 The number of images. Defaults to the number of labels, of conditions or of conditioning images.
             guidance_scale (`float`, *optional*, defaults to 1.0):

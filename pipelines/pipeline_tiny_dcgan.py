@@ -76,7 +76,8 @@ class TinyDCGANPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         Args:
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, num_class_embeds + 1)`
-                are weights of the rows of the network's class embedding. Required for a generator with classes.
+                are weights of the classes; the last, of the null class, must be 0, as it is never trained. Required for a
+                generator with classes.
             batch_size (`int`, *optional*):
                 The number of images. Defaults to the number of labels or of conditions, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -129,8 +130,8 @@ class TinyDCGANPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
             seeds (`tuple[int, int]`):
                 The two seeds, each used as `generator=[torch.Generator().manual_seed(seed)]`.
             class_labels (`int`, `str`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
-                One class, or two classes to interpolate between: ids, names or weights of the rows of the network's
-                class embedding. Required for a generator with classes.
+                One class, or two classes to interpolate between: ids, names or weights, as for sampling. Required
+                for a generator with classes.
             num_frames (`int`, *optional*, defaults to 16):
                 The number of frames, both ends included: at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`):

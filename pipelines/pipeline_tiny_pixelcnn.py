@@ -90,7 +90,9 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
                 The number of images. Defaults to the number of labels, of conditions or of given images, or 1.
             class_labels (`int`, `str`, a list of either, or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, K + 1)` are mixing
-                weights of the K classes and the null class. Required for a network with classes.
+                weights of the K classes and the null class, which must be 0 for the latter if the network takes
+                conditions as well or no label was dropped. Required for a network with classes; with conditions as
+                well, give both or neither.
             temperature (`float`, *optional*, defaults to 1.0):
                 Divides the logits of the levels or of the mixture, and multiplies the scales of the mixture. Must be
                 above 0. Below 1, likely values are sampled more often than under the model.
@@ -119,8 +121,8 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
             conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
                 all images or a list of one for each; or values of shape `(B, D)`, in the order of
-                `condition_statistics`. Required for a network with conditions and classes, or whose
-                training dropped none; without classes, None otherwise draws images of any conditions.
+                `condition_statistics`. None draws images of any conditions, and of any class. Required if classes are
+                given, or if training dropped no conditions.
 
         Returns:
             [`TinyPipelineOutput`] or `tuple`: The images.
@@ -134,13 +136,14 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
         if (images is None) != (mask is None):
             raise ValueError("Give `images` and `mask` together: the mask tells which part of the images is given.")
         given_images = None if images is None else self._to_levels(images)
-        conditions = self._encode_conditions(conditions, optional=self._can_omit_conditions(class_labels))
+        draws_any = self._condition_statistics is not None and self._are_dropped(class_labels, conditions)
+        conditions = self._encode_conditions(conditions, optional=draws_any)
         if batch_size is None:
             batch_size = self._count_rows(conditions)
         one_label = class_labels is None or isinstance(class_labels, int | str)
         if batch_size is None and one_label and images is not None:
             batch_size = len(given_images)
-        labels, batch_size = self._encode_class_labels(class_labels, batch_size)
+        labels, batch_size = self._encode_class_labels(class_labels, batch_size, 0 if draws_any else None)
         conditions = self._expand_conditions(conditions, batch_size)
         self._check_output(batch_size, output_type)
         uniform = self._draw_uniform(batch_size, generator)  # (B, H, W, C, 2)
@@ -186,9 +189,11 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
 
         Args:
             images (`torch.Tensor` of shape `(B, C, H, W)`): uint8 images, 0 to 255.
-            class_labels (as for sampling, *optional*): The classes for p(x | class). None is the null class.
+            class_labels (as for sampling, *optional*): The classes for p(x | class).
             generator (*optional*): Not used: the likelihood is deterministic.
-            conditions (as for sampling, *optional*): The conditions for p(x | conditions). None is none of them.
+            conditions (as for sampling, *optional*):
+                The conditions for p(x | conditions). Without them and `class_labels`, p(x) is that of images of any kind;
+                a network that takes both is given both or neither.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: Bits per dimension.
@@ -198,20 +203,18 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
                 likelihood, or labels or conditions are missing and the network without them was never trained.
         """
         images = self._from_uint8(images)
-        labels = None
         if class_labels is None and self._num_rows and self.config.class_dropout_prob == 0:
             raise ValueError("p(x | null class) wasn't learned: no label was dropped in training. Use `class_labels`.")
-        if class_labels is not None or conditions is not None:  # training drops both or none
-            labels, _ = self._encode_class_labels(class_labels, len(images))
-        optional = self._can_omit_conditions(class_labels)
-        conditions = self._encode_conditions(conditions, batch_size=len(images), optional=optional)
+        are_dropped = self._are_dropped(class_labels, conditions)
+        labels, _ = self._encode_class_labels(class_labels, len(images), 0 if are_dropped else None)
+        conditions = self._encode_conditions(conditions, batch_size=len(images), optional=are_dropped)
         bits = self._network.nll(self._network.quantize(images / 255), labels, conditions)
         self.maybe_free_model_hooks()
         return bits
 
-    def _can_omit_conditions(self, class_labels: ClassLabels | None) -> bool:
-        """Returns whether the network was trained without conditions as well, which are dropped together with the class."""
-        return class_labels is None and self.config.class_dropout_prob != 0
+    def _are_dropped(self, class_labels: ClassLabels | None, conditions: Conditions | None) -> bool:
+        """Returns whether neither class nor conditions are given, and training dropped them, which it does together."""
+        return class_labels is None and conditions is None and self.config.class_dropout_prob != 0
 
     def _check_temperature(self, temperature: float):
         if not 0 < temperature < math.inf:

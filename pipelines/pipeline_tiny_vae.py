@@ -89,7 +89,8 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
                 Factor of z, in [0, 1]. Below 1, images are more typical and less varied.
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The classes, as ids or names: one for each image, or one for all. Floats `(B, num_class_embeds + 1)`
-                are weights of the rows of the network's class embedding. Required for a network with classes.
+                are weights of the classes; the last, of the null class, must be 0, as it is never trained. Required for a
+                network with classes.
             conditions (`dict[str, float]`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
                 The conditions by name in the units of the data, such as `{"age": 30, "smiling": 1}`, with a value for
                 all images or a list of one for each; or values of shape `(B, D)`, in the order of
@@ -214,8 +215,8 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
             seeds (`tuple[int, int]`, *optional*):
                 The seeds of two samples, each used as `generator=[torch.Generator().manual_seed(seed)]`.
             class_labels (`int`, `str`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
-                One class, or two classes to interpolate between: ids, names or weights of the rows of the network's
-                class embedding. Required for a network with classes.
+                One class, or two classes to interpolate between: ids, names or weights, as for sampling. Required
+                for a network with classes.
             conditions (`dict[str, float]`, a list of two, `np.ndarray` or `torch.Tensor`, *optional*):
                 The conditions by name in the units of the data, with a value or a list of two to interpolate between; or
                 values of shape `(1, D)` or `(2, D)`, in the order of `condition_statistics`. Required for a network with

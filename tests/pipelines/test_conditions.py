@@ -110,6 +110,46 @@ def test_one_row_stands_for_all_and_several_are_a_batch(make_pipe, family):
             draw(pipe, **given)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_null_class_has_weight_only_where_it_was_trained(make_pipe, family):
+    """Class and conditions are dropped together, and by a VAE or a DCGAN never."""
+    mixed, whole = torch.tensor([[0.5, 0.2, 0.3, 0]]), torch.tensor([[0.0, 0, 0, 1]])
+    drops = {} if family in ("vae", "dcgan") else {"class_dropout_prob": 0.1}
+    pipe = make_pipe(classes=3, family=family, **drops)
+    assert len(draw(pipe, class_labels=mixed, conditions=ROW)) == 1
+    for weights in (whole, torch.tensor([[0.5, 0, 0, 0.5]])):
+        with pytest.raises(
+            ValueError, match="the null class, row 3, a weight of 0: " + ("training" if drops else "no")
+        ):
+            draw(pipe, class_labels=weights, conditions=ROW)
+    if family in OTHERS:
+        pipe = make_pipe(classes=3, family=family, condition_statistics=None, **drops)
+        if drops:
+            assert len(draw(pipe, class_labels=whole)) == 1
+            pipe.register_to_config(class_dropout_prob=0)
+        with pytest.raises(ValueError, match="a weight of 0: no label was dropped"):
+            draw(pipe, class_labels=whole)
+
+
+def test_a_pixelcnn_draws_and_measures_images_of_any_kind_without_class_and_conditions(make_pipe):
+    pipe = make_pipe(classes=3, family="pixelcnn", class_dropout_prob=0.1)
+    seen = []
+    pipe.pixelcnn.condition_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    assert len(draw(pipe, batch_size=2)) == 2 and seen and all(each.isnan().all() for each in seen)
+    images = torch.randint(256, (2, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    null = torch.full((2,), 3), torch.full((2, 2), torch.nan)
+    bits = pipe.pixelcnn.nll(pipe.pixelcnn.quantize(images / 255), *null)
+    torch.testing.assert_close(pipe.bits_per_dim(images), bits)
+    for call in (lambda **given: draw(pipe, **given), lambda **given: pipe.bits_per_dim(images, **given)):
+        with pytest.raises(ValueError, match="needs `conditions`"):
+            call(class_labels=1)
+        with pytest.raises(ValueError, match="needs `class_labels`"):
+            call(conditions=ROW)
+    never = make_pipe(classes=3, family="pixelcnn", class_dropout_prob=0)
+    with pytest.raises(ValueError, match="needs `conditions`"):
+        draw(never)
+
+
 @pytest.mark.parametrize("classes", [None, 3])
 def test_guidance_is_a_mix_of_the_two_predictions(make_pipe, classes):
     pipe = make_pipe(classes=classes)

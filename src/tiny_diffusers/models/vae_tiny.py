@@ -285,9 +285,10 @@ class TinyVAEModel(ModelMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a plain tuple.
             class_labels (`torch.Tensor`, *optional*):
                 Integers of shape `(B,)` from 0 to `num_class_embeds`, or floats of shape `(B, num_class_embeds + 1)`
-                that mix the rows. None stands for no class, row `num_class_embeds`.
+                that mix the rows. None stands for no class, row `num_class_embeds`, which `train_vae.py` never trains.
             conditions (`torch.Tensor` of shape `(B, num_conditions)`, *optional*):
-                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a learned vector.
+                Standardized numbers. A row of NaN, or None for all images, stands for no conditions: a vector that
+                `train_vae.py` never trains.
 
         Returns:
             [`TinyVAEOutput`] or `tuple`: Reconstructions and both terms.
