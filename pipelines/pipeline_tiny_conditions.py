@@ -4,7 +4,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,24 @@ class ConditionStatistics:
         means = values.mean(dim=0).masked_fill(is_label, 0.5)
         deviations = values.std(dim=0, correction=0).masked_fill(is_label, 0.5)
         return cls(list(names), *(each.tolist() for each in (means, deviations, lows, highs)))
+
+    def widen(self, values: torch.Tensor) -> "ConditionStatistics":
+        """
+        Returns these statistics with ranges that hold the values (N, D) of further training images as well.
+
+        Raises:
+            ValueError: If a label has another value than 0 or 1.
+        """
+        values = values.double()
+        for name, is_label, column in zip(self.names, self.are_labels, values.T, strict=True):
+            others = column[(column != 0) & (column != 1)]
+            if is_label and len(others):
+                raise ValueError(
+                    f"the condition '{name}' is a label of 0 or 1, and there are images of {others[0]:g}."
+                )
+        lows = torch.tensor(self.lows).double().minimum(values.min(dim=0).values)
+        highs = torch.tensor(self.highs).double().maximum(values.max(dim=0).values)
+        return replace(self, lows=lows.tolist(), highs=highs.tolist())
 
     def to_config(self) -> dict[str, list]:
         """Returns the fields as the config of a pipeline holds them."""

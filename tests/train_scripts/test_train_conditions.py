@@ -1,6 +1,8 @@
 """Training with conditions: how they are standardized, dropped, learned, saved and shown, and what is refused."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_diffusers import TinyPipeline
+from tiny_diffusers.data import ImageData
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families import conditions
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
+from tiny_diffusers.pipelines.pipeline_tiny_conditions import ConditionStatistics
 from tiny_diffusers.train_scripts import (
     train_conditional,
     train_dcgan,
@@ -186,6 +192,32 @@ def test_fine_tuning_keeps_the_standardization_and_adds_conditions(train, data):
     weights, own = (load_file(folder / WEIGHTS) for folder in (added, plain))
     assert all(torch.equal(weights[name], own[name]) for name in own)
     assert {name.split(".")[0] for name in weights.keys() - own.keys()} == {"condition_embed"}
+
+
+def test_fine_tuning_takes_one_value_of_each_and_widens_the_ranges(monkeypatch):
+    earlier = ConditionStatistics(["age", "hat"], [40.0, 0.5], [9.0, 0.5], [20.0, 0.0], [60.0, 1.0])
+    arguments = ConditionalArguments(pretrained_model_name_or_path="runs/faces", validation_split=0)
+    checkpoint = SimpleNamespace(_condition_statistics=earlier)
+    monkeypatch.setattr(conditions, "load_pretrained", lambda settings, pipeline_class: checkpoint)
+
+    def measure(*rows, names=("age", "hat")):
+        values = torch.tensor(rows, dtype=torch.float32)
+        images = torch.zeros(len(rows), 1, 8, 8, dtype=torch.uint8)
+        data = ImageData(images, None, None, "faces", "train", "", conditions=values, condition_names=list(names))
+        return conditions.measure_conditions(arguments, data)
+
+    data, statistics = measure([70, 1], [70, 1])
+    assert data.conditions.tolist() == [[70, 1], [70, 1]] and data.condition_names == ["age", "hat"]
+    assert statistics == replace(earlier, highs=[70, 1]) and statistics.are_labels == [False, True]
+    assert measure([30, 0], [35, 0])[1] == earlier  # a narrower range
+    data, statistics = measure([30, 0, 0], [35, 0, 0], names=("age", "hat", "never"))  # a label that no image has
+    assert data.condition_names == ["age", "hat"] and statistics == earlier
+    with pytest.raises(UserError, match="of runs/faces, the condition 'hat' is a label of 0 or 1, and .* of 0.5"):
+        measure([30, 0], [30, 0.5])
+    with pytest.raises(
+        UserError, match="has the conditions age, hat, and --condition_columns gives age: .*ClassLabel"
+    ):
+        measure([30], [35], names=("age",))
 
 
 def test_a_stock_network_takes_none(train, data, tmp_path):

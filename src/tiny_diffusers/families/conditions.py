@@ -4,6 +4,8 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from ..data import ImageData
 from ..data.folders import abbreviate
 from ..errors import UserError, refusals
@@ -40,11 +42,11 @@ class ConditionArguments(TrainingArguments):
 def measure_conditions(settings: ConditionArguments, data: ImageData) -> tuple[ImageData, ConditionStatistics | None]:
     """
     Measures the conditions of the training images, those of the held-out ones left out; None without conditions. A
-    checkpoint to start from keeps its means and deviations. Returns them with the data, without labels that no training
-    image, or each, has.
+    checkpoint to start from keeps its means and deviations, and its ranges are widened. Returns them with the data, without
+    labels that no training image, or each, has and that no checkpoint knows.
 
     Raises:
-        UserError: If a condition has one value only, or the checkpoint has others.
+        UserError: If a condition has one value only and is new, or if the checkpoint has others.
     """
     if data.conditions is None:
         return data, None
@@ -55,24 +57,36 @@ def measure_conditions(settings: ConditionArguments, data: ImageData) -> tuple[I
             f"--{' --'.join(moving)} with --condition_columns: the conditions stay as they are, so leave it out if one "
             "depends on where things are or which way they point."
         )
-    values = data.conditions[split_indices(settings, data)[0]]
-    is_constant_label = (values == values[0]).all(dim=0) & ((values[0] == 0) | (values[0] == 1))
-    columns = (~is_constant_label).nonzero().flatten().tolist()
-    if columns and len(columns) < len(data.condition_names):
-        constant = [name for name, each in zip(data.condition_names, is_constant_label.tolist(), strict=True) if each]
-        logger.warning(f"left out, as all training images or none have these labels: {abbreviate(constant)}")
-        names = [data.condition_names[column] for column in columns]
-        data = dataclasses.replace(data, conditions=data.conditions[:, columns], condition_names=names)
-        values = values[:, columns]
-    with refusals("--condition_columns: "):
-        statistics = ConditionStatistics.measure(values, data.condition_names)
     earlier = getattr(load_pretrained(settings, TinyPipeline), "_condition_statistics", None)
+    rows = split_indices(settings, data)[0]
+    data = _without_constant_labels(data, rows, [] if earlier is None else earlier.names)
+    values = data.conditions[rows]
     if earlier is None:
-        return data, statistics
-    if earlier.names != statistics.names:
+        with refusals("--condition_columns: "):
+            return data, ConditionStatistics.measure(values, data.condition_names)
+    source = settings.pretrained_model_name_or_path
+    if earlier.names != data.condition_names:
         raise UserError(
-            f"--pretrained_model_name_or_path: {settings.pretrained_model_name_or_path} has the conditions "
-            f"{', '.join(earlier.names)}, and --condition_columns gives {', '.join(statistics.names)}: give the same ones in "
-            "the same order."
+            f"--pretrained_model_name_or_path: {source} has the conditions {', '.join(earlier.names)}, and "
+            f"--condition_columns gives {', '.join(data.condition_names)}: give the same ones in the same order, and labels that "
+            "no image has as a ClassLabel."
         )
-    return data, dataclasses.replace(statistics, means=earlier.means, deviations=earlier.deviations)
+    with refusals(f"--condition_columns: of {source}, "):
+        return data, earlier.widen(values)
+
+
+def _without_constant_labels(data: ImageData, rows: torch.Tensor, known: list[str]) -> ImageData:
+    """Returns the data without the labels that all images in `rows` have, or none, those of known names aside."""
+    values = data.conditions[rows]
+    is_constant = (values == values[0]).all(dim=0) & ((values[0] == 0) | (values[0] == 1))
+    constant = [
+        name
+        for name, each in zip(data.condition_names, is_constant.tolist(), strict=True)
+        if each and name not in known
+    ]
+    names = [name for name in data.condition_names if name not in constant]
+    if not constant or not names:
+        return data
+    logger.warning(f"left out, as all training images or none have these labels: {abbreviate(constant)}")
+    columns = [data.condition_names.index(name) for name in names]
+    return dataclasses.replace(data, conditions=data.conditions[:, columns], condition_names=names)
