@@ -107,7 +107,7 @@ def main() -> None:
             parameters, forward = count(arguments, script, data)
             training, seconds = 3 * forward, ""
             if args.measure and isinstance(arguments, DiffusionArguments):
-                seconds = f"{seconds_a_step(arguments, data, script == 'conditional'):.2f}"
+                seconds = f"{seconds_a_step(arguments, data):.2f}"
             hours = ["by its minutes"] * 2
             if steps:
                 work = steps * arguments.train_batch_size * training

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from tiny_diffusers import TinyUNet2DModel
-from tiny_diffusers.data import load_images
+from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.families.unets import resolve_unet
 from tiny_diffusers.models.unet_tiny import PRESETS
 from tiny_diffusers.studies import budget
 from tiny_diffusers.studies import study as studies
+from tiny_diffusers.studies.budget import seconds_a_step  # before a fixture replaces it
 
 
 CELLS = [
@@ -43,6 +45,26 @@ def test_all_widths_are_divided_by_one_factor(plan, capsys):
     # 500 steps in 80 % of 10 minutes are 0.96 s each
     assert fit(plan({"budget": 10.0}, cells=CELLS)) == (2, NARROWED)
     assert "about 2 times narrower" in capsys.readouterr().out
+
+
+def test_the_timed_network_takes_what_that_of_training_takes(monkeypatch):
+    built, build = [], budget.build_unet
+    monkeypatch.setattr(budget, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(budget, "build_unet", lambda *args, **given: built.append(build(*args, **given)) or built[-1])
+    images, values = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 2)
+    data = ImageData(images, None, None, "x", "train", "", conditions=values, condition_names=["age", "hat"])
+    shared = {"block_out_channels": [8], "layers_per_block": 1, "num_threads": 1}
+    options = {**shared, "condition_columns": "age,hat", "conditioning": "low_resolution:2"}
+    assert seconds_a_step(ConditionalArguments(**options), data) > 0
+    data = ImageData(images, torch.zeros(4, dtype=torch.long), {0: "a", 1: "b"}, "x", "train", "")
+    assert seconds_a_step(ConditionalArguments(**shared), data) > 0
+    assert seconds_a_step(DiffusionArguments(**shared), data) > 0
+    taken = ("num_class_embeds", "num_conditions", "in_channels")
+    assert [tuple(unet.config[name] for name in taken) for unet in built] == [
+        (None, 2, 2),
+        (2, None, 1),
+        (None, None, 1),
+    ]
 
 
 def test_what_fits_stays(plan):

@@ -14,6 +14,7 @@ import torch
 from ..data import ImageData
 from ..errors import UserError, say
 from ..evaluation.evaluator import processes
+from ..families.conditional_diffusion import ConditionalArguments, build_conditioning
 from ..families.unets import build_unet, resolve_unet
 from ..hardware import default_dtype, setup_torch
 from ..models.unet_tiny import PRESETS
@@ -83,7 +84,7 @@ def _choose_factor(study: Study, cells: Mapping[str, TrainingArguments], data: M
         narrowed = {
             cell: dataclasses.replace(each, **narrow(each, data[cell], factor)) for cell, each in cells.items()
         }
-        times[factor] = _slowest(narrowed, data, study.script == "conditional", limit)
+        times[factor] = _slowest(narrowed, data, limit)
         if times[factor] <= limit:
             break
     factor, seconds = max(times), times[max(times)]
@@ -138,28 +139,38 @@ def _stay_different(cells: Mapping[str, TrainingArguments], data: Mapping[str, I
     return factor == 1 or len({tuple(each["block_out_channels"]) for each in options}) == len(before)
 
 
-def _slowest(
-    cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData], conditional: bool, limit: float
-) -> float:
+def _slowest(cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData], limit: float) -> float:
     """Returns the most seconds that a step of any cell takes; the first that are above the limit, if there are."""
     times: dict[str, float] = {}
     for cell, arguments in cells.items():
-        key = repr((network_options(arguments), arguments.preset, data[cell].images.shape, arguments.train_batch_size))
+        network = network_options(arguments), arguments.preset, _given(arguments, data[cell])
+        key = repr((network, data[cell].images.shape, arguments.train_batch_size))
         if key not in times:
-            times[key] = seconds_a_step(arguments, data[cell], conditional)
+            times[key] = seconds_a_step(arguments, data[cell])
         if times[key] > limit:
             return times[key]
     return max(times.values())
 
 
-def seconds_a_step(arguments: TrainingArguments, data: ImageData, conditional: bool) -> float:
+def _given(arguments: TrainingArguments, data: ImageData) -> dict[str, Any]:
+    """Returns the arguments of `build_unet` that stand for classes, a conditioning image and conditions."""
+    if not isinstance(arguments, ConditionalArguments):
+        return {}
+    return {
+        "num_class_embeds": len(data.id2label) if data.id2label else None,
+        "conditioning": build_conditioning(arguments, data),
+        "num_conditions": None if data.conditions is None else len(data.condition_names),
+    }
+
+
+def seconds_a_step(arguments: TrainingArguments, data: ImageData) -> float:
     """Measures a forward and a backward pass of the network for a batch, in the dtype that training takes here."""
     device = setup_torch(arguments.num_threads)
-    num_classes = len(data.id2label) if conditional and data.id2label else None
-    unet = build_unet(arguments, data, num_classes).to(device)
+    unet = build_unet(arguments, data, **_given(arguments, data)).to(device)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     count = min(batch, _TRIAL_IMAGES) if device.type == "cpu" else batch
-    images = torch.zeros(count, *data.images.shape[1:], device=device).to(memory_format=torch.channels_last)
+    images = torch.zeros(count, unet.config.in_channels, *data.images.shape[2:], device=device)
+    images = images.to(memory_format=torch.channels_last)
     times = []
     for _ in range(2):  # the first fills caches
         began = time.perf_counter()
