@@ -167,6 +167,9 @@ def test_a_first_convolution_that_would_fill_the_memory_is_refused():
     message = r"block_out_channels \(4096,\), latent_dim 65536, sample_size 1024 .* 4e\+09 .* more levels"
     with pytest.raises(ValueError, match=message):
         TinyDCGANGenerator(sample_size=1024, latent_dim=65536, block_out_channels=(4096,))
+    given = {"latent_dim": 1, "class_embed_dim": 1024, "num_class_embeds": 2}
+    with pytest.raises(ValueError, match=r"sample_size 1024, class_embed_dim 1024 .* more levels"):
+        TinyDCGANGenerator(sample_size=1024, block_out_channels=(64,), **given)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from tiny_diffusers import TinyTransformer2DModel, TinyUNet2DModel, models
 from tiny_diffusers.models.layers_tiny import (
     SIZES,
+    ClassEmbedding,
+    ConditionEmbedding,
     TimeEmbedding,
     _CPUAttention,
     as_sample_size,
@@ -19,6 +21,7 @@ from tiny_diffusers.models.layers_tiny import (
     check_shape,
     check_sizes,
     class_weights,
+    count_embedding,
     height_and_width,
     self_attention,
 )
@@ -114,6 +117,15 @@ def test_sizes_are_integers_within_their_limits():
     for message, config in refused.items():
         with pytest.raises(ValueError, match=message):
             check_sizes(config, in_channels=(1, 16))
+
+
+def test_the_parameters_of_the_embeddings_are_counted():
+    config = {"num_class_embeds": 5, "num_conditions": 3, "class_embed_dim": 7}
+    modules = ClassEmbedding(5, 7), ConditionEmbedding(3, 7)
+    of_each = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+    assert count_embedding(config) == (7, sum(of_each))
+    assert count_embedding({**config, "num_conditions": None}) == (7, of_each[0])
+    assert count_embedding({**config, "num_class_embeds": None, "num_conditions": None}) == (0, 0)
 
 
 def test_a_height_and_width_are_a_pair_and_of_squares_the_side():

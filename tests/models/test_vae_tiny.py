@@ -254,6 +254,16 @@ def test_16_bit_weights_keep_the_terms_in_float32(dtype):
         ({"layers_per_block": True}, ["layers_per_block"]),
         ({"sample_size": 1024, "block_out_channels": (4096,)}, ["more levels"]),
         ({"latent_dim": 65536, "block_out_channels": (64, 4096)}, ["parameters"]),
+        (
+            {
+                "sample_size": 1024,
+                "latent_dim": 1,
+                "block_out_channels": (64,),
+                "class_embed_dim": 1024,
+                "num_conditions": 1,
+            },
+            ["class_embed_dim 1024", "parameters"],
+        ),
         ({"reconstruction": "logistics"}, ["logistics", "Did you mean 'logistic'?"]),
     ],
     ids=str,

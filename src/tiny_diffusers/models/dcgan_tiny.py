@@ -24,6 +24,7 @@ from .layers_tiny import (
     check_shape,
     check_sizes,
     concat_embedding,
+    count_embedding,
     embed_both,
     height_and_width,
 )
@@ -35,10 +36,12 @@ def _check_config(config: dict) -> tuple[int, int]:
     widths = config["block_out_channels"]
     check_levels(config, 2 ** len(widths))
     smallest = tuple(side // 2 ** len(widths) for side in height_and_width(config["sample_size"]))
+    E, parameters = count_embedding(config)
     # one convolution covers the whole of the coarsest feature map
-    parameters = sum(16 * width**2 for width in widths)
-    parameters += math.prod(smallest) * widths[-1] * config.get("latent_dim", 1)
-    names = [name for name in ("block_out_channels", "latent_dim", "sample_size") if name in config]
+    parameters += sum(16 * (width + E) * width for width in widths)
+    parameters += math.prod(smallest) * widths[-1] * (config.get("latent_dim", 1) + E)
+    names = ["block_out_channels", "latent_dim", "sample_size", *(["class_embed_dim"] if E else [])]
+    names = [name for name in names if name in config]
     check_parameters(parameters, config, names, "Make it narrower, or give more levels.")
     return smallest
 

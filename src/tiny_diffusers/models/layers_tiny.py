@@ -383,6 +383,14 @@ def check_multiple(config: Mapping, multiple: int, reason: str, advice: str) -> 
         )
 
 
+def count_embedding(config: Mapping) -> tuple[int, int]:
+    """Returns the size E of a config's embedding of class and conditions, 0 without either, and its parameters."""
+    classes, conditions, E = config["num_class_embeds"], config["num_conditions"], config["class_embed_dim"]
+    of_classes = 0 if classes is None else (classes + 1) * E
+    of_conditions = 0 if conditions is None else (conditions + E + 3) * E
+    return E if of_classes or of_conditions else 0, of_classes + of_conditions
+
+
 def check_parameters(count: float, config: Mapping, names: Iterable[str], advice: str) -> None:
     """Raises a ValueError if the config entries in `names` make `count` parameters, more than `MAX_PARAMETERS`."""
     if count > MAX_PARAMETERS:

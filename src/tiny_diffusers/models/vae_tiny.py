@@ -29,6 +29,7 @@ from .layers_tiny import (
     check_shape,
     check_sizes,
     concat_embedding,
+    count_embedding,
     embed_both,
     height_and_width,
 )
@@ -46,11 +47,12 @@ def _check_config(config: dict) -> tuple[int, int]:
     check_choice("reconstruction", config["reconstruction"], RECONSTRUCTIONS)
     widths = config["block_out_channels"]
     check_levels(config, 2 ** len(widths))
+    E, parameters = count_embedding(config)
     # encoder and decoder: convolutions, and a linear layer between the coarsest feature map and the latents
-    parameters = sum(2 * width**2 * (18 * config["layers_per_block"] + 16) for width in widths)
+    parameters += sum(2 * width**2 * (18 * config["layers_per_block"] + 16) for width in widths)
     height, width = (side // 2 ** len(widths) for side in height_and_width(config["sample_size"]))
-    parameters += 3 * config["latent_dim"] * widths[-1] * height * width
-    names = ("block_out_channels", "latent_dim", "sample_size")
+    parameters += (3 * config["latent_dim"] + E) * widths[-1] * height * width
+    names = ["block_out_channels", "latent_dim", "sample_size", *(["class_embed_dim"] if E else [])]
     check_parameters(parameters, config, names, "Make it narrower, or give more levels.")
     return height, width
 
