@@ -85,6 +85,23 @@ class TestWhatIsAsked:
                 {"name": "conditional_x.yaml", "study": {"metrics": ["kernel_distance", "condition_agreement"]}},
                 ["condition_agreement: the cell", "has no condition_columns"],
             ),
+            *(
+                (
+                    {"name": f"{script}_x.yaml", "study": of_classes, **others},
+                    [f"class_agreement: the cell {cell}", words],
+                )
+                for script, cell, words, others in (
+                    *((family, "linear", "class_conditional", {}) for family in ("pixelcnn", "vae", "dcgan")),
+                    (
+                        "vae",
+                        "b",
+                        "class_conditional",
+                        {"cells": [{"name": "a", "class_conditional": True}, {"name": "b"}]},
+                    ),
+                    ("conditional", "linear", "label_column is none", {"label_column": "none"}),
+                )
+                for of_classes in ({"main_metric": "class_agreement", "metrics": ["kernel_distance"]},)
+            ),
             ({"study": {"metrics": ["condition_agreement"]}}, ["--main_metric condition_correlation"]),
             ({"train_flags": ["--seed", "1"]}, ["--seed", "--set"]),
             ({"train_flags": ["--hub_token", "x"]}, ["--hub_token", "--set"]),

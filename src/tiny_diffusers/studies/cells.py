@@ -19,7 +19,7 @@ from ..runs import RunFolder
 from ..samplers import SCHEDULERS
 from ..training.arguments import LENGTHS, TrainingArguments, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import SAMPLING, StudyArguments, check_family, choose_main_metric
+from .settings import SAMPLING, StudyArguments, check_conditions, check_family, choose_main_metric
 from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
@@ -212,8 +212,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         if cell not in grid:
             raise unknown(f"cell of {recipe}", cell, grid)
     for cell in arguments.cells or grid:
-        if (shared | grid[cell] | flags).get("condition_columns") is None:
-            protocol.leave_out("condition_agreement", f"the cell {cell} has no condition_columns")
+        check_conditions(script, shared | grid[cell] | flags, protocol, main_metric, f"the cell {cell}")
 
     values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     asked = {

@@ -13,7 +13,7 @@ from ..evaluation.report import FIGURES, Protocol, metric_of
 from ..flags import FlagParser, Flags, as_flags, flag
 from ..training.arguments import LENGTHS, UNSAVED, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import SAMPLING, StudyArguments, check_family
+from .settings import SAMPLING, StudyArguments, check_conditions, check_family
 from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
@@ -351,6 +351,12 @@ def check_objective(plan: SearchPlan, flags: Mapping[str, Any]) -> None:
         lists = {"num_inference_steps": "num_inference_steps", "schedulers": "scheduler"}
         asked |= {name: [flags[flag]] for name, flag in lists.items() if flag in flags}
         check_family(plan.script, StudyArguments(**asked), protocol, objective)
+        settings = {
+            **plan.base,
+            **plan.given,
+            **dict.fromkeys(plan.ranges, True),
+        }  # some trial may have what is searched
+        check_conditions(plan.script, settings, protocol, objective)
         features.load(protocol.features, protocol.feature_weights)
     except UserError as error:
         raise UserError(f"{where}{error}") from error

@@ -1,7 +1,8 @@
 """What a study asks: the flags of `tiny-diffusers study`, which the section `study:` of a recipe holds by the same names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import UserError
 from ..evaluation.report import FIGURES, Protocol
@@ -13,6 +14,7 @@ Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
 
 PLOTS: tuple[str, ...] = get_args(Plot)
 _DIFFUSION = ("unconditional", "conditional", "consistency")
+_WITH_OPTIONAL_CLASSES = ("pixelcnn", "vae", "dcgan")
 _OF_GUIDANCE = ("guidance_scale", "guidance_interval", "dynamic_thresholding")
 SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's call, the same for all samplers
 
@@ -110,3 +112,22 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
     if main_metric == "class_agreement" and script == "unconditional":
         raise UserError(f"The metric class_agreement: the models of train_{script}.py have no classes.")
+
+
+def check_conditions(
+    script: str, settings: Mapping[str, Any], protocol: Protocol, main_metric: str, model: str = "the model"
+) -> None:
+    """
+    Checks that a model which is trained with these settings has the classes and conditions that are measured.
+
+    Raises:
+        UserError: If it has not. `model` names it there.
+    """
+    if settings.get("condition_columns") is None:
+        protocol.leave_out("condition_agreement", f"{model} has no condition_columns")
+    if main_metric != "class_agreement":
+        return
+    if script in _WITH_OPTIONAL_CLASSES and not settings.get("class_conditional"):
+        raise UserError(f"The metric class_agreement: {model} has no classes; train it with class_conditional.")
+    if settings.get("label_column") == "none":
+        raise UserError(f"The metric class_agreement: {model} has no classes, as its label_column is none.")
