@@ -6,6 +6,7 @@ import pytest
 NAMES = {0: "cat", 1: "dog", 2: "frog"}
 FAMILIES = ("diffusion", "conditional", "flow", "pixelcnn", "vae", "dcgan", "rectangle", "channels", "conditions")
 FAMILIES += ("enlarging",)  # takes an image as a condition
+FAMILIES += ("vae_of_all", "pixelcnn_of_all")  # take a class and conditions
 STATISTICS = {"names": ["age", "size"], "means": [40, 2], "deviations": [9, 1], "lows": [20, 0], "highs": [60, 5]}
 
 
@@ -31,10 +32,15 @@ def checkpoints(tmp_path_factory, tiny_unet):
     network = {"sample_size": 8, "in_channels": 1}
     pixelcnn = TinyPixelCNNModel(**network, variant="gated", hidden_channels=12, num_layers=3, num_class_embeds=3)
     vae = TinyVAEModel(**network, latent_dim=3, block_out_channels=(8, 8))
+    given = {"num_class_embeds": 3, "num_conditions": 2}
+    vae_of_all = TinyVAEModel(**network, latent_dim=3, block_out_channels=(8, 8), **given)
+    pixelcnn_of_all = TinyPixelCNNModel(**network, variant="gated", hidden_channels=12, num_layers=3, **given)
     dcgan = TinyDCGANGenerator(sample_size=8, out_channels=1, latent_dim=6, block_out_channels=(8, 8))
     dcgan(torch.randn(32, 6))  # batch norm needs statistics
-    for parameter in (*pixelcnn.parameters(), *vae.parameters()):
-        torch.nn.init.normal_(parameter, std=0.1)
+    for drawn in (pixelcnn, vae, vae_of_all, pixelcnn_of_all):
+        for parameter in drawn.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    of_all = {"id2label": NAMES, "condition_statistics": STATISTICS}
     pipes = {
         "diffusion": TinyPipeline(tiny_unet(), TinyDDIMScheduler(beta_schedule="cosine")),
         "conditional": TinyConditionalPipeline(tiny_unet(num_class_embeds=3), TinyDDIMScheduler(), id2label=NAMES),
@@ -52,6 +58,8 @@ def checkpoints(tmp_path_factory, tiny_unet):
         "enlarging": TinyConditionalPipeline(
             tiny_unet(in_channels=2, out_channels=1), TinyFlowMatchScheduler(), conditioning="low_resolution:2"
         ),
+        "vae_of_all": TinyVAEPipeline(vae_of_all.eval(), **of_all),
+        "pixelcnn_of_all": TinyPixelCNNPipeline(pixelcnn_of_all.eval(), **of_all),
     }
     folders = {name: tmp_path_factory.mktemp("app") / name for name in FAMILIES}
     for name, folder in folders.items():

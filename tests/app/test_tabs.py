@@ -32,6 +32,7 @@ from tiny_diffusers.cli import main
 
 
 FAMILIES = ("diffusion", "conditional", "flow", "pixelcnn", "vae", "dcgan", "rectangle", "channels", "conditions")
+FAMILIES += ("vae_of_all", "pixelcnn_of_all")
 PICTURE = Image.linear_gradient("L").convert("RGB")
 TABS = ("generate", "walk", "edit", "look", "compare")
 FEW = {"Number of images": 4, "Steps": 3}
@@ -202,7 +203,7 @@ def test_a_wrong_value_is_one_clear_line(store, index_of, open_tab, changes, mes
 
 
 @pytest.mark.parametrize(
-    "family", ["diffusion", "conditional", "flow", "vae", "dcgan", "rectangle", "channels", "conditions"]
+    "family", ["diffusion", "conditional", "flow", "vae", "dcgan", "rectangle", "channels", "conditions", "vae_of_all"]
 )
 def test_a_walk_has_frames_for_its_slider_and_its_gif(store, index_of, open_tab, run_command, family):
     model = store.models[index_of[family]]
@@ -229,7 +230,7 @@ def drawing(picture, layers=()):
 EDITS = [
     *((family, task) for family in ("diffusion", "flow") for task in ("Variations", "Inpaint", "Super-resolution")),
     *(("rectangle", "Variations"), ("conditional", "Deblur"), ("pixelcnn", "Complete"), ("vae", "Reconstruct")),
-    ("conditions", "Inpaint"),
+    *(("conditions", "Inpaint"), ("vae_of_all", "Reconstruct"), ("pixelcnn_of_all", "Complete")),
 ]
 
 
@@ -244,7 +245,8 @@ def test_pictures_are_edited(store, index_of, open_tab, tmp_path, monkeypatch, f
     count = 1 if task == "Reconstruct" else 2
     assert status == f"{count} results" and [result.size for result in results] == [model.size] * count
     assert {"picture.png", "00000.png"} <= set(files) and ("mask.png" in files) == (task == "Inpaint")
-    assert "picture.png" in command and ("--condition=age=40" in command) == bool(model.conditions)
+    assert "picture.png" in command and ("age" in command) == bool(model.conditions)
+    assert ("--condition=age=40" in command) == (bool(model.conditions) and task != "Complete")  # which is Python
     if task == "Complete":  # the upper half is kept
         given = np.asarray(fit_picture(PICTURE, model.size, 1))
         for result in results:
@@ -361,7 +363,7 @@ def test_models_of_one_size_are_compared_from_the_same_seeds(store, index_of):
     for wrong, message in (([], "choose from 1 to 8"), ([99], "no model number"), ([9], "an image as a condition")):
         with pytest.raises(gr.Error, match=message):
             last(tab.compare(None, wrong, 2, 0, 3))
-    indices = [index_of[name] for name in ("conditions", "vae")]
+    indices = [index_of[name] for name in ("conditions", "vae", "vae_of_all", "pixelcnn_of_all")]
     assert "--condition=age=30 --condition=size=1" in last(tab.compare(None, indices, 2, 0, 3, 30, 1))[3]
 
 
