@@ -108,8 +108,8 @@ class ConditionStatistics:
                 raise ValueError(
                     f"the condition '{name}' is a label of 0 or 1, and there are images of {others[0]:g}."
                 )
-        lows = torch.tensor(self.lows).double().minimum(values.min(dim=0).values)
-        highs = torch.tensor(self.highs).double().maximum(values.max(dim=0).values)
+        lows, highs = (torch.tensor(each, dtype=torch.float64) for each in (self.lows, self.highs))
+        lows, highs = lows.minimum(values.min(dim=0).values), highs.maximum(values.max(dim=0).values)
         return replace(self, lows=lows.tolist(), highs=highs.tolist())
 
     def to_config(self) -> dict[str, list]:

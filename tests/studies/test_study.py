@@ -85,23 +85,6 @@ class TestWhatIsAsked:
                 {"name": "conditional_x.yaml", "study": {"metrics": ["kernel_distance", "condition_agreement"]}},
                 ["condition_agreement: the cell", "has no condition_columns"],
             ),
-            *(
-                (
-                    {"name": f"{script}_x.yaml", "study": of_classes, **others},
-                    [f"class_agreement: the cell {cell}", words],
-                )
-                for script, cell, words, others in (
-                    *((family, "linear", "class_conditional", {}) for family in ("pixelcnn", "vae", "dcgan")),
-                    (
-                        "vae",
-                        "b",
-                        "class_conditional",
-                        {"cells": [{"name": "a", "class_conditional": True}, {"name": "b"}]},
-                    ),
-                    ("conditional", "linear", "label_column is none", {"label_column": "none"}),
-                )
-                for of_classes in ({"main_metric": "class_agreement", "metrics": ["kernel_distance"]},)
-            ),
             ({"study": {"metrics": ["condition_agreement"]}}, ["--main_metric condition_correlation"]),
             ({"train_flags": ["--seed", "1"]}, ["--seed", "--set"]),
             ({"train_flags": ["--hub_token", "x"]}, ["--hub_token", "--set"]),
@@ -113,6 +96,16 @@ class TestWhatIsAsked:
             plan(**changes)
         for word in words:
             assert word in str(error.value)
+
+    @pytest.mark.parametrize("script", ["pixelcnn", "vae", "dcgan", "conditional"])
+    def test_class_agreement_is_refused_for_a_cell_without_classes(self, plan, script):
+        name, changes = f"{script}_x.yaml", {"study": {"main_metric": "class_agreement"}}
+        on, off = ({"label_column": "kind"}, {"label_column": "none"})
+        if script != "conditional":
+            on, off = {"class_conditional": True}, {}
+        with pytest.raises(UserError, match=f"class_agreement: the cell b has no classes.*{next(iter(on))}"):
+            plan(name=name, cells=[{"name": "a", **on}, {"name": "b", **off}], **changes)
+        assert plan(name=name, cells=[{"name": "a", **on}], **changes).main_metric == "class_agreement"
 
     def test_a_cell_that_its_script_does_not_take_is_refused_before_anything_is_trained(self, plan, work):
         with pytest.raises(UserError, match="ddpm_beta_schedul"):

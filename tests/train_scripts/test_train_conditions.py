@@ -195,7 +195,7 @@ def test_fine_tuning_keeps_the_standardization_and_adds_conditions(train, data):
 
 
 def test_fine_tuning_takes_one_value_of_each_and_widens_the_ranges(monkeypatch):
-    earlier = ConditionStatistics(["age", "hat"], [40.0, 0.5], [9.0, 0.5], [20.0, 0.0], [60.0, 1.0])
+    earlier = ConditionStatistics(["age", "hat"], [40.0, 0.5], [9.0, 0.5], [20.1, 0.0], [60.0, 1.0])
     arguments = ConditionalArguments(pretrained_model_name_or_path="runs/faces", validation_split=0)
     checkpoint = SimpleNamespace(_condition_statistics=earlier)
     monkeypatch.setattr(conditions, "load_pretrained", lambda settings, pipeline_class: checkpoint)

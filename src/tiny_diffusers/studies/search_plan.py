@@ -351,11 +351,7 @@ def check_objective(plan: SearchPlan, flags: Mapping[str, Any]) -> None:
         lists = {"num_inference_steps": "num_inference_steps", "schedulers": "scheduler"}
         asked |= {name: [flags[flag]] for name, flag in lists.items() if flag in flags}
         check_family(plan.script, StudyArguments(**asked), protocol, objective)
-        settings = {
-            **plan.base,
-            **plan.given,
-            **dict.fromkeys(plan.ranges, True),
-        }  # some trial may have what is searched
+        settings = plan.base | plan.given | dict.fromkeys(plan.ranges, True)  # what is searched, some trial has
         check_conditions(plan.script, settings, protocol, objective)
         features.load(protocol.features, protocol.feature_weights)
     except UserError as error:
