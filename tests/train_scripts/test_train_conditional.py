@@ -273,6 +273,13 @@ def test_an_odd_resolution_is_refused_with_what_to_change(size, shown, nearest):
         build_unet(parse_arguments(ConditionalArguments, []), images_of(size), num_class_embeds=1)
 
 
+def test_the_optimizer_is_that_of_diffusion():
+    arguments = parse_arguments(ConditionalArguments, [])
+    assert arguments.optimizer is None and arguments.learning_rate is None  # resolve_diffusion chooses both
+    decided = ConditionalArguments.__dataclass_fields__["pretrained_model_name_or_path"].metadata["decides"]
+    assert "prediction_type" in decided
+
+
 def test_a_preset_is_a_base_that_flags_change():
     arguments = parse_arguments(ConditionalArguments, ["--preset", "self-attention-2-levels-half", "--dropout", "0.1"])
     with torch.device("meta"):

@@ -28,7 +28,7 @@ _MADE_CONDITIONS = {"grayscale": "grayscale", "low_resolution": "low_resolution:
 
 
 @dataclass(frozen=True)
-class ConditionalArguments(ConditionalUNetArguments, ConditionArguments, DiffusionArguments):
+class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments, ConditionArguments):
     """The classes, the conditions and the conditioning image, and how they guide."""
 
     SCRIPT: ClassVar[str] = "conditional"
