@@ -22,6 +22,7 @@ def test_the_configs_say_what_a_model_can_do(store):
             ("diffusion", "conditional", "flow", "rectangle", "channels", "conditions", "enlarging"), "diffusion"
         ),
         **{name: name for name in ("pixelcnn", "vae", "dcgan")},
+        **{f"{name}_of_all": name for name in ("pixelcnn", "vae")},
     }
     assert found["conditional"].classes == found["pixelcnn"].classes == ("cat", "dog", "frog")
     assert found["conditional"].can_be_guided and found["conditions"].can_be_guided
@@ -66,7 +67,7 @@ def test_more_conditions_than_the_page_has_room_for_are_refused(tmp_path, checkp
         list_models([str(path.parent)])
 
 
-@pytest.mark.parametrize("index", [-1, 10, 0.0, True, None, "0", "/etc/passwd", "me/model", [0], {"path": "x"}])
+@pytest.mark.parametrize("index", [-1, 12, 0.0, True, None, "0", "/etc/passwd", "me/model", [0], {"path": "x"}])
 def test_a_client_can_choose_listed_models_alone(store, index):
     with pytest.raises(UserError, match="There is no model number"), store.use(index):
         pass
