@@ -489,7 +489,7 @@ class TinyPipeline(DiffusionPipeline):
         return self._shape_of(self._network.config)
 
     @staticmethod
-    def _shape_of(config: dict[str, Any]) -> tuple[int, int, int]:
+    def _shape_of(config: Any) -> tuple[int, int, int]:
         """Returns the shape (C, H, W) of what a network with this config takes."""
         size = config.sample_size
         if size is None:

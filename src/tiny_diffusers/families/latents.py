@@ -15,13 +15,12 @@ from ..evaluation.features import digest as weights_digest
 from ..evaluation.images import digest, fill
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors
 from ..pipelines.pipeline_tiny_autoencoder import encode_images, latent_shape
-from ..training.family import check_images
+from ..training.family import check_images, measured_rows
 from .autoencoder import measure_latents
 from .diffusion import DiffusionArguments
 
 
 _BATCH_SIZE = 64  # images encoded at a time
-_MAX_MEASURED = 4096  # images, if the autoencoder does not know its latents' mean and deviation
 
 
 def load_latents(
@@ -103,7 +102,6 @@ def _load(data: ImageData, rows: slice | torch.Tensor, device: torch.device) -> 
 
 @torch.no_grad()
 def _encode_some(vae: AutoencoderKL, data: ImageData) -> Iterator[torch.Tensor]:
-    """Yields the latents, as they are, of some images from all of the dataset."""
-    count = min(len(data), _MAX_MEASURED)
-    for rows in (torch.arange(count) * len(data) // count).split(_BATCH_SIZE):
+    """Yields the latents, as they are, of images that stand for the dataset."""
+    for rows in measured_rows(len(data)).split(_BATCH_SIZE):
         yield vae.encode(_load(data, rows, vae.device)).latent_dist.mean

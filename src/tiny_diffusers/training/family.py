@@ -25,6 +25,7 @@ from .draws import Draws
 Pipeline = TypeVar("Pipeline")
 
 MAX_GRID_CLASSES, MAX_EXAMPLES = 10, 8  # rows of a sample grid
+_MAX_MEASURED = 2048  # images, of a dataset whose values are measured
 
 
 @dataclass
@@ -162,6 +163,12 @@ def draw_from_latents(
     options, each, grid = condition_grid(id2label, statistics, num_images)
     generator = [one for _ in grid.get("row_labels", [None]) for one in image_generators(seed, each)]
     return pipeline(batch_size=len(generator), generator=generator, **options).images, grid
+
+
+def measured_rows(count: int) -> torch.Tensor:
+    """Returns the rows, from all of a dataset of so many images, of those that stand for it in a measurement."""
+    most = min(count, _MAX_MEASURED)
+    return torch.arange(most) * count // most
 
 
 def sample_size(data: ImageData) -> int | tuple[int, int]:

@@ -34,7 +34,7 @@ from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA, PowerEMA
-from .family import MAX_EXAMPLES, Batch, Family
+from .family import MAX_EXAMPLES, Batch, Family, measured_rows
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
 from .settings import resolve_num_steps, split_indices, warn_of_changes
@@ -58,7 +58,6 @@ _AUGMENTATIONS = (*_GEOMETRIC, "color_jitter", "cutout")
 # Of sample grids that nobody asked for
 _MAX_GRIDS, _STEPS_PER_GRID = 10, 5  # fewer in a run of few steps
 _GRID_SHARE, _FREE_GRID_SECONDS = 0.1, 5.0  # of the time so far that they may take, and what they always may
-_MAX_MEASURED = 4096  # training images that a family measures before it is saved
 _MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
 
@@ -601,13 +600,10 @@ class Trainer:
         return self._assemble(indices, Draws(self.settings.seed, step, rows, self.device), training=True)
 
     def measured_batches(self) -> Iterator[Batch]:
-        """Yields up to `_MAX_MEASURED` training images from all of the dataset, as in validation."""
-        count, size = len(self.train_indices), self.settings.train_batch_size
-        rows = torch.arange(min(count, _MAX_MEASURED)) * count // min(count, _MAX_MEASURED)
-        for start in range(0, len(rows), size):
-            indices = self.train_indices[rows[start : start + size]]
-            draws = Draws(self.settings.seed, "measure", range(start, start + len(indices)), self.device)
-            yield self._assemble(indices, draws, training=False)
+        """Yields training images from all of the dataset, which stand for it in a measurement."""
+        for rows in measured_rows(len(self.train_indices)).split(self.settings.train_batch_size):
+            draws = Draws(self.settings.seed, "measure", range(len(rows)), self.device)
+            yield self._assemble(self.train_indices[rows], draws, training=False)
 
     def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
         data, family, labels = self.data, self.family, None
