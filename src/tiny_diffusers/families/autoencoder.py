@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..data import ImageData
-from ..errors import UserError, refusals
+from ..errors import UserError
 from ..evaluation import features
 from ..flags import flag
 from ..pipelines.pipeline_tiny_autoencoder import downsampling_factor, latent_shape
@@ -231,16 +231,15 @@ def build_autoencoder(
             f"--norm_num_groups {groups}: it must divide all of --block_out_channels {' '.join(map(str, widths))}."
         )
     torch.manual_seed(settings.seed)  # the initial weights depend on the seed alone
-    with refusals():
-        return AutoencoderKL(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            sample_size=sample_size(data),
-            scaling_factor=1.0,  # the latents are standardized by `latents_mean` and `latents_std`
-            **options,
-        )
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        sample_size=sample_size(data),
+        scaling_factor=1.0,  # the latents are standardized by `latents_mean` and `latents_std`
+        **options,
+    )
 
 
 def load_perceptual(settings: AutoencoderArguments, device: torch.device) -> features.Extractor | None:
