@@ -239,13 +239,15 @@ class TinyLatentPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
             raise ValueError(f"`interpolation` must be 'slerp' or 'linear', got {interpolation!r}.")
         ends = self._prepare_ends(seeds, None)
         share = torch.linspace(0, 1, num_frames, dtype=ends.dtype, device=ends.device)
-        labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
+        if class_labels is not None:
+            labels, _ = self._encode_class_labels(class_labels, 2)
+            class_labels = self._interpolate_labels(labels, share[:, None])
         if conditions is not None:
             encoded = self._encode_conditions(conditions, guidance_scale, 2)
             conditions = self._condition_statistics.restore(self._interpolate_conditions(encoded, share[:, None]))
         mix = slerp if interpolation == "slerp" else torch.lerp
         return self(
-            self._interpolate_labels(labels, share[:, None]),
+            class_labels,
             num_frames,
             guidance_scale,
             guidance_interval,

@@ -106,11 +106,11 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         )
     if "bits_per_dim" in protocol.metrics and script in ("dcgan", "autoencoder"):
         raise UserError(f"--metrics bits_per_dim: the models of train_{script}.py have no likelihood; leave it out.")
-    if script == "unconditional":
+    if script in ("unconditional", "autoencoder"):
         protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")
     if main_metric == "inception_score" and protocol.features != "inception":
         raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
-    if main_metric == "class_agreement" and script == "unconditional":
+    if main_metric == "class_agreement" and script in ("unconditional", "autoencoder"):
         raise UserError(f"The metric class_agreement: the models of train_{script}.py have no classes.")
 
 
