@@ -6,6 +6,7 @@ from .pipeline_tiny_dcgan import TinyDCGANPipeline
 from .pipeline_tiny_img2img import TinyImg2ImgPipeline
 from .pipeline_tiny_inpaint import TinyInpaintPipeline
 from .pipeline_tiny_interpolation import TinyInterpolationPipeline
+from .pipeline_tiny_latent import TinyLatentPipeline
 from .pipeline_tiny_pixelcnn import TinyPixelCNNPipeline
 from .pipeline_tiny_restoration import TinyRestorationPipeline
 from .pipeline_tiny_vae import TinyVAEPipeline
@@ -17,6 +18,7 @@ __all__ = [
     "TinyImg2ImgPipeline",
     "TinyInpaintPipeline",
     "TinyInterpolationPipeline",
+    "TinyLatentPipeline",
     "TinyPipeline",
     "TinyPipelineOutput",
     "TinyPixelCNNPipeline",

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -447,9 +448,8 @@ class TinyPipeline(DiffusionPipeline):
         """Draws the initial noise, or checks the given one, and returns it on the device in `_sample_dtype`."""
         self._check_generator(generator, batch_size)
         config = self._network.config
-        latent_dim = config.get("latent_dim")  # of a network whose latents are vectors
-        shape = (batch_size, *(self._image_shape if latent_dim is None else (latent_dim,)))
-        if latent_dim is None and "out_channels" in config and config.out_channels < shape[1]:
+        shape = (batch_size, *self._latent_shape)
+        if self._network_name == "unet" and "out_channels" in config and config.out_channels < shape[1]:
             raise ValueError(
                 f"The network takes {shape[1]} channels and gives {config.out_channels}, so it needs an image as a "
                 "condition: sample with `TinyConditionalPipeline` and its `conditioning`."
@@ -478,9 +478,19 @@ class TinyPipeline(DiffusionPipeline):
         return self._prepare_latents(2, [torch.Generator().manual_seed(int(seed)) for seed in seeds], None)
 
     @property
+    def _latent_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the latents of one image: its own, or (D,) of a network whose latents are vectors."""
+        latent_dim = self._network.config.get("latent_dim")
+        return self._image_shape if latent_dim is None else (latent_dim,)
+
+    @property
     def _image_shape(self) -> tuple[int, int, int]:
         """Returns the shape (C, H, W) of one image."""
-        config = self._network.config
+        return self._shape_of(self._network.config)
+
+    @staticmethod
+    def _shape_of(config: Any) -> tuple[int, int, int]:
+        """Returns the shape (C, H, W) of what a network with this config takes."""
         size = config.sample_size
         if size is None:
             raise ValueError("The network's config has no `sample_size`: set it to the side of its images in pixels.")
@@ -850,12 +860,13 @@ class TinyPipeline(DiffusionPipeline):
                 )
             pipeline = pipeline_class.from_pretrained(folder, **kwargs)
         else:
+            cls._refuse_latents(index)
             with config_errors(folder):
                 pipeline = super().from_pretrained(folder, **kwargs)
             if "device_map" not in kwargs:
                 _check_weights(pipeline, folder)
-            for network in (getattr(pipeline, name, None) for name in ("unet", "guidance_model")):
-                if isinstance(network, UNet2DModel):
+            for network in (getattr(pipeline, name, None) for name in ("unet", "guidance_model", "vae")):
+                if isinstance(network, (UNet2DModel, AutoencoderKL)):
                     with config_errors(folder):
                         try_stock_network(network)
             for name in pipeline.components.keys() - kwargs.keys():
@@ -870,8 +881,9 @@ class TinyPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
         """
         Creates a pipeline from another's components, as [`DiffusionPipeline.from_pipe`], with any network class. It refuses
-        a network that takes an image as a condition, unless this class takes it as well.
+        a network that takes an image as a condition, or that denoises latents, unless this class takes it as well.
         """
+        cls._refuse_latents(pipeline.components)
         if "unet" not in kwargs and "conditioning" not in inspect.signature(cls.__init__).parameters:
             cls._refuse_conditioning(pipeline.config.get("conditioning"))
         names, _ = cls._get_signature_keys(cls)
@@ -881,6 +893,15 @@ class TinyPipeline(DiffusionPipeline):
         if "unet" not in kwargs:  # the network was trained for the same, whatever the scheduler
             new._objective = getattr(pipeline, "_objective", new._objective)
         return new
+
+    @classmethod
+    def _refuse_latents(cls, components: dict[str, Any]):
+        """Refuses the parts of a `TinyLatentPipeline`, unless this class takes them all."""
+        if {"unet", "vae"} <= components.keys() and "vae" not in cls._get_signature_keys(cls)[0]:
+            raise ValueError(
+                f"The network denoises the latents of an autoencoder, and {cls.__name__} is for images: sample with "
+                "`TinyLatentPipeline`."
+            )
 
     @classmethod
     def _refuse_conditioning(cls, conditioning: str | None):
@@ -928,7 +949,7 @@ class TinyPipeline(DiffusionPipeline):
         `ConsistencyModelPipeline` for EDM) and the stock parent of the scheduler: diffusers then loads the checkpoint
         without this package. This package's own keys stay in both configs, and `from_pretrained` restores its classes.
         It names this package's classes for what no stock pipeline draws: images by an image as a condition, in a value
-        range, or of other than 1, 3 or 4 channels, and for EDM images that are not square.
+        range, or of other than 1, 3 or 4 channels, latents, and for EDM images that are not square.
         """
         super().save_config(save_directory, **kwargs)
         index_path = os.path.join(save_directory, self.config_name)
@@ -938,7 +959,7 @@ class TinyPipeline(DiffusionPipeline):
             return
         is_rectangle = isinstance(self._network.config.sample_size, (list, tuple))
         draws_pictures = self._value_range is None and self._image_shape[0] in (1, 3, 4)
-        if self.config.get("conditioning") is not None or not draws_pictures:
+        if self.config.get("conditioning") is not None or "vae" in self.components or not draws_pictures:
             return
         if self._objective == "edm" and is_rectangle:  # `ConsistencyModelPipeline` draws squares alone
             return
@@ -1203,17 +1224,20 @@ def config_errors(source: str) -> Iterator[None]:
         raise ValueError(f"{source} can't be loaded: {' '.join(str(error).split())}") from error
 
 
-def try_stock_network(unet: UNet2DModel):
+def try_stock_network(network: UNet2DModel | AutoencoderKL):
     """Passes an image without values through a stock network: it takes configs whose values do not go together."""
-    config = unet.config
+    config = network.config
     if config.sample_size is None:
         return
     height, width = _height_and_width(config.sample_size)
     with torch.device("meta"), torch.no_grad():
+        trial = type(network).from_config(config)
+        sample = torch.zeros(1, config.in_channels, height, width)
+        if isinstance(network, AutoencoderKL):
+            trial(sample)
+            return
         first = torch.zeros(1, dtype=torch.long)
-        labels = None if unet.class_embedding is None else first
-        trial = type(unet).from_config(config)
-        trial(torch.zeros(1, config.in_channels, height, width), first, class_labels=labels)
+        trial(sample, first, class_labels=None if network.class_embedding is None else first)
 
 
 def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
@@ -1232,14 +1256,15 @@ def _check_components(index: dict[str, Any], folder: str, expected: set[str]):
         library, class_name = entry
         absent = library is None and class_name is None
         if library == "diffusers":  # whose other networks have another call, and some take all memory to be built
-            known, kinds = getattr(diffusers, str(class_name), None), (UNet2DModel, SchedulerMixin)
+            networks = AutoencoderKL if name == "vae" else UNet2DModel
+            known, kinds = getattr(diffusers, str(class_name), None), (networks, SchedulerMixin)
         else:
             known, kinds = _public_class(class_name), (ModelMixin, SchedulerMixin)
         if not absent and not (isinstance(known, type) and issubclass(known, kinds)):
             raise ValueError(
                 f"{folder} names the class {class_name!r:.80} of the module {library!r:.80} as its {name}, but only "
-                "networks and schedulers of this package, and UNet2DModel and schedulers of diffusers, are loaded. If you "
-                "trust the checkpoint's code, pass `trust_remote_code=True`."
+                "networks and schedulers of this package, and UNet2DModel, AutoencoderKL (as vae) and schedulers of "
+                "diffusers, are loaded. If you trust the checkpoint's code, pass `trust_remote_code=True`."
             )
         # Older versions of diffusers run such a file instead of the library, without asking.
         if os.path.isfile(os.path.join(folder, name, f"{library}.py")):

@@ -4,22 +4,27 @@ import math
 from typing import Any, Optional
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 
 from .pipeline_tiny import Generators, Images, TinyPipeline, TinyPipelineOutput
+from .pipeline_tiny_autoencoder import decode_latents, encode_images, latent_shape, latent_statistics
 from .pipeline_tiny_classes import ClassConditioningMixin, ClassLabels
 from .pipeline_tiny_conditions import Conditions, ConditionsMixin
 
 
 class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
     r"""
-    Pipeline for the generation of small images with a variational autoencoder that has a vector as its latent.
+    Pipeline for the generation of small images with a variational autoencoder.
+
+    The latents of a `TinyVAEModel` are vectors with the prior N(0, I), from which it samples. Those of an
+    [`AutoencoderKL`] are maps, made for `TinyLatentPipeline`: they are standardized by its `latents_mean` and
+    `latents_std`, and N(0, I) is but a crude model of them, so judge such a network by its reconstructions.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Parameters:
-        vae ([`ModelMixin`]): A `TinyVAEModel`.
+        vae ([`ModelMixin`]): A `TinyVAEModel`, or an [`AutoencoderKL`] of diffusers.
         value_range (`dict[str, float]`, *optional*):
             The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.
         id2label (`dict[int, str]`, *optional*):
@@ -53,8 +58,35 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         DiffusionPipeline.__init__(self)
         self._register_value_range(value_range)
         self.register_modules(vae=vae)
+        if self._has_maps:
+            latent_statistics(vae)  # refuses those that are damaged
         self._register_names(id2label)
         self._register_conditions(condition_statistics)
+
+    @property
+    def _has_maps(self) -> bool:
+        """Returns whether the latents are maps, those of an [`AutoencoderKL`]."""
+        return isinstance(self._network, AutoencoderKL)
+
+    @property
+    def _latent_shape(self) -> tuple[int, ...]:
+        return latent_shape(self._network) if self._has_maps else super()._latent_shape
+
+    def _encode(self, sample: torch.Tensor, labels: torch.Tensor | None, conditions: torch.Tensor | None) -> Any:
+        """Encodes images in [-1, 1]: q(z | x), with a `mean` and a `stddev`."""
+        return (
+            encode_images(self._network, sample)
+            if self._has_maps
+            else self._network.encode(sample, labels, conditions)
+        )
+
+    def _decode(
+        self, latents: torch.Tensor, labels: torch.Tensor | None, conditions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Decodes latents to images, about [-1, 1]."""
+        if self._has_maps:
+            return decode_latents(self._network, latents)
+        return self._network.decode(latents, labels, conditions)
 
     @torch.no_grad()
     def __call__(
@@ -78,7 +110,7 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
-            latents (`torch.Tensor` of shape `(batch_size, latent_dim)`, *optional*):
+            latents (`torch.Tensor` of shape `(batch_size, latent_dim)` or `(batch_size, C, h, w)`, *optional*):
                 z, drawn from N(0, I) by default.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
@@ -110,7 +142,7 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         labels, batch_size = self._encode_class_labels(class_labels, batch_size)
         conditions = self._expand_conditions(conditions, batch_size)
         latents = self._truncate(self._prepare_latents(batch_size, generator, latents), truncation)
-        sample = self._network.decode(latents, labels, conditions)
+        sample = self._decode(latents, labels, conditions)
         return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
@@ -128,7 +160,7 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
                 The class and the conditions of the images, as for sampling. Required for a network that takes them.
 
         Returns:
-            `torch.Tensor` of shape `(B, latent_dim)`: The latents.
+            `torch.Tensor` of shape `(B, latent_dim)` or `(B, C, h, w)`: The latents.
 
         Raises:
             `ValueError`: If arrays or tensors have another shape, an integer dtype, or values outside [0, 1], or if a class
@@ -137,7 +169,7 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         sample = self._preprocess(images, None, resize_arrays=False)
         labels, _ = self._encode_class_labels(class_labels, len(sample))
         conditions = self._encode_conditions(conditions, batch_size=len(sample))
-        latents = self._network.encode(sample, labels, conditions).mean
+        latents = self._encode(sample, labels, conditions).mean
         self.maybe_free_model_hooks()
         return latents
 
@@ -181,11 +213,11 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         sample = self._preprocess(images, None, resize_arrays=False)
         labels, _ = self._encode_class_labels(class_labels, len(sample))
         conditions = self._encode_conditions(conditions, batch_size=len(sample))
-        posterior = self._network.encode(sample, labels, conditions)
+        posterior = self._encode(sample, labels, conditions)
         latents = posterior.mean
         if sample_posterior:
             latents = latents + posterior.stddev * self._prepare_latents(len(latents), generator, None)
-        sample = self._network.decode(latents, labels, conditions)
+        sample = self._decode(latents, labels, conditions)
         return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
@@ -237,12 +269,12 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         if seeds is not None:
             start, end = self._prepare_ends(seeds, None)
         else:
-            start, end = self._network.encode(
-                self._preprocess(images, 2, resize_arrays=False), labels, conditions
-            ).mean
-        share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)[:, None]
-        labels, conditions = self._interpolate_labels(labels, share), self._interpolate_conditions(conditions, share)
-        sample = self._network.decode(torch.lerp(start, end, share), labels, conditions)
+            start, end = self._encode(self._preprocess(images, 2, resize_arrays=False), labels, conditions).mean
+        share = torch.linspace(0, 1, num_frames, dtype=start.dtype, device=start.device)
+        latents = torch.lerp(start, end, share.view(-1, *[1] * start.ndim))
+        labels = self._interpolate_labels(labels, share[:, None])
+        conditions = self._interpolate_conditions(conditions, share[:, None])
+        sample = self._decode(latents, labels, conditions)
         return self._postprocess(sample, None, output_type, return_dict)
 
     @torch.no_grad()
@@ -272,6 +304,8 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
                 another size, or a class or a condition is missing or unknown.
         """
         vae = self._network
+        if self._has_maps:
+            raise ValueError("An AutoencoderKL has no likelihood, and so no bits per dimension.")
         if not vae.has_likelihood:
             raise ValueError(
                 "This VAE has no likelihood, and so no bits per dimension: with reconstruction "

@@ -49,6 +49,7 @@ SHORTER = {  # script or command -> flags that win over those of the page
     "unconditional": DIFFUSION,
     "conditional": DIFFUSION,
     "consistency": TRAINING,
+    "autoencoder": [*TRAINING, "--block_out_channels", "8", "8"],
     "pixelcnn": [*TRAINING, *"--hidden_channels 12 --num_layers 3".split()],
     "vae": [*TRAINING, *"--block_out_channels 8 8 --latent_dim 4".split()],
     "dcgan": [*TRAINING, *"--generator_channels 8 8 --discriminator_channels 8 8 --latent_dim 4".split()],

@@ -17,6 +17,7 @@ from tiny_diffusers.families.conditional_diffusion import (
 )
 from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.diffusion import build_scheduler, resolve_diffusion
+from tiny_diffusers.families.latents import load_latents
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch, load_data, setup_process
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConditionalArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
+    data, vae = load_latents(arguments, accelerator, data)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         conditioning=conditioning,
         condition_statistics=statistics,
         augment_prob=settings.augment_prob,
+        vae=vae,
     )
 
     Trainer(settings, accelerator, data, family).run()

@@ -18,6 +18,7 @@ from tiny_diffusers.families.consistency import (
     load_tuned,
     resolve_consistency,
 )
+from tiny_diffusers.families.latents import load_latents
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch, load_data, setup_process
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_tuned(arguments)
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
+    data, vae = load_latents(arguments, accelerator, data)
     options = resolve_consistency(arguments, pipeline, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     num_class_embeds = None if id2label is None else len(id2label)
     num_conditions = None if statistics is None else len(statistics.names)
     unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)
-    options = {"num_stages": settings.num_stages, "augment_prob": settings.augment_prob}
+    options = {"num_stages": settings.num_stages, "augment_prob": settings.augment_prob, "vae": vae}
     if id2label is None and conditioning is None and statistics is None:
         family = Consistency(unet, scheduler, settings.num_inference_steps, **options)
     else:

@@ -8,6 +8,7 @@ Train an unconditional diffusion model on small images.
 import sys
 
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
+from tiny_diffusers.families.latents import load_latents
 from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.process import launch, load_data, setup_process
@@ -19,13 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DiffusionArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
+    data, vae = load_latents(arguments, accelerator, data)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)
     unet = build_unet(settings, data)
     family = Diffusion(
-        unet, scheduler, settings.num_inference_steps, settings.num_preview_steps, settings.augment_prob
+        unet, scheduler, settings.num_inference_steps, settings.num_preview_steps, settings.augment_prob, vae
     )
 
     Trainer(settings, accelerator, data, family).run()

@@ -9,6 +9,7 @@ import sys
 
 from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.vae import VAE, VAEArguments, build_vae, resolve_vae
+from tiny_diffusers.models.vae_tiny import TinyVAEModel
 from tiny_diffusers.pipelines.pipeline_tiny_vae import TinyVAEPipeline
 from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.family import load_pretrained
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(VAEArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
-    pretrained = load_pretrained(arguments, TinyVAEPipeline)
+    pretrained = load_pretrained(arguments, TinyVAEPipeline, TinyVAEModel)
     settings = resolve_settings(arguments, accelerator, data, **resolve_vae(arguments, data, pretrained))
 
     data, statistics = measure_conditions(settings, data)

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "TinyPipeline": "pipelines.pipeline_tiny",
     "TinyConditionalPipeline": "pipelines.pipeline_tiny_conditional",
+    "TinyLatentPipeline": "pipelines.pipeline_tiny_latent",
     "TinyInterpolationPipeline": "pipelines.pipeline_tiny_interpolation",
     "TinyImg2ImgPipeline": "pipelines.pipeline_tiny_img2img",
     "TinyInpaintPipeline": "pipelines.pipeline_tiny_inpaint",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # names that a checker takes for public, and no `__getattr__`
     from .pipelines.pipeline_tiny_img2img import TinyImg2ImgPipeline as TinyImg2ImgPipeline
     from .pipelines.pipeline_tiny_inpaint import TinyInpaintPipeline as TinyInpaintPipeline
     from .pipelines.pipeline_tiny_interpolation import TinyInterpolationPipeline as TinyInterpolationPipeline
+    from .pipelines.pipeline_tiny_latent import TinyLatentPipeline as TinyLatentPipeline
     from .pipelines.pipeline_tiny_pixelcnn import TinyPixelCNNPipeline as TinyPixelCNNPipeline
     from .pipelines.pipeline_tiny_restoration import TinyRestorationPipeline as TinyRestorationPipeline
     from .pipelines.pipeline_tiny_vae import TinyVAEPipeline as TinyVAEPipeline

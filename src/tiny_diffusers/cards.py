@@ -245,6 +245,9 @@ def _describe(folder: Path) -> dict[str, object]:
             with safe_open(path, framework="numpy") as weights:
                 parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     network = next(config for config in configs.values() if "sample_size" in config)
+    of_images = network
+    if "vae" in configs:  # beside the network that denoises its latents
+        network, of_images = configs.get("unet", network), configs["vae"]
 
     is_consistency = bool(configs.get("scheduler", {}).get("stochastic_sampling"))
     if is_stock(index):
@@ -254,8 +257,8 @@ def _describe(folder: Path) -> dict[str, object]:
     else:
         loads_in = "tiny-diffusers"
 
-    height, width = height_and_width(network["sample_size"])
-    channels = network.get("in_channels", network.get("out_channels"))
+    height, width = height_and_width(of_images["sample_size"])
+    channels = of_images.get("in_channels", of_images.get("out_channels"))
     conditioning = None
     if index.get("conditioning") is not None:
         conditioning = Conditioning.of_network(index["conditioning"], channels, height, width)
@@ -275,6 +278,7 @@ def _describe(folder: Path) -> dict[str, object]:
         conditions = {}
     return {
         "network": markdown(network["_class_name"]),
+        "autoencoder": markdown(of_images["_class_name"]) if of_images is not network else None,
         "parameters": f"{parameters / 1e6:.2f} M",
         "image_size": f"{height}x{width}",
         "colour": {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel"),

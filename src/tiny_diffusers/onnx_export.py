@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from .errors import UserError
@@ -46,13 +46,17 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
         `Path`: The ONNX file.
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If ONNX is not installed.
+        [`~tiny_diffusers.errors.UserError`]: If ONNX is not installed, or the pipeline has an `AutoencoderKL`.
     """
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("ONNX is not installed: pip install 'tiny-diffusers[onnx]'.") from error
 
+    if any(isinstance(component, AutoencoderKL) for component in pipe.components.values()):
+        raise UserError(
+            f"A {type(pipe).__name__} with an AutoencoderKL can't be saved as ONNX, which knows no latents here."
+        )
     network = pipe._network
     function = getattr(network, "decode", network.forward)
     config = network.config

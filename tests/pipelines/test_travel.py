@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from tiny_diffusers import hub, models, pipelines, schedulers
 from tiny_diffusers.pipelines import TinyConditionalPipeline, TinyPipeline
@@ -101,6 +102,7 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
     transformer = models.TinyTransformer2DModel(**sizes, num_layers=2, num_attention_heads=1, attention_head_dim=8)
     for parameter in transformer.eval().parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    autoencoder = AutoencoderKL(1, 1, block_out_channels=(8,), norm_num_groups=4, latent_channels=2, sample_size=8)
     pixelcnn = models.TinyPixelCNNModel((4, 6), 1, 4, hidden_channels=8, num_layers=1, num_conditions=2).eval()
     statistics = {"names": ["smiling", "age"], "means": [0.5, 40], "deviations": [0.5, 10]}
     statistics |= {"lows": [0, 20], "highs": [1, 60]}
@@ -154,6 +156,11 @@ def test_checkpoints_with_their_code_sample_the_same_without_this_package(make_u
         ),
         "transformer": (TinyConditionalPipeline(transformer, schedulers.TinyFlowMatchScheduler(), labels), guided),
         "vae": (pipelines.TinyVAEPipeline(vae, None, labels, statistics), by_class_too),
+        "autoencoder": (pipelines.TinyVAEPipeline(autoencoder), {"batch_size": 2}),
+        "latent": (
+            pipelines.TinyLatentPipeline(autoencoder, make_unet(stock=False, classes=3, channels=2), ddim, labels),
+            guided,
+        ),
         "pixelcnn": (pipelines.TinyPixelCNNPipeline(pixelcnn, condition_statistics=statistics), conditions),
         "dcgan": (pipelines.TinyDCGANPipeline(generator, discriminator, labels, None, statistics), by_class_too),
     }

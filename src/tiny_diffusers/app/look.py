@@ -52,7 +52,7 @@ def views_of(model: Model, dataset_name: str | None = None) -> list[str]:
     views, draws_pictures = [], model.conditioning is None and model.num_channels in (1, 3)
     if model.family == "diffusion":
         views += [DENOISING, PREDICTIONS] if model.conditioning is None else []
-        views += [FORWARD] if draws_pictures else []
+        views += [FORWARD] if draws_pictures and not model.has_latents else []  # which it noises
         views.append(SCHEDULE)
     if draws_pictures and training_words(model, dataset_name) is not None:
         views.append(NEAREST)

@@ -59,6 +59,7 @@ class Model:
         default_steps (`int`): The number of steps that its pipeline takes if none is given.
         conditioning (`str`, *optional*): The image that it takes as a condition.
         conditions (`tuple[Condition, ...]`): The numbers that it takes as conditions.
+        has_latents (`bool`): Whether it denoises the latents of an autoencoder.
     """
 
     checkpoint: str
@@ -76,6 +77,7 @@ class Model:
     default_steps: int
     conditioning: str | None
     conditions: tuple[Condition, ...]
+    has_latents: bool
 
     @property
     def title(self) -> str:
@@ -115,7 +117,8 @@ class Model:
     @property
     def can_edit(self) -> bool:
         """Returns whether it edits pictures, which have one channel or three."""
-        return self.family != "dcgan" and self.conditioning is None and self.num_channels in (1, 3)
+        is_editor = self.family != "dcgan" and self.conditioning is None and not self.has_latents
+        return is_editor and self.num_channels in (1, 3)
 
     @property
     def batch_size(self) -> int:
@@ -166,8 +169,10 @@ def read_model(checkpoint: str, name: str) -> Model:
         )
     network = read_mapping(folder / component / "config.json", load_json)
     scheduler = read_mapping(folder / "scheduler" / "scheduler_config.json", load_json)
+    has_latents = component == "unet" and isinstance(index.get("vae"), list)
+    of_images = read_mapping(folder / "vae" / "config.json", load_json) if has_latents else network
     try:
-        size = network["sample_size"]
+        size = of_images["sample_size"]
         width, height = (size, size) if isinstance(size, int) else reversed(size)
         classes = _read_classes(index, network, component)  # id -> name
         conditioning, conditions = index.get("conditioning"), _read_conditions(index)
@@ -183,7 +188,7 @@ def read_model(checkpoint: str, name: str) -> Model:
             family=_FAMILIES[component],
             objective=_objective(scheduler),
             size=(width, height),
-            num_channels=_read_channels(network, scheduler, has_image=conditioning is not None),
+            num_channels=_read_channels(of_images, scheduler, has_image=conditioning is not None),
             classes=tuple(classes.values()),
             class_ids=tuple(classes),
             can_be_guided=component == "unet" and _can_be_guided(index, bool(classes), conditioning or conditions),
@@ -192,6 +197,7 @@ def read_model(checkpoint: str, name: str) -> Model:
             default_steps=2 if scheduler.get("stochastic_sampling") else min(50, num_train_timesteps),
             conditioning=conditioning,
             conditions=conditions,
+            has_latents=has_latents,
         )
     except UserError:
         raise
@@ -225,7 +231,8 @@ def _read_conditions(index: dict) -> tuple[Condition, ...]:
 def _read_classes(index: dict, network: dict, component: str) -> dict[int, str]:
     """Returns the names of the classes that a pipeline takes, or their ids, by their ids."""
     class_name = str(index.get("_tiny_class_name") or index["_class_name"])
-    if component == "unet" and "TinyConditionalPipeline" not in class_name:
+    takes_classes = any(name in class_name for name in ("TinyConditionalPipeline", "TinyLatentPipeline"))
+    if component == "unet" and not takes_classes:
         return {}
     is_stock, null_class = network["_class_name"] == "UNet2DModel", index.get("null_class_id")
     ids = range(network.get("num_class_embeds") or 0)  # a stock network counts the null class as well

@@ -293,9 +293,9 @@ def _denoise(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict,
     images, captions = [], []
     for timestep, sample, pred_original_sample in output.intermediates:
         shown = displayed(sample, pipe.scheduler, timestep) if args.what == "sample" else pred_original_sample
-        images += _to_pil(shown, pipe.show_channels)
+        images += pipe._to_images(shown, "pil")
         captions.append(caption(pipe.scheduler, timestep))
-    return images, captions, _to_pil(output.images, pipe.show_channels)[0]
+    return images, captions, pipe._to_images(output.images, "pil")[0]
 
 
 def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, options: dict, num_steps: int) -> list:
@@ -306,6 +306,10 @@ def _denoise_from_image(pipe: "DiffusionPipeline", args: argparse.Namespace, opt
     from ..pipelines.pipeline_tiny import objective_of
     from ..plots import Strip
 
+    if "vae" in pipe.components:
+        raise UserError(
+            f"'{args.checkpoint}' denoises latents, which no image starts from here: leave out --image and --dataset_name."
+        )
     if not type(pipe.scheduler).__name__.startswith("Tiny"):  # others have x_t in a scale of their own
         fitting = "ddim or ddpm" if objective_of(pipe.scheduler) == "betas" else "euler, multistep or heun"
         raise UserError(f"--scheduler {args.scheduler} can't start from a real image here: give {fitting}.")

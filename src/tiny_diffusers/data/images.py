@@ -34,6 +34,8 @@ class ImageData:
         conditions (`torch.Tensor` of shape `(N, D)`, *optional*): float32: the numbers and labels of each image, in the
             data's units, without missing values.
         condition_names (`list[str]`, *optional*): Name of each of the D conditions.
+        latents (`torch.Tensor` of shape `(N, V, C, h, w)`, *optional*): float32: what a network is trained on in place of
+            the images, their latents, and with V = 2 those of their mirror images as well.
     """
 
     images: torch.Tensor
@@ -47,6 +49,13 @@ class ImageData:
     value_range: tuple[float, float] | None = None
     conditions: torch.Tensor | None = None
     condition_names: list[str] | None = None
+    latents: torch.Tensor | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Returns the shape (C, H, W) of what a network is trained on: an image, or its latents."""
+        channels, height, width = (self.images if self.latents is None else self.latents).shape[-3:]
+        return channels, height, width
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,7 +67,7 @@ class ImageData:
 
     def take(self, rows: torch.Tensor) -> "ImageData":
         """Returns the images of these rows, with what belongs to them and their fingerprint."""
-        names = ("images", "labels", "conditioning_images", "conditions")
+        names = ("images", "labels", "conditioning_images", "conditions", "latents")
         arrays = {name: getattr(self, name) for name in names}
         taken = replace(self, **{name: None if array is None else array[rows] for name, array in arrays.items()})
         return replace(taken, fingerprint=compute_fingerprint(taken))

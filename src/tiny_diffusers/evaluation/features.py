@@ -176,6 +176,17 @@ def register(
 _REGISTERED: dict[str, Callable[[str, torch.device], Extractor]] = {}
 
 
+def layer_distance(extractor: Extractor, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """
+    Computes [`perceptual_distance`] on the extractor's device, with gradients; of floats in [0, 255] as well.
+    """
+    distances = []
+    for a, b in zip(*(extractor.layers(x.to(extractor.device)) for x in (images, others)), strict=True):
+        a, b = (F.normalize(x.float(), dim=1) for x in (a, b))
+        distances.append((a - b).square().sum(1).mean((1, 2)))  # (B, channels, H, W) -> (B,)
+    return torch.stack(distances).mean(0)
+
+
 @torch.inference_mode()
 def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """
@@ -199,11 +210,7 @@ def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torc
         raise UserError(
             f"'{extractor.name}' has no layers, which the perceptual distance needs: use efficientnet-lite0."
         )
-    distances = []
-    for a, b in zip(*(extractor.layers(x.to(extractor.device)) for x in (images, others)), strict=True):
-        a, b = (F.normalize(x.float(), dim=1) for x in (a, b))
-        distances.append((a - b).square().sum(1).mean((1, 2)))  # (B, channels, H, W) -> (B,)
-    return torch.stack(distances).mean(0).cpu()
+    return layer_distance(extractor, images, others).cpu()
 
 
 # Preprocessing

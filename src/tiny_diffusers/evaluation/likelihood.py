@@ -78,6 +78,8 @@ def why_unavailable(given: Any, reference: ImageData, protocol: Protocol) -> str
         reason = "they depend on the conditions"
     elif scheduler is not None and scheduler.config.get("stochastic_sampling"):
         reason = "a consistency model has no likelihood"
+    elif scheduler is not None and "vae" in given.components:
+        reason = "the network denoises latents, not images"
     elif scheduler is None:
         reason = f"a {type(given).__name__} has no likelihood"
     elif not hasattr(scheduler, "variational_bound") and not hasattr(scheduler, "ode_likelihood"):

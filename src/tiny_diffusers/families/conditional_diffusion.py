@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffusers import AutoencoderKL
 from torch import nn
 
 from .. import plots
@@ -14,6 +15,7 @@ from ..flags import flag
 from ..pipelines.pipeline_tiny import image_generators
 from ..pipelines.pipeline_tiny_conditional import TinyConditionalPipeline
 from ..pipelines.pipeline_tiny_conditions import ConditionStatistics, FarValueWarning
+from ..pipelines.pipeline_tiny_latent import TinyLatentPipeline
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..training.family import condition_grid
 from .conditions import ConditionArguments
@@ -122,6 +124,7 @@ class ConditionalDiffusion(Diffusion):
         conditioning ([`Conditioning`], *optional*): The conditioning image.
         condition_statistics ([`ConditionStatistics`], *optional*): The conditions.
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
+        vae ([`AutoencoderKL`], *optional*): The autoencoder whose latents the network denoises.
     """
 
     def __init__(
@@ -136,8 +139,9 @@ class ConditionalDiffusion(Diffusion):
         conditioning: Conditioning | None = None,
         condition_statistics: ConditionStatistics | None = None,
         augment_prob: float = 0.0,
+        vae: AutoencoderKL | None = None,
     ):
-        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps, augment_prob)
+        super().__init__(unet, scheduler, num_inference_steps, num_preview_steps, augment_prob, vae)
         self.id2label, self.conditioning = id2label, conditioning
         self.condition_statistics = condition_statistics
         self.null_label = None if id2label is None else len(id2label)
@@ -150,14 +154,18 @@ class ConditionalDiffusion(Diffusion):
                 "leads away from nothing; use --class_dropout_prob 0.1, or --guidance_scales 1."
             )
 
-    def pipeline(self, modules: dict[str, nn.Module]) -> TinyConditionalPipeline:
+    def pipeline(self, modules: dict[str, nn.Module]) -> TinyConditionalPipeline | TinyLatentPipeline:
+        parts = {
+            "unet": modules["unet"],
+            "scheduler": self.scheduler,
+            "id2label": self.id2label,
+            "class_dropout_prob": self.label_dropout,
+            "condition_statistics": self.condition_config,
+        }
+        if self.vae is not None:
+            return TinyLatentPipeline(vae=self.vae, **parts)
         return TinyConditionalPipeline(
-            unet=modules["unet"],
-            scheduler=self.scheduler,
-            id2label=self.id2label,
-            class_dropout_prob=self.label_dropout,
-            conditioning=None if self.conditioning is None else self.conditioning.kind,
-            condition_statistics=self.condition_config,
+            **parts, conditioning=None if self.conditioning is None else self.conditioning.kind
         )
 
     def _draw(self, pipeline: TinyConditionalPipeline, num_images: int, seed: int, steps: int) -> tuple[list, dict]:

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
 from torch import nn
 
 from ..errors import UserError, refusals
 from ..flags import default_of, flag
 from ..pipelines.pipeline_tiny import TinyPipeline, image_generators, objective_of
+from ..pipelines.pipeline_tiny_latent import TinyLatentPipeline
 from ..schedulers.scheduling_tiny_common import CHOICES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
@@ -49,6 +51,12 @@ _BETA_FLAGS = {
 }
 # All that mean nothing to a --prediction_type
 _MEANINGLESS = {"flow": [*_BETA_FLAGS], "edm": [*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution"]}
+
+# And to latents
+_OF_PIXELS = (
+    *("dynamic_thresholding", "augment_prob", "random_crop_padding", "color_jitter", "cutout"),
+    *("conditioning", "conditioning_column"),
+)
 
 TinyScheduler = TinyDDIMScheduler | TinyDDPMScheduler | TinyFlowMatchScheduler | TinyEDMScheduler
 
@@ -111,6 +119,11 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         None, "Delta over the timesteps; constant if not given.", **_OF_BETAS
     )
     snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.", within="(0, inf)", **_OF_BETAS)
+    vae: str | None = flag(
+        None,
+        "Train on the latents of this autoencoder: a checkpoint of `tiny-diffusers train autoencoder`, or a Hub id.",
+        decides=("network",),
+    )
     dynamic_thresholding: float | None = flag(
         None,
         "Percentile in (0, 1] of dynamic thresholding in sampling, such as 0.995; saved with the model.",
@@ -158,6 +171,18 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
             for name in self.asked_of(_MEANINGLESS.get(self.prediction_type, ("timestep_distribution",))):
                 raise UserError(
                     f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave "
+                    "it out."
+                )
+
+        if self.vae is not None:
+            for name in self.asked_of([name for name in _OF_PIXELS if hasattr(self, name)]):
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is for pixels, and --vae trains on latents: leave it out."
+                )
+            if self.loss_type == "vlb" or self.variance_type == "learned_range":
+                name = "loss_type" if self.loss_type == "vlb" else "variance_type"
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is of bits/dim, which are of pixels, and --vae trains on latents: leave "
                     "it out."
                 )
 
@@ -224,7 +249,7 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlo
         distribution = settings.timestep_distribution or "mixed"
         return TinyFlowMatchScheduler(settings.ddpm_num_steps, timestep_distribution=distribution, **thresholding)
     if settings.prediction_type == "edm":
-        return TinyEDMScheduler(**thresholding)
+        return TinyEDMScheduler(sigma_data=0.5 if settings.vae is None else 1.0, **thresholding)
     with refusals():
         scheduler = TinyDDIMScheduler(
             num_train_timesteps=settings.ddpm_num_steps,
@@ -238,7 +263,7 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlo
             huber_schedule=settings.huber_schedule,
             snr_gamma=settings.snr_gamma,
             # From pure noise epsilon tells nothing of the image, so that its x_0 is far out of range there.
-            clip_sample=settings.prediction_type == "epsilon",
+            clip_sample=settings.prediction_type == "epsilon" and settings.vae is None,
             timestep_spacing="linspace",  # the last step is that from timestep 0
             **thresholding,
         )
@@ -266,6 +291,7 @@ class Diffusion(Family):
         num_inference_steps (`int`): Sampling steps of the last sample grid.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
+        vae ([`AutoencoderKL`], *optional*): The autoencoder whose latents the network denoises.
     """
 
     def __init__(
@@ -275,8 +301,9 @@ class Diffusion(Family):
         num_inference_steps: int = NUM_INFERENCE_STEPS,
         num_preview_steps: int | None = None,
         augment_prob: float = 0.0,
+        vae: AutoencoderKL | None = None,
     ):
-        self.augment_prob = augment_prob
+        self.augment_prob, self.vae = augment_prob, vae
         self.modules = {"unet": unet}
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
@@ -309,7 +336,8 @@ class Diffusion(Family):
         return unet(sample, timesteps, **given).sample
 
     def pipeline(self, modules: dict[str, nn.Module]) -> TinyPipeline:
-        return TinyPipeline(unet=modules["unet"], scheduler=self.scheduler)
+        parts = {"unet": modules["unet"], "scheduler": self.scheduler}
+        return TinyPipeline(**parts) if self.vae is None else TinyLatentPipeline(vae=self.vae, **parts)
 
     def sample(self, pipeline: TinyPipeline, num_images: int, seed: int) -> tuple[list, dict]:
         return self._draw(pipeline, num_images, seed, self.num_inference_steps)

@@ -131,9 +131,9 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     if arguments.preset:
         defaults = {}
     elif network == "transformer":
-        defaults = default_transformer(*data.images.shape[2:])
+        defaults = default_transformer(*data.input_shape[1:])
     else:
-        defaults = default_network(*data.images.shape[2:])
+        defaults = default_network(*data.input_shape[1:])
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
     return {"network": network} | nothing | defaults | given
@@ -178,7 +178,7 @@ def build_unet(
     sources = [f"--{name}" for name in sources if getattr(settings, name)]
     if len(sources) > 1:
         raise UserError(f"{' and '.join(sources)}: each stands for a network of its own, so give one of them.")
-    channels = data.images.shape[1]
+    channels = data.input_shape[0]
     fixed = {
         "sample_size": sample_size(data),
         "in_channels": channels if conditioning is None else channels + conditioning.shape[0],
@@ -274,6 +274,9 @@ def _pretrained_unet(
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
+    if ("vae" in pipeline.components) != (data.latents is not None):
+        has, remedy = ("latents", f"give --vae {name}") if data.latents is None else ("images", "leave --vae out")
+        raise UserError(f"--pretrained_model_name_or_path: the network of {name} denoises {has}: {remedy}.")
     kind, kind_asked = pipeline.config.get("conditioning"), conditioning and conditioning.kind
     if kind != kind_asked:
         raise UserError(

@@ -100,17 +100,17 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
             raise UserError(f"--{name} means nothing to the models of train_{script}.py: leave it out.")
     for name in arguments.schedulers or []:
         check_scheduler_name(name)
-    if protocol.kind == "reconstructions" and script != "vae":
+    if protocol.kind == "reconstructions" and script not in ("vae", "autoencoder"):
         raise UserError(
             f"--kind reconstructions: the models of train_{script}.py reconstruct nothing, only a VAE does."
         )
-    if "bits_per_dim" in protocol.metrics and script == "dcgan":
-        raise UserError("--metrics bits_per_dim: a DCGAN has no likelihood; leave it out.")
-    if script == "unconditional":
+    if "bits_per_dim" in protocol.metrics and script in ("dcgan", "autoencoder"):
+        raise UserError(f"--metrics bits_per_dim: the models of train_{script}.py have no likelihood; leave it out.")
+    if script in ("unconditional", "autoencoder"):
         protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")
     if main_metric == "inception_score" and protocol.features != "inception":
         raise UserError(f"The metric inception_score: the features of {protocol.features} have no classifier.")
-    if main_metric == "class_agreement" and script == "unconditional":
+    if main_metric == "class_agreement" and script in ("unconditional", "autoencoder"):
         raise UserError(f"The metric class_agreement: the models of train_{script}.py have no classes.")
 
 

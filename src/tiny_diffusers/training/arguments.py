@@ -477,7 +477,7 @@ def split_paths(settings: Arguments) -> tuple[Arguments, dict[str, str]]:
     paths = {}
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        if not name.endswith(("_dir", "_path")) or not isinstance(value, str):
+        if not name.endswith(("_dir", "_path", "vae")) or not isinstance(value, str):
             continue
         is_output = name in ("output_dir", "logging_dir")
         if not is_below_here(value) or (local_path(value) is not None and not is_output):

@@ -25,6 +25,7 @@ from .draws import Draws
 Pipeline = TypeVar("Pipeline")
 
 MAX_GRID_CLASSES, MAX_EXAMPLES = 10, 8  # rows of a sample grid
+_MAX_MEASURED = 2048  # images, of a dataset whose values are measured
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Family:
         conditioning ([`Conditioning`], *optional*): The image that the network is given as a condition.
         condition_statistics ([`ConditionStatistics`], *optional*): Names and standardization of the conditions that the
             network is given.
-        examples ([`Batch`], *optional*): Held-out images, from the loop, for sample grids with a conditioning image.
+        shows_examples (`bool`): Whether sample grids show held-out images.
+        examples ([`Batch`], *optional*): Those images, from the loop.
         label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
             images and conditions that it replaces by zeros and NaN with them.
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
@@ -82,6 +84,11 @@ class Family:
     preview_share: float = 1.0
 
     @property
+    def shows_examples(self) -> bool:
+        """Returns whether sample grids show held-out images: by default those that give a conditioning image."""
+        return self.conditioning is not None
+
+    @property
     def condition_config(self) -> dict[str, list] | None:
         """Returns the conditions as the config of a pipeline holds them."""
         return None if self.condition_statistics is None else self.condition_statistics.to_config()
@@ -96,6 +103,9 @@ class Family:
     def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
         """Computes the loss of each image, `(B,)`."""
         raise NotImplementedError
+
+    def measure(self, networks: dict[str, nn.Module], batches: Iterator[Batch]) -> None:
+        """Measures on some training images what is saved in the configs of the (EMA) networks; nothing by default."""
 
     def pipeline(self, modules: dict[str, nn.Module]) -> Any:
         """Builds the pipeline around (EMA) networks, which is what is saved."""
@@ -155,9 +165,15 @@ def draw_from_latents(
     return pipeline(batch_size=len(generator), generator=generator, **options).images, grid
 
 
+def measured_rows(count: int) -> torch.Tensor:
+    """Returns the rows, from all of a dataset of so many images, of those that stand for it in a measurement."""
+    most = min(count, _MAX_MEASURED)
+    return torch.arange(most) * count // most
+
+
 def sample_size(data: ImageData) -> int | tuple[int, int]:
-    """Returns the size of the images as a network's config has it: the side of squares, or the height and the width."""
-    return as_sample_size(tuple(data.images.shape[2:]))
+    """Returns the size of a network's inputs as its config has it: the side of squares, or the height and the width."""
+    return as_sample_size(data.input_shape[1:])
 
 
 def halving_widths(height: int, width: int) -> list[int]:
@@ -189,9 +205,15 @@ def network_refusals(settings: TrainingArguments, **flags: str) -> Iterator[None
         raise UserError(re.sub(options, lambda match: f"--{names[match[1]]}", str(error))) from error
 
 
-def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]) -> Pipeline | None:
+def load_pretrained(
+    arguments: TrainingArguments, pipeline_class: type[Pipeline], network_class: type[nn.Module] = nn.Module
+) -> Pipeline | None:
     """
     Loads the pipeline that `--pretrained_model_name_or_path` names, in float32; None if it is not given.
+
+    Args:
+        arguments ([`TrainingArguments`]): The settings.
+        pipeline_class (`type`), network_class (`type`): Classes that the pipeline and its network must have.
 
     Raises:
         UserError: If there is no such checkpoint, or it is of another family.
@@ -208,6 +230,11 @@ def load_pretrained(arguments: TrainingArguments, pipeline_class: type[Pipeline]
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, not a {pipeline_class.__name__}."
         )
+    if not isinstance(pipeline._network, network_class):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {name} has a network of the class {type(pipeline._network).__name__}, not "
+            f"{network_class.__name__}."
+        )
     return pipeline
 
 
@@ -217,6 +244,7 @@ def check_images(
     channels: int,
     size: int | tuple[int, int],
     value_range: tuple[float, float] | None,
+    flag: str = "pretrained_model_name_or_path",
 ) -> None:
     """
     Checks that the network of `--pretrained_model_name_or_path` is made for images like those of the data.
@@ -226,12 +254,13 @@ def check_images(
         data ([`ImageData`]): The images.
         channels (`int`), size (`int` or `tuple[int, int]`), value_range (`tuple[float, float]`, *optional*): Those of the
             checkpoint's images, the size as the network's config has it.
+        flag (`str`): The argument that names the checkpoint, if it is another.
 
     Raises:
         UserError: If it is not; it says what to do.
     """
-    _, given_channels, *given_size = data.images.shape
-    source = f"--pretrained_model_name_or_path: {arguments.pretrained_model_name_or_path} makes images of"
+    given_channels, *given_size = data.input_shape
+    source = f"--{flag}: {getattr(arguments, flag)} makes images of"
     if channels != given_channels:
         raise UserError(
             f"{source} {channels} channel{'s' * (channels > 1)}, but those of {data.name} have {given_channels}: give "

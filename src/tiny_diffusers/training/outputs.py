@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 from torch import nn
 
@@ -120,14 +119,16 @@ def build_pipeline(trainer: "Trainer", networks: dict[str, nn.Module]) -> Any:
 
 def save_pipeline(trainer: "Trainer") -> None:
     """Saves the pipeline around the EMA networks, with the code that it needs."""
-    hub.export(build_pipeline(trainer, trainer.networks()), trainer.folder.path)
+    networks = trainer.networks()
+    trainer.family.measure(networks, trainer.measured_batches())
+    hub.export(build_pipeline(trainer, networks), trainer.folder.path)
 
 
 def save_pipeline_config(trainer: "Trainer", folder: Path) -> None:
-    """Saves all of the pipeline but the weights: with these it is `TinyPipeline.from_pretrained(folder)`."""
+    """Saves all of the pipeline but the trained networks: with these it is `TinyPipeline.from_pretrained(folder)`."""
     pipeline = build_pipeline(trainer, trainer.networks())
     for name, component in pipeline.components.items():
-        if isinstance(component, SchedulerMixin):
+        if name not in trainer.family.modules:
             component.save_pretrained(folder / name)
     pipeline.save_config(folder)
 

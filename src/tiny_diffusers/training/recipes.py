@@ -6,7 +6,8 @@ from pathlib import Path
 from ..errors import UserError, unknown
 
 
-SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan", "consistency")  # train_scripts/train_SCRIPT.py
+# train_scripts/train_SCRIPT.py
+SCRIPTS = ("unconditional", "conditional", "pixelcnn", "vae", "dcgan", "consistency", "autoencoder")
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -34,7 +34,7 @@ from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
 from .ema import EMA, PowerEMA
-from .family import MAX_EXAMPLES, Batch, Family
+from .family import MAX_EXAMPLES, Batch, Family, measured_rows
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
 from .settings import resolve_num_steps, split_indices, warn_of_changes
@@ -94,7 +94,7 @@ class Trainer:
         self.is_late = False  # `--max_train_minutes` are over
         self.max_steps: int | None = None  # until they are measured
         self.grid_seconds: list[float] = []  # of each sample grid that this process has saved
-        if family.conditioning is not None:
+        if family.shows_examples:
             shown = self.train_indices if self.validation_indices is None else self.validation_indices
             rows = range(min(MAX_EXAMPLES, len(shown)))
             family.examples = self._assemble(
@@ -599,13 +599,22 @@ class Trainer:
         indices = self.train_indices[self.order(range(offset + rows.start, offset + rows.stop))]
         return self._assemble(indices, Draws(self.settings.seed, step, rows, self.device), training=True)
 
+    def measured_batches(self) -> Iterator[Batch]:
+        """Yields training images from all of the dataset, which stand for it in a measurement."""
+        for rows in measured_rows(len(self.train_indices)).split(self.settings.train_batch_size):
+            draws = Draws(self.settings.seed, "measure", range(len(rows)), self.device)
+            yield self._assemble(self.train_indices[rows], draws, training=False)
+
     def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
-        data, family = self.data, self.family
-        images, labels = self._load(data.images, indices, data.value_range), None
+        data, family, labels = self.data, self.family, None
         conditioning_images = conditions = None
+        if data.latents is None:
+            images = self._load(data.images, indices, data.value_range)
+        else:
+            images = self._load_latents(indices, draws, training)
         if data.conditioning_images is not None:
             conditioning_images = self._load(data.conditioning_images, indices)
-        if training and self.augmentation:
+        if training and self.augmentation and data.latents is None:
             uniform = draws.uniform("augment", AUGMENT_DRAWS)
             images = augment(images, uniform, **self.augmentation)
             if conditioning_images is not None:
@@ -636,6 +645,14 @@ class Trainer:
         self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None
     ) -> torch.Tensor:
         return normalize(images[indices].to(self.device, non_blocking=True), value_range)
+
+    def _load_latents(self, indices: torch.Tensor, draws: Draws, training: bool) -> torch.Tensor:
+        """Loads latents, of the mirror image where [`augment`] would flip the image."""
+        views = self.data.latents[indices].to(self.device, non_blocking=True)  # (B, V, C, h, w)
+        if not training or views.shape[1] == 1:
+            return views[:, 0]
+        flips = draws.uniform("augment", AUGMENT_DRAWS)[:, 0] < 0.5
+        return torch.where(flips[:, None, None, None], views[:, 1], views[:, 0])
 
     # --------------------------------------------------------------------------------------------- measurements
 

@@ -1,0 +1,107 @@
+"""The latents that a diffusion model is trained on in place of images, with `--vae`."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from ..data import ImageData, cache_root, normalize
+from ..errors import UserError, refusals
+from ..evaluation.features import digest as weights_digest
+from ..evaluation.images import digest, fill
+from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors
+from ..pipelines.pipeline_tiny_autoencoder import encode_images, latent_shape
+from ..training.family import check_images, measured_rows
+from .autoencoder import measure_latents
+from .diffusion import DiffusionArguments
+
+
+_BATCH_SIZE = 64  # images encoded at a time
+
+
+def load_latents(
+    arguments: DiffusionArguments, accelerator: Accelerator, data: ImageData
+) -> tuple[ImageData, AutoencoderKL | None]:
+    """
+    Encodes the images by the autoencoder of `--vae`, and their mirror images as well with `--random_flip`. The cache of
+    datasets keeps the latents.
+
+    Args:
+        arguments ([`DiffusionArguments`]): The settings as asked for.
+        accelerator (`Accelerator`): The processes, which share the work.
+        data ([`ImageData`]): The images.
+
+    Returns:
+        `tuple[ImageData, AutoencoderKL]`: The images with their latents, and the autoencoder. Without `--vae` the images
+        as they are, and None.
+
+    Raises:
+        UserError: If there is no such autoencoder, or it is for other images.
+    """
+    if arguments.vae is None:
+        return data, None
+    vae = _load_vae(arguments, data).to(accelerator.device).eval().requires_grad_(False)
+    if vae.config.get("latents_mean") is None:
+        vae.register_to_config(**measure_latents(_encode_some(vae, data)))
+
+    num_views = 2 if arguments.random_flip else 1
+
+    def encode(start: int, stop: int) -> np.ndarray:
+        images = _load(data, slice(start, stop), vae.device)
+        views = (images, images.flip(3))[:num_views]
+        return torch.stack([encode_images(vae, view).mean for view in views], dim=1).cpu().numpy()
+
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    key = digest("latents", weights_digest(vae), config, data.fingerprint, num_views, vae.device.type)
+    with torch.no_grad():
+        latents = fill(
+            cache_root(arguments.cache_dir) / "latents" / key,
+            (len(data), num_views, *latent_shape(vae)),
+            np.float32,
+            encode,
+            batch_size=_BATCH_SIZE,
+            state=accelerator.state,
+            desc="Encoding",
+        )
+    latents = torch.from_numpy(np.load(latents.filename, mmap_mode="c"))  # torch needs memory that it may write to
+    return dataclasses.replace(data, latents=latents), vae
+
+
+def _load_vae(arguments: DiffusionArguments, data: ImageData) -> AutoencoderKL:
+    """Loads the autoencoder from a checkpoint that has one, or from the folder of a network alone."""
+    name, folder = arguments.vae, Path(arguments.vae).expanduser()
+    value_range = data.value_range
+    try:
+        with refusals("--vae: "):
+            if (folder / AutoencoderKL.config_name).is_file():
+                with config_errors(name):
+                    config = AutoencoderKL.load_config(folder)
+                    check_config(config, AutoencoderKL, name)
+                    is_autoencoder = config.get("_class_name") == AutoencoderKL.__name__
+                    vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True) if is_autoencoder else None
+            else:
+                pipeline = TinyPipeline.from_pretrained(name, cache_dir=arguments.cache_dir)
+                vae, value_range = pipeline.components.get("vae"), pipeline._value_range
+    except OSError as error:
+        raise UserError(f"--vae: {error}") from error
+    if not isinstance(vae, AutoencoderKL):
+        raise UserError(
+            f"--vae: {name} has no AutoencoderKL: give a checkpoint of `tiny-diffusers train autoencoder`."
+        )
+    check_images(arguments, data, vae.config.in_channels, vae.config.sample_size, value_range, "vae")
+    return vae
+
+
+def _load(data: ImageData, rows: slice | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return normalize(data.images[rows].to(device), data.value_range)
+
+
+@torch.no_grad()
+def _encode_some(vae: AutoencoderKL, data: ImageData) -> Iterator[torch.Tensor]:
+    """Yields the latents, as they are, of images that stand for the dataset."""
+    for rows in measured_rows(len(data)).split(_BATCH_SIZE):
+        yield vae.encode(_load(data, rows, vae.device)).latent_dist.mean
