@@ -75,7 +75,7 @@ class TestWhatIsAsked:
                 ["guidance_interval", "two numbers"],
             ),
             ({"name": "x.yaml"}, ["x.yaml", "which script"]),
-            ({"name": "dcgan_x.yaml", "study": {"metrics": ["bits_per_dim"]}}, ["bits_per_dim", "DCGAN"]),
+            ({"name": "dcgan_x.yaml", "study": {"metrics": ["bits_per_dim"]}}, ["bits_per_dim", "train_dcgan.py"]),
             ({"name": "vae_x.yaml", "study": {"num_inference_steps": [2]}}, ["num_inference_steps", "train_vae.py"]),
             (
                 {"study": {"metrics": ["kernel_distance", "condition_agreement"]}},

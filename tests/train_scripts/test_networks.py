@@ -126,7 +126,7 @@ def test_presets_name_their_network_and_flags_change_them():
         (["--num_layers", "65"], ["--num_layers 65", "[1, 64]"]),
         (["--mlp_ratio", "0"], ["--mlp_ratio 0.0", "(0, 64]"]),
         (["--position_embedding", "rotary"], ["'rotary'"]),
-        (["--resolution", "9"], ["sample_size 9", "multiple"]),
+        (["--resolution", "9"], ["--resolution 9", "multiple"]),
         (
             ["--position_embedding", "relative", "--attention_head_dim", "6"],
             ["attention_head_dim, 6", "multiple of 4"],
