@@ -99,7 +99,7 @@ def test_the_narrower_network_keeps_its_levels_with_attention():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_can_be_built_at_each_factor(preset):
     data = load_images("digits", resolution=32)
-    for factor in (2, 4, 8, 16, 32):
+    for factor in (2, 8, 32):
         options = budget.narrow(DiffusionArguments(preset=preset), data, factor)
         with torch.device("meta"):
             TinyUNet2DModel(**{**PRESETS[preset], **options, "sample_size": 32})

@@ -149,7 +149,7 @@ def test_they_are_dropped_with_class_and_image_and_never_in_validation(train, da
     assert batches[False] and not any(batch.conditions.isnan().any() for _, _, batch in batches[False])
 
 
-@pytest.mark.parametrize("network", ["unet", "transformer"])
+@pytest.mark.parametrize("network", ["unet", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_images_follow_the_values_also_between_those_of_training(train, data, network):
     sizes = {"unet": ("--block_out_channels", "16", "16"), "transformer": ("--num_layers", "1", "--patch_size", "4")}
     folder = train(
