@@ -249,6 +249,10 @@ PEERS = {
 }
 
 
+def folder_of(name: str, minutes: float, seed: int, args: argparse.Namespace) -> Path:
+    return args.output_dir / f"{minutes:g}-minutes" / name / f"seed-{seed}"
+
+
 def batches_of(data: ImageData, size: int) -> Iterator[torch.Tensor]:
     """Yields batches in [0, 1], without end."""
     while True:
@@ -268,10 +272,17 @@ def train_ours(folder: Path, minutes: float, seed: int, args: argparse.Namespace
     return {"images_seen": steps * run["global_batch"], "parameters": sum(run["parameters"].values())}
 
 
+def build_peer(
+    name: str, folder: Path, data: ImageData
+) -> "Diffusers | DenoisingDiffusion | SmallDiffusion | TorchCFM":
+    """Builds a contender; that of diffusers has the sizes of our network of the same minutes and seed."""
+    config = folder.parents[1] / "ours" / folder.name / "unet" / "config.json"
+    return PEERS[name](tuple(data.images.shape[1:]), len(data), json.loads(config.read_text()))
+
+
 def train_peer(name: str, folder: Path, minutes: float, seed: int, data: ImageData) -> dict:
     torch.manual_seed(seed)
-    config = folder.parents[1] / "ours" / folder.name / "unet" / "config.json"
-    peer = PEERS[name](tuple(data.images.shape[1:]), len(data), json.loads(config.read_text()))
+    peer = build_peer(name, folder, data)
     steps, deadline = 0, time.perf_counter() + 60 * minutes
     with tqdm(unit="step", desc=name) as bar:
         for _ in peer.train(batches_of(data, peer.batch_size)):
@@ -289,8 +300,7 @@ def train_peer(name: str, folder: Path, minutes: float, seed: int, data: ImageDa
 @torch.no_grad()
 def draw_peer(name: str, folder: Path, seed: int, data: ImageData, num_images: int) -> np.ndarray:
     """Draws uint8 images (N, C, H, W)."""
-    config = folder.parents[1] / "ours" / folder.name / "unet" / "config.json"
-    peer = PEERS[name](tuple(data.images.shape[1:]), len(data), json.loads(config.read_text()))
+    peer = build_peer(name, folder, data)
     peer.network.load_state_dict(torch.load(folder / "network.pt", map_location=DEVICE, weights_only=True))
     peer.network.eval()
     torch.manual_seed(seed)
@@ -356,7 +366,7 @@ def main() -> int:
         results: dict[str, list[dict]] = {name: [] for name in args.contenders}
         for seed in args.seeds:
             for name in ["ours", *(name for name in args.contenders if name != "ours")]:
-                folder = args.output_dir / f"{minutes:g}-minutes" / name / f"seed-{seed}"
+                folder = folder_of(name, minutes, seed, args)
                 trained, asked = folder / "trained.json", settings | {"minutes": minutes, "seed": seed}
                 if not trained.is_file():
                     run = train_ours(folder, minutes, seed, args) if name == "ours" else None
@@ -373,8 +383,7 @@ def main() -> int:
                 results[name].append(run)
                 found.append({"contender": name, **run})
         for name, runs in results.items():
-            last = args.output_dir / f"{minutes:g}-minutes" / name / f"seed-{args.seeds[-1]}"
-            rows += list(np.load(last / "samples.npy"))
+            rows += list(np.load(folder_of(name, minutes, args.seeds[-1], args) / "samples.npy"))
             seen = round(statistics.mean(run["images_seen"] for run in runs))
             table.append(
                 f"| {minutes:g} | {name} | {runs[0]['parameters']:,} | {seen:,} | {spread([r['frechet'] for r in runs])} "
