@@ -112,6 +112,16 @@ class EditingMixin:
             return (1 - level) * image + level * noise
         return scheduler.add_noise(image, noise, timestep.repeat(len(image)))
 
+    @staticmethod
+    def _single_step(scheduler: SchedulerMixin) -> SchedulerMixin:
+        """
+        Returns the scheduler, or for a multistep solver of flow and EDM a copy with Euler's steps: each depends on nothing
+        but the state, so that it can be inverted, and taken again from another one.
+        """
+        if getattr(scheduler, "_has_continuous_timesteps", False) and scheduler.config.solver == "multistep":
+            return type(scheduler).from_config(scheduler.config, solver="euler")
+        return scheduler
+
     # 3. Inversion
 
     def _invert(

@@ -154,6 +154,8 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         conditions = self._encode_conditions(conditions, guidance_scale, num_given)
         source = self._encode_source(source_class_labels, source_conditions, num_given, inversion)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
+        if inversion:
+            scheduler = self._single_step(scheduler)
         scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
         begin = self._first_step(strength, scheduler)
 
@@ -162,7 +164,7 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
             latents = image.repeat_interleave(num_images, dim=0)
         elif inversion:
             inverted = self._clipping_scheduler(clip_sample)  # guidance clips, and the inversion has none
-            inverted = self._set_timesteps(inverted, num_inference_steps, timesteps)
+            inverted = self._set_timesteps(self._single_step(inverted), num_inference_steps, timesteps)
             labels_of_source, conditions_of_source = source
             predict = self._guided_predict(labels_of_source, 1.0, (0.0, 1.0), conditions=conditions_of_source)
             latents = self._invert(image, predict, inverted, begin)

@@ -147,7 +147,7 @@ class TinyInpaintPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
         labels, _ = self._encode_class_labels(class_labels, len(image), guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, len(image))
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
-        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self._single_step(scheduler), num_inference_steps, timesteps)
         signals, levels = self._noise_levels(scheduler)
 
         image = image.repeat_interleave(num_images, dim=0)

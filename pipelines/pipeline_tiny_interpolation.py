@@ -157,7 +157,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, 2)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
-        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self._single_step(scheduler), num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:
@@ -223,7 +223,7 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         labels, _ = self._encode_class_labels(class_labels, len(sample), guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, len(sample))
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
-        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self._single_step(scheduler), num_inference_steps, timesteps)
         predict = self._guided_predict(labels, guidance_scale, guidance_interval, conditions=conditions)
         latents = self._invert(sample, predict, scheduler)
         self.maybe_free_model_hooks()

@@ -243,7 +243,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
         labels, _ = self._encode_class_labels(class_labels, num_given, guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, num_given)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
-        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
+        scheduler = self._set_timesteps(self._single_step(scheduler), num_inference_steps, timesteps)
         signals, levels = self._noise_levels(scheduler)
         if isinstance(scheduler, DDPMScheduler):
             eta = 1.0

@@ -38,8 +38,8 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
         p_mean (`float`, defaults to `-1.2`): The mean of ln(sigma) in training.
         p_std (`float`, defaults to `1.2`): The standard deviation of ln(sigma) in training, above 0.
         solver (`str`, defaults to `"euler"`):
-            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++), for few steps; or `heun`, of
-            second order, with two evaluations per step but the last.
+            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++) and needs fewer steps, as
+            training saves it; or `heun`, of second order, with two evaluations per step but the last.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0.
         clip_sample_range (`float`, defaults to `1.0`): The magnitude at which x_0 is clipped.
         thresholding (`bool`, defaults to `False`):

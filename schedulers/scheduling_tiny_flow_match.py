@@ -40,8 +40,8 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
         solver (`str`, defaults to `"euler"`):
-            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++), for few steps; or `heun`, of
-            second order, with two evaluations per step but the last.
+            `euler`; `multistep`, which extrapolates from the step before (DPM-Solver++) and needs fewer steps, as
+            training saves it; or `heun`, of second order, with two evaluations per step but the last.
         stochastic_sampling (`bool`, defaults to `False`):
             Whether each step draws all of the noise anew, as consistency models are sampled
             (https://huggingface.co/papers/2303.01469, algorithm 1), whatever `eta` is.

@@ -99,7 +99,8 @@ def resolve_consistency(
 
 def build_consistency_scheduler(settings: ConsistencyArguments) -> TinyFlowMatchScheduler:
     """Builds the scheduler of a consistency model, which draws all noise anew in each step."""
-    return TinyFlowMatchScheduler.from_config(build_scheduler(settings).config, stochastic_sampling=True)
+    config = build_scheduler(settings).config
+    return TinyFlowMatchScheduler.from_config(config, solver="euler", stochastic_sampling=True)
 
 
 def level_gaps(levels: torch.Tensor, stage: int) -> torch.Tensor:

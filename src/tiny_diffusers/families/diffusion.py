@@ -247,9 +247,12 @@ def build_scheduler(settings: DiffusionArguments) -> TinyDDIMScheduler | TinyFlo
         thresholding = {"thresholding": True, "dynamic_thresholding_ratio": settings.dynamic_thresholding}
     if settings.prediction_type == "flow":
         distribution = settings.timestep_distribution or "mixed"
-        return TinyFlowMatchScheduler(settings.ddpm_num_steps, timestep_distribution=distribution, **thresholding)
+        return TinyFlowMatchScheduler(
+            settings.ddpm_num_steps, timestep_distribution=distribution, solver="multistep", **thresholding
+        )
     if settings.prediction_type == "edm":
-        return TinyEDMScheduler(sigma_data=0.5 if settings.vae is None else 1.0, **thresholding)
+        sigma_data = 0.5 if settings.vae is None else 1.0
+        return TinyEDMScheduler(sigma_data=sigma_data, solver="multistep", **thresholding)
     with refusals():
         scheduler = TinyDDIMScheduler(
             num_train_timesteps=settings.ddpm_num_steps,
