@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from check_conditional_mnist import build_classifier, load_classifier, predict, train_classifier
+from check_mnist import build_classifier, load_classifier, predict, train_classifier
 from tqdm.auto import tqdm
 
 from tiny_diffusers import TinyInpaintPipeline, TinyPipeline, TinyRestorationPipeline
