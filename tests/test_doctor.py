@@ -1,7 +1,9 @@
 import importlib.metadata
 
 import pytest
+import torch
 
+from tiny_diffusers import hardware
 from tiny_diffusers.cli import main
 
 
@@ -34,6 +36,15 @@ def test_it_tells_the_versions_and_what_an_extra_lacks(requirements, capsys):
     assert told["extra [eval]"].startswith("no-such-package is missing (>=2 is needed); pip install")
     assert told["extra [onnx]"] == "installed"
     assert "threads" in told["device"] and "GiB" in told["processor"]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_it_tells_that_a_training_on_a_cpu_measures_bfloat16(requirements, monkeypatch, capsys, dtype, said):
+    monkeypatch.setattr(hardware, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(hardware, "default_dtype", lambda device: dtype)
+    main(["doctor"])
+    told = rows(capsys)["device"]
+    assert str(dtype).removeprefix("torch.") in told and ("if it is measured to be faster" in told) == said
 
 
 def test_a_version_that_is_too_low_is_named(requirements, capsys):

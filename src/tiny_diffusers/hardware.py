@@ -82,6 +82,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     Returns bfloat16 if `device` has it in hardware (AMX or AVX512-BF16 on a CPU, a GPU of compute capability 8.0 or
     more), else float32. Emulated bfloat16 is slower than float32.
+
+    It is the dtype of sampling: the same images come from the same command. Long trainings on a CPU that has bfloat16
+    measure whether it is faster (`training/precision.py`).
     """
     device = torch.device(device)
     if device.type == "cuda":

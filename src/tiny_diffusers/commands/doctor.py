@@ -82,6 +82,8 @@ def _machine() -> list[tuple[str, str]]:
     device = hardware.default_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     dtype = str(hardware.default_dtype(device)).removeprefix("torch.")
+    if device.type == "cpu" and dtype == "bfloat16":
+        dtype += " (in a long training, if it is measured to be faster)"
     memory = psutil.virtual_memory().total / 2**30
     cache = cache_root()
     cached = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) if cache.is_dir() else 0

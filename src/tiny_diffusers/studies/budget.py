@@ -164,7 +164,7 @@ def _given(arguments: TrainingArguments, data: ImageData) -> dict[str, Any]:
 
 
 def seconds_a_step(arguments: TrainingArguments, data: ImageData) -> float:
-    """Measures a forward and a backward pass of the network for a batch, in the dtype that training takes here."""
+    """Measures a forward and a backward pass of the network for a batch, in the dtype that the hardware has."""
     device = setup_torch(arguments.num_threads)
     unet = build_unet(arguments, data, **_given(arguments, data)).to(device)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps

@@ -54,7 +54,7 @@ def setup_process(arguments: TrainingArguments) -> Accelerator:
             raise UserError(f"--report_to {name}: it is not installed; pip install {name}.") from error
 
     mixed_precision = arguments.mixed_precision
-    if mixed_precision == "auto":
+    if mixed_precision == "auto":  # the trainer may still take float32
         mixed_precision = MIXED_PRECISION[hardware.default_dtype(device)]
     _check_sharding(arguments)
     # On CPUs accelerate's launcher starts one process without MPI, however many were asked for; MASTER_PORT tells.

@@ -30,7 +30,8 @@ MEASURED = ("max_train_steps", "eval_batch_size", "max_validation_samples")
 def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: ImageData, **options: Any) -> Arguments:
     """
     Resolves what the arguments leave open with the machine, the data and, on a resume, the earlier run's settings.
-    The number of steps is resolved later, by [`resolve_num_steps`]: it may depend on the speed of the first ones.
+    Later are resolved, as they may depend on the speed of the network, the number of steps, by [`resolve_num_steps`], and
+    `--mixed_precision auto`, by the [`~tiny_diffusers.training.trainer.Trainer`].
 
     Args:
         arguments ([`TrainingArguments`]): The settings as asked for.
@@ -38,10 +39,9 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
         data ([`ImageData`]): The images, of one size.
         options (`Any`): What the family resolves, such as the options of its network.
     """
-    settings = _resolve(
+    settings = resolve(
         arguments,
         num_threads=torch.get_num_threads(),
-        mixed_precision=accelerator.mixed_precision,
         resolution=spell_resolution(*data.images.shape[2:]),
         output_dir=_output_dir(arguments, data),
         **options,
@@ -59,7 +59,7 @@ def resolve_settings(arguments: Arguments, accelerator: Accelerator, data: Image
         values |= {name: earlier[name] for name in MEASURED if name in earlier and is_open(settings, name)}
     if settings.ema_start_step is None:
         values["ema_start_step"] = earlier.get("ema_start_step")
-    return _resolve(settings, **values)
+    return resolve(settings, **values)
 
 
 def earlier_settings(arguments: Arguments, data: ImageData) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def resolve_num_steps(
     ema_start_step = settings.ema_start_step
     if ema_start_step is None:
         ema_start_step = min(2000, steps // 10)
-    return _resolve(settings, max_train_steps=steps, ema_start_step=ema_start_step, **measured)
+    return resolve(settings, max_train_steps=steps, ema_start_step=ema_start_step, **measured)
 
 
-def _resolve(settings: Arguments, **values: Any) -> Arguments:
+def resolve(settings: Arguments, **values: Any) -> Arguments:
     """Replaces settings, and records the names of those that nobody asked for."""
     changed = [name for name, value in values.items() if value != getattr(settings, name)]
     return dataclasses.replace(settings, **values, resolved=list(dict.fromkeys([*settings.resolved, *changed])))

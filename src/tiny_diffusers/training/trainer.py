@@ -6,6 +6,7 @@ equals an uninterrupted one, and several processes compute what one would.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -17,19 +18,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import AUGMENT_DRAWS, ImageData, augment, normalize
+from ..data import AUGMENT_DRAWS, ImageData, augment, cache_root, normalize
 from ..data.labelled_augmentation import LABELLED_DRAWS, augment_labelled
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
 from ..progress import progress_bar
 from ..runs import RunFolder
-from . import checkpoints, outputs, posthoc_ema
+from . import checkpoints, outputs, posthoc_ema, precision
 from .arguments import TrainingArguments, is_open, read_settings
 from .checkpoints import RunState
 from .draws import DataOrder, Draws, make_generator
@@ -37,7 +38,7 @@ from .ema import EMA, PowerEMA
 from .family import MAX_EXAMPLES, Batch, Family, measured_rows
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
-from .settings import resolve_num_steps, split_indices, warn_of_changes
+from .settings import resolve, resolve_num_steps, split_indices, warn_of_changes
 from .timing import (
     FIRST_STEP_SHARE,
     GRID_SHARE,
@@ -63,7 +64,8 @@ _MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite, afte
 
 class Trainer:
     """
-    Trains one family with one set of settings. Constructing one touches no file; [`Trainer.run`] claims the folder.
+    Trains one family with one set of settings. Constructing one touches no file of the run; [`Trainer.run`] claims the
+    folder.
 
     Args:
         settings ([`TrainingArguments`]): From [`~tiny_diffusers.training.settings.resolve_settings`].
@@ -141,9 +143,7 @@ class Trainer:
         memory_format = _MEMORY_FORMATS[settings.memory_format]
         sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous weights only
         self.memory_format = torch.contiguous_format if sharded else memory_format
-        compiles = settings.compile and self._can_compile()
-        self.modules, self.optimizers, self.emas, self.power_emas = {}, {}, {}, {}
-        for name, module in modules.items():
+        for module in modules.values():
             module.train().to(self.device, memory_format=self.memory_format)  # a loaded one is in evaluation mode
             if hasattr(module, "memory_format"):
                 module.memory_format = memory_format
@@ -153,6 +153,14 @@ class Trainer:
                         f"--gradient_checkpointing: {type(module).__name__} does not support it; leave it out."
                     )
                 module.enable_gradient_checkpointing()
+        if settings.mixed_precision == "auto":
+            self.settings = settings = resolve(settings, mixed_precision=self._choose_precision(sharded))
+        if settings.mixed_precision == "no":
+            accelerator.autocast_handler = AutocastKwargs(enabled=False)  # it was set up for what the hardware has
+
+        compiles = settings.compile and self._can_compile()
+        self.modules, self.optimizers, self.emas, self.power_emas = {}, {}, {}, {}
+        for name, module in modules.items():
             if settings.use_ema:
                 self.emas[name] = EMA(module, settings.ema_max_decay, settings.ema_inv_gamma, settings.ema_power)
             if settings.posthoc_ema:
@@ -168,6 +176,63 @@ class Trainer:
             self.modules[name], self.optimizers[name] = accelerator.prepare(module, self._optimizer(module))
         networks = [module for module in self.modules.values() if any(b.is_floating_point() for b in module.buffers())]
         self.buffers = [buffer for network in networks for buffer in network.buffers()]  # batch norm's statistics
+
+    def _choose_precision(self, sharded: bool) -> str:
+        """
+        Returns what `--mixed_precision auto` stands for: bf16 where the hardware has it. On a CPU that has it, a long run
+        takes what is faster for its network, by a measurement that is cached; a resumed run takes what it took before.
+        """
+        settings, in_hardware = self.settings, self.accelerator.mixed_precision
+        if in_hardware != "bf16" or sharded:  # FSDP has been set up for the precision
+            return in_hardware
+        earlier = read_settings(self.folder.config, type(settings)) if settings.resume_from_checkpoint else {}
+        if earlier.get("mixed_precision") in ("bf16", "no"):
+            return earlier["mixed_precision"]
+        if self.device.type != "cpu" or not precision.is_worth_measuring(settings, self.steps_per_epoch):
+            return in_hardware
+
+        file = precision.cache_file(
+            cache_root(settings.cache_dir),
+            self.family.modules,
+            script=settings.SCRIPT,
+            batch=[settings.train_batch_size, *self.data.input_shape],
+            processes=self.accelerator.num_processes,
+            memory_format=settings.memory_format,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        is_main_process = self.accelerator.is_main_process
+        source = f"read from {file}"
+        speeds = self._broadcast(precision.read_speeds(file) if is_main_process else None)
+        if speeds is None:  # all processes measure at once, as they train
+            began = time.perf_counter()
+            speeds = self._broadcast(self._measure_speeds())
+            source = f"measured in {time.perf_counter() - began:.1f} s"
+            if is_main_process:
+                precision.write_speeds(file, speeds)
+        chosen = precision.faster_precision(speeds)
+        self._print(
+            f"--mixed_precision auto takes {chosen}: about {speeds['bfloat16']:.3g} images/s in bfloat16 and "
+            f"{speeds['float32']:.3g} in float32 ({source})"
+        )
+        return chosen
+
+    def _measure_speeds(self) -> dict[str, float]:
+        """Measures the images/s of forward and backward passes by dtype, with copies of the networks."""
+        copies = {dtype: copy.deepcopy(self.family.modules) for dtype in ("float32", "bfloat16")}
+        for module in copies["bfloat16"].values():
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)  # as accelerate does
+
+        def take_pass(dtype: str, count: int) -> None:
+            rows = range(count)
+            draws = Draws(self.settings.seed, 0, rows, self.device)
+            batch = self._assemble(self.train_indices[self.order(rows)], draws, training=True)
+            for _, loss, *_ in self.family.losses(copies[dtype], batch):
+                loss.backward()
+            for module in copies[dtype].values():
+                module.zero_grad()
+
+        with torch.random.fork_rng(devices=[]):  # layer dropout draws from it
+            return precision.measure_speeds(take_pass, self.settings.train_batch_size)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         settings = self.settings
