@@ -274,9 +274,10 @@ def _pretrained_unet(
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
-    if ("vae" in pipeline.components) != (data.latents is not None):
-        has, remedy = ("latents", f"give --vae {name}") if data.latents is None else ("images", "leave --vae out")
-        raise UserError(f"--pretrained_model_name_or_path: the network of {name} denoises {has}: {remedy}.")
+    if data.latents is not None and "vae" not in pipeline.components:
+        raise UserError(
+            f"--pretrained_model_name_or_path: the network of {name} denoises pixels, not latents: leave --vae out."
+        )
     kind, kind_asked = pipeline.config.get("conditioning"), conditioning and conditioning.kind
     if kind != kind_asked:
         raise UserError(
