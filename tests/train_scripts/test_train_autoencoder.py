@@ -8,12 +8,14 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from tiny_diffusers import TinyLatentPipeline, TinyPipeline, TinyVAEPipeline
+from tiny_diffusers import TinyLatentPipeline, TinyPipeline, TinyUNet2DModel, TinyVAEPipeline
 from tiny_diffusers.data import held_out, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.autoencoder import Autoencoder, default_widths, measure_latents
+from tiny_diffusers.families.unets import default_network
 from tiny_diffusers.train_scripts import train_autoencoder, train_conditional, train_unconditional, train_vae
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
@@ -220,6 +222,18 @@ def test_a_run_on_latents_resumes_with_its_own_autoencoder_alone_wherever_it_lie
     for step, vae in ((3, folder / "checkpoint-2"), (4, tmp_path / "moved")):
         train_latents(*resume, vae=vae, steps=step)
         assert (folder / f"checkpoint-{step}").is_dir()
+
+
+def test_the_default_network_of_latents_costs_no_more_than_that_of_their_pixels():
+    def cost(side, channels, is_latent):
+        network = TinyUNet2DModel(side, channels, channels, **default_network(side, side, is_latent))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, channels, side, side), torch.zeros(1))
+        return counter.get_total_flops(), network.num_parameters()
+
+    for side in (32, 64):
+        (pixel_flops, pixel_parameters), (flops, parameters) = cost(side, 3, False), cost(side // 4, 4, True)
+        assert 0.4 * pixel_flops < flops < pixel_flops and parameters > pixel_parameters
 
 
 @pytest.mark.slow
