@@ -222,7 +222,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
         if temperature != 1 and self._network.config.variant == "baseline":
             raise ValueError(
                 f"`temperature` must be 1 for the baseline, got {temperature}: it predicts intensities and has no "
-                "distribution. Use a network of the variant 'gated' or 'plusplus'."
+                "distribution. Use a network of another variant."
             )
 
     def _draw_uniform(self, batch_size: int, generator: Generators | None) -> torch.Tensor:

@@ -89,6 +89,7 @@ slow = pytest.mark.slow
         pytest.param(dcgan, marks=slow),
         pytest.param(pixelcnn("gated"), marks=slow),
         pytest.param(pixelcnn("plusplus"), marks=pytest.mark.exhaustive),
+        pytest.param(pixelcnn("row_lstm"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_any_batch_gives_what_torch_gives(tiny_unet, tmp_path, build):

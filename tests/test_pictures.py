@@ -524,6 +524,7 @@ class TestDescribe:
         "baseline": lambda: TinyPixelCNNModel(4, 1, variant="baseline", hidden_channels=8, num_layers=4),
         "gated": lambda: TinyPixelCNNModel(4, 1, 16, hidden_channels=8, num_layers=2, num_conditions=2),
         "plusplus": lambda: TinyPixelCNNModel(8, 1, variant="plusplus", hidden_channels=8, num_layers=1),
+        "row_lstm": lambda: TinyPixelCNNModel(4, 1, 16, "row_lstm", hidden_channels=8, num_layers=2, num_conditions=2),
     }
 
     @pytest.mark.parametrize("name", NETWORKS)
@@ -568,8 +569,12 @@ class TestDescribe:
             ),
             (lambda: TinyVAEModel((8, 12), 1, 4, (8,)), ["input", "4x6", "vector", "4x6", "8x12", "output"]),
             (lambda: TinyPixelCNNModel((4, 6), 1, hidden_channels=8, num_layers=1), ["input", "4x6", "output"]),
+            (
+                lambda: TinyPixelCNNModel((4, 6), 1, variant="row_lstm", hidden_channels=8, num_layers=2),
+                ["input", "4x6", "output"],
+            ),
         ],
-        ids=["unet", "transformer", "vae", "pixelcnn"],
+        ids=["unet", "transformer", "vae", "pixelcnn", "row_lstm"],
     )
     def test_parts_have_their_height_and_width(self, network, titles):
         assert [stage.title for stage in stages(network()) if stage.kind != "embedding"] == titles

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ConditionalArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
-    data, vae = load_latents(arguments, accelerator, data)
+    arguments, data, vae = load_latents(arguments, accelerator, data)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_tuned(arguments)
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
-    data, vae = load_latents(arguments, accelerator, data)
+    arguments, data, vae = load_latents(arguments, accelerator, data)
     options = resolve_consistency(arguments, pipeline, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 

@@ -1,5 +1,5 @@
 """
-Train a PixelCNN on small images: the gated one, PixelCNN++, or a small baseline.
+Train a PixelCNN on small images: the gated one, PixelCNN++, a PixelRNN of row LSTMs, or a small baseline.
 
     accelerate launch train_scripts/train_pixelcnn.py                                       # the embedded 8x8 digits
     accelerate launch train_scripts/train_pixelcnn.py --config train_scripts/recipes/pixelcnn_mnist.yaml

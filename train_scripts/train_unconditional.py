@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(DiffusionArguments, argv)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
-    data, vae = load_latents(arguments, accelerator, data)
+    arguments, data, vae = load_latents(arguments, accelerator, data)
     options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 

@@ -94,6 +94,8 @@ def stages(network: nn.Module) -> list[Stage]:
             continue
         if len(row.shape) == 3:
             size, width = (row.shape[:2], row.shape[2]) if channels_last else (row.shape[1:], row.shape[0])
+            if flow and row.type == "CausalConv2d" and size == (1, flow[-1][0][1]):
+                size = flow[-1][0]  # of a row LSTM, which runs row by row
         elif len(row.shape) == 2:  # tokens of a transformer
             size, width = tuple(side // network.config.patch_size for side in inputs.shape[2:]), row.shape[1]
         else:

@@ -1,4 +1,4 @@
-"""Causality, likelihoods and incremental evaluation of the three PixelCNNs."""
+"""Causality, likelihoods and incremental evaluation of the PixelCNNs and the PixelRNN."""
 
 import itertools
 import math
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from tiny_diffusers import TinyPixelCNNModel
 from tiny_diffusers.models.layers_tiny import height_and_width
-from tiny_diffusers.models.pixelcnn_tiny import Frequencies, Gate, LinearCrossEntropy, _logistic_log_prob
+from tiny_diffusers.models.pixelcnn_tiny import Frequencies, Gate, LinearCrossEntropy, RowLSTM, _logistic_log_prob
 
 
-VARIANTS = ("baseline", "gated", "plusplus")
-WITH_LIKELIHOOD = ("gated", "plusplus")
+WITH_LIKELIHOOD = ("gated", "plusplus", "row_lstm")
+VARIANTS = ("baseline", *WITH_LIKELIHOOD)
 NETWORKS = [*((variant, {}) for variant in VARIANTS), ("gated", {"num_frequencies": 4, "dilations": (2, 1, 3)})]
 
 
@@ -54,7 +54,7 @@ def raster_order(channels, size):
 @pytest.mark.parametrize(("channels", "size"), [(1, 6), (3, 4), (2, (3, 6))])
 @pytest.mark.parametrize(("variant", "options"), NETWORKS)
 def test_an_output_depends_on_all_sub_pixels_before_it_and_no_others(variant, options, channels, size):
-    layers = {"gated": 5, "plusplus": 2}.get(variant)
+    layers = {"gated": 5, "plusplus": 2, "row_lstm": 5}.get(variant)
     height, width = height_and_width(size)
     model = make_model(variant, channels, size, levels=16, width=24, layers=layers, **options)
     x = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -67,8 +67,31 @@ def test_an_output_depends_on_all_sub_pixels_before_it_and_no_others(variant, op
         gradient = gradient.abs().amax(0)
         before = order < order[c, i, j]
         assert (gradient[~before] == 0).all(), f"{(c, i, j)} sees itself or a later sub-pixel"
-        if variant in WITH_LIKELIHOOD:  # the receptive field is larger than the image
+        if (
+            variant == "row_lstm"
+        ):  # a triangle, which each row up widens by a column, and the first convolution by two more
+            rows, columns = torch.arange(height)[:, None], torch.arange(width)
+            seen = before & (columns - j <= i - rows + 2)
+            assert ((gradient > 0) == seen).all(), f"{(c, i, j)} sees no triangle"
+        elif variant in WITH_LIKELIHOOD:  # the receptive field is larger than the image
             assert (gradient[before] > 0).all(), f"{(c, i, j)} has a blind spot"
+
+
+def test_a_row_lstm_is_torchs_lstm_along_a_column_of_one_pixel():
+    """In an image of one column, only the middle taps of the convolutions see something."""
+    torch.manual_seed(0)
+    layer = RowLSTM(8, 1, 0)
+    cell = torch.nn.LSTM(8, 4)
+    parts = [slice(4 * k, 4 * k + 4) for k in (2, 1, 3, 0)]  # torch has i, f, g, o, and the paper o, f, i, g
+    with torch.no_grad():
+        for ours, conv, column in (("ih", layer.input_to_state, 1), ("hh", layer.state_to_state, 1)):
+            conv.bias.normal_()
+            getattr(cell, f"weight_{ours}_l0").copy_(torch.cat([conv.weight[part, :, 0, column] for part in parts]))
+            getattr(cell, f"bias_{ours}_l0").copy_(torch.cat([conv.bias[part] for part in parts]))
+        x = torch.randn(2, 6, 1, 8)
+        hidden, _ = cell(x[:, :, 0].transpose(0, 1))  # (H, B, 4)
+        expected = x + layer.conv_out(hidden.transpose(0, 1)[:, :, None])
+        torch.testing.assert_close(layer(x, None), expected)
 
 
 def test_a_gated_layer_extends_the_receptive_field_by_its_dilation():
@@ -171,7 +194,7 @@ def test_the_likelihood_is_the_product_of_the_conditionals(variant):
     images = random_images(2, 3, 4, levels)
     with torch.no_grad():
         parameters, bits = model(images).sample, model.nll(images)
-    if variant == "gated":
+    if variant != "plusplus":
         target = (images * (levels - 1)).round().long()
         log_prob = -F.cross_entropy(parameters.transpose(1, 2), target, reduction="none")
     else:
@@ -232,7 +255,7 @@ def test_the_chunked_cross_entropy_is_torchs(channels, monkeypatch):
 
 @pytest.mark.parametrize(
     ("variant", "width", "layers", "steps"),
-    [("gated", 16, 2, 250), pytest.param("plusplus", 8, 1, 80, marks=pytest.mark.slow)],
+    [("gated", 16, 2, 250), pytest.param("plusplus", 8, 1, 80, marks=pytest.mark.slow), ("row_lstm", 16, 2, 120)],
 )
 def test_it_learns_a_known_markov_random_field(variant, width, layers, steps):
     """Trains on an Ising model of 3x3 binary images, whose probabilities and entropy are known by enumeration."""
@@ -294,7 +317,7 @@ def test_a_low_temperature_draws_the_likeliest(variant):
     for temperature in (1e-3, 1e-40, 1e-300):
         drawn = model.draw(parameters.expand(64, *parameters.shape[1:]), uniform, temperature)
         assert len(drawn.unique()) == 1
-    if variant == "gated":
+    if variant != "plusplus":
         assert (drawn * 15).round().unique() == parameters.argmax()
 
 
@@ -314,11 +337,12 @@ def test_sizes():
     assert count["baseline"] == pytest.approx(1_307_651, rel=0.01)
     assert count["gated"] == 10_726_464
     assert count["plusplus"] == pytest.approx(54e6, rel=0.02)  # the paper's code has 53 M
+    assert count["row_lstm"] == 6_009_960
     config = TinyPixelCNNModel(hidden_channels=6, num_layers=1).config
     assert (config.sample_size, config.in_channels, config.num_levels, config.variant) == (32, 3, 256, "gated")
 
 
-@pytest.mark.parametrize(("variant", "channels"), [("gated", 5), ("baseline", 4), ("plusplus", 7)])
+@pytest.mark.parametrize(("variant", "channels"), [("gated", 5), ("baseline", 4), ("plusplus", 7), ("row_lstm", 5)])
 def test_the_default_width_has_as_many_features_for_each_channel(variant, channels):
     with torch.device("meta"):
         TinyPixelCNNModel(8, channels, variant=variant)
@@ -441,6 +465,7 @@ def test_forward_returns_the_loss_to_run_within_wrappers():
         ({"num_levels": 1}, "num_levels 1"),
         ({"sample_size": 10**9}, "sample_size"),
         ({"hidden_channels": 32}, "multiple of in_channels"),
+        ({"variant": "row_lstm", "hidden_channels": 9}, "multiple of twice in_channels"),
         ({"dropout": 0.1}, "only 'plusplus' has dropout"),
         ({"variant": "plusplus", "dropout": 1.0}, "dropout 1.0"),
         ({"variant": "plusplus", "num_frequencies": 4}, "only 'gated' takes"),

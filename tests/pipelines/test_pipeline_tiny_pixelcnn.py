@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_diffusers import TinyPipeline, TinyPixelCNNModel, TinyPixelCNNPipeline
 
 
-VARIANTS = ("baseline", "gated", "plusplus")
+WITH_LIKELIHOOD = ("gated", "plusplus", "row_lstm")
+VARIANTS = ("baseline", *WITH_LIKELIHOOD)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_sampling_with_the_cache_in_bfloat16_draws_levels(make_pipe):
     assert torch.equal(pipe.pixelcnn.to_levels(images), pipe.pixelcnn.to_levels(pipe.pixelcnn.to_levels(images)))
 
 
-@pytest.mark.parametrize("variant", ["gated", "plusplus"])
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
 def test_a_list_of_generators_makes_each_image_independent_of_its_batch(make_pipe, variant):
     pipe = make_pipe(variant, levels=16)
     together = pipe(3, generator=seeded(5, 6, 7), output_type="pt").images
@@ -67,7 +68,7 @@ def test_a_list_of_generators_makes_each_image_independent_of_its_batch(make_pip
     assert not torch.equal(together[0], together[1])
 
 
-@pytest.mark.parametrize("variant", ["gated", "plusplus"])
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
 def test_sample_frequencies_match_the_likelihood(make_pipe, variant):
     pipe = make_pipe(variant, channels=2, size=1, levels=3)
     every = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=2))).view(-1, 2, 1, 1)
@@ -204,7 +205,7 @@ def test_classes(make_pipe):
 # -------------------------------------------------------------------------------------------------- likelihoods
 
 
-@pytest.mark.parametrize("variant", ["gated", "plusplus"])
+@pytest.mark.parametrize("variant", WITH_LIKELIHOOD)
 def test_bits_per_dim_of_8_bit_images(make_pipe, variant):
     images = torch.randint(256, (3, 1, 5, 5), dtype=torch.uint8, generator=seeded(0))
     pipe = make_pipe(variant)

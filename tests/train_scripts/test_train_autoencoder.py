@@ -1,16 +1,21 @@
 """Latent diffusion: from images to a saved autoencoder, and to a diffusion model on its latents."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from tiny_diffusers import TinyLatentPipeline, TinyPipeline, TinyVAEPipeline
+from tiny_diffusers import TinyLatentPipeline, TinyPipeline, TinyUNet2DModel, TinyVAEPipeline
 from tiny_diffusers.data import held_out, load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.autoencoder import Autoencoder, default_widths, measure_latents
+from tiny_diffusers.families.unets import default_network
 from tiny_diffusers.train_scripts import train_autoencoder, train_conditional, train_unconditional, train_vae
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
@@ -192,18 +197,84 @@ def test_what_means_nothing_to_latents_is_refused(finished, check_mistake, argv,
     check_mistake(argv, words, script=train_unconditional, network=tiny.TINY_DIFFUSION)
 
 
+@pytest.fixture
+def other_vae(finished, tmp_path):
+    """The autoencoder with other weights."""
+    vae = AutoencoderKL.from_pretrained(finished, subfolder="vae")
+    with torch.no_grad():
+        vae.quant_conv.bias.add_(1e-3)
+    vae.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_a_run_on_latents_resumes_with_its_own_autoencoder_alone_wherever_it_lies(
+    train_latents, train, finished, other_vae, tmp_path
+):
+    resume = ("--resume_from_checkpoint", "latest")
+    folder = train_latents(steps=2)
+    with pytest.raises(
+        UserError, match=r"was trained on the latents of another autoencoder\. Give .*--vae .*checkpoint-2"
+    ):
+        train_latents(*resume, vae=other_vae, steps=4)
+    with pytest.raises(UserError, match=r"was trained on latents\. Give .*--vae .*checkpoint-2"):
+        train(*resume, script=train_unconditional, network=tiny.TINY_DIFFUSION, steps=4)
+    shutil.copytree(finished / "vae", tmp_path / "moved")
+    for step, vae in ((3, folder / "checkpoint-2"), (4, tmp_path / "moved")):
+        train_latents(*resume, vae=vae, steps=step)
+        assert (folder / f"checkpoint-{step}").is_dir()
+
+
+def test_the_default_network_of_latents_costs_no_more_than_that_of_their_pixels():
+    def cost(side, channels, is_latent):
+        network = TinyUNet2DModel(side, channels, channels, **default_network(side, side, is_latent))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, channels, side, side), torch.zeros(1))
+        return counter.get_total_flops(), network.num_parameters()
+
+    for side in (32, 64):
+        (pixel_flops, pixel_parameters), (flops, parameters) = cost(side, 3, False), cost(side // 4, 4, True)
+        assert 0.4 * pixel_flops < flops < pixel_flops and parameters > pixel_parameters
+
+
+@pytest.mark.slow
+def test_a_run_on_pixels_does_not_resume_on_latents(train_latents, train):
+    train(script=train_unconditional, network=tiny.TINY_DIFFUSION, steps=2)
+    with pytest.raises(UserError, match=r"the run was trained on pixels\. Leave --vae out\."):
+        train_latents("--resume_from_checkpoint", "latest", steps=4)
+
+
+def test_fine_tuning_takes_the_autoencoder_of_the_checkpoint_and_warns_of_another(
+    train_latents, train, other_vae, caplog
+):
+    latents = train_latents(name="latents", steps=1)
+    start = ["--pretrained_model_name_or_path", str(latents)]
+    options = {
+        "script": train_unconditional,
+        "network": [*tiny.TINY_RUN, "--ddpm_num_inference_steps", "2"],
+        "steps": 1,
+    }
+    own = train(*start, name="own", **options)
+    for name in (WEIGHTS, "config.json"):
+        assert (own / "vae" / name).read_bytes() == (latents / "vae" / name).read_bytes()
+    settings = yaml.safe_load((own / "config.yaml").read_text())
+    assert settings["vae"] == "latents" and "vae" in settings["resolved"]
+    assert "own autoencoder" not in caplog.text
+    with pytest.raises(
+        UserError, match="--color_jitter 0.1 is for pixels, and this run is on the latents of .*latents"
+    ):
+        train(*start, "--color_jitter", "0.1", name="refused", **options)
+    other = train(*start, "--vae", str(other_vae), name="tuned", **options)
+    assert f"own autoencoder and would have to learn those of --vae {other_vae} from scratch" in caplog.text
+    assert (other / "vae" / WEIGHTS).read_bytes() == (other_vae / WEIGHTS).read_bytes()
+
+
 @pytest.mark.slow
 def test_checkpoints_of_images_and_of_latents_do_not_start_from_each_other(train, train_latents, finished):
     pixels = train(script=train_unconditional, network=tiny.TINY_DIFFUSION, name="pixels", steps=1)
-    latents = train_latents(name="latents", steps=1)
     options = {"script": train_unconditional, "network": ["--ddpm_num_inference_steps", "2"]}
     with pytest.raises(
         UserError, match="pixels has no AutoencoderKL: give a checkpoint of `tiny-diffusers train auto"
     ):
         train("--vae", str(pixels), **options)
-    with pytest.raises(UserError, match="latents denoises latents: give --vae .*latents"):
-        train("--pretrained_model_name_or_path", str(latents), **options)
-    with pytest.raises(UserError, match="pixels denoises images: leave --vae out"):
+    with pytest.raises(UserError, match="pixels denoises pixels, not latents: leave --vae out"):
         train("--pretrained_model_name_or_path", str(pixels), "--vae", str(finished), **options)
-    tuned = train("--pretrained_model_name_or_path", str(latents), "--vae", str(latents), steps=1, **options)
-    assert type(TinyPipeline.from_pretrained(tuned)) is TinyLatentPipeline

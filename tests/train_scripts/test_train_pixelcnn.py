@@ -22,7 +22,7 @@ NETWORK = [
 ]
 
 
-@pytest.mark.parametrize("variant", ["baseline", "gated", "plusplus"])
+@pytest.mark.parametrize("variant", ["baseline", "gated", "plusplus", "row_lstm"])
 def test_each_variant_trains_and_samples(train, read_log, variant):
     folder = train("--variant", variant, steps=2)
     pipe = TinyPipeline.from_pretrained(folder)
@@ -89,7 +89,7 @@ def test_training_goes_on_from_a_checkpoint(train):
         (["--num_mixtures", "5"], "only plusplus"),
         (["--gradient_checkpointing"], "TinyPixelCNNModel"),
         (["--class_dropout_prob", "1"], "in \\[0, 1\\)"),
-        (["--variant", "pixelsnail"], "baseline, gated, plusplus"),
+        (["--variant", "pixelsnail"], "baseline, gated, plusplus, row_lstm"),
         (["--variant", "baseline", "--class_conditional"], "no gates"),
     ],
 )

@@ -417,6 +417,7 @@ def _halves(folder, *argv):
     return [*TINY, *length, "--output_dir", str(folder), *argv]
 
 
+# In this order, as the last one trains on the latents of the autoencoder
 _FAMILIES = {
     "train_conditional": (*TINY_NETWORK, "--eval_batch_size", "4", "--random_flip", "--optimizer", "muon"),
     "train_pixelcnn": ("--hidden_channels", "8", "--num_layers", "3", "--num_levels", "17", "--optimizer", "muon"),
@@ -425,15 +426,21 @@ _FAMILIES = {
         *("--generator_channels", "8", "8", "--discriminator_channels", "8", "8", "--latent_dim", "4"),
         *("--gradient_accumulation_steps", "2"),
     ),
+    "train_autoencoder": ("--block_out_channels", "8", "8"),
+    "latents": (*TINY_NETWORK, "--eval_batch_size", "4", "--random_flip"),
 }
 _IN_ONE_GROUP = """
 import importlib, json, sys
 import torch.distributed
 
 torch.distributed.destroy_process_group = lambda group=None: None  # the next run takes it over
-for name, argv in json.loads(sys.argv[1]).items():
-    importlib.import_module(f"tiny_diffusers.train_scripts.{name}").main(argv)
+for script, argv in json.loads(sys.argv[1]):
+    importlib.import_module(f"tiny_diffusers.train_scripts.{script}").main(argv)
 """
+
+
+def _script(name):
+    return "train_unconditional" if name == "latents" else name
 
 
 def _data(name, folder):
@@ -446,9 +453,10 @@ def _data(name, folder):
     return ("--train_data_dir", str(folder / "digits.npz"), "--condition_columns", "ink")
 
 
-def _settings(name, folder, batch):
+def _settings(name, folder, batch, two):
+    vae = ("--vae", str(two / "train_autoencoder"), "--cache_dir", str(folder / "cache")) if name == "latents" else ()
     return [
-        *(*_FAMILIES[name], "--max_train_steps", "50", "--logging_steps", "10", "--save_images_epochs", "0"),
+        *(*_FAMILIES[name], *vae, "--max_train_steps", "50", "--logging_steps", "10", "--save_images_epochs", "0"),
         *(*_data(name, folder), "--max_train_samples", "64", "--validation_split", "0", "--checkpointing_steps", "50"),
         *("--mixed_precision", "no", "--num_threads", "1", "--train_batch_size", str(batch)),
         *("--output_dir", str(folder / name)),
@@ -460,8 +468,8 @@ def two_processes(tmp_path_factory):
     """A folder with a run of each script, all in one launch, as most of a launch is imports."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "runs.py").write_text(_IN_ONE_GROUP)
-    argv = {"train_unconditional": _halves(folder / "train_unconditional")}
-    argv |= {name: _settings(name, folder, 4) for name in _FAMILIES}
+    argv = [("train_unconditional", _halves(folder / "train_unconditional"))]
+    argv += [(_script(name), _settings(name, folder, 4, folder)) for name in _FAMILIES]
     process = _torchrun(folder / "runs.py", json.dumps(argv))
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -493,7 +501,8 @@ def test_two_processes_compute_what_one_does(two_processes, tmp_path):
 def test_two_processes_train_the_other_families_as_one_does(name, two_processes, tmp_path):
     """But for the DCGAN's figures: it has batch norm, whose statistics are of each process's own images."""
     two = two_processes / name
-    importlib.import_module(f"tiny_diffusers.train_scripts.{name}").main(_settings(name, tmp_path, 8))
+    settings = _settings(name, tmp_path, 8, two_processes)
+    importlib.import_module(f"tiny_diffusers.train_scripts.{_script(name)}").main(settings)
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     for ours, theirs in zip(read_log(tmp_path / name), read_log(two), strict=True):
         assert ours.keys() == theirs.keys()

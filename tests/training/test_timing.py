@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -143,6 +144,22 @@ class TestMinutes:
         clock.step = 1.0
         train(*QUICK, "--max_train_minutes", "1", steps=None)
         assert 50 <= clock.now <= 60
+
+    def test_what_is_measured_before_a_save_counts(self, train, clock, monkeypatch):
+        def slow_measure(family, networks, batches):
+            measured.append(networks["unet"])
+            clock.now += 2.0 * len(list(batches))
+
+        measured: list[torch.nn.Module] = []
+        monkeypatch.setattr(Diffusion, "measure", slow_measure)
+        clock.step = 4.0
+        train(*QUICK, "--max_train_minutes", "1", steps=None)  # 64 images, in 8 batches
+        assert 50 <= clock.now <= 60
+        *trials, saved = measured
+        assert len(trials) == 2 and saved not in trials  # the trials are of copies
+        clock.now = 0.0
+        saving = train(*QUICK, "--max_train_minutes", "3", "--save_model_epochs", "1", steps=None, name="saving")
+        assert clock.now <= 180 and config(saving)["max_train_steps"] >= 16  # saved twice, and at the end
 
     @pytest.mark.slow
     def test_grids_count_and_have_as_many_images_as_fit(self, clock, tmp_path):

@@ -36,6 +36,7 @@ class ImageData:
         condition_names (`list[str]`, *optional*): Name of each of the D conditions.
         latents (`torch.Tensor` of shape `(N, V, C, h, w)`, *optional*): float32: what a network is trained on in place of
             the images, their latents, and with V = 2 those of their mirror images as well.
+        vae_sha256 (`str`, *optional*): Digest of the weights of the autoencoder that encoded them.
     """
 
     images: torch.Tensor
@@ -50,6 +51,7 @@ class ImageData:
     conditions: torch.Tensor | None = None
     condition_names: list[str] | None = None
     latents: torch.Tensor | None = None
+    vae_sha256: str | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -121,7 +121,8 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     snr_gamma: float | None = flag(None, "Gamma of min-SNR weighting; 5 is usual.", within="(0, inf)", **_OF_BETAS)
     vae: str | None = flag(
         None,
-        "Train on the latents of this autoencoder: a checkpoint of `tiny-diffusers train autoencoder`, or a Hub id.",
+        "Train on the latents of this autoencoder: a checkpoint of `tiny-diffusers train autoencoder`, or a Hub id; if not "
+        "given, of the autoencoder of the latent diffusion model to start from.",
         decides=("network",),
     )
     dynamic_thresholding: float | None = flag(
@@ -139,7 +140,7 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     pretrained_model_name_or_path: str | None = flag(
         None,
         "Checkpoint or Hub id to start from.",
-        decides=("network", "prediction_type", *_BETA_FLAGS, "timestep_distribution"),
+        decides=("network", "prediction_type", *_BETA_FLAGS, "timestep_distribution", "vae"),
     )
     optimizer: Optimizer | None = flag(
         None, "Optimizer; if not given muon, or adamw under FSDP.", decides=("learning_rate",)
@@ -177,13 +178,14 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         if self.vae is not None:
             for name in self.asked_of([name for name in _OF_PIXELS if hasattr(self, name)]):
                 raise UserError(
-                    f"--{name} {getattr(self, name)} is for pixels, and --vae trains on latents: leave it out."
+                    f"--{name} {getattr(self, name)} is for pixels, and this run is on the latents of {self.vae}: leave it "
+                    "out."
                 )
             if self.loss_type == "vlb" or self.variance_type == "learned_range":
                 name = "loss_type" if self.loss_type == "vlb" else "variance_type"
                 raise UserError(
-                    f"--{name} {getattr(self, name)} is of bits/dim, which are of pixels, and --vae trains on latents: leave "
-                    "it out."
+                    f"--{name} {getattr(self, name)} is of bits/dim, which are of pixels, and this run is on the latents of "
+                    f"{self.vae}: leave it out."
                 )
 
     def asked_of(self, names: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The latents that a diffusion model is trained on in place of images, with `--vae`."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,20 +16,23 @@ from ..evaluation.features import digest as weights_digest
 from ..evaluation.images import digest, fill
 from ..pipelines.pipeline_tiny import TinyPipeline, check_config, config_errors
 from ..pipelines.pipeline_tiny_autoencoder import encode_images, latent_shape
-from ..training.family import check_images, measured_rows
+from ..pipelines.pipeline_tiny_latent import TinyLatentPipeline
+from ..training.family import check_images, load_pretrained, measured_rows
 from .autoencoder import measure_latents
 from .diffusion import DiffusionArguments
 
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 64  # images encoded at a time
 
 
 def load_latents(
     arguments: DiffusionArguments, accelerator: Accelerator, data: ImageData
-) -> tuple[ImageData, AutoencoderKL | None]:
+) -> tuple[DiffusionArguments, ImageData, AutoencoderKL | None]:
     """
-    Encodes the images by the autoencoder of `--vae`, and their mirror images as well with `--random_flip`. The cache of
-    datasets keeps the latents.
+    Encodes the images by the autoencoder of `--vae`, or without it by that of the latent pipeline to start from, and their
+    mirror images as well with `--random_flip`. The cache of datasets keeps the latents.
 
     Args:
         arguments ([`DiffusionArguments`]): The settings as asked for.
@@ -36,15 +40,29 @@ def load_latents(
         data ([`ImageData`]): The images.
 
     Returns:
-        `tuple[ImageData, AutoencoderKL]`: The images with their latents, and the autoencoder. Without `--vae` the images
-        as they are, and None.
+        `tuple[DiffusionArguments, ImageData, AutoencoderKL]`: The settings, with `vae` resolved; the images with their
+        latents; the autoencoder. Of a run on pixels the settings and images as they are, and None.
 
     Raises:
         UserError: If there is no such autoencoder, or it is for other images.
     """
-    if arguments.vae is None:
-        return data, None
-    vae = _load_vae(arguments, data).to(accelerator.device).eval().requires_grad_(False)
+    pretrained = load_pretrained(arguments, TinyPipeline)
+    own = pretrained.vae if isinstance(pretrained, TinyLatentPipeline) else None
+    if arguments.vae is not None:
+        vae = _load_vae(arguments, data)
+    elif own is not None:
+        vae, name = own, arguments.pretrained_model_name_or_path
+        check_images(arguments, data, vae.config.in_channels, vae.config.sample_size, pretrained._value_range)
+        arguments = dataclasses.replace(arguments, vae=name, resolved=[*arguments.resolved, "vae"])
+    else:
+        return arguments, data, None
+    vae_sha256 = weights_digest(vae)
+    if own is not None and weights_digest(own) != vae_sha256:
+        logger.warning(
+            f"{arguments.pretrained_model_name_or_path} was trained on the latents of its own autoencoder and would have to "
+            f"learn those of --vae {arguments.vae} from scratch; without --vae it continues from what it knows."
+        )
+    vae = vae.to(accelerator.device).eval().requires_grad_(False)
     if vae.config.get("latents_mean") is None:
         vae.register_to_config(**measure_latents(_encode_some(vae, data)))
 
@@ -56,7 +74,7 @@ def load_latents(
         return torch.stack([encode_images(vae, view).mean for view in views], dim=1).cpu().numpy()
 
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    key = digest("latents", weights_digest(vae), config, data.fingerprint, num_views, vae.device.type)
+    key = digest("latents", vae_sha256, config, data.fingerprint, num_views, vae.device.type)
     with torch.no_grad():
         latents = fill(
             cache_root(arguments.cache_dir) / "latents" / key,
@@ -68,7 +86,7 @@ def load_latents(
             desc="Encoding",
         )
     latents = torch.from_numpy(np.load(latents.filename, mmap_mode="c"))  # torch needs memory that it may write to
-    return dataclasses.replace(data, latents=latents), vae
+    return arguments, dataclasses.replace(data, latents=latents, vae_sha256=vae_sha256), vae
 
 
 def _load_vae(arguments: DiffusionArguments, data: ImageData) -> AutoencoderKL:

@@ -1,4 +1,4 @@
-"""PixelCNNs: their arguments, their loss, the builder of their networks."""
+"""PixelCNNs and the PixelRNN: their arguments, their loss, the builder of their networks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -154,7 +154,7 @@ def resolve_pixelcnn(
         options["num_mixtures"] = options["num_mixtures"] if options["variant"] == "plusplus" else None
         return resolved | options
     if arguments.smoke and arguments.num_layers is None:
-        resolved["num_layers"] = {"gated": 3, "plusplus": 1}.get(arguments.variant)
+        resolved["num_layers"] = {"gated": 3, "plusplus": 1, "row_lstm": 3}.get(arguments.variant)
     return resolved
 
 

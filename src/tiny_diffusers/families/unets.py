@@ -89,15 +89,16 @@ class ConditionalUNetArguments(UNetArguments):
     )
 
 
-def default_network(height: int, width: int) -> dict[str, Any]:
+def default_network(height: int, width: int, is_latent: bool = False) -> dict[str, Any]:
     """
     Returns the network's defaults by resolution, chosen for what a few minutes on a laptop buy: few blocks, so that
     there are many steps, and from 24x24 pixels on patches, so that the costly first level has a quarter of the positions.
+    On latents the network is twice as wide as on as many pixels, for they stand for larger images.
     """
     area, divisor = height * width, math.gcd(height, width)
     network = {"patch_size": 1, "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"}
     if area < 24**2:
-        return network | {"block_out_channels": [64, 64], "attention": ["none", "full"]}
+        return network | {"block_out_channels": [128 if is_latent else 64] * 2, "attention": ["none", "full"]}
     if divisor % 4 == 0:  # enough halvings are left for the levels
         network["patch_size"] = 2
     if divisor % 8:  # such as 28 or 30, which cannot be halved once more
@@ -133,7 +134,7 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     elif network == "transformer":
         defaults = default_transformer(*data.input_shape[1:])
     else:
-        defaults = default_network(*data.input_shape[1:])
+        defaults = default_network(*data.input_shape[1:], is_latent=data.latents is not None)
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
     return {"network": network} | nothing | defaults | given
@@ -274,9 +275,10 @@ def _pretrained_unet(
         raise UserError(
             f"--pretrained_model_name_or_path: {name} is a {type(pipeline).__name__}, which has no unet to start from."
         )
-    if ("vae" in pipeline.components) != (data.latents is not None):
-        has, remedy = ("latents", f"give --vae {name}") if data.latents is None else ("images", "leave --vae out")
-        raise UserError(f"--pretrained_model_name_or_path: the network of {name} denoises {has}: {remedy}.")
+    if data.latents is not None and "vae" not in pipeline.components:
+        raise UserError(
+            f"--pretrained_model_name_or_path: the network of {name} denoises pixels, not latents: leave --vae out."
+        )
     kind, kind_asked = pipeline.config.get("conditioning"), conditioning and conditioning.kind
     if kind != kind_asked:
         raise UserError(

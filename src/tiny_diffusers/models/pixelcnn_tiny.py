@@ -1,14 +1,14 @@
 """
-PixelCNNs for small images: p(x) is a product of one distribution for each sub-pixel, given those before it in raster
-order, with channels R, G, B within a pixel.
+PixelCNNs and a PixelRNN for small images: p(x) is a product of one distribution for each sub-pixel, given those before it
+in raster order, with channels R, G, B within a pixel.
 
-There are three variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
-(arXiv 1606.05328), and PixelCNN++ (`plusplus`, arXiv 1701.05517).
+There are four variants: a `baseline` of four convolutions that predicts intensities, the `gated` PixelCNN
+(arXiv 1606.05328), PixelCNN++ (`plusplus`, arXiv 1701.05517), and the PixelRNN of row LSTMs (`row_lstm`, arXiv 1601.06759).
 
 Channels come last everywhere, so the same code runs on an image (B, H, W, C), a row (B, W, C) and a pixel (B, C). Only
 the convolutions look at neighbours, and they have a method for each of the three cases: incremental sampling needs
 nothing else. Each network has a vertical part, which sees only the rows above and runs once per row, and a horizontal
-part, which runs once per pixel (`gated`: once per sub-pixel, on the features of that channel).
+part, which runs once per pixel (`gated`, `row_lstm`: once per sub-pixel, on the features of that channel).
 """
 
 import itertools
@@ -45,6 +45,7 @@ DEFAULTS = {
     "baseline": {"hidden_channels": 210, "num_layers": 4, "dropout": 0.0},
     "gated": {"hidden_channels": 192, "num_layers": 15, "dropout": 0.0},
     "plusplus": {"hidden_channels": 160, "num_layers": 5, "dropout": 0.5},
+    "row_lstm": {"hidden_channels": 252, "num_layers": 12, "dropout": 0.0},
 }
 
 # Resolutions of PixelCNN++, each with half the height and width of the one before
@@ -71,11 +72,10 @@ def _check_config(config: dict) -> None:
     def refuse(name: str, reason: str) -> None:
         raise ValueError(f"{name} {config[name]} is not possible with variant {variant!r}: {reason}")
 
-    if variant != "plusplus" and width is not None and width % channels:
-        refuse(
-            "hidden_channels",
-            f"it must be a multiple of in_channels {channels}, as each channel has its own features.",
-        )
+    divisor = _width_divisor(variant, channels)
+    if width is not None and width % divisor:
+        of = "in_channels" if variant != "row_lstm" else "twice in_channels"
+        refuse("hidden_channels", f"it must be a multiple of {of} {channels}, as each channel has its own features.")
     if variant != "plusplus" and config["dropout"]:
         refuse("dropout", "only 'plusplus' has dropout.")
     if variant != "gated" and config["num_frequencies"]:
@@ -86,7 +86,12 @@ def _check_config(config: dict) -> None:
         refuse("num_layers", "it has two masked convolutions and one or more of 1x1, so give 3 or more.")
     for name in ("num_class_embeds", "num_conditions"):
         if variant == "baseline" and config[name] is not None:
-            refuse(name, "it has no gates that they could enter. Use 'gated' or 'plusplus'.")
+            refuse(name, "it has no gates that they could enter. Use another variant.")
+
+
+def _width_divisor(variant: str, in_channels: int) -> int:
+    """Returns what `hidden_channels` must be a multiple of: each channel has as many features, and of states half as many."""
+    return {"plusplus": 1, "row_lstm": 2 * in_channels}.get(variant, in_channels)
 
 
 def _given_dim(config: dict) -> int:
@@ -507,6 +512,98 @@ class GatedPixelCNN(nn.Module):
         return self.out(features, cache)
 
 
+class RowLSTM(nn.Module):
+    """
+    Row LSTM (arXiv 1601.06759, section 3.1 and eq. 3): the states of a row follow from those of the row above,
+
+        o, f, i, g = sigmoid, sigmoid, sigmoid, tanh (K_ss * h_above + K_is * x + V c),
+        c_row = f . c_above + i . g and h_row = o . tanh(c_row),
+
+    with 1x3 convolutions of states, and of the inputs up to the current one; the last term is what the network is given,
+    class and conditions, as in the gated PixelCNN. The states have half the features of the input, to which h is added by
+    a 1x1 convolution. Each group's features are adjacent, as are the parts of its gates.
+    """
+
+    def __init__(self, channels: int, groups: int, given_dim: int):
+        super().__init__()
+        self.groups, self.state_channels = groups, channels // 2
+        self.input_to_state = CausalConv2d(channels, 2 * channels, (1, 2), mask="B", groups=groups)
+        self.state_to_state = CausalConv2d(self.state_channels, 2 * channels, (1, 3), left=1)
+        self.conv_out = CausalConv2d(self.state_channels, channels, mask="B", groups=groups)
+        self.classes = nn.Linear(given_dim, 2 * channels, bias=False) if given_dim else None
+
+    def forward(self, x: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+        """Runs through the rows of an image: (B, H, W, D) -> (B, H, W, D)"""
+        inputs = self.input_to_state(x)
+        if self.classes is not None:
+            inputs = inputs + _broadcast(self.classes(given), inputs)
+        hidden = x.new_zeros(x.shape[0], 1, x.shape[2], self.state_channels)
+        cell = hidden.to(torch.promote_types(x.dtype, torch.float32))  # sums over the rows, which bfloat16 would round
+        rows = []
+        for row in inputs.split(1, dim=1):
+            hidden, cell = self.update(row + self.state_to_state(hidden), cell)
+            rows.append(hidden)
+        return x + self.conv_out(torch.cat(rows, dim=1))
+
+    def begin_row(self, given: torch.Tensor | None, cache: RowCache) -> torch.Tensor:
+        """Returns what the states of the row above and c add to the gates of a row, (B, W, 4 state_channels)."""
+        if self not in cache.buffers:  # h and c of the row above, which those of the row replace pixel by pixel
+            shape = (2, cache.canvas.shape[0], cache.width, self.state_channels)
+            cache.buffers[self] = cache.canvas.new_zeros(shape)
+        y = self.state_to_state(cache.buffers[self][0], cache)
+        return y if self.classes is None else y + _broadcast(self.classes(given), y)
+
+    def step(self, x: torch.Tensor, context: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        """Computes a pixel, or a group's features of it: (B, g) -> (B, g)"""
+        states = cache.buffers[self][:, :, cache.column].chunk(self.groups, dim=-1)[cache.group]  # a view
+        gates = self.input_to_state(x, cache) + cache.select(context, 0, self.groups)
+        hidden, cell = self.update(gates, states[1])
+        states.copy_(torch.stack([hidden, cell]))
+        return x + self.conv_out(hidden, cache)
+
+    def update(self, gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns h and c of all groups or of one from their gates and the c above: (…, 4 S), (…, S) -> (…, S), (…, S)"""
+        size = self.state_channels // self.groups
+        o, f, i, g = (part.flatten(-2) for part in gates.unflatten(-1, (-1, 4, size)).unbind(-2))
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(cell).to(o.dtype), cell
+
+
+class PixelRNN(nn.Module):
+    """PixelRNN of row LSTMs (arXiv 1601.06759, table 1) with a softmax over the levels of each sub-pixel."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        C, width = config["in_channels"], config["hidden_channels"]
+        self.groups = C
+        self.conv_in = CausalConv2d(C, width, (4, 7), left=3, mask="A", groups=C)
+        given_dim = _given_dim(config)
+        self.layers = nn.ModuleList([RowLSTM(width, C, given_dim) for _ in range(config["num_layers"])])
+        self.head = CausalConv2d(width, width, mask="B", groups=C)
+        self.out = CausalConv2d(width, C * config["num_levels"], mask="B", groups=C)
+
+    def vertical(
+        self, x: torch.Tensor | None, given: torch.Tensor | None = None, cache: RowCache | None = None
+    ) -> list[torch.Tensor] | None:
+        """Begins a row. Of a whole image there is nothing to do before the layers, each of which runs through all rows."""
+        return None if cache is None else [layer.begin_row(given, cache) for layer in self.layers]
+
+    def horizontal(
+        self,
+        x: torch.Tensor | None,
+        contexts: list[torch.Tensor] | None,
+        given: torch.Tensor | None = None,
+        cache: RowCache | None = None,
+    ) -> torch.Tensor:
+        h = self.conv_in(x, cache)
+        for index, layer in enumerate(self.layers):
+            h = layer(h, given) if cache is None else layer.step(h, contexts[index], cache)
+        return F.relu(self.head(F.relu(h), cache))
+
+    def output(self, features: torch.Tensor, cache: RowCache | None = None) -> torch.Tensor:
+        return self.out(features, cache)
+
+
 def _concat_elu(x: torch.Tensor) -> torch.Tensor:
     """Applies the concatenated ELU of PixelCNN++: (…, D) -> (…, 2 D)"""
     return F.elu(torch.cat([x, -x], dim=-1))
@@ -760,8 +857,8 @@ class TinyPixelCNNOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor`, *optional*):
-            Parameters of p(x_cij | the sub-pixels before it) at (b, c, ..., i, j). `gated`: logits of the L levels,
-            `(B, C, L, H, W)`. `plusplus`: log-weights, means and log-scales of K logistics on [-1, 1] after the
+            Parameters of p(x_cij | the sub-pixels before it) at (b, c, ..., i, j). `gated`, `row_lstm`: logits of the L
+            levels, `(B, C, L, H, W)`. `plusplus`: log-weights, means and log-scales of K logistics on [-1, 1] after the
             coupling of the channels, `(B, C, 3, K, H, W)`. `baseline`: the predicted intensities, `(B, C, H, W)`.
         loss (`torch.Tensor` of shape `(B,)`, *optional*):
             Negative log-likelihood of each image in bits per dimension. `baseline`: mean absolute error in [0, 1].
@@ -773,7 +870,7 @@ class TinyPixelCNNOutput(BaseOutput):
 
 class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     r"""
-    Autoregressive model of small images in one of three variants. The defaults are the gated CIFAR-10 network.
+    Autoregressive model of small images in one of four variants. The defaults are the gated CIFAR-10 network.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods.
 
@@ -786,14 +883,16 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         variant (`str`, *optional*, defaults to `"gated"`):
             `"gated"`: the gated PixelCNN (arXiv 1606.05328), a softmax over the levels. `"plusplus"`: PixelCNN++
             (arXiv 1701.05517), a mixture of discretized logistics. `"baseline"`: four convolutions that predict
-            intensities, trained with an L1 loss; it has no likelihood and always predicts the same image.
+            intensities, trained with an L1 loss; it has no likelihood and always predicts the same image. `"row_lstm"`:
+            the PixelRNN of row LSTMs (arXiv 1601.06759), a softmax over the levels.
         hidden_channels (`int`, *optional*):
-            Features of a layer (of each stack). Defaults to 192 for `gated`, 160 for `plusplus` and 210 for
-            `baseline`. A multiple of `in_channels` except for `plusplus` (the defaults are rounded down to one).
+            Features of a layer (of each stack). Defaults to 192 for `gated`, 160 for `plusplus`, 210 for `baseline` and
+            252 for `row_lstm`, whose states have half as many. A multiple of `in_channels` except for `plusplus`, and of
+            twice as much for `row_lstm` (the defaults are rounded down to one).
         num_layers (`int`, *optional*):
             `gated`: layers, 15 by default. The first convolution sees 3 rows and columns, and each layer as many more
             as its dilation. `plusplus`: blocks of each of the three resolutions, 5 by default. `baseline`:
-            convolutions, 4 by default, of which two are masked and the others are 1x1.
+            convolutions, 4 by default, of which two are masked and the others are 1x1. `row_lstm`: LSTMs, 12 by default.
         num_mixtures (`int`, *optional*, defaults to 10): Logistics K in the mixture of `plusplus`.
         num_frequencies (`int`, *optional*, defaults to 0):
             Fourier features of the input of `gated`: waves of 2, 4, ... levels. 8 tell all of 256 levels apart.
@@ -825,7 +924,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
     ```
     """
 
-    _no_split_modules = ["BaselinePixelCNN", "GatedPixelCNN", "PixelCNNPlusPlus"]
+    _no_split_modules = ["BaselinePixelCNN", "GatedPixelCNN", "PixelCNNPlusPlus", "PixelRNN"]
 
     @register_to_config
     def __init__(
@@ -849,11 +948,16 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         given = dict(self.config)
         _check_config(given)
         config = {**given, **{k: v for k, v in DEFAULTS[variant].items() if given[k] is None}}
-        if hidden_channels is None and variant != "plusplus":  # as many features for each channel
-            config["hidden_channels"] -= config["hidden_channels"] % in_channels
+        if hidden_channels is None:
+            config["hidden_channels"] -= config["hidden_channels"] % _width_divisor(variant, in_channels)
         # for `compile_repeated_blocks`; the layers of `gated` are not called as modules
         self._repeated_blocks = ["GatedResnet"] if variant == "plusplus" else []
-        networks = {"baseline": BaselinePixelCNN, "gated": GatedPixelCNN, "plusplus": PixelCNNPlusPlus}
+        networks = {
+            "baseline": BaselinePixelCNN,
+            "gated": GatedPixelCNN,
+            "plusplus": PixelCNNPlusPlus,
+            "row_lstm": PixelRNN,
+        }
         self.network = networks[variant](config)
         self.condition_embed = (
             ConditionEmbedding(num_conditions, config["hidden_channels"]) if num_conditions else None
@@ -920,7 +1024,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
                 `plusplus` in training mode, as its dropout changes the likelihood.
         """
         if self.config.variant == "baseline":
-            raise ValueError("The baseline predicts intensities and has no likelihood: use 'gated' or 'plusplus'.")
+            raise ValueError("The baseline predicts intensities and has no likelihood: use another variant.")
         self._check_mode()
         return self(self.to_levels(images), class_labels, return_loss=True, conditions=conditions).loss
 
@@ -1046,7 +1150,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         variant = self.config.variant
         if variant == "baseline":
             return (parameters.float().clamp(0, 1) * top).round() / top
-        if variant == "gated":
+        if variant != "plusplus":
             return _categorical(parameters.float(), uniform[:, 0], temperature) / top
         log_weights, means, log_scales = parameters.unbind(1)  # (B, K)
         k = _categorical(log_weights, uniform[:, 0], temperature)[:, None]
@@ -1102,7 +1206,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         """
         if self.config.variant == "baseline":
             return raw if only is None else raw[..., 0]
-        if self.config.variant == "gated":
+        if self.config.variant != "plusplus":
             return raw.unflatten(-1, (x.shape[-1], -1)) if only is None else raw
         # Bayes' rule: each logistic's weight is multiplied by the likelihood of the channels before under it.
         log_weights, means, log_scales = _split_mixture(raw, x, self.config.num_mixtures)
@@ -1120,7 +1224,7 @@ class TinyPixelCNNModel(ModelMixin, ConfigMixin):
         target = sample.permute(0, 2, 3, 1).float()  # (B, H, W, C)
         if self.config.variant == "baseline":
             return (network.output(features).float() - target).abs().flatten(1).mean(1)
-        if self.config.variant == "gated":
+        if self.config.variant != "plusplus":
             levels = (target * top).round().long().flatten(0, 2)  # (B H W, C)
             weight = network.out.kernel.flatten(1)
             nll = LinearCrossEntropy.apply(

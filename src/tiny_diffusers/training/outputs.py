@@ -36,6 +36,7 @@ def write_run_files(trainer: "Trainer") -> None:
         {
             "command": command_line(trainer.settings),
             "data": data_facts(trainer),
+            "vae_sha256": trainer.data.vae_sha256,
             "parameters": {name: count_parameters(module) for name, module in trainer.family.modules.items()},
             "device": str(trainer.device),
             "processes": trainer.accelerator.num_processes,

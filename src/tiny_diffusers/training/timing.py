@@ -29,6 +29,7 @@ class TimePlan:
     Attributes:
         total (`float`): From the start of the command to the saved model.
         step (`float`), validation (`float`), grid (`float`), last_grid (`float`): One of each.
+        measurement (`float`): What is measured on training images before the model is saved.
     """
 
     total: float
@@ -36,6 +37,12 @@ class TimePlan:
     validation: float
     grid: float
     last_grid: float
+    measurement: float = 0.0
+
+    @property
+    def finish(self) -> float:
+        """Seconds from the last step to the saved model."""
+        return self.measurement + self.last_grid + _FINISH_SECONDS
 
     def num_steps(self, elapsed: float, extra: Callable[[int], float]) -> int:
         """
@@ -43,9 +50,9 @@ class TimePlan:
 
         Args:
             elapsed (`float`): Seconds since the start of the command.
-            extra (`Callable`): Number of steps -> seconds of the validations and sample grids during so many.
+            extra (`Callable`): Number of steps -> seconds of what comes between so many, such as validations.
         """
-        left = self.total * (1 - _SPARE_SHARE) - elapsed - self.last_grid - _FINISH_SECONDS
+        left = self.total * (1 - _SPARE_SHARE) - elapsed - self.finish
         steps = max(1, int(left / self.step))
         while steps > 1 and steps * self.step + extra(steps) > left:
             steps -= math.ceil(steps / 100)
@@ -54,11 +61,11 @@ class TimePlan:
     @property
     def deadline(self) -> float:
         """Seconds from the start of the command after which no step begins: the machine has become slower."""
-        return self.total * (1 + _GRACE_SHARE) + _GRACE_SECONDS - self.last_grid
+        return self.total * (1 + _GRACE_SHARE) + _GRACE_SECONDS - self.measurement - self.last_grid
 
     def unused(self, elapsed: float) -> float:
         """Computes the seconds that a run leaves over after its last step; 0 if they are few."""
-        left = self.total - elapsed - self.last_grid - _FINISH_SECONDS
+        left = self.total - elapsed - self.finish
         return left if left > _UNUSED_SHARE * self.total else 0.0
 
     def describe(self, elapsed: float) -> str:
@@ -66,7 +73,7 @@ class TimePlan:
         return (
             f"{spell_minutes(self.total / 60)} from the start of the command to the saved model: {elapsed:.3g} s until now, "
             f"{self.step:.3g} s a step, {self.validation:.3g} s a validation, {self.grid:.3g} s a sample grid, "
-            f"{self.last_grid + _FINISH_SECONDS:.3g} s for the last one and saving"
+            f"{self.finish:.3g} s for the last one and saving"
         )
 
 

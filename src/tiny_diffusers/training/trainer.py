@@ -7,6 +7,7 @@ equals an uninterrupted one, and several processes compute what one would.
 
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import math
@@ -326,7 +327,8 @@ class Trainer:
     def _measure(self, first: int) -> dict[str, int]:
         """
         Measures what fits into `--max_train_minutes`, by trials that are undone: the last step of a run that begins at
-        step `first`, and the images of a validation and a sample grid where nobody asked for a number.
+        step `first`, with the family's measurement, and the images of a validation and a sample grid where nobody asked for
+        a number.
         """
         settings, total = self.settings, 60 * self.settings.max_train_minutes
         self._print(f"measuring how many steps fit into {spell_minutes(settings.max_train_minutes)} ...")
@@ -334,11 +336,13 @@ class Trainer:
             step = self._time_steps(total)
             num_images, validation = self._time_validation(total)
             num_samples, grid = self._time_grid(total)
-        self.time_plan = TimePlan(total, step, validation, grid, grid / self.family.preview_share)
+            measurement = self._time_measurement()
+        self.time_plan = TimePlan(total, step, validation, grid, grid / self.family.preview_share, measurement)
 
         def extra(steps: int) -> float:
             num_validations = steps / self._validation_steps(first + steps)
-            return num_validations * validation + self._grid_seconds(steps, grid, total)
+            num_saves = steps / self._in_steps(settings.save_model_epochs)
+            return num_validations * validation + num_saves * measurement + self._grid_seconds(steps, grid, total)
 
         steps = self.time_plan.num_steps(self.elapsed, extra)
         measured = {"max_train_steps": first + steps}
@@ -416,6 +420,22 @@ class Trainer:
             num_images = min(2 * num_images, most)
             seconds = draw()
         return num_images, seconds
+
+    def _time_measurement(self) -> float:
+        """Times the family's measurement of a batch, with copies of the networks; returns the time of all batches."""
+        if not self.accelerator.is_main_process:
+            return 0.0
+        networks = copy.deepcopy(self.networks())
+
+        def measure() -> float:
+            began = time.perf_counter()
+            self.family.measure(networks, itertools.islice(self.measured_batches(), 1))
+            return time.perf_counter() - began
+
+        num_images = len(measured_rows(len(self.train_indices)))
+        return min(measure(), measure()) * math.ceil(
+            num_images / self.settings.train_batch_size
+        )  # the first fills caches
 
     # ------------------------------------------------------------------------------------------------- the run
 
@@ -787,6 +807,7 @@ class Trainer:
         facts = folder.read_facts()
         if checkpoint is not None:
             self._check_same_images(facts.get("data", {}), checkpoint)
+            self._check_same_vae(facts, checkpoint)
         warn_of_changes(settings, read_settings(folder.config, type(settings)))
         if facts.get("global_batch", self.global_batch) != self.global_batch:
             logger.warning(
@@ -812,6 +833,18 @@ class Trainer:
             f"images, or a new run that starts from its weights: --pretrained_model_name_or_path {start} with another "
             "--output_dir, without --resume_from_checkpoint."
         )
+
+    def _check_same_vae(self, facts: dict[str, Any], checkpoint: Path) -> None:
+        """Refuses latents of another autoencoder than that of the run that is resumed, wherever it lies."""
+        theirs, ours = facts.get("vae_sha256", self.data.vae_sha256), self.data.vae_sha256
+        if theirs == ours:
+            return
+        if theirs is None:
+            was, remedy = "pixels", "Leave --vae out"
+        else:
+            was = "latents" if ours is None else "the latents of another autoencoder"
+            remedy = f"Give the run's own autoencoder, which its checkpoints have in them: --vae {checkpoint}"
+        raise UserError(f"--resume_from_checkpoint: the run was trained on {was}. {remedy}.")
 
     def _save_snapshot(self) -> None:
         """Publishes a snapshot of the averages, for `tiny-diffusers ema`."""
