@@ -257,7 +257,7 @@ class TestRun:
         )
         assert Trainer._choose_precision(trainer, sharded=False) == "bf16" and not measured
 
-    @pytest.mark.parametrize("name", _FAMILIES)
+    @pytest.mark.parametrize("name", [name for name in _FAMILIES if name != "latents"])  # whose network is no other
     def test_every_family_is_measured_and_left_as_it_was(self, name, measured, tmp_path, monkeypatch):
         """The networks' weights and buffers, and that no gradient stays."""
         trainers, measure = [], Trainer._measure_speeds
