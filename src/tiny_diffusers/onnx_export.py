@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, not_installed
 from .pipelines.pipeline_tiny import objective_of
 
 
@@ -51,7 +51,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("ONNX is not installed: pip install 'tiny-diffusers[onnx]'.") from error
+        raise not_installed("ONNX", "onnx") from error
 
     if any(isinstance(component, AutoencoderKL) for component in pipe.components.values()):
         raise UserError(
