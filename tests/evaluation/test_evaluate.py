@@ -609,7 +609,9 @@ class TestBadInput:
         assert len(images.read_folder(folder("good", 8, 8, 8))) == 3
 
     def test_reports(self, tmp_path):
-        with pytest.raises(UserError, match="no report"):
+        with pytest.raises(
+            UserError, match=f"There is no report at '{tmp_path}': `tiny-diffusers evaluate` writes one"
+        ):
             Report.load(tmp_path)
         path = tmp_path / "report.json"
         for content, line in (
