@@ -96,7 +96,8 @@ def exit_status(command: Callable[[], int | None], name: str) -> int:
     except UserError as error:
         reason = " ".join(str(error).split())
     except OSError as error:
-        reason = f"{error.strerror}: '{error.filename}'" if error.filename is not None else first_line(error)
+        reason = error.strerror or first_line(error)
+        reason += f": '{error.filename}'" if error.filename is not None else ""
     except KeyboardInterrupt:
         say("stopped.", sys.stderr)
         return 128 + signal.SIGINT
