@@ -166,6 +166,13 @@ class TestReport:
         with Image.open(tmp_path / "report.png") as picture:
             assert picture.width > 100
 
+    def test_notes_and_rows_are_of_the_measured_metrics_alone(self):
+        real = image_data(labels=False)
+        copies = evaluate(real, real, Protocol(**FAST | {"metrics": ["nearest_neighbour"]}), training=real)
+        text = copies.markdown()
+        assert "Median distance" in text and "training split" in text
+        assert "Frechet" not in text and "uniform noise" not in text and "Real against real" not in text
+
     def test_fid_is_reserved_for_the_features_of_inception(self):
         report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
         assert report.label("frechet_distance") == "Frechet distance"

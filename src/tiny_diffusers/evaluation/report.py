@@ -356,7 +356,7 @@ class Report:
     def markdown(self) -> str:
         """Returns the report as Markdown: metrics beside those of the baselines, metrics per class, warnings."""
         rows = {self.source.get("name", "model"): self.figures}
-        rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
+        rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items() if entry["figures"]}
         parts = [f"{markdown(self.summary())}.", format_table(self, rows, "")]
         kinds = {f"{self.label(key)}: {entry['error_kind']}" for key, entry in self.figures.items() if entry["error"]}
         if kinds:
