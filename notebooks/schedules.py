@@ -26,7 +26,7 @@ import subprocess
 import sys
 
 
-SOURCE = "tiny-diffusers"  # or "git+" and the address of a repository
+SOURCE = "tiny-diffusers"  # in Colab: "git+" and the address of your copy of the repository
 if importlib.util.find_spec("tiny_diffusers") is None:  # as in Colab
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 

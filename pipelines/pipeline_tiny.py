@@ -1193,7 +1193,9 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
     if not os.path.isdir(folder):
         parent = os.path.dirname(folder)
         if os.path.isdir(parent):  # runs/mnist is no Hub id where there is a folder runs
-            raise ValueError(f"There is no folder '{name_or_path}' in '{parent}'.")
+            near = difflib.get_close_matches(os.path.basename(folder), os.listdir(parent), n=1)
+            hint = f" Did you mean '{os.path.join(parent, near[0])}'?" if near else ""
+            raise ValueError(f"There is no folder '{name_or_path}'.{hint}")
         files = ["*.json", "*.safetensors"] + (["*.py"] if trust_remote_code else [])
         try:
             folder = snapshot_download(folder, allow_patterns=files, ignore_patterns=["checkpoint-*/*"], **hub_kwargs)

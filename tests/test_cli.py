@@ -304,7 +304,7 @@ class TestInterpolate:
         assert "one of `seeds`" in both
         (tmp_path / "no.png").touch()
         line = error_line(capsys, "interpolate", checkpoint, "--images", tmp_path / "no.png", ends[0])
-        assert "can't be read as a picture" in line
+        assert "can't be read as a picture (of no format that Pillow knows)." in line
 
     def test_a_scheduler_that_adds_noise_takes_a_seed(self, checkpoint, tmp_path):
         def frames(name, *arguments):
@@ -440,7 +440,7 @@ class TestEdit:
             (["--task", "colorize"], "only those of 3 can be coloured"),
             (["--task", "colorize:2"], "takes no number"),
             (["--task", "inpaint"], "takes a --mask"),
-            (["--mask", "none.png"], "can't be read as a picture"),
+            (["--mask", "none.png"], "'none.png' can't be read as a picture (No such file or directory)."),
             (["--mask", "black.png"], "all black"),
             (["--mask", "large.png"], "size of the image"),
             (["--class_labels", "cat"], "has no classes"),
@@ -597,6 +597,8 @@ def test_the_help_lists_every_command_and_a_misspelt_one_is_told_its_name(capsys
     assert [line[0] for line in lines if line[0] in cli.COMMANDS] == list(cli.COMMANDS)
     assert cli.main(["smaple"]) == 2
     assert "Unknown command 'smaple'" in (error := capsys.readouterr().err) and "Did you mean 'sample'?" in error
+    assert cli.main(["train"]) == 2
+    assert f"are required: {{{','.join(cli.SCRIPTS)}}}. --help" in capsys.readouterr().err
 
 
 def test_a_shell_completes_commands_scripts_kinds_flags_choices_and_files(tmp_path, capsys):

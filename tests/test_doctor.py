@@ -1,7 +1,9 @@
 import importlib.metadata
+import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tiny_diffusers import hardware
 from tiny_diffusers.cli import main
@@ -51,3 +53,19 @@ def test_a_version_that_is_too_low_is_named(requirements, capsys):
     requirements.append("torch>=99")
     assert main(["doctor"]) == 1
     assert rows(capsys)["torch"].endswith("(>=99 is needed)")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("gradio", "app", ["app", "{folder}"]),
+        ("efficientnet_lite_pytorch", "eval", ["evaluate", "--images", "{folder}", "--dataset_name", "digits"]),
+    ],
+)
+def test_a_command_that_lacks_an_extra_says_how_to_install_it(module, extra, command, monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("tiny_diffusers.app.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    assert main([word.format(folder=tmp_path) for word in command]) == 2
+    assert capsys.readouterr().err.endswith(f"is not installed: pip install 'tiny-diffusers[{extra}]'.\n")

@@ -26,6 +26,7 @@ def fail(error):
         (UserError("no\nsuch thing"), 2, "error: no such thing"),
         (FileNotFoundError(2, "No such file", "a/b"), 2, "error: No such file: 'a/b'"),
         (OSError("no connection\nat all"), 2, "error: no connection"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device"),
         (KeyboardInterrupt(), 130, "stopped."),
     ],
 )

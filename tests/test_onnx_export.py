@@ -1,3 +1,8 @@
+import logging
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -121,6 +126,23 @@ def test_torch_exports_a_network_with_any_batch_size(tiny_unet, build):
     )
     with torch.no_grad():
         torch.testing.assert_close(program.module()(**inputs).sample, function(*inputs.values()), atol=1e-5, rtol=1e-4)
+
+
+def test_what_torch_says_of_its_own_exporter_is_not_printed(tiny_unet, tmp_path, monkeypatch):
+    logger, logged = logging.getLogger("torch.onnx._internal.exporter._registration"), []
+
+    def export(*args, **kwargs):
+        logger.warning("torchvision is not installed")
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+        return SimpleNamespace(save=Path.touch)
+
+    monkeypatch.setattr(logger, "handle", logged.append)
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with warnings.catch_warnings(action="error"):
+        assert export_onnx(diffusion(tiny_unet)[0], tmp_path).is_file()
+    assert logged == []
+    logger.warning("as before")
+    assert [record.getMessage() for record in logged] == ["as before"]
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from tiny_diffusers import files
-from tiny_diffusers.errors import UserError
+from tiny_diffusers.errors import UserError, exit_status
 from tiny_diffusers.runs import RunFolder, read_log
 
 
@@ -73,6 +74,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     publish(tmp_path, 3)
     RunFolder(tmp_path).prune(tmp_path / "checkpoint-3", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".files.json", "checkpoint-1", "checkpoint-3"]
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_an_error_of_one_line(tmp_path, capsys):
+    def fails(folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    assert exit_status(lambda: RunFolder(tmp_path).place(fails), "error") == 2
+    assert capsys.readouterr().err == f"error: I/O error: No space left on device (os error 28): '{tmp_path}'\n"
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_kill_between_the_two_renames_left_is_no_obstacle(tmp_path):

@@ -44,8 +44,10 @@ from .training.recipes import SCRIPTS
 
 def train_parser() -> argparse.ArgumentParser:
     parser = make_parser("train")
-    parser.add_argument("script", choices=SCRIPTS, help="the script train_scripts/train_SCRIPT.py")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments; --help lists them")
+    listed = f"{{{','.join(SCRIPTS)}}}"  # also in the error of a command line that names none
+    parser.add_argument("script", choices=SCRIPTS, metavar=listed, help="the script train_scripts/train_SCRIPT.py")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments; --help lists them")
+    rest.required = False  # argparse takes it for required, though it may be empty
     return parser
 
 

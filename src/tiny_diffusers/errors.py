@@ -38,6 +38,22 @@ def unknown(kind: str, given: object, allowed: Iterable[object], meant: Mapping[
     return UserError(f"Unknown {kind} '{given}': it must be one of {', '.join(allowed)}.{hint}")
 
 
+def not_installed(what: str, extra: str) -> UserError:
+    """
+    Returns the error for a package that an extra brings, to be raised by the caller.
+
+    Args:
+        what (`str`): The package, or what needs it, at the beginning of a sentence.
+        extra (`str`): The extra.
+    """
+    return UserError(f"{what} is not installed: {install_command(extra)}.")
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs an extra beside the package, quoted, as zsh takes brackets for a pattern."""
+    return f"pip install 'tiny-diffusers[{extra}]'"
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -80,7 +96,8 @@ def exit_status(command: Callable[[], int | None], name: str) -> int:
     except UserError as error:
         reason = " ".join(str(error).split())
     except OSError as error:
-        reason = f"{error.strerror}: '{error.filename}'" if error.filename is not None else first_line(error)
+        reason = error.strerror or first_line(error)
+        reason += f": '{error.filename}'" if error.filename is not None else ""
     except KeyboardInterrupt:
         say("stopped.", sys.stderr)
         return 128 + signal.SIGINT

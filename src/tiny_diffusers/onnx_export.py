@@ -1,15 +1,17 @@
 """Export of a pipeline's network to ONNX, to sample where there is no PyTorch."""
 
+import contextlib
 import inspect
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, not_installed
 from .pipelines.pipeline_tiny import objective_of
 
 
@@ -23,6 +25,20 @@ class _Forward(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         output = self.function(**dict(zip(self.names, inputs, strict=True)))
         return output if isinstance(output, torch.Tensor) else output.sample
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's exporter from warning of deprecated parts of torch that it uses, and of a missing torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
@@ -51,7 +67,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("ONNX is not installed: pip install 'tiny-diffusers[onnx]'.") from error
+        raise not_installed("ONNX", "onnx") from error
 
     if any(isinstance(component, AutoencoderKL) for component in pipe.components.values()):
         raise UserError(
@@ -74,8 +90,7 @@ def export_onnx(pipe: DiffusionPipeline, directory: str | Path) -> Path:
     names = [name for name in inspect.signature(function).parameters if examples.get(name) is not None]
     folder = Path(directory) / pipe._network_name
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated parts of torch that its own exporter uses
+    with _quiet():
         program = torch.onnx.export(
             _Forward(network.eval(), function, names),
             tuple(examples[name] for name in names),

@@ -11,6 +11,7 @@ A run keeps a list of the files that it has written. It deletes nothing else, an
 """
 
 import contextlib
+import errno
 import fnmatch
 import itertools
 import json
@@ -354,6 +355,8 @@ class RunFolder:
             for name in names:
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staging / name, self.path / name)
+        except SafetensorError as error:  # a full disk is no OSError to safetensors
+            raise OSError(errno.EIO, str(error), str(self.path)) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -166,6 +166,13 @@ class TestReport:
         with Image.open(tmp_path / "report.png") as picture:
             assert picture.width > 100
 
+    def test_notes_and_rows_are_of_the_measured_metrics_alone(self):
+        real = image_data(labels=False)
+        copies = evaluate(real, real, Protocol(**FAST | {"metrics": ["nearest_neighbour"]}), training=real)
+        text = copies.markdown()
+        assert "Median distance" in text and "training split" in text
+        assert "Frechet" not in text and "uniform noise" not in text and "Real against real" not in text
+
     def test_fid_is_reserved_for_the_features_of_inception(self):
         report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
         assert report.label("frechet_distance") == "Frechet distance"
@@ -609,7 +616,9 @@ class TestBadInput:
         assert len(images.read_folder(folder("good", 8, 8, 8))) == 3
 
     def test_reports(self, tmp_path):
-        with pytest.raises(UserError, match="no report"):
+        with pytest.raises(
+            UserError, match=f"There is no report at '{tmp_path}': `tiny-diffusers evaluate` writes one"
+        ):
             Report.load(tmp_path)
         path = tmp_path / "report.json"
         for content, line in (

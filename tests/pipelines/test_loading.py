@@ -311,10 +311,14 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
         )
     with pytest.raises(ValueError, match="no folder 'me/nothing-of-that-name' here, and no model of that name"):
         TinyPipeline.from_pretrained("me/nothing-of-that-name", local_files_only=True, cache_dir=tmp_path)
+    (tmp_path / "runs" / "ddpm-digits").mkdir(parents=True)
+    with pytest.raises(ValueError) as error:
+        TinyPipeline.from_pretrained(tmp_path / "runs" / "ddpm-digts")
+    assert str(error.value).endswith(f"ddpm-digts'. Did you mean '{tmp_path / 'runs' / 'ddpm-digits'}'?")
     for given in (tmp_path / "mnist", "runs/mnist"):  # no owner "runs" is asked for on the Hub
         (tmp_path / "runs").mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ValueError, match=f"no folder '{given}' in"):
+        with pytest.raises(ValueError, match=f"no folder '{given}'[.]"):
             TinyPipeline.from_pretrained(given)
 
 

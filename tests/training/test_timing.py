@@ -214,6 +214,26 @@ class TestMinutes:
         train(*QUICK, "--max_train_minutes", "1", "--resume_from_checkpoint", "latest", steps=None)
         assert clock.now <= 60 and config(folder)["max_train_steps"] > 8
 
+    def test_other_minutes_measure_the_validation_anew_without_a_warning(self, train, clock, capsys, monkeypatch):
+        clock.step, validate = 5.0, Trainer._validate
+
+        def slow_validate(trainer, *args):
+            clock.now += 2.0
+            return validate(trainer, *args)
+
+        minutes = ("--validation_split", "0.5", "--validation_steps", "1000", "--max_train_minutes")
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_validate", slow_validate)
+            folder = train(*minutes, "1", steps=None)
+        assert "max_validation_samples" in config(folder)["resolved"]
+        resume = ("--resume_from_checkpoint", "latest")
+        clock.now = 0.0
+        train(*minutes, "1.5", *resume, steps=None)
+        assert "warning" not in capsys.readouterr().err
+        clock.now = 0.0
+        train(*minutes, "2", *resume, "--max_validation_samples", "3", steps=None)
+        assert "--max_validation_samples is 3" in capsys.readouterr().err
+
 
 class TestGrids:
     def test_a_run_has_about_ten_the_first_of_them_early(self, train, clock, capsys):

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import UserError, say
+from ..errors import not_installed, say
 from .shared import make_parser, positive_number
 
 
@@ -62,7 +62,7 @@ def app(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("The app needs gradio: install it by `pip install tiny-diffusers[app]`.") from error
+        raise not_installed("Gradio, which the app needs,", "app") from error
 
     listed = models.list_models(args.checkpoints or models.published_checkpoints())
     if args.export_space is not None:

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import say
+from ..errors import install_command, say
 from .shared import make_parser
 
 
@@ -30,7 +30,7 @@ def doctor(args: argparse.Namespace) -> int:
             is_unmet = not all(map(_is_met, requirements))
             continue
         unmet = ", ".join(f"{part.name} {_state(part)}" for part in requirements if not _is_met(part))
-        repair = f"{unmet}; pip install -c constraints.txt '{PACKAGE}[{extra}]'"
+        repair = f"{unmet}; {install_command(extra)}"
         rows.append((f"extra [{extra}]", repair if unmet else "installed"))
     say("\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]))
     return 1 if is_unmet else 0

@@ -60,7 +60,9 @@ def _kind_of(words: list[str]) -> tuple[str, list[str]]:
         return first, words[1:]
     if first.endswith(".json") or any(word.partition("=")[0] == "--from" for word in words):
         return "redraw", words
-    if not first or not (first.startswith("-") or "/" in first or Path(first).expanduser().exists()):
+    if not first:
+        raise UserError(f"Give a kind of picture ({', '.join(KINDS)}), or the folder of a run.")
+    if not (first.startswith("-") or "/" in first or Path(first).expanduser().exists()):
         raise unknown("kind of picture, or folder of a run,", first, KINDS)
     return "losses", words
 

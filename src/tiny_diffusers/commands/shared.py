@@ -241,14 +241,17 @@ def read_picture(
     clips an array to the values of the model.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     from ..data import decoders
 
     try:
         picture = decoders.read_picture(path, channels, value_range, resolution)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag}: '{path}' can't be read as a picture ({first_line(error)}).") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if isinstance(error, UnidentifiedImageError):  # whose message is an address in memory
+            reason = "of no format that Pillow knows"
+        raise UserError(f"{flag}: '{path}' can't be read as a picture ({reason}).") from None
     found = picture.shape[-1] if isinstance(picture, np.ndarray) else len(picture.getbands())
     if channels not in (None, 1, 3, found):
         raise UserError(

@@ -568,8 +568,9 @@ def _warnings(
             "with those of models that are shown nothing."
         )
     count, dim = len(sets.generated), sets.real.features.shape[1]
+    has_frechet = not {"frechet_distance", "frechet_infinity"}.isdisjoint(protocol.metrics)
     for what, size in (("images", count), ("reference images", len(sets.real))):
-        if size < max(_ENOUGH_IMAGES, dim):
+        if has_frechet and size < max(_ENOUGH_IMAGES, dim):
             limit = f"their {dim:,} features" if size < dim else f"{_ENOUGH_IMAGES:,}"
             warnings.append(
                 f"{size:,} {what} are fewer than {limit}: a Frechet distance is too large by an amount that depends "
@@ -584,7 +585,7 @@ def _warnings(
         )
     if count < protocol.num_images:
         warnings.append(f"{protocol.num_images:,} images were requested, but there are only {count:,}.")
-    if "real" in protocol.baselines:
+    if measured.baselines.get("real"):
         size = len(sets.real_against_real[0])
         if not sets.has_other_real_images:
             warnings.append(

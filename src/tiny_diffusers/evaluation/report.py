@@ -236,11 +236,11 @@ class Report:
             [`~tiny_diffusers.errors.UserError`]: If there is no report, none of several is published, or this version
                 cannot read it.
         """
-        path = find_report(path)
+        place, path = path, find_report(path)
         try:
             content = load_json(read_text(path))
         except OSError as error:
-            raise UserError(f"There is no report '{path}': `tiny-diffusers evaluate` writes one.") from error
+            raise UserError(f"There is no report at '{place}': `tiny-diffusers evaluate` writes one.") from error
         except ValueError as error:
             raise UserError(f"'{path}' is not a report: {error}.") from error
         version = content.get("format") if isinstance(content, dict) else None
@@ -356,7 +356,7 @@ class Report:
     def markdown(self) -> str:
         """Returns the report as Markdown: metrics beside those of the baselines, metrics per class, warnings."""
         rows = {self.source.get("name", "model"): self.figures}
-        rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items()}
+        rows |= {BASELINE_NAMES[name]: entry["figures"] for name, entry in self.baselines.items() if entry["figures"]}
         parts = [f"{markdown(self.summary())}.", format_table(self, rows, "")]
         kinds = {f"{self.label(key)}: {entry['error_kind']}" for key, entry in self.figures.items() if entry["error"]}
         if kinds:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 
-from ..errors import UserError, first_line, say
+from ..errors import UserError, first_line, not_installed, say
 from ..evaluation.report import Report
 from ..flags import as_flags
 from ..hardware import default_num_threads
@@ -57,7 +57,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise UserError("Optuna is not installed: pip install 'tiny-diffusers[search]'.") from error
+            raise not_installed("Optuna", "search") from error
 
         self.optuna, self.plan, self.folder, self.command = optuna, plan, folder, command
         self.stop_signal = 0

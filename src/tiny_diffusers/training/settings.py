@@ -9,6 +9,7 @@ when it is resumed.
 import dataclasses
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,22 @@ def resolve(settings: Arguments, **values: Any) -> Arguments:
     return dataclasses.replace(settings, **values, resolved=list(dict.fromkeys([*settings.resolved, *changed])))
 
 
-def warn_of_changes(settings: TrainingArguments, earlier: dict[str, Any]) -> None:
-    """Warns of each setting that makes the resumed run another run than the earlier one."""
+def warn_of_changes(settings: TrainingArguments, earlier: dict[str, Any], resolved: Collection[str]) -> None:
+    """
+    Warns of each setting that makes the resumed run another run than the earlier one.
+
+    Args:
+        settings ([`TrainingArguments`]): The settings of the resumed run.
+        earlier (`dict[str, Any]`): Those of the earlier run.
+        resolved (`Collection[str]`): The names of those of `earlier` that nobody asked for.
+    """
     saved = saved_settings(settings)
+    # What an earlier length measured, another one resolves anew
+    measured = [name for name in MEASURED if name in resolved and name not in settings.given]
     for field in dataclasses.fields(settings):
         value, before = saved.get(field.name), earlier.get(field.name)
         newly_resolved = before is None and field.name in settings.resolved
-        if field.metadata.get("changes_run") and field.name in earlier and before != value and not newly_resolved:
+        if newly_resolved or field.name in measured:
+            continue
+        if field.metadata.get("changes_run") and field.name in earlier and before != value:
             logger.warning(f"--{field.name} is {value}, but was {before} in the run that is resumed.")

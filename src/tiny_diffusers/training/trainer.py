@@ -808,7 +808,10 @@ class Trainer:
         if checkpoint is not None:
             self._check_same_images(facts.get("data", {}), checkpoint)
             self._check_same_vae(facts, checkpoint)
-        warn_of_changes(settings, read_settings(folder.config, type(settings)))
+        resolved = folder.read_config().get("resolved")
+        warn_of_changes(
+            settings, read_settings(folder.config, type(settings)), resolved if isinstance(resolved, list) else []
+        )
         if facts.get("global_batch", self.global_batch) != self.global_batch:
             logger.warning(
                 f"a step is {self.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
