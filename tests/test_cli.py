@@ -395,6 +395,10 @@ class TestEdit:
         grey = np.asarray(Image.open(pictures / "a.png").convert("L"))
         np.testing.assert_array_equal(results["a.png"][:, :4], grey[:, :4])
 
+    def test_an_inversion_has_one_result_unless_noise_is_asked_for(self, checkpoint, pictures, tmp_path):
+        assert list(self.edit(checkpoint, pictures, tmp_path, "--inversion")) == ["a.png", "b.png"]
+        assert len(self.edit(checkpoint, pictures, tmp_path / "noise", "--inversion", "--eta", 0.5)) == 8
+
     @pytest.mark.parametrize(
         ("arguments", "columns"),
         [

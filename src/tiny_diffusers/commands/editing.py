@@ -81,7 +81,11 @@ def edit_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jump_n_sample", type=positive_number, help="inpainting, restoration: how often each step is taken"
     )
-    parser.add_argument("--num_images", type=positive_number, default=4, help="results for each picture (default: 4)")
+    parser.add_argument(
+        "--num_images",
+        type=positive_number,
+        help="results for each picture (default: 4; 1 with --inversion, whose results are all the same without --eta)",
+    )
     parser.add_argument("--class_labels", help="the class of all results, a name or id")
     add_condition_argument(parser, "of them, with one value for all results")
     parser.add_argument(
@@ -105,6 +109,8 @@ def edit_parser() -> argparse.ArgumentParser:
 
 def edit(args: argparse.Namespace) -> None:
     check_edit_flags(args)
+    if args.num_images is None:
+        args.num_images = 1 if args.inversion and not args.eta else 4
     pictures = find_pictures(args.image)
     output = prepare_output(args.output)
     if not output.is_dir() and len(pictures) > MAX_ROWS:
