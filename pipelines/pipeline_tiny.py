@@ -99,6 +99,8 @@ CONSISTENCY_STEPS = 2
 # What a network's config must share with that of its guidance model: both are called with the same.
 _NETWORK_CALL = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "num_conditions")
 
+# The fresh noise of multistep solvers for flow and EDM, by measurements: docs/schedulers.md
+_MULTISTEP_ETA = 1.5
 # The highest noise level that a solver starts at, that of EDM (https://huggingface.co/papers/2206.00364, table 1). The
 # cosine schedule ends at 20,291, from where no step of a second order leads to the image.
 _SIGMA_MAX = 80.0
@@ -236,8 +238,8 @@ class TinyPipeline(DiffusionPipeline):
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
-                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, and to 0
-                with `heun`. Other schedulers ignore it.
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, to 1.5
+                with `multistep`, and to 0 with `heun`. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -358,7 +360,10 @@ class TinyPipeline(DiffusionPipeline):
 
     @property
     def _default_eta(self) -> float:
-        return 1.0 if getattr(self.scheduler, "order", 1) == 1 else 0.0
+        if getattr(self.scheduler, "order", 1) != 1:
+            return 0.0
+        is_own = getattr(self.scheduler, "_has_continuous_timesteps", False)
+        return _MULTISTEP_ETA if is_own and self.scheduler.config.solver == "multistep" else 1.0
 
     def _check_steps(self, num_inference_steps: int, timesteps: list[int] | list[float] | None, eta: float):
         check_scheduler(self.scheduler, self._objective)

@@ -116,8 +116,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
-                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, and to 0
-                with `heun`. Other schedulers ignore it.
+                `TinyFlowMatchScheduler` and `TinyEDMScheduler`. 0 is deterministic, and 1 is DDPM. Defaults to 1, to 1.5
+                with `multistep`, and to 0 with `heun`. Other schedulers ignore it.
             latents (`torch.Tensor` of shape `(batch_size, C, H, W)`, *optional*):
                 The initial noise, drawn from N(0, I) by default. It is scaled by the scheduler's `init_noise_sigma`.
             output_type (`str`, *optional*, defaults to `"pil"`):

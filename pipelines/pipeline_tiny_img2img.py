@@ -106,8 +106,8 @@ class TinyImg2ImgPipeline(ClassConditioningMixin, ConditionsMixin, EditingMixin,
             num_inference_steps (`int`, *optional*, defaults to 50):
                 The number of steps from pure noise, of which `strength` are run, and as many for the inversion.
             eta (`float`, *optional*):
-                The fresh noise in each step: η of DDIM, in [0, 1], or of flow and EDM, at least 0. Defaults to 1, and to
-                0 with `inversion` or `heun`. Other schedulers ignore it.
+                The fresh noise in each step: η of DDIM, in [0, 1], or of flow and EDM, at least 0. Defaults to 1, to 1.5
+                with `multistep`, and to 0 with `inversion` or `heun`. Other schedulers ignore it.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1] or the `value_range`), `"pt"` (`(B, C, H, W)` in [0, 1]) or
                 `"latent"` (the denoised latents, unclipped, about [-1, 1]).

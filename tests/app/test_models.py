@@ -7,7 +7,7 @@ import types
 import psutil
 import pytest
 
-from tiny_diffusers import TinyFlowMatchScheduler, TinyPipeline, hardware
+from tiny_diffusers import TinyDDIMScheduler, TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline, hardware
 from tiny_diffusers.app.controls import sampling_settings
 from tiny_diffusers.app.models import MAX_CONDITIONS, ModelStore, list_models, published_checkpoints
 from tiny_diffusers.app.server import _warm_up
@@ -49,6 +49,21 @@ def test_what_is_no_model_is_refused_in_a_line(tmp_path, content):
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(UserError, match=r"model_index.json|config"):
         list_models([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        TinyDDIMScheduler(),
+        *(TinyFlowMatchScheduler(solver=solver) for solver in ("euler", "multistep", "heun")),
+        TinyEDMScheduler(solver="multistep"),
+    ],
+)
+def test_the_page_begins_with_the_noise_of_the_pipeline(tmp_path, tiny_unet, scheduler):
+    pipe = TinyPipeline(tiny_unet(), scheduler)
+    pipe.save_pretrained(tmp_path)
+    (model,) = list_models([str(tmp_path)])
+    assert sampling_settings(model, ["eta"])[0]["value"] == model.default_eta == pipe._default_eta
 
 
 def test_a_consistency_model_has_two_steps(tmp_path, tiny_unet):

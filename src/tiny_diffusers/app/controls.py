@@ -30,7 +30,11 @@ def sampling_settings(model: Model, names: Sequence[str] = SAMPLING) -> list[dic
             "value": model.default_steps,
         },
         "sampler": {"visible": is_diffusion, "choices": samplers, "value": ""},
-        "eta": {"visible": is_diffusion, "maximum": 1 if model.objective == "betas" else 2},
+        "eta": {
+            "visible": is_diffusion,
+            "maximum": 1 if model.objective == "betas" else 2,
+            "value": model.default_eta,
+        },
         "guidance": {"visible": is_guided},
         "threshold": {"visible": is_guided},
     }
@@ -49,7 +53,7 @@ def sampling_controls(model: Model, names: Sequence[str] = SAMPLING) -> list[gr.
         ),
         "sampler": lambda **of_model: gr.Dropdown(label="Sampler", info="what removes the noise", **of_model),
         "eta": lambda **of_model: gr.Slider(
-            0, value=1, step=0.05, label="Eta", info="fresh noise in each step: 0 none, 1 as DDPM", **of_model
+            0, step=0.05, label="Eta", info="fresh noise in each step: 0 none, 1 as DDPM", **of_model
         ),
         "guidance": lambda **of_model: gr.Slider(
             *(0, MAX_GUIDANCE, 1),
@@ -82,7 +86,7 @@ def of_any_model(control: gr.components.Component) -> gr.components.Component:
 
 
 def sampling_words(
-    model: Model, steps: object, sampler: object, guidance: object, eta: object = 1, threshold: object = None
+    model: Model, steps: object, sampler: object, guidance: object, eta: object = None, threshold: object = None
 ) -> list[str]:
     """Returns the flags of a command that the [`sampling_controls`] stand for, of which a model has not all."""
     words = ["--dtype", "float32"]
@@ -91,8 +95,8 @@ def sampling_words(
     words += ["--num_inference_steps", str(whole("Steps", steps, 1, min(MAX_STEPS, model.num_train_timesteps)))]
     if sampler:
         words += ["--scheduler", str(sampler)]
-    eta = number("Eta", eta, 0, 100)
-    if eta != 1:  # which is the default, but for solvers that take none
+    eta = model.default_eta if eta is None else number("Eta", eta, 0, 100)
+    if eta != model.default_eta:  # one that nobody touched is left to the sampler
         words += ["--eta", spell(eta)]
     if model.can_be_guided:
         guidance = number("Guidance scale", guidance, 0, MAX_GUIDANCE)

@@ -57,6 +57,7 @@ class Model:
         has_temperature (`bool`): Whether it predicts distributions of pixels.
         num_train_timesteps (`int`): T, the largest number of steps.
         default_steps (`int`): The number of steps that its pipeline takes if none is given.
+        default_eta (`float`): The fresh noise in each of them if none is given.
         conditioning (`str`, *optional*): The image that it takes as a condition.
         conditions (`tuple[Condition, ...]`): The numbers that it takes as conditions.
         has_latents (`bool`): Whether it denoises the latents of an autoencoder.
@@ -75,6 +76,7 @@ class Model:
     has_temperature: bool
     num_train_timesteps: int
     default_steps: int
+    default_eta: float
     conditioning: str | None
     conditions: tuple[Condition, ...]
     has_latents: bool
@@ -195,6 +197,7 @@ def read_model(checkpoint: str, name: str) -> Model:
             has_temperature=component == "pixelcnn" and network.get("variant") != "baseline",
             num_train_timesteps=num_train_timesteps,
             default_steps=2 if scheduler.get("stochastic_sampling") else min(50, num_train_timesteps),
+            default_eta=_default_eta(scheduler),
             conditioning=conditioning,
             conditions=conditions,
             has_latents=has_latents,
@@ -243,6 +246,11 @@ def _read_classes(index: dict, network: dict, component: str) -> dict[int, str]:
 def _objective(scheduler: dict) -> str:
     name = str(scheduler.get("_class_name"))
     return "edm" if "EDM" in name else "flow" if "Flow" in name else "betas"
+
+
+def _default_eta(scheduler: dict) -> float:
+    etas = {"multistep": 1.5, "heun": 0.0}
+    return 1.0 if _objective(scheduler) == "betas" else etas.get(scheduler.get("solver"), 1.0)
 
 
 def _download_configs(checkpoint: str) -> Path:

@@ -93,8 +93,8 @@ def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta",
         type=float,
-        help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 1; 0 with heun, "
-        "for interpolation and with --inversion)",
+        help="fresh noise in each step: 0 is none, 1 as much as DDPM; more for flow and EDM only (default: 1; 1.5 with "
+        "multistep; 0 with heun, for interpolation and with --inversion)",
     )
     parser.add_argument(
         "--timestep_spacing",
