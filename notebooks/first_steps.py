@@ -90,7 +90,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 
 own = pipe.scheduler
-solvers = {"Euler": own, "DPM-Solver++": DPMSolverMultistepScheduler.from_config(own.config)}
+solvers = {"as saved": own, "DPM-Solver++": DPMSolverMultistepScheduler.from_config(own.config)}
 rows, labels = [], []
 for name, pipe.scheduler in solvers.items():
     for num_inference_steps in (5, 20):

@@ -157,7 +157,9 @@ class TinyInterpolationPipeline(ClassConditioningMixin, ConditionsMixin, Editing
         labels, _ = self._encode_class_labels(class_labels, 2, guidance_scale)
         conditions = self._encode_conditions(conditions, guidance_scale, 2)
         scheduler = self._clipping_scheduler(self._clips(clip_sample, guidance_scale, guidance_interval))
-        scheduler = self._set_timesteps(self._single_step(scheduler), num_inference_steps, timesteps)
+        if images is not None:
+            scheduler = self._single_step(scheduler)
+        scheduler = self._set_timesteps(scheduler, num_inference_steps, timesteps)
 
         # 1. get the latents of the two ends, (2, C, H, W)
         if images is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_diffusers import TinyPixelCNNModel
+from tiny_diffusers.models import pixelcnn_tiny
 from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.models.pixelcnn_tiny import Frequencies, Gate, LinearCrossEntropy, RowLSTM, _logistic_log_prob
 
@@ -390,6 +391,16 @@ def test_autocast_does_not_round_the_mixtures_means():
     with torch.autocast("cpu", torch.bfloat16):
         model(random_images(1, 1, 4, 256))
     assert seen == [torch.float32]
+
+
+def test_a_row_lstm_samples_with_cell_states_in_float32(monkeypatch):
+    caches, build = [], pixelcnn_tiny.RowCache
+    monkeypatch.setattr(pixelcnn_tiny, "RowCache", lambda *args: caches.append(build(*args)) or caches[0])
+    model = make_model("row_lstm", channels=1, size=3).to(torch.bfloat16)
+    list(model.conditionals(torch.zeros(1, 1, 3, 3)))
+    states = [each for each in caches[0].buffers.values() if isinstance(each, tuple)]
+    assert len(states) == len(model.network.layers)
+    assert all((hidden.dtype, cell.dtype) == (torch.bfloat16, torch.float32) for hidden, cell in states)
 
 
 @pytest.mark.parametrize("variant", WITH_LIKELIHOOD)

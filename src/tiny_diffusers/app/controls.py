@@ -53,7 +53,11 @@ def sampling_controls(model: Model, names: Sequence[str] = SAMPLING) -> list[gr.
         ),
         "sampler": lambda **of_model: gr.Dropdown(label="Sampler", info="what removes the noise", **of_model),
         "eta": lambda **of_model: gr.Slider(
-            0, step=0.05, label="Eta", info="fresh noise in each step: 0 none, 1 as DDPM", **of_model
+            0,
+            step=0.05,
+            label="Eta",
+            info="fresh noise in each step: 0 none, 1 as DDPM; untouched: the sampler's own",
+            **of_model,
         ),
         "guidance": lambda **of_model: gr.Slider(
             *(0, MAX_GUIDANCE, 1),
@@ -96,7 +100,7 @@ def sampling_words(
     if sampler:
         words += ["--scheduler", str(sampler)]
     eta = model.default_eta if eta is None else number("Eta", eta, 0, 100)
-    if eta != model.default_eta:  # one that nobody touched is left to the sampler
+    if eta != model.default_eta:  # untouched, it is left to the sampler and the task, whose defaults may be others
         words += ["--eta", spell(eta)]
     if model.can_be_guided:
         guidance = number("Guidance scale", guidance, 0, MAX_GUIDANCE)

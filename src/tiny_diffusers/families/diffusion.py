@@ -124,6 +124,7 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         "Train on the latents of this autoencoder: a checkpoint of `tiny-diffusers train autoencoder`, or a Hub id; if not "
         "given, of the autoencoder of the latent diffusion model to start from.",
         decides=("network",),
+        changes_run=False,  # its weights are compared
     )
     dynamic_thresholding: float | None = flag(
         None,

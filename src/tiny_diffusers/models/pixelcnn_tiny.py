@@ -130,7 +130,7 @@ class RowCache:
         self.num_features = 1 if self.encoding is None else self.encoding.num_features  # E
         dtype = network.out.weight.dtype
         self.canvas = torch.zeros(B, H + m, W + 2 * m, C * self.num_features, dtype=dtype, device=sample.device)
-        self.buffers: dict[nn.Module, torch.Tensor] = {}
+        self.buffers: dict[nn.Module, torch.Tensor | tuple[torch.Tensor, ...]] = {}
         self.weights: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def write(self, values: torch.Tensor) -> None:
@@ -538,7 +538,7 @@ class RowLSTM(nn.Module):
         if self.classes is not None:
             inputs = inputs + _broadcast(self.classes(given), inputs)
         hidden = x.new_zeros(x.shape[0], 1, x.shape[2], self.state_channels)
-        cell = hidden.to(torch.promote_types(x.dtype, torch.float32))  # sums over the rows, which bfloat16 would round
+        cell = hidden.to(_cell_dtype(x))
         rows = []
         for row in inputs.split(1, dim=1):
             hidden, cell = self.update(row + self.state_to_state(hidden), cell)
@@ -548,17 +548,20 @@ class RowLSTM(nn.Module):
     def begin_row(self, given: torch.Tensor | None, cache: RowCache) -> torch.Tensor:
         """Returns what the states of the row above and c add to the gates of a row, (B, W, 4 state_channels)."""
         if self not in cache.buffers:  # h and c of the row above, which those of the row replace pixel by pixel
-            shape = (2, cache.canvas.shape[0], cache.width, self.state_channels)
-            cache.buffers[self] = cache.canvas.new_zeros(shape)
+            hidden = cache.canvas.new_zeros(cache.canvas.shape[0], cache.width, self.state_channels)
+            cache.buffers[self] = hidden, torch.zeros_like(hidden, dtype=_cell_dtype(hidden))
         y = self.state_to_state(cache.buffers[self][0], cache)
         return y if self.classes is None else y + _broadcast(self.classes(given), y)
 
     def step(self, x: torch.Tensor, context: torch.Tensor, cache: RowCache) -> torch.Tensor:
         """Computes a pixel, or a group's features of it: (B, g) -> (B, g)"""
-        states = cache.buffers[self][:, :, cache.column].chunk(self.groups, dim=-1)[cache.group]  # a view
         gates = self.input_to_state(x, cache) + cache.select(context, 0, self.groups)
-        hidden, cell = self.update(gates, states[1])
-        states.copy_(torch.stack([hidden, cell]))
+        of_row = [
+            states[:, cache.column].chunk(self.groups, dim=-1)[cache.group] for states in cache.buffers[self]
+        ]  # views
+        hidden, cell = self.update(gates, of_row[1])
+        for state, value in zip(of_row, (hidden, cell), strict=True):
+            state.copy_(value)
         return x + self.conv_out(hidden, cache)
 
     def update(self, gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -567,6 +570,11 @@ class RowLSTM(nn.Module):
         o, f, i, g = (part.flatten(-2) for part in gates.unflatten(-1, (-1, 4, size)).unbind(-2))
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell).to(o.dtype), cell
+
+
+def _cell_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of c, which sums over the rows: bfloat16 would round it."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class PixelRNN(nn.Module):
