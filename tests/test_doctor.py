@@ -65,6 +65,7 @@ def test_a_version_that_is_too_low_is_named(requirements, capsys):
 def test_a_command_that_lacks_an_extra_says_how_to_install_it(module, extra, command, monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.startswith("tiny_diffusers.app.")]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(sys.modules["tiny_diffusers.app"], name.rpartition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     assert main([word.format(folder=tmp_path) for word in command]) == 2

@@ -301,9 +301,10 @@ def test_a_changed_setting_warns_on_resume_only_if_it_changes_the_run(capsys):
         "--num_epochs",
         "3",
     ]
-    warn_of_changes(parse_arguments(DiffusionArguments, quiet), earlier)
+    warn_of_changes(parse_arguments(DiffusionArguments, quiet), earlier, [])
     assert capsys.readouterr().err == ""
-    warn_of_changes(parse_arguments(DiffusionArguments, ["--max_train_samples", "9", "--dropout", "0.5"]), earlier)
+    changed = parse_arguments(DiffusionArguments, ["--max_train_samples", "9", "--dropout", "0.5"])
+    warn_of_changes(changed, earlier, [])
     assert capsys.readouterr().err.splitlines() == [
         "warning: --max_train_samples is 9, but was None in the run that is resumed.",
         "warning: --dropout is 0.5, but was None in the run that is resumed.",
