@@ -362,8 +362,12 @@ class TinyPipeline(DiffusionPipeline):
     def _default_eta(self) -> float:
         if getattr(self.scheduler, "order", 1) != 1:
             return 0.0
-        is_own = getattr(self.scheduler, "_has_continuous_timesteps", False)
-        return _MULTISTEP_ETA if is_own and self.scheduler.config.solver == "multistep" else 1.0
+        return _MULTISTEP_ETA if self._is_multistep(self.scheduler) else 1.0
+
+    @staticmethod
+    def _is_multistep(scheduler: SchedulerMixin) -> bool:
+        """Returns whether a scheduler is this package's multistep solver for flow or EDM."""
+        return getattr(scheduler, "_has_continuous_timesteps", False) and scheduler.config.solver == "multistep"
 
     def _check_steps(self, num_inference_steps: int, timesteps: list[int] | list[float] | None, eta: float):
         check_scheduler(self.scheduler, self._objective)

@@ -112,13 +112,12 @@ class EditingMixin:
             return (1 - level) * image + level * noise
         return scheduler.add_noise(image, noise, timestep.repeat(len(image)))
 
-    @staticmethod
-    def _single_step(scheduler: SchedulerMixin) -> SchedulerMixin:
+    def _single_step(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """
         Returns the scheduler, or for a multistep solver of flow and EDM a copy with Euler's steps: each depends on nothing
         but the state, so that it can be inverted, and taken again from another one.
         """
-        if getattr(scheduler, "_has_continuous_timesteps", False) and scheduler.config.solver == "multistep":
+        if self._is_multistep(scheduler):
             return type(scheduler).from_config(scheduler.config, solver="euler")
         return scheduler
 

@@ -556,12 +556,12 @@ class RowLSTM(nn.Module):
     def step(self, x: torch.Tensor, context: torch.Tensor, cache: RowCache) -> torch.Tensor:
         """Computes a pixel, or a group's features of it: (B, g) -> (B, g)"""
         gates = self.input_to_state(x, cache) + cache.select(context, 0, self.groups)
-        of_row = [
-            states[:, cache.column].chunk(self.groups, dim=-1)[cache.group] for states in cache.buffers[self]
-        ]  # views
-        hidden, cell = self.update(gates, of_row[1])
-        for state, value in zip(of_row, (hidden, cell), strict=True):
-            state.copy_(value)
+        h_above, c_above = (
+            states[:, cache.column].chunk(self.groups, -1)[cache.group] for states in cache.buffers[self]
+        )
+        hidden, cell = self.update(gates, c_above)
+        h_above.copy_(hidden)  # in the cache, of which both are views
+        c_above.copy_(cell)
         return x + self.conv_out(hidden, cache)
 
     def update(self, gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
