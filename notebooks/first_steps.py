@@ -103,7 +103,7 @@ image_grid(rows, columns=8, scale=6, row_labels=labels)
 # %% [markdown]
 # ## A walk
 #
-# Between two latents lie the latents of other digits. Without fresh noise in the steps (`eta=0`, the default here), neighbours
+# Between two latents lie the latents of other digits. Without fresh noise in the steps (`eta=0`, the default here), neighbors
 # on the way look alike.
 
 # %%

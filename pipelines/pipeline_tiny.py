@@ -530,7 +530,7 @@ class TinyPipeline(DiffusionPipeline):
             if not ((array >= 0) & (array <= 1)).all():
                 raise ValueError(f"`images` must lie in [0, 1], got {array.min():.3g} to {array.max():.3g}.")
         if channels == 3 and any(getattr(image, "mode", "RGB") in ("1", "L", "LA", "I;16") for image in given):
-            logger.warning("Grey images were converted to RGB, as the network has three channels.")
+            logger.warning("Gray images were converted to RGB, as the network has three channels.")
         sizes = {image.size for image in given if isinstance(image, PIL.Image.Image)}
         if not resizes and sizes - {(width, height)}:
             size = min(sizes - {(width, height)})
@@ -1089,7 +1089,7 @@ def to_picture(pixels: np.ndarray, show_channels: Sequence[int] | None = None) -
 
     Args:
         pixels (`np.ndarray` of shape `(H, W, C)`): The image, uint8.
-        show_channels (`list[int]`, *optional*): The one or three channels to show, in grey or as red, green and blue.
+        show_channels (`list[int]`, *optional*): The one or three channels to show, in gray or as red, green and blue.
 
     Returns:
         `PIL.Image.Image`: `L` for one channel, `RGB` for three and `RGBA` for four; else the channels side by side, `L`.
@@ -1103,7 +1103,7 @@ def to_picture(pixels: np.ndarray, show_channels: Sequence[int] | None = None) -
         pixels = pixels[..., list(show_channels)]
     elif channels not in (1, 3, 4):
         pixels = np.concatenate(np.split(pixels, channels, axis=-1), axis=1)  # (H, W, C) -> (H, C W, 1)
-    # diffusers' `numpy_to_pil` squeezes grey images, and with them the sides of a single pixel.
+    # diffusers' `numpy_to_pil` squeezes gray images, and with them the sides of a single pixel.
     return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
@@ -1191,7 +1191,7 @@ def _is_positive_int(value: Any) -> bool:
 
 
 def _public_class(name: Any) -> type | None:
-    """Returns the public class of that name in the package of this file, or None. In a travelling copy it is None."""
+    """Returns the public class of that name in the package of this file, or None. In a traveling copy it is None."""
     package = importlib.import_module(__name__.partition(".")[0])
     return getattr(package, name) if isinstance(name, str) and name in getattr(package, "__all__", ()) else None
 

@@ -37,7 +37,7 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
             The share of labels that training replaced by the null class, and of images that it dropped with them, or
             None if unknown. With 0, the network without its condition was never trained, and guidance warns.
         conditioning (`str`, *optional*):
-            The image that the network takes as a condition: `"grayscale"`, the grey image; `"low_resolution:F"`, an
+            The image that the network takes as a condition: `"grayscale"`, the gray image; `"low_resolution:F"`, an
             image F times smaller; `"image:K"`, another image with K channels. None for a network that takes none.
         value_range (`dict[str, float]`, *optional*):
             The `"low"` and `"high"` value of images that are not of 8 bits. Arrays are given and returned in it.

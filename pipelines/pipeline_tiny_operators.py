@@ -12,7 +12,7 @@ import torch
 # A singular direction counts as unobserved if its singular value is below this share of the largest one.
 RELATIVE_TOLERANCE = 1e-4
 
-# The share of each colour in the grey of an image, as in PIL's conversion to mode "L" (ITU-R BT.601).
+# The share of each color in the gray of an image, as in PIL's conversion to mode "L" (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -20,11 +20,11 @@ _LUMA = (0.299, 0.587, 0.114)
 class Conditioning:
     r"""
     The image that a network is given as a condition: further channels of its input, of the size of its images. Zeros,
-    which are mid-grey, stand for no image.
+    which are mid-gray, stand for no image.
 
     Args:
         kind (`str`):
-            `"grayscale"`, the grey values of the image, as PIL computes them; `"low_resolution:F"`, the means of squares
+            `"grayscale"`, the gray values of the image, as PIL computes them; `"low_resolution:F"`, the means of squares
             of F x F pixels; or `"image:K"`, an image of its own with K channels.
         image_shape (`tuple[int, int, int]`): The shape (C, H, W) of the images that the network generates.
 
@@ -87,7 +87,7 @@ class Conditioning:
     def description(self) -> str:
         """Returns what the condition is, in words."""
         channels, height, width = self.shape
-        return f"a {'grey' if channels == 1 else 'colour'} image of {height}x{width} pixels ({self.kind})"
+        return f"a {'gray' if channels == 1 else 'color'} image of {height}x{width} pixels ({self.kind})"
 
     def observe(self, sample: torch.Tensor) -> torch.Tensor:
         """Makes the condition from images: (B, C, H, W) -> (B, K, h, w)"""
@@ -220,9 +220,9 @@ class LinearOperator:
 
     @classmethod
     def colorize(cls, image_shape: tuple[int, int, int]) -> "LinearOperator":
-        """Computes the grey value of each pixel, as PIL does: y is (1, H, W)."""
+        """Computes the gray value of each pixel, as PIL does: y is (1, H, W)."""
         if image_shape[0] != 3:
-            raise ValueError(f"The images have {image_shape[0]} channels, and only those of 3 can be coloured.")
+            raise ValueError(f"The images have {image_shape[0]} channels, and only those of 3 can be colored.")
         return cls(image_shape, (1, *image_shape[1:]), channels=torch.tensor([_LUMA]))
 
     @classmethod

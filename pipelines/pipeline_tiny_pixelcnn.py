@@ -249,7 +249,7 @@ class TinyPixelCNNPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline
             if not images:
                 raise ValueError("`images` is an empty list: give one image, or one for each.")
             images = VaeImageProcessor.pil_to_numpy([image.convert({1: "L", 3: "RGB"}.get(C)) for image in images])
-            images = images.reshape(-1, H, W, C)  # grey ones have no axis of channels
+            images = images.reshape(-1, H, W, C)  # gray ones have no axis of channels
         if isinstance(images, np.ndarray):
             if images.ndim != 4:
                 raise ValueError(f"An array of `images` must have the shape (B, H, W, C), got {images.shape}.")

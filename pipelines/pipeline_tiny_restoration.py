@@ -154,7 +154,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
         Args:
             image (`PIL.Image.Image`, a list of them, `np.ndarray` or `torch.Tensor`):
                 The observations y, B of them. Of a task by name they are images, on the scale of images: all pixels for
-                `inpaint` (those under the mask are not looked at), H / `factor` for `super_resolution`, grey ones for
+                `inpaint` (those under the mask are not looked at), H / `factor` for `super_resolution`, gray ones for
                 `colorize`, blurred ones for `deblur`. PIL images are converted but not resized. Arrays `(B, h, w, c)`
                 and tensors `(B, c, h, w)` must lie in [0, 1]. Of a function they are its values, a tensor `(B, ...)`.
             operator (`str` or `Callable`):
@@ -169,14 +169,14 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
             kernel (`torch.Tensor` of shape `(h, w)`, *optional*):
                 The kernel of `deblur`, with odd sides and the sum 1. The images are mirrored at their border.
             noise_std (`float`, *optional*, defaults to 0.0):
-                The standard deviation of the observation's noise, on the scale of images in [-1, 1]: 2 / 255 is one grey
+                The standard deviation of the observation's noise, on the scale of images in [-1, 1]: 2 / 255 is one gray
                 level. With 0 the observation is matched exactly, and its errors are amplified where A hides much.
             method (`str`, *optional*, defaults to `"ddnm"`):
                 `"ddnm"` puts what is observed into the predicted x_0
                 ([DDNM](https://huggingface.co/papers/2212.00490), algorithm 1, and its noisy form, section 3.3), one
                 pass of the network per step. `"pigdm"`
                 ([pseudo-inverse guidance](https://openreview.net/forum?id=9_gsMA8MRKQ), eq. 7) pulls the sample
-                towards what explains the observation, by the gradient of the network: about three times as slow.
+                toward what explains the observation, by the gradient of the network: about three times as slow.
             num_images (`int`, *optional*, defaults to 1):
                 The number of samples for each observation.
             class_labels (`int`, `str`, a list of them, `np.ndarray` or `torch.Tensor`, *optional*):
@@ -358,7 +358,7 @@ class TinyRestorationPipeline(ClassConditioningMixin, ConditionsMixin, EditingMi
 
         Returns:
             `torch.Tensor` of shape `(B, ...)`: The observations, as the call takes them: images in [0, 1] up to the noise
-            for a task by name, with the hidden pixels grey for `inpaint`, and the function's values otherwise.
+            for a task by name, with the hidden pixels gray for `inpaint`, and the function's values otherwise.
         """
         _check_noise(noise_std)
         built = self._prepare_operator(operator, mask_image, factor, kernel)

@@ -309,7 +309,7 @@ class TinyVAEPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
         if not vae.has_likelihood:
             raise ValueError(
                 "This VAE has no likelihood, and so no bits per dimension: with reconstruction "
-                f"{vae.config.reconstruction!r}, the probabilities of {vae.config.num_levels} grey levels don't sum "
+                f"{vae.config.reconstruction!r}, the probabilities of {vae.config.num_levels} gray levels don't sum "
                 "to 1. Train one with 'logistic' or 'gaussian', or with 'bernoulli' on binary images (num_levels 2)."
             )
         sample = self._from_uint8(images) / 127.5 - 1

@@ -56,7 +56,7 @@ def check_known(name: str, given: Any, allowed: Sequence[str]) -> None:
 
 def discretized_gaussian_nll(sample: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """
-    Computes the negative log-likelihood, in nats, of 256 grey levels on [-1, 1] under a discretized Gaussian whose
+    Computes the negative log-likelihood, in nats, of 256 gray levels on [-1, 1] under a discretized Gaussian whose
     tails belong to the two end levels (Ho et al. 2020, equation 13). The result has the shape of `sample`.
     """
     scale = torch.exp(-0.5 * log_variance) / math.sqrt(2)
@@ -517,7 +517,7 @@ class TinySchedulerMixin(TinyObjectiveMixin):
         generator: Generators | None = None,
     ) -> TinyVariationalBoundOutput:
         """
-        Computes the variational bound on the negative log-likelihood of images with 256 grey levels, in bits per
+        Computes the variational bound on the negative log-likelihood of images with 256 gray levels, in bits per
         dimension (Ho et al. 2020, https://huggingface.co/papers/2006.11239, equation 5, with Nichol & Dhariwal's
         variances). Each of the T terms takes one noise sample and one pass of the network. x_0 is clipped or
         thresholded as in `step`, and the variance is that of `variance_type`.

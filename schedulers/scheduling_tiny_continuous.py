@@ -303,10 +303,10 @@ class TinyContinuousMixin:
         num_probes: int = 2,
     ) -> TinyLikelihoodOutput:
         """
-        Computes the negative log-likelihood of images with 256 grey levels by the probability-flow ODE, in bits per
+        Computes the negative log-likelihood of images with 256 gray levels by the probability-flow ODE, in bits per
         dimension (Song et al. 2021, https://huggingface.co/papers/2011.13456, section 4.3).
 
-        The grey levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the
+        The gray levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the
         classic Runge-Kutta method, with four evaluations per step. The trace of the velocity's Jacobian is exact for
         images of up to 256 values, at one backward pass per value, and otherwise Hutchinson's estimate
         (https://huggingface.co/papers/1810.01367), with Rademacher probes, drawn once per image and kept for all steps.
@@ -376,7 +376,7 @@ class TinyContinuousMixin:
         log_prior = -0.5 * (
             x.square().flatten(1).sum(dim=1) / variance + num_dimensions * math.log(2 * math.pi * variance)
         )
-        nats = -(log_prior + traces.mean(dim=0)) / num_dimensions - math.log(2 / 255)  # a grey level is 2 / 255 wide
+        nats = -(log_prior + traces.mean(dim=0)) / num_dimensions - math.log(2 / 255)  # a gray level is 2 / 255 wide
         error = torch.zeros_like(nats)
         if probes is not None:
             error = traces.std(dim=0) / num_probes**0.5 / num_dimensions

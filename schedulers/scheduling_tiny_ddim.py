@@ -115,7 +115,7 @@ class TinyDDIMScheduler(TinySchedulerMixin, DDIMScheduler):
             use_clipped_model_output (`bool`, *optional*):
                 Whether to compute the noise anew where x_0 is clipped or thresholded, so that both belong to x_t. It is
                 computed anew by default, as in Dhariwal & Nichol's code. Stock DDIM keeps it: each step then leaves a
-                part of what was clipped in the image, as a grey veil.
+                part of what was clipped in the image, as a gray veil.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One generator, or one per image.
             variance_noise (`torch.Tensor`, *optional*): The noise itself, instead of a `generator`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `DDIMSchedulerOutput` or a tuple.

@@ -124,7 +124,7 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
 
     def _likelihood_levels(self, num_steps: int) -> list[float]:
         ramp = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        # The images have no noise, so the lowest level is one that does not blur a grey level, whatever sampling ends with.
+        # The images have no noise, so the lowest level is one that does not blur a gray level, whatever sampling ends with.
         return self._compute_karras_sigmas(ramp, sigma_min=min(_LIKELIHOOD_SIGMA_MIN, self.config.sigma_min)).tolist()
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
     Args:
         num_train_timesteps (`int`, defaults to `1000`): The timestep of pure noise, T.
         shift (`float`, defaults to `1.0`):
-            Moves the steps of sampling towards the noise, s' = shift s / (1 + (shift - 1) s)
+            Moves the steps of sampling toward the noise, s' = shift s / (1 + (shift - 1) s)
             (https://huggingface.co/papers/2403.03206, equation 23).
         timestep_distribution (`str`, defaults to `"mixed"`):
             The distribution of s in training: `uniform`; `logit_normal`, sigmoid(N(`logit_mean`, `logit_std`^2))

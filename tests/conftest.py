@@ -29,7 +29,7 @@ def quick_disk():
 
 @pytest.fixture(scope="session")
 def tiny_unet():
-    """Builds a network of 8x8 grey images whose outputs are not zero: a fresh one's are, and any two would draw alike."""
+    """Builds a network of 8x8 gray images whose outputs are not zero: a fresh one's are, and any two would draw alike."""
     import torch  # which reads the number of threads when it is imported
 
     from tiny_diffusers import TinyUNet2DModel

@@ -392,8 +392,8 @@ class TestEdit:
         options = ["--mask", tmp_path / "mask.png", "--num_images", 1, "--jump_n_sample", 1]
         results = self.edit(checkpoint, pictures, tmp_path, *options)
         assert list(results) == ["a.png", "b.png"]
-        grey = np.asarray(Image.open(pictures / "a.png").convert("L"))
-        np.testing.assert_array_equal(results["a.png"][:, :4], grey[:, :4])
+        gray = np.asarray(Image.open(pictures / "a.png").convert("L"))
+        np.testing.assert_array_equal(results["a.png"][:, :4], gray[:, :4])
 
     def test_an_inversion_has_one_result_unless_noise_is_asked_for(self, checkpoint, pictures, tmp_path):
         assert list(self.edit(checkpoint, pictures, tmp_path, "--inversion")) == ["a.png", "b.png"]
@@ -441,7 +441,7 @@ class TestEdit:
             (["--task", "super_resolution"], "such as super_resolution:2"),
             (["--task", "super_resolution:3", "--degrade"], "divides the image's size"),
             (["--task", "deblur:0"], "from 0.1 to 100"),
-            (["--task", "colorize"], "only those of 3 can be coloured"),
+            (["--task", "colorize"], "only those of 3 can be colored"),
             (["--task", "colorize:2"], "takes no number"),
             (["--task", "inpaint"], "takes a --mask"),
             (["--mask", "none.png"], "'none.png' can't be read as a picture (No such file or directory)."),
@@ -594,7 +594,7 @@ def test_each_command_has_an_example_that_it_takes(capsys):
     assert parse_arguments(arguments_class(script), flags).resolution == 32
 
 
-def test_the_help_lists_every_command_and_a_misspelt_one_is_told_its_name(capsys):
+def test_the_help_lists_every_command_and_a_misspelled_one_is_told_its_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]

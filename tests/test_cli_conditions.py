@@ -91,7 +91,7 @@ def test_sample_draws_each_combination(checkpoint, tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore::tiny_diffusers.pipelines.pipeline_tiny_conditions.FarValueWarning")
-def test_a_grid_has_a_labelled_row_for_each_combination(make_pipe, tmp_path, monkeypatch, flags, classes, rows):
+def test_a_grid_has_a_labeled_row_for_each_combination(make_pipe, tmp_path, monkeypatch, flags, classes, rows):
     from tiny_diffusers import plots
 
     make_pipe(classes).save_pretrained(tmp_path / "model")
@@ -262,7 +262,7 @@ def test_values_far_outside_the_range_warn_in_one_line(make_pipe, tmp_path, caps
 
 
 def squares(count=200, seed=0, split="train"):
-    """Images with a square whose column and grey are conditions: of its place a number, of its brightness a label."""
+    """Images with a square whose column and gray are conditions: of its place a number, of its brightness a label."""
     rng = np.random.default_rng(seed)
     places, bright = rng.integers(0, 6, count), rng.integers(0, 2, count)
     images = rng.integers(0, 20, (count, 1, 8, 8), dtype=np.uint8)

@@ -167,21 +167,21 @@ def test_evaluate_draws_from_what_the_references_images_show(make_pipe, monkeypa
 
 def test_evaluate_names_what_the_reference_lacks(make_pipe):
     data = load_images("digits", max_samples=60)
-    unlabelled = ImageData(data.images, None, None, "digits", "test", "")
+    unlabeled = ImageData(data.images, None, None, "digits", "test", "")
     protocol = Protocol(**MEASURED, sampling={"num_inference_steps": 2})
     with pytest.raises(UserError, match="--conditioning_column"):
         evaluate(make_pipe("image:1"), data, protocol)
     with pytest.raises(UserError, match="the reference has no labels"):
-        evaluate(make_pipe(classes=10), unlabelled, protocol)
+        evaluate(make_pipe(classes=10), unlabeled, protocol)
     with pytest.raises(UserError, match="bits_per_dim: they depend on the conditioning image"):
         evaluate(make_pipe(), data, Protocol(**{**MEASURED, "metrics": ["bits_per_dim"]}))
 
 
 def test_evaluate_finds_the_column_of_the_run(tmp_path):
     images = load_images("digits").images[:64, 0].numpy()
-    colours = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
-    splits = {"image_test": images, "edges_test": 255 - images}  # of the same names, and all grey
-    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=colours, **splits)
+    colors = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    splits = {"image_test": images, "edges_test": 255 - images}  # of the same names, and all gray
+    np.savez(tmp_path / "pairs.npz", image_train=images, edges_train=colors, **splits)
     folder = tmp_path / "run"
     data = ("--train_data_dir", str(tmp_path / "pairs.npz"), "--conditioning_column", "edges_train")
     train_conditional.main([*TINY_DIFFUSION, *data, "--max_train_steps", "1", "--output_dir", str(folder)])

@@ -32,7 +32,7 @@ def put(path, picture):
 
 
 def put_folder(root, column="conditioning_image_file_name", pair=lambda i: image((0, 0, 10 + i), "RGB")):
-    """Saves grey images 0, 1, ..., each with a conditioning image, and the table that names both."""
+    """Saves gray images 0, 1, ..., each with a conditioning image, and the table that names both."""
     rows = []
     for i in range(COUNT):
         put(root / "images" / f"{i}.png", image(i))
@@ -121,14 +121,14 @@ def test_an_array_of_an_npz_is_found_by_its_name_in_another_split(load, tmp_path
 def test_their_channels_can_be_given(load, tmp_path):
     put_folder(tmp_path / "data")
     options = {"conditioning_column": "conditioning_image"}
-    grey = load(tmp_path / "data", conditioning_channels=1, **options)
-    assert grey.conditioning_images.shape == (COUNT, 1, 8, 8)
-    assert grey.conditioning_images[0, 0, 0, 0] == image((0, 0, 10), "RGB").convert("L").getpixel((0, 0))
-    assert "4 of 4 conditioning images were in colour, converted to grey" in grey.notes
-    put_folder(tmp_path / "grey", pair=image)
-    colour = load(tmp_path / "grey", conditioning_channels=3, **options)
-    assert colour.images.shape == (COUNT, 1, 8, 8) and colour.conditioning_images.shape == (COUNT, 3, 8, 8)
-    assert (colour.conditioning_images[:, :, 0, 0] == torch.arange(COUNT)[:, None]).all()
+    gray = load(tmp_path / "data", conditioning_channels=1, **options)
+    assert gray.conditioning_images.shape == (COUNT, 1, 8, 8)
+    assert gray.conditioning_images[0, 0, 0, 0] == image((0, 0, 10), "RGB").convert("L").getpixel((0, 0))
+    assert "4 of 4 conditioning images were in color, converted to gray" in gray.notes
+    put_folder(tmp_path / "gray", pair=image)
+    color = load(tmp_path / "gray", conditioning_channels=3, **options)
+    assert color.images.shape == (COUNT, 1, 8, 8) and color.conditioning_images.shape == (COUNT, 3, 8, 8)
+    assert (color.conditioning_images[:, :, 0, 0] == torch.arange(COUNT)[:, None]).all()
     with pytest.raises(UserError, match="conditioning_channels must be at least 1.* not 0"):
         load(tmp_path / "data", conditioning_channels=0, **options)
 
@@ -145,7 +145,7 @@ def test_the_cache_keeps_them_apart_from_the_images_alone(load, tmp_path):
     assert changed.conditioning_images[0, 2, 0, 0] == 99 and changed.fingerprint != first.fingerprint
 
 
-def test_both_are_resized_and_cropped_at_their_centre(load, tmp_path):
+def test_both_are_resized_and_cropped_at_their_center(load, tmp_path):
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 200
     pairs = tmp_path / "data"

@@ -98,7 +98,7 @@ def test_digits_pass_through_the_same_resizing_as_files():
     assert data.notes == ["3 of 3 images were enlarged to 16x16"]
 
 
-def test_classes_are_relabelled_in_the_order_given():
+def test_classes_are_relabeled_in_the_order_given():
     everything, data = load_images(), load_images(classes="7, 2")
     assert data.id2label == {0: "7", 1: "2"}
     assert torch.equal(data.images[data.labels == 0], everything.images[everything.labels == 7])
@@ -114,9 +114,9 @@ def test_max_samples_is_a_fixed_random_choice():
 
 
 def test_channels_can_be_asked_for():
-    grey, colour = load_images(max_samples=9), load_images(max_samples=9, channels=3)
-    assert torch.equal(colour.images, grey.images.expand(-1, 3, -1, -1))
-    assert colour.notes == ["9 of 9 images were grey, converted to RGB"]
+    gray, color = load_images(max_samples=9), load_images(max_samples=9, channels=3)
+    assert torch.equal(color.images, gray.images.expand(-1, 3, -1, -1))
+    assert color.notes == ["9 of 9 images were gray, converted to RGB"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_folder_without_images_is_refused(load, folder, files):
         load(str(folder))
 
 
-def test_every_mode_becomes_eight_bit_grey_or_rgb(load, folder):
+def test_every_mode_becomes_eight_bit_gray_or_rgb(load, folder):
     red, rgb = pixels(8, 8), pixels(8, 8, 3)
     alpha = np.zeros((8, 8), np.uint8)
     alpha[:4] = 255
@@ -209,7 +209,7 @@ def test_every_mode_becomes_eight_bit_grey_or_rgb(load, folder):
         "c-16bit": Image.fromarray(red.astype(np.uint16) * 257),
         "d-1bit": Image.fromarray(red > 127),
         "e-la": Image.merge("LA", [Image.fromarray(red), Image.fromarray(alpha)]),
-        "f-grey": Image.fromarray(red),
+        "f-gray": Image.fromarray(red),
         "g-rgb": Image.fromarray(rgb),
     }
     for name, image in images.items():
@@ -233,15 +233,15 @@ def test_every_mode_becomes_eight_bit_grey_or_rgb(load, folder):
         "2 of 8 images had an alpha channel, laid on white",
         "1 of 8 images had 16 bits a pixel, scaled to 8 (value_range keeps them)",
         "1 of 8 images were CMYK, converted to RGB",
-        "4 of 8 images were grey, converted to RGB",
+        "4 of 8 images were gray, converted to RGB",
     }
 
 
-def test_colour_can_be_converted_to_grey(load, folder):
+def test_color_can_be_converted_to_gray(load, folder):
     (array,) = save_images(folder, 1)
     data = load(str(folder), channels=1)
     assert np.array_equal(data.images[0, 0].numpy(), np.asarray(Image.fromarray(array).convert("L")))
-    assert data.notes == ["1 of 1 images were in colour, converted to grey"]
+    assert data.notes == ["1 of 1 images were in color, converted to gray"]
 
 
 def test_exif_orientation_is_applied(load, folder):
@@ -254,12 +254,12 @@ def test_exif_orientation_is_applied(load, folder):
 
 def test_images_that_are_not_square_are_cropped_to_a_square(load, folder):
     (array,) = save_images(folder, 1, shape=(8, 20))
-    centre = load(str(folder), resolution=8, center_crop=True)
-    assert np.array_equal(centre.images[0, 0].numpy(), array[:, 6:14])
-    assert "centre" in centre.notes[0]
+    center = load(str(folder), resolution=8, center_crop=True)
+    assert np.array_equal(center.images[0, 0].numpy(), array[:, 6:14])
+    assert "center" in center.notes[0]
     anywhere = load(str(folder), resolution=8)
     assert any(np.array_equal(anywhere.images[0, 0].numpy(), array[:, left : left + 8]) for left in range(13))
-    assert "(center_crop takes the centre)" in anywhere.notes[0]
+    assert "(center_crop takes the center)" in anywhere.notes[0]
 
 
 def test_rectangles_of_one_size_are_kept(load, folder):
@@ -304,9 +304,9 @@ def test_broken_files_are_skipped_named_and_without_effect(load, tmp_path, folde
     clean = tmp_path / "clean"
     save_images(clean, 6, shape=(8, 8))
     shutil.copytree(clean, folder, dirs_exist_ok=True)
-    colour = tmp_path / "colour.jpg"
-    Image.fromarray(pixels(16, 16, 3)).save(colour)
-    (folder / "000-truncated.jpg").write_bytes(colour.read_bytes()[:-300])  # the first file: RGB, of another size
+    color = tmp_path / "color.jpg"
+    Image.fromarray(pixels(16, 16, 3)).save(color)
+    (folder / "000-truncated.jpg").write_bytes(color.read_bytes()[:-300])  # the first file: RGB, of another size
     (folder / "001-empty.png").touch()
     (folder / "002-text.png").write_text("no image")
     (folder / "003-bomb.png").write_bytes(png_header(100_000, 100_000))
@@ -604,11 +604,11 @@ def test_color_jitter_factors():
     images, uniform = random_batch()
     uniform[:, 3:6] = 0.5  # every factor is 1
     torch.testing.assert_close(augment(images, uniform, color_jitter=0.8), images)
-    black, flat, grey = uniform.clone(), uniform.clone(), uniform.clone()
-    black[:, 3], flat[:, 4], grey[:, 5] = 0, 0, 0  # one factor each is 0
+    black, flat, gray = uniform.clone(), uniform.clone(), uniform.clone()
+    black[:, 3], flat[:, 4], gray[:, 5] = 0, 0, 0  # one factor each is 0
     assert torch.equal(augment(images, black, color_jitter=1), torch.full_like(images, -1))
     assert augment(images, flat, color_jitter=1).flatten(1).std(1).max() < 1e-6
-    desaturated = augment(images, grey, color_jitter=1)
+    desaturated = augment(images, gray, color_jitter=1)
     torch.testing.assert_close(desaturated[:, 0], desaturated[:, 1])
     for image, result in zip(images, desaturated, strict=True):
         expected = Image.fromarray(denormalize(image).permute(1, 2, 0).numpy()).convert("L")
@@ -616,14 +616,14 @@ def test_color_jitter_factors():
         assert difference.abs().max() <= 1
 
 
-def test_color_jitter_needs_grey_or_rgb_images():
+def test_color_jitter_needs_gray_or_rgb_images():
     images, uniform = random_batch(channels=4)
     assert augment(images, uniform, random_flip=True, cutout=3).shape == images.shape
-    with pytest.raises(UserError, match="color_jitter is for images of 1 or 3 channels .grey or RGB., not 4"):
+    with pytest.raises(UserError, match="color_jitter is for images of 1 or 3 channels .gray or RGB., not 4"):
         augment(images, uniform, color_jitter=0.1)
 
 
-def test_cutout_is_a_square_of_mid_grey():
+def test_cutout_is_a_square_of_mid_gray():
     images, uniform = random_batch(2)
     uniform[0, 6:], uniform[1, 6:] = 0.5, 0  # in the middle, and cut off by the corner
     holes = (augment(images, uniform, cutout=4) == 0).all(1)

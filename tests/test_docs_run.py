@@ -108,7 +108,7 @@ def make_data(folder: Path) -> None:
     pairs = [f"photos/{i}.png,drawings/{i}.png" for i in range(20)]
     (folder / "path/to/pairs/metadata.csv").write_text("\n".join(["file_name,conditioning_image", *pairs]))
     np.savez(folder / "depth.npz", images=rng.integers(0, 65536, (40, 8, 8)).astype(np.uint16))
-    for name, size in (("digit", 32), ("mask", 32), ("16x16", 16), ("small/0", 16)):  # grey
+    for name, size in (("digit", 32), ("mask", 32), ("16x16", 16), ("small/0", 16)):  # gray
         save(f"{name}.png", size, size)
     for name in ("face", "photo", *(f"samples/{i}" for i in range(20))):
         save(f"{name}.png", *((8, 8, 3) if "/" in name else (32, 32, 3)))

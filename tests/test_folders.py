@@ -31,7 +31,7 @@ def load(tmp_path):
 
 
 def put(path, value=0, **options):
-    """Saves an 8x8 grey image of one value."""
+    """Saves an 8x8 gray image of one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (8, 8), value).save(path, **options)
 
@@ -442,8 +442,8 @@ def test_arrays(load, tmp_path, shape, dtype):
     np.save(tmp_path / "a.npy", pixels)
     np.savez(tmp_path / "b.npz", pixels)
     np.savez_compressed(tmp_path / "c.npz", labels=labels, images=pixels)
-    grey = 3 not in (shape[1], shape[-1])
-    expected = pixels.reshape(6, 1, 8, 8) if grey else np.moveaxis(pixels, -1, 1) if shape[-1] == 3 else pixels
+    gray = 3 not in (shape[1], shape[-1])
+    expected = pixels.reshape(6, 1, 8, 8) if gray else np.moveaxis(pixels, -1, 1) if shape[-1] == 3 else pixels
     for name in ("a.npy", "b.npz", "c.npz"):
         data = load(tmp_path / name)
         assert np.array_equal(data.images.numpy(), expected) and data.notes == []

@@ -152,7 +152,7 @@ def write_card(directory, **kwargs):
         "model_name": "Digits",
         "command": "tiny-diffusers train unconditional --seed 0",
         "settings": {"learning_rate": 1e-3, "seed": 0},
-        "data": {"name": "digits", "split": "train", "images": 1797, "notes": ["2 broken files skipped", "grey"]},
+        "data": {"name": "digits", "split": "train", "images": 1797, "notes": ["2 broken files skipped", "gray"]},
     }
     (directory / "README.md").unlink(missing_ok=True)  # a new one: tests share the folder
     path = cards.write_card(directory, **{**arguments, **kwargs})
@@ -296,10 +296,10 @@ class TestCard:
         text = write_card(directory, results={"held for a digit": "81 % of 500 samples, 50 DDIM steps"}).text
         parameters = sum(p.numel() for p in TinyPipeline.from_pretrained(directory).unet.parameters())
         assert f"`TinyUNet2DModel`, {parameters / 1e6:.2f} M parameters" in text
-        assert "unconditional diffusion model of 8x8 grey images" in text and "`v_prediction`" in text
+        assert "unconditional diffusion model of 8x8 gray images" in text and "`v_prediction`" in text
         assert "tiny-diffusers train unconditional --seed 0" in text
         assert "| learning_rate | 0.001 |" in text
-        assert "| notes | 2 broken files skipped; grey |" in text
+        assert "| notes | 2 broken files skipped; gray |" in text
         assert "| held for a digit | 81 % of 500 samples, 50 DDIM steps |" in text
         assert "](samples.png)" in text and "](loss_curves.png)" in text
         assert "What it is not good for" in text

@@ -1,4 +1,4 @@
-"""Images of other channels and values than 8-bit grey and RGB, from file to sample."""
+"""Images of other channels and values than 8-bit gray and RGB, from file to sample."""
 
 import json
 import struct
@@ -113,8 +113,8 @@ def test_alpha_is_kept_where_asked_for(tmp_path):
     data = load_images(str(folder), channels=4)
     assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), pixels) and (data.images[1, 3] == 255).all()
     assert data.notes == ["1 of 2 images had no alpha channel, an opaque one was added"]
-    grey = load_images(str(folder), channels=2).images
-    assert grey.shape[1] == 2 and np.array_equal(grey[0, 1].numpy(), pixels[..., 3])
+    gray = load_images(str(folder), channels=2).images
+    assert gray.shape[1] == 2 and np.array_equal(gray[0, 1].numpy(), pixels[..., 3])
     assert load_images(str(folder)).images.shape[1] == 3  # laid on white
 
 
@@ -182,10 +182,10 @@ def test_booleans_have_one_scale(tmp_path, channels):
     assert data.value_range == (0, 255) and np.array_equal(data.images.numpy() == 255, masks)
 
 
-def test_float_colours_become_grey(tmp_path):
+def test_float_colors_become_gray(tmp_path):
     images = arrays(2, 3)
-    grey = load_images(save(tmp_path / "x.npy", images), channels=1).images
-    np.testing.assert_allclose(grey[:, 0], np.einsum("c,nchw->nhw", [0.299, 0.587, 0.114], images), rtol=1e-5)
+    gray = load_images(save(tmp_path / "x.npy", images), channels=1).images
+    np.testing.assert_allclose(gray[:, 0], np.einsum("c,nchw->nhw", [0.299, 0.587, 0.114], images), rtol=1e-5)
 
 
 def test_pictures_of_16_bits_a_channel_keep_their_values_or_are_refused(tmp_path):

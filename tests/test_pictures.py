@@ -41,7 +41,7 @@ FLAGS = ("--num_inference_steps", 3, "--dtype", "float32", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tiny_unet):
-    """A checkpoint of each family and objective, of 8x8 grey images."""
+    """A checkpoint of each family and objective, of 8x8 gray images."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     pipes = {name: TinyPipeline(tiny_unet(), scheduler()) for name, scheduler in SCHEDULERS.items()}
@@ -125,7 +125,7 @@ class TestNoiseLevels:
         np.testing.assert_allclose(levels.signal**2 + levels.noise**2, 1)
 
     @pytest.mark.parametrize("name", ["cosine", "flow", "edm"])
-    def test_timesteps_go_from_t_towards_the_image(self, name):
+    def test_timesteps_go_from_t_toward_the_image(self, name):
         scheduler = noising.build_schedule(name, 100)
         timesteps = noising.timesteps_from(scheduler, 50, 5)
         assert len(timesteps) == 5 and sorted(timesteps, reverse=True) == timesteps
@@ -154,8 +154,8 @@ class TestCurves:
         from tiny_diffusers.plots.curves import _options
 
         looks = [_options(Curve("", list(range(99)), list(range(99)), style)) for style in range(40)]
-        in_grey = {(str(look["linestyle"]), look.get("marker")) for look in looks[:35]}
-        assert len(in_grey) == 35
+        in_gray = {(str(look["linestyle"]), look.get("marker")) for look in looks[:35]}
+        assert len(in_gray) == 35
         assert len({(look["color"], str(look["linestyle"]), look.get("marker")) for look in looks}) == 40
 
     @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ class TestToPil:
         for form in forms:
             np.testing.assert_array_equal([pixels(image) for image in to_pil(form)], nhwc.numpy())
 
-    def test_one_channel_is_grey(self, batch):
-        grey = batch[:, :1]
-        for form in (grey, grey[:, 0], grey.permute(0, 2, 3, 1)):
+    def test_one_channel_is_gray(self, batch):
+        gray = batch[:, :1]
+        for form in (gray, gray[:, 0], gray.permute(0, 2, 3, 1)):
             images = to_pil(form)
             assert {image.mode for image in images} == {"L"}
-            np.testing.assert_array_equal([pixels(image) for image in images], grey[:, 0])
+            np.testing.assert_array_equal([pixels(image) for image in images], gray[:, 0])
 
     def test_bfloat16_tensors_with_gradients_are_drawn(self):
         image = torch.full((1, 1, 2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
@@ -84,16 +84,16 @@ class TestImageGrid:
 
     def test_row_labels_are_left_of_the_unchanged_grid(self, batch):
         plain = pixels(image_grid(batch, columns=1, scale=4))
-        labelled = pixels(image_grid(batch, columns=1, scale=4, row_labels=["a", "bb", "c", "d", "a long name"]))
-        np.testing.assert_array_equal(labelled[:, -plain.shape[1] :], plain)
-        margin = labelled[:, : -plain.shape[1]]
+        labeled = pixels(image_grid(batch, columns=1, scale=4, row_labels=["a", "bb", "c", "d", "a long name"]))
+        np.testing.assert_array_equal(labeled[:, -plain.shape[1] :], plain)
+        margin = labeled[:, : -plain.shape[1]]
         assert all((rows < 128).any() for rows in np.array_split(margin, 5))
 
     def test_column_labels_are_above_the_unchanged_grid(self, batch):
         plain = pixels(image_grid(batch, scale=4, columns=5))
-        labelled = pixels(image_grid(batch, scale=4, columns=5, column_labels=["a", "", "c", "", ""]))
-        np.testing.assert_array_equal(labelled[-len(plain) :], plain)
-        written = [(part < 128).any() for part in np.array_split(labelled[: -len(plain)], 5, axis=1)]
+        labeled = pixels(image_grid(batch, scale=4, columns=5, column_labels=["a", "", "c", "", ""]))
+        np.testing.assert_array_equal(labeled[-len(plain) :], plain)
+        written = [(part < 128).any() for part in np.array_split(labeled[: -len(plain)], 5, axis=1)]
         assert written == [True, False, True, False, False]
 
     def test_bad_input_is_refused(self, batch):
@@ -154,8 +154,8 @@ class TestLossCurves:
         output = loss_curves(log, tmp_path / "loss_curves.png", title="a run")
         with Image.open(output) as picture:
             assert picture.size == (960, 540)
-            colours = {colour[:3] for _, colour in picture.convert("RGB").getcolors(1 << 20)}
-        assert (0x1F, 0x5F, 0xA8) in colours and (0xD9, 0x62, 0x2B) in colours  # both curves are there
+            colors = {color[:3] for _, color in picture.convert("RGB").getcolors(1 << 20)}
+        assert (0x1F, 0x5F, 0xA8) in colors and (0xD9, 0x62, 0x2B) in colors  # both curves are there
 
     def test_a_log_without_losses_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="no training log"):

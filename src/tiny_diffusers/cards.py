@@ -281,7 +281,7 @@ def _describe(folder: Path) -> dict[str, object]:
         "autoencoder": markdown(of_images["_class_name"]) if of_images is not network else None,
         "parameters": f"{parameters / 1e6:.2f} M",
         "image_size": f"{height}x{width}",
-        "colour": {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel"),
+        "color": {1: "gray", 3: "color"}.get(channels, f"{channels}-channel"),
         "value_range": index.get("value_range"),
         "conditioning": conditioning and conditioning.description,
         "channels": (network.get("in_channels"), network.get("out_channels")),

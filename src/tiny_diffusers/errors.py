@@ -107,7 +107,7 @@ def exit_status(command: Callable[[], int | None], name: str) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Prints `UserWarning`s that travelling files raise as those of the loggers; Python prints the others."""
+    """Prints `UserWarning`s that traveling files raise as those of the loggers; Python prints the others."""
     package, show_as_python = os.path.dirname(__file__), warnings.showwarning
 
     def show(message, category, filename, lineno, file=None, line=None):

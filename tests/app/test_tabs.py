@@ -394,8 +394,8 @@ def test_the_page_has_all_tabs_and_hides_what_a_model_can_not_do(store, index_of
     assert shown["enlarging"] == ["hidden", "hidden", True]
     named = {function.api_name for function in page.fns.values() if isinstance(function.api_name, str)}
     assert {*TABS, "about"} <= named
-    cancelled = {index for function in page.fns.values() for index in function.cancels}
-    assert {page.fns[index].name for index in cancelled} == {*TABS, "take_sample"}  # by Stop, if they wait
+    canceled = {index for function in page.fns.values() for index in function.cancels}
+    assert {page.fns[index].name for index in canceled} == {*TABS, "take_sample"}  # by Stop, if they wait
     for tab, endpoint in page.get_api_info()["named_endpoints"].items():
         needed = {each["label"] for each in endpoint["parameters"] if not each["parameter_has_default"]}
         assert not needed, f"{tab} has no value of the page for a client that gives none"

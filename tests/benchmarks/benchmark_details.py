@@ -305,7 +305,7 @@ def _evaluation_of(trainer: Trainer, settings: DetailSettings) -> Callable[[], A
 
 
 def _optimizer(settings: DetailSettings) -> Iterator[Row]:
-    """Measures a training step of the default network on grey images, and the optimizer's part of it."""
+    """Measures a training step of the default network on gray images, and the optimizer's part of it."""
     data = noise_images(settings, 4 * settings.batch_size, channels=1)
     with contextlib.ExitStack() as stack:
         trainers = {n: stack.enter_context(tiny_trainer(settings, data, optimizer=n)) for n in ("muon", "adamw")}
@@ -320,7 +320,7 @@ def _optimizer(settings: DetailSettings) -> Iterator[Row]:
 
 
 def _networks(settings: DetailSettings) -> Iterator[Row]:
-    """Measures a training step of the default transformer and of the default U-Net on grey images."""
+    """Measures a training step of the default transformer and of the default U-Net on gray images."""
     data, batch_size = noise_images(settings, 4 * settings.batch_size, channels=1), settings.batch_size
     with contextlib.ExitStack() as stack:
         names = ("transformer", "unet")

@@ -5,9 +5,9 @@ Measures how well a trained model restores test images, beside what needs no mod
     python tests/benchmarks/benchmark_editing.py runs/conditional-ddpm-cifar10 --dataset_name uoft-cs/cifar10
 
 Each task restores `--num_images` test images: the lower half is filled in, half and quarter sizes are enlarged, and
-colour images are coloured. A row has the PSNR and the SSIM (https://doi.org/10.1109/TIP.2003.819861) of the results to the
+color images are colored. A row has the PSNR and the SSIM (https://doi.org/10.1109/TIP.2003.819861) of the results to the
 images, and the kernel distance of their pixels to those of as many other test images (times 1,000). One result of a task
-with many answers is farther from the image than their mean, so PSNR and SSIM favour what is blurred. `--digits` also says
+with many answers is farther from the image than their mean, so PSNR and SSIM favor what is blurred. `--digits` also says
 how often a classifier sees the true digit in a completed half, beside a classifier that was trained on halves, which is
 the bound of what the half tells, and the one of whole images on the half with the mean image below it. Writes a grid of
 each task (the images, what is observed, the results) and prints a table.
@@ -113,7 +113,7 @@ def main() -> None:
         if name == "half":
             results = {"mean image": torch.where(hidden > 0, mean_image, originals)}
         elif name == "colorize":
-            results = {"grey": observed.expand(-1, 3, -1, -1)}
+            results = {"gray": observed.expand(-1, 3, -1, -1)}
         else:
             enlarged = F.interpolate(observed, (side, side), mode="bicubic", antialias=False).clamp(0, 1)
             results = {"bicubic": enlarged}

@@ -6,7 +6,7 @@ time.
 
 Prints three things, in float32 with random weights (speed does not depend on them):
 
-1. 32x32 colour images with the network of the CIFAR-10 recipe: cached against naive. Naive sampling takes one forward
+1. 32x32 color images with the network of the CIFAR-10 recipe: cached against naive. Naive sampling takes one forward
    pass per sub-pixel (`plusplus`: per pixel), all with the same cost: the first `--naive_steps` of the 3072 (1024) are
    timed, and the total is extrapolated; `--naive_steps 0` times all of them, which takes hours. Both are timed with
    each number of threads up to `--threads`, and the best time counts for each.
@@ -78,7 +78,7 @@ def main() -> None:
     best = {name: min(times, key=times.get) for name, times in (("cached", cached), ("naive", naive))}
     for name, times in (("cached", cached), ("naive", naive)):
         by_threads = ", ".join(f"{seconds:.1f} s with {threads} threads" for threads, seconds in times.items())
-        print(f"32x32 colour, {recipe}, {name}: {by_threads}")
+        print(f"32x32 color, {recipe}, {name}: {by_threads}")
     ratio = naive[best["naive"]] / cached[best["cached"]]
     print(f"cached is {ratio:.0f} times as fast as naive ({args.naive_steps or 'all'} naive steps timed)")
 

@@ -4,9 +4,9 @@ Checks that images have the numbers and the class that they are asked to have.
     python tests/benchmarks/check_conditions.py blobs
     python tests/benchmarks/check_conditions.py mnist [--dataset_name ylecun/mnist]
 
-`blobs`: Gaussian blobs at a position (x, y) and of a size given by three numbers, in a colour given by a class. The model
+`blobs`: Gaussian blobs at a position (x, y) and of a size given by three numbers, in a color given by a class. The model
 is trained on five values of each number, and the blobs are measured at these values and halfway between them: prints the
-correlations at guidance 1 and the share of the right colours, and exits with 1 if one is 0.95 or less.
+correlations at guidance 1 and the share of the right colors, and exits with 1 if one is 0.95 or less.
 
 `mnist`: digits with the slant and the stroke's thickness measured from their moments and edges as conditions, beside their
 class. Prints the mean error and the correlation of both, and those of a model that would ignore what it is asked for.
@@ -31,23 +31,23 @@ import torch
 
 SIDE = 16
 VALUES = {"x": np.linspace(5, 10, 5), "y": np.linspace(5, 10, 5), "size": np.linspace(1.0, 2.2, 5)}
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 
 
-def draw_blobs(values: dict[str, np.ndarray], colours: np.ndarray) -> np.ndarray:
-    """Draws blobs (N, SIDE, SIDE, 3) in a colour channel (N,), at positions and of standard deviations in pixels."""
+def draw_blobs(values: dict[str, np.ndarray], colors: np.ndarray) -> np.ndarray:
+    """Draws blobs (N, SIDE, SIDE, 3) in a color channel (N,), at positions and of standard deviations in pixels."""
     x, y, size = (values[name][:, None, None] for name in VALUES)
     rows, columns = np.mgrid[:SIDE, :SIDE]
     blobs = np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * size**2))
     images = np.zeros((len(blobs), SIDE, SIDE, 3))
-    images[np.arange(len(blobs)), :, :, colours] = blobs
+    images[np.arange(len(blobs)), :, :, colors] = blobs
     return (255 * images).round().astype(np.uint8)
 
 
 def measure_blobs(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Measures the numbers and the colours (N,) of images (N, SIDE, SIDE, 3) in [0, 1]."""
-    colours = images.sum(axis=(1, 2)).argmax(axis=1)
-    blobs = images[np.arange(len(images)), :, :, colours]
+    """Measures the numbers and the colors (N,) of images (N, SIDE, SIDE, 3) in [0, 1]."""
+    colors = images.sum(axis=(1, 2)).argmax(axis=1)
+    blobs = images[np.arange(len(images)), :, :, colors]
     weights = blobs**2  # which the background's noise hardly moves
     weights = weights / weights.sum(axis=(1, 2), keepdims=True)
     rows, columns = np.mgrid[:SIDE, :SIDE]
@@ -57,7 +57,7 @@ def measure_blobs(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray
         "x": x,
         "y": y,
         "size": spread**0.5,
-    }, colours  # the square has half the variance, in each of two directions
+    }, colors  # the square has half the variance, in each of two directions
 
 
 def measure_digits(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -127,22 +127,22 @@ def check_blobs(args: argparse.Namespace, folder: Path) -> bool:
     rng = np.random.default_rng(0)
     if not args.skip_training:
         values = {name: rng.choice(column, args.num_train) for name, column in VALUES.items()}
-        colours = rng.integers(0, 3, args.num_train)
+        colors = rng.integers(0, 3, args.num_train)
         file = folder / "blobs.npz"
-        np.savez(file, image=draw_blobs(values, colours), colour=np.array(COLOURS)[colours], **values)
-        train(file, folder, ",".join(VALUES), "colour", args)
+        np.savez(file, image=draw_blobs(values, colors), color=np.array(COLORS)[colors], **values)
+        train(file, folder, ",".join(VALUES), "color", args)
     passed = True
     between = {name: (column[1:] + column[:-1]) / 2 for name, column in VALUES.items()}
     for where, columns in (("at the values of training", VALUES), ("between them", between)):
         asked = {name: rng.choice(column, args.num_images) for name, column in columns.items()}
-        colours = rng.integers(0, 3, args.num_images)
-        measured, found = measure_blobs(sample(folder, asked, [COLOURS[i] for i in colours]))
-        figures = compare(measured, asked) | {"right colours": round(float((found == colours).mean()), 4)}
+        colors = rng.integers(0, 3, args.num_images)
+        measured, found = measure_blobs(sample(folder, asked, [COLORS[i] for i in colors]))
+        figures = compare(measured, asked) | {"right colors": round(float((found == colors).mean()), 4)}
         print(json.dumps({where: figures}, indent=2))
-        passed &= figures["right colours"] > 0.95 and all(figures[name]["correlation"] > 0.95 for name in asked)
+        passed &= figures["right colors"] > 0.95 and all(figures[name]["correlation"] > 0.95 for name in asked)
     middle = {name: float(column.mean()) for name, column in VALUES.items()}
     for name, column in VALUES.items():
-        draw_grid(folder, middle, name, np.linspace(column[0], column[-1], 5), list(COLOURS))
+        draw_grid(folder, middle, name, np.linspace(column[0], column[-1], 5), list(COLORS))
     return passed
 
 

@@ -5,7 +5,7 @@ Checks that a model of the digits draws digits, and does not copy its training i
 
 A calibrated support vector classifier, fitted on 70 % of the real digits, judges the samples: the share that it
 accepts as some digit with a probability over 0.8, and the share of each class. Also measured is the share of samples
-whose mean absolute difference to a training image is below 0.3 grey levels of 16 (no held-out real digit is below
+whose mean absolute difference to a training image is below 0.3 gray levels of 16 (no held-out real digit is below
 0.42). Prints the results as JSON, adds them to the model's card with `--write_card`, and exits with 1 if they fall
 short.
 """
@@ -29,7 +29,7 @@ def nearest(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def judge(samples: np.ndarray) -> dict:
-    """Computes the results for samples `(N, 64)` in grey levels 0 to 16."""
+    """Computes the results for samples `(N, 64)` in gray levels 0 to 16."""
     digits = load_digits()
     train, held_out, train_labels, _ = train_test_split(digits.data, digits.target, train_size=0.7, random_state=0)
     classifier = CalibratedClassifierCV(SVC(gamma=0.001), ensemble=False).fit(train, train_labels)

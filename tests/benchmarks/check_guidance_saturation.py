@@ -1,5 +1,5 @@
 """
-Measures how much a high guidance scale saturates a conditional model's colours, with and without dynamic thresholding.
+Measures how much a high guidance scale saturates a conditional model's colors, with and without dynamic thresholding.
 
     python tests/benchmarks/check_guidance_saturation.py runs/conditional-ddpm-cifar10 [--dataset_name uoft-cs/cifar10]
 

@@ -3,7 +3,7 @@ Measures how far each method of editing is from the exact posterior, and prints 
 
     python tests/benchmarks/check_restoration.py [--num_images 4000]
 
-The images are 8x8 and normally distributed, with neighbouring pixels correlated, so that the ideal network and the
+The images are 8x8 and normally distributed, with neighboring pixels correlated, so that the ideal network and the
 posterior of an observation are known in closed form. A cell is the error of the samples' mean, by the root of its mean
 square over the pixels, and of their covariance, by its Frobenius norm: each as a share of the posterior's standard
 deviation or of the norm of its covariance.

@@ -533,8 +533,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), "8x8 colour and the reference's are 8x8 grey"),
-            (torch.zeros(9, 1, 6, 6, dtype=torch.uint8), "6x6 grey"),
+            (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), "8x8 color and the reference's are 8x8 gray"),
+            (torch.zeros(9, 1, 6, 6, dtype=torch.uint8), "6x6 gray"),
             (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "at least two"),
             (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "identical"),
             (torch.full((9, 1, 8, 8), float("nan")), "NaN"),
@@ -607,7 +607,7 @@ class TestBadInput:
             images.read_folder(folder("sizes", 8, 6))
         mixed = folder("mixed", 8, 8)
         Image.new("RGB", (8, 8), "red").save(mixed / "red.png")
-        with pytest.raises(UserError, match="mixes grey and colour"):
+        with pytest.raises(UserError, match="mixes gray and color"):
             images.read_folder(mixed)
         broken = folder("broken", *[8] * 120)
         (broken / "77.png").write_bytes(b"no image")
@@ -784,7 +784,7 @@ class TestCommandLine:
         assert "--publish is for" in line("--images", checkpoint, *self.OPTIONS, "--publish")
         for name in ("a/b", "..", "published"):
             assert "plain name" in line(checkpoint, *self.OPTIONS, "--name", name)
-        assert "8x8 grey and the reference's are 9x9" in line(checkpoint, *self.OPTIONS, "--resolution", "9")
+        assert "8x8 gray and the reference's are 9x9" in line(checkpoint, *self.OPTIONS, "--resolution", "9")
         assert "features" in line(checkpoint, *self.OPTIONS, "--features", "vgg")
 
     def test_a_trial_replaces_neither_the_published_report_nor_another(self, checkpoint, capsys):
@@ -1032,14 +1032,14 @@ class TestRun:
     def test_a_set_of_other_channels_is_warned_of(self, trained, tmp_path):
         rng = np.random.default_rng(0)
         for split in ("train", "validation"):
-            (tmp_path / "colour" / split).mkdir(parents=True)
+            (tmp_path / "color" / split).mkdir(parents=True)
             for i in range(12):
                 pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "colour" / split / f"{i}.png")
-        assert self.run(trained(dataset_name="digits"), "--dataset_name", tmp_path / "colour") == 0
+                Image.fromarray(pixels).save(tmp_path / "color" / split / f"{i}.png")
+        assert self.run(trained(dataset_name="digits"), "--dataset_name", tmp_path / "color") == 0
         report = Report.load(tmp_path / "run")
         assert report.measured_by["reference"]["split"] == "validation"  # there is no test split
-        assert any("12 of 12 images were in colour, converted to grey" in line for line in report.warnings)
+        assert any("12 of 12 images were in color, converted to gray" in line for line in report.warnings)
         assert any(
             "are not those that the model was trained on (digits, train, 1797)" in line for line in report.warnings
         )

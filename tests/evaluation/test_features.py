@@ -112,7 +112,7 @@ class TestEfficientNet:
         assert extractor(pixels(count=1, side=32)).dtype == torch.float32
 
 
-def test_dinov2_is_the_class_token_of_imagenet_normalised_images(tmp_path):
+def test_dinov2_is_the_class_token_of_imagenet_normalized_images(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ class TestFrechetDistance:
 
     def test_fewer_samples_than_dimensions_are_no_special_case(self):
         a, b = correlated(30, 64, seed=1), correlated(40, 64, seed=2)
-        # the trace of the root is the nuclear norm of the product of the centred features, without any root
+        # the trace of the root is the nuclear norm of the product of the centered features, without any root
         x, y = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (a, b))
         shift = a.mean(0) - b.mean(0)
         root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
@@ -208,7 +208,7 @@ class TestManifolds:
         assert (far["density"].value, far["coverage"].value) == (0, 0)
 
     def test_too_few_images_are_refused(self):
-        with pytest.raises(UserError, match="nearest neighbours"):
+        with pytest.raises(UserError, match="nearest neighbors"):
             metrics.precision_recall(normal(3, 2), normal(9, 2))
 
 
@@ -220,13 +220,13 @@ class TestInceptionScore:
         assert metrics.inception_score(np.eye(7)[np.arange(70) % 7], num_splits=1).value == pytest.approx(7)
 
 
-class TestNearestNeighbours:
+class TestNearestNeighbors:
     def test_agree_with_a_direct_search_and_a_copy_is_at_0(self, monkeypatch):
         monkeypatch.setattr(metrics, "_ROWS", 4)
         training = normal(75, 5).astype(np.float32) + 100
         features = normal(11, 5, seed=1).astype(np.float32) + 100
         features[3] = training[70]
-        distances, nearest = metrics.nearest_neighbours(features, training)
+        distances, nearest = metrics.nearest_neighbors(features, training)
         direct = np.linalg.norm(features[:, None].astype(float) - training[None], axis=2)
         np.testing.assert_array_equal(nearest, direct.argmin(1))
         np.testing.assert_allclose(distances, direct.min(1), rtol=1e-6)

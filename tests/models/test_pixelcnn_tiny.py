@@ -234,7 +234,7 @@ def test_frequencies_tell_all_levels_apart():
     distances = torch.cdist(numbers, numbers) + torch.eye(256) * 9
     assert numbers.shape == (256, 17)
     assert torch.equal(numbers[:, 0], levels)
-    assert distances.min() > 1.9  # any two levels; neighbours' plain values are 0.008 apart
+    assert distances.min() > 1.9  # any two levels; neighbors' plain values are 0.008 apart
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -288,12 +288,12 @@ def test_compiled_blocks_compute_the_same_with_torchs_attention():
 def test_the_last_row_is_no_class_and_floats_mix_the_rows():
     transformer = make(num_class_embeds=K)
     sample = images(transformer)
-    labelled = [transformer(sample, 3, torch.tensor([label] * 2)).sample for label in range(K + 1)]
-    assert torch.equal(transformer(sample, 3).sample, labelled[K])
+    labeled = [transformer(sample, 3, torch.tensor([label] * 2)).sample for label in range(K + 1)]
+    assert torch.equal(transformer(sample, 3).sample, labeled[K])
     for label in range(K):
-        assert not torch.allclose(labelled[label], labelled[K])
+        assert not torch.allclose(labeled[label], labeled[K])
         one_hot = F.one_hot(torch.tensor([label] * 2), K + 1).float()
-        torch.testing.assert_close(transformer(sample, 3, one_hot).sample, labelled[label])
+        torch.testing.assert_close(transformer(sample, 3, one_hot).sample, labeled[label])
 
     def halfway(w):
         return transformer(sample, 3, torch.tensor([[1 - w, w, 0, 0]] * 2)).sample

@@ -315,12 +315,12 @@ def test_repeated_blocks_are_those_that_diffusers_compiles():
 def test_the_last_row_is_no_class_and_floats_mix_the_rows(conditioning):
     unet = make(num_class_embeds=K, class_conditioning=conditioning)
     sample = images(unet)
-    labelled = [unet(sample, 3, torch.tensor([label] * 2)).sample for label in range(K + 1)]
-    assert torch.equal(unet(sample, 3).sample, labelled[K])
+    labeled = [unet(sample, 3, torch.tensor([label] * 2)).sample for label in range(K + 1)]
+    assert torch.equal(unet(sample, 3).sample, labeled[K])
     for label in range(K):
-        assert not torch.allclose(labelled[label], labelled[K])
+        assert not torch.allclose(labeled[label], labeled[K])
         one_hot = F.one_hot(torch.tensor([label] * 2), K + 1).float()
-        torch.testing.assert_close(unet(sample, 3, one_hot).sample, labelled[label])
+        torch.testing.assert_close(unet(sample, 3, one_hot).sample, labeled[label])
 
     def halfway(w):
         return unet(sample, 3, torch.tensor([[1 - w, w, 0, 0]] * 2)).sample

@@ -110,7 +110,7 @@ def test_a_discretized_likelihood_and_its_gradient_are_finite_far_from_the_mean(
 
 
 def test_the_bernoulli_likelihood_sums_to_one_on_binary_images_only():
-    """Sums over all binary images of one pixel, and over all grey ones."""
+    """Sums over all binary images of one pixel, and over all gray ones."""
     logits = torch.tensor([[-1.3, 0.4, 5.0]])
     sums = {}
     for num_levels in (2, 256):

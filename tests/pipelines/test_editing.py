@@ -307,9 +307,9 @@ def test_an_operator_is_its_singular_value_decomposition(name):
 def test_tasks_are_what_their_names_say():
     x = pictures(3)
     pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
-    grey = LinearOperator.colorize((3, 8, 8))(pixels.permute(2, 0, 1)[None].float())[0, 0]
+    gray = LinearOperator.colorize((3, 8, 8))(pixels.permute(2, 0, 1)[None].float())[0, 0]
     expected = np.asarray(Image.fromarray(pixels.numpy()).convert("L"))
-    assert np.abs(grey.round().numpy() - expected).max() <= 1
+    assert np.abs(gray.round().numpy() - expected).max() <= 1
     pooled = LinearOperator.super_resolution((3, 8, 8), 4)(x)
     torch.testing.assert_close(pooled, torch.nn.functional.avg_pool2d(x, 4))
     kept = LinearOperator.inpaint((3, 8, 8), HALF > 0)(x)
@@ -407,7 +407,7 @@ def test_the_matrix_of_a_function_is_built_anew_only_if_its_values_change(make_u
         (TinyRestorationPipeline, {"mask_image": None}, "`mask_image` is needed"),
         (TinyRestorationPipeline, {"factor": 2}, "by no other"),
         (TinyRestorationPipeline, {"operator": "super_resolution", "mask_image": None, "factor": 3}, "divides"),
-        (TinyRestorationPipeline, {"operator": "colorize", "mask_image": None}, "coloured"),
+        (TinyRestorationPipeline, {"operator": "colorize", "mask_image": None}, "colored"),
         (
             TinyRestorationPipeline,
             {"operator": "deblur", "mask_image": None, "kernel": torch.ones(2, 2) / 4},

@@ -47,7 +47,7 @@ def draw(pipe, image, **options):
     return pipe(image=image, **options).images
 
 
-def test_grey_is_the_grey_of_pil_and_low_resolution_the_means_of_squares():
+def test_gray_is_the_gray_of_pil_and_low_resolution_the_means_of_squares():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     sample = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     for kind, expected in (
@@ -182,13 +182,13 @@ def test_it_is_saved_with_the_pipeline(make_pipe, quiet, tmp_path, stock):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("low_resolution:2", {}, "needs `image`: give a grey image of 4x4 pixels .*`guidance_scale=0`"),
+        ("low_resolution:2", {}, "needs `image`: give a gray image of 4x4 pixels .*`guidance_scale=0`"),
         ("low_resolution:2", {"image": Image.new("L", (8, 8))}, r"4x4 pixels.*`pipe.observe\(image\)`.*\(8, 8\)"),
-        ("low_resolution:2", {"image": Image.new("RGB", (4, 4))}, "grey image of 4x4.*mode RGB"),
+        ("low_resolution:2", {"image": Image.new("RGB", (4, 4))}, "gray image of 4x4.*mode RGB"),
         ("low_resolution:2", {"image": np.zeros((1, 8, 8, 1), np.float32)}, r"4x4 pixels.*\(1, 1, 8, 8\)"),
         ("low_resolution:2", {"image": np.full((1, 4, 4, 1), 2.0)}, r"must lie in \[0, 1\]"),
         ("low_resolution:2", {"image": torch.zeros(2, 1, 4, 4), "batch_size": 3}, "one for each of 3 samples, got 2"),
-        ("image:3", {"image": torch.zeros(1, 1, 8, 8)}, r"a colour image of 8x8 pixels \(image:3\): .*\(1, 1, 8, 8\)"),
+        ("image:3", {"image": torch.zeros(1, 1, 8, 8)}, r"a color image of 8x8 pixels \(image:3\): .*\(1, 1, 8, 8\)"),
         (None, {"image": torch.zeros(1, 1, 8, 8)}, "takes no image as a condition: leave out `image`"),
     ],
 )

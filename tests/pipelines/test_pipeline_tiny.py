@@ -31,7 +31,7 @@ def pipe(request, make_unet, quiet):
 
 
 class OneImageNetwork(ModelMixin, ConfigMixin):
-    """Ideal noise predictor for data of a single grey image x_0: eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+    """Ideal noise predictor for data of a single gray image x_0: eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
 
     @register_to_config
     def __init__(self, sample_size=(4, 6), in_channels=1):
@@ -64,12 +64,12 @@ def test_the_stock_pipeline_gives_the_same_images(make_unet, quiet):
 def test_clipping_leaves_no_veil_that_grows_with_the_steps(quiet):
     """On a trained model, as random ones are nowhere sure of black; eps of the unclipped x_0 leaves 1.6, 2.1, 3.6 of 255."""
     pipe = quiet(TinyPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / "digits-8"))
-    greys = []
+    grays = []
     for steps in (10, 50):
         call = {"num_inference_steps": steps, "eta": 0.0, "clip_sample": True, "output_type": "pt"}
         images = pipe(16, image_generators(0, 16), **call).images
-        greys.append(255 * images[:, 0, :, 0].mean())  # the first column, which is black in real digits
-    assert greys[1] < greys[0] < 2
+        grays.append(255 * images[:, 0, :, 0].mean())  # the first column, which is black in real digits
+    assert grays[1] < grays[0] < 2
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -228,16 +228,16 @@ def test_intermediates_come_in_the_output_type(pipe):
 def test_a_callback_sees_and_changes_the_latents(pipe):
     seen = []
 
-    def last_to_grey(pipe, step, timestep, tensors):
+    def last_to_gray(pipe, step, timestep, tensors):
         assert set(tensors) == {"latents"}
         seen.append(step)
         if step == pipe.num_timesteps - 1:
             tensors["latents"] = torch.zeros_like(tensors["latents"])
         return tensors
 
-    images = pipe(num_inference_steps=3, output_type="np", callback_on_step_end=last_to_grey).images
+    images = pipe(num_inference_steps=3, output_type="np", callback_on_step_end=last_to_gray).images
     assert seen == [0, 1, 2] and (images == 0.5).all()
-    latents = pipe(num_inference_steps=3, output_type="latent", callback_on_step_end=last_to_grey).images
+    latents = pipe(num_inference_steps=3, output_type="latent", callback_on_step_end=last_to_gray).images
     assert latents.abs().sum() == 0
     pipe(num_inference_steps=2, callback_on_step_end=lambda *a: a[-1], callback_on_step_end_tensor_inputs=[])
 

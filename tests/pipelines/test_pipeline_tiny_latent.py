@@ -150,7 +150,7 @@ def test_it_is_saved_with_its_autoencoder_and_each_part_loads_in_stock(make_pipe
     assert (model.size, model.num_channels, model.classes) == ((8, 8), 1, ("cat", "dog"))
     assert model.can_walk and not model.can_edit
     card = write_card(tmp_path, model_name="latent").read_text()
-    assert "model of 8x8 grey images: `TinyUNet2DModel` on the latents of an `AutoencoderKL`" in card
+    assert "model of 8x8 gray images: `TinyUNet2DModel` on the latents of an `AutoencoderKL`" in card
 
     with pytest.raises(
         ValueError, match="denoises the latents of an autoencoder, and TinyImg2ImgPipeline is for images"

@@ -150,7 +150,7 @@ def test_completion_keeps_the_given_pixels_and_samples_the_rest(make_pipe, varia
         assert not torch.equal(other, images)
 
 
-def test_grey_pictures_are_completed(make_pipe):
+def test_gray_pictures_are_completed(make_pipe):
     pipe, mask = make_pipe(levels=256), torch.ones(5, 5, dtype=torch.bool)
     given = [Image.fromarray(np.full((5, 5), value, np.uint8)) for value in (0, 200)]
     for image, kept in zip(given, pipe(2, images=given, mask=mask).images, strict=True):

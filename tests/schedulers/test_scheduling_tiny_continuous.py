@@ -81,7 +81,7 @@ def test_the_likelihood_of_a_gaussian_is_right_to_a_hundredth_of_a_bit(gaussian_
     found = scheduler.ode_likelihood(
         gaussian_flow(scheduler, normal.mean, cov), images, generator=generator, num_probes=probes
     )
-    # the density hardly changes within a grey level
+    # the density hardly changes within a gray level
     exact = -normal.log_prob(images.flatten(1)) / size / math.log(2) - math.log2(2 / 255)
     error = found.standard_error.square().mean().sqrt() / len(images) ** 0.5
     assert (error == 0) == (side == 2)

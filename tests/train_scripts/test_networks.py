@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def images_of(size, channels=1):
     return ImageData(
-        torch.zeros(1, channels, *height_and_width(size), dtype=torch.uint8), None, {0: "a"}, "grey", "train", ""
+        torch.zeros(1, channels, *height_and_width(size), dtype=torch.uint8), None, {0: "a"}, "gray", "train", ""
     )
 
 

@@ -46,7 +46,7 @@ CONDITIONS = ["--class_conditional", "--condition_columns", "value,hat"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 16 colour images of 12x16 pixels in two classes: bright blocks on black."""
+    """A folder of 16 color images of 12x16 pixels in two classes: bright blocks on black."""
     folder = tmp_path_factory.mktemp("data") / "blocks"
     rng = np.random.default_rng(0)
     for i in range(16):
@@ -107,7 +107,7 @@ def test_a_run_is_measured_on_images_of_its_size(folder, train, capsys, monkeypa
     assert cli.main(["evaluate", str(run), "--from_report", str(report), "--output", str(tmp_path / "again")]) == 0
     assert Report.load(tmp_path / "again").figures == Report.load(run).figures
     assert cli.main(["evaluate", str(run), *options, "--resolution", "6"]) == 2
-    assert "6x8 colour and the reference's are 6x6 colour" in capsys.readouterr().err
+    assert "6x8 color and the reference's are 6x6 color" in capsys.readouterr().err
 
 
 def test_a_rectangle_that_the_levels_do_not_divide_is_refused_with_the_nearest(folder, check_mistake):

@@ -61,10 +61,10 @@ def test_what_a_run_leaves(train):
 
 
 def test_images_are_of_the_class_that_is_asked_for(train, tmp_path):
-    for name, grey in (("dark", 30), ("bright", 220)):
+    for name, gray in (("dark", 30), ("bright", 220)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(4):
-            Image.fromarray(np.full((8, 8), grey + i, np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+            Image.fromarray(np.full((8, 8), gray + i, np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
     folder = train(
         *("--dataset_name", str(tmp_path / "images"), "--validation_split", "0"),
         *("--block_out_channels", "16", "16", "--learning_rate", "1e-2", "--train_batch_size", "16"),
@@ -226,7 +226,7 @@ def test_dynamic_thresholding_is_saved_with_the_model(train):
 
 def images_of(size, channels=3):
     images = torch.zeros(1, channels, *height_and_width(size), dtype=torch.uint8)
-    return ImageData(images, torch.zeros(1, dtype=torch.int64), {0: "a"}, "grey", "train", "")
+    return ImageData(images, torch.zeros(1, dtype=torch.int64), {0: "a"}, "gray", "train", "")
 
 
 @pytest.mark.parametrize(

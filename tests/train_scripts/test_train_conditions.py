@@ -34,7 +34,7 @@ OTHERS = {"pixelcnn": train_pixelcnn, "vae": train_vae, "dcgan": train_dcgan}
 
 @pytest.fixture
 def data(tmp_path):
-    """Flags of an .npz of grey images whose value is a condition, with a label of 0 or 1 and a class."""
+    """Flags of an .npz of gray images whose value is a condition, with a label of 0 or 1 and a class."""
     rng = np.random.default_rng(0)
     values = np.linspace(40, 220, COUNT)
     images = np.broadcast_to(values[:, None, None], (COUNT, 8, 8)).astype(np.uint8)

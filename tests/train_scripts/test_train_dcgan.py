@@ -84,7 +84,7 @@ def test_gradients_flow_only_where_they_should():
 
 
 def test_each_step_moves_its_own_network_only(train, monkeypatch):
-    """In the loop, with its optimisers: the weights around each of the two losses."""
+    """In the loop, with its optimizers: the weights around each of the two losses."""
     seen, losses = [], DCGAN.losses
 
     def watched(self, modules, one):
@@ -142,7 +142,7 @@ def test_what_a_run_leaves(train, read_log):
         assert movie.n_frames == len(list((folder / "samples").glob("step-*.png"))) + 1 == 3
     card = (folder / "README.md").read_text()
     parameters = sum(tensor.numel() for tensor in load_file(folder / "generator" / WEIGHTS).values())
-    assert "TinyDCGANGenerator" in card and "grey" in card and f"{parameters / 1e6:.2f} M" in card
+    assert "TinyDCGANGenerator" in card and "gray" in card and f"{parameters / 1e6:.2f} M" in card
     pipe = TinyPipeline.from_pretrained(folder)
     assert type(pipe) is TinyDCGANPipeline and pipe.discriminator is not None and pipe().images[0].mode == "L"
 
@@ -261,19 +261,19 @@ def test_fine_tuning_starts_from_both_networks(train):
 
 
 def draw_mixture(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """8x8 images of a spot at a draw from eight narrow Gaussians on a circle, and the centres of these."""
+    """8x8 images of a spot at a draw from eight narrow Gaussians on a circle, and the centers of these."""
     random = np.random.default_rng(0)
     angles = 2 * np.pi * np.arange(8) / 8
-    centres = 3.5 + 2.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
-    places = centres[random.integers(8, size=count)] + 0.1 * random.standard_normal((count, 2))
+    centers = 3.5 + 2.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
+    places = centers[random.integers(8, size=count)] + 0.1 * random.standard_normal((count, 2))
     grid = np.stack(np.meshgrid(np.arange(8), np.arange(8), indexing="xy"), -1)
     squared = np.square(grid - places[:, None, None]).sum(-1)
-    return (255 * np.exp(-squared / 2)).astype(np.uint8), centres
+    return (255 * np.exp(-squared / 2)).astype(np.uint8), centers
 
 
 @pytest.mark.slow
 def test_it_covers_the_modes_of_a_mixture(tmp_path):
-    images, centres = draw_mixture(2000)
+    images, centers = draw_mixture(2000)
     (tmp_path / "spots").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "spots" / f"{i:04}.png")
@@ -299,7 +299,7 @@ def test_it_covers_the_modes_of_a_mixture(tmp_path):
     samples = pipe(batch_size=500, generator=torch.Generator().manual_seed(0), output_type="np").images[..., 0]
     mass = samples / samples.sum((1, 2), keepdims=True)
     places = np.stack([(mass.sum(1) * np.arange(8)).sum(1), (mass.sum(2) * np.arange(8)).sum(1)], 1)  # (500, 2): x, y
-    distances = np.linalg.norm(places[:, None] - centres, axis=-1)
+    distances = np.linalg.norm(places[:, None] - centers, axis=-1)
     near = distances.min(1) < 0.6
     covered = np.bincount(distances.argmin(1)[near], minlength=8) > 0.02 * len(samples)
     assert covered.sum() >= 6, (covered, near.mean())

@@ -22,7 +22,7 @@ LOW = ("--conditioning", "low_resolution:2")
 
 @pytest.fixture
 def pairs(tmp_path):
-    """An .npz of colour images without labels, and of pairs that show the same."""
+    """An .npz of color images without labels, and of pairs that show the same."""
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "pairs.npz", image=images, edges=images, flat=images[:, :4, :4])
     return tmp_path / "pairs.npz"
@@ -56,7 +56,7 @@ def test_what_a_run_leaves(train):
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card
     assert "takes 2 channels and gives 1. No stock pipeline of diffusers samples such a network" in card
-    assert 'image = load_image("picture.png").convert("L")  # a grey image of 4x4 pixels (low_resolution:2)' in card
+    assert 'image = load_image("picture.png").convert("L")  # a gray image of 4x4 pixels (low_resolution:2)' in card
     assert "images = pipe(image=image, batch_size=4, class_labels=['0']).images" in card
     assert 'tiny-diffusers sample path/to/this/folder --image picture.png --class_labels "0"' in card
     pipe = TinyPipeline.from_pretrained(folder)
@@ -127,8 +127,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, train_in_two, pairs):
 
 
 def test_samples_follow_the_condition(train, tmp_path):
-    greys = np.tile(np.array([30, 220], np.uint8), 8)[:, None, None]
-    np.savez(tmp_path / "flat.npz", image=np.broadcast_to(greys, (16, 8, 8)))
+    grays = np.tile(np.array([30, 220], np.uint8), 8)[:, None, None]
+    np.savez(tmp_path / "flat.npz", image=np.broadcast_to(grays, (16, 8, 8)))
     folder = train(
         *("--train_data_dir", str(tmp_path / "flat.npz"), *LOW, "--validation_split", "0"),
         *("--block_out_channels", "16", "16", "--learning_rate", "1e-2", "--train_batch_size", "16"),
@@ -194,8 +194,8 @@ def test_fine_tuning_keeps_the_condition(train, pairs, check_mistake):
     check_mistake([*loaded], [f"{taken} no conditioning image", "leave the flag out"], network=False)
     check_mistake([*loaded, "--conditioning", "low_resolution:4"], [taken, "(low_resolution:4)"], network=False)
     check_mistake([*loaded], [f"{taken} no conditioning image"], network=False, script=train_unconditional)
-    colour = ("--train_data_dir", str(pairs), *LOW)
-    check_mistake([*loaded, *colour], ["1 channel", "3", "images of"], network=False)
+    color = ("--train_data_dir", str(pairs), *LOW)
+    check_mistake([*loaded, *color], ["1 channel", "3", "images of"], network=False)
     plain = train(name="plain")
     check_mistake(
         ["--pretrained_model_name_or_path", str(plain), *LOW],
@@ -204,12 +204,12 @@ def test_fine_tuning_keeps_the_condition(train, pairs, check_mistake):
     )
 
 
-def test_fine_tuning_takes_grey_pairs_as_the_checkpoint_does(train, pairs, tmp_path):
+def test_fine_tuning_takes_gray_pairs_as_the_checkpoint_does(train, pairs, tmp_path):
     edges = ("--conditioning_column", "edges")
     first = train("--train_data_dir", str(pairs), *edges, name="first", steps=1)
     images = np.load(pairs)["image"]
-    np.savez(tmp_path / "grey.npz", image=images, edges=images[..., 0])
-    loaded = ("--pretrained_model_name_or_path", str(first), "--train_data_dir", str(tmp_path / "grey.npz"))
+    np.savez(tmp_path / "gray.npz", image=images, edges=images[..., 0])
+    loaded = ("--pretrained_model_name_or_path", str(first), "--train_data_dir", str(tmp_path / "gray.npz"))
     second = train(*loaded, *edges, name="second", steps=1, network=False)
     assert read(second / "model_index.json")["conditioning"] == "image:3"
 

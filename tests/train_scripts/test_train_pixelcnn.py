@@ -49,7 +49,7 @@ def test_classes(train):
     assert len(pipe(class_labels=["3", "9"]).images) == 2
 
 
-def test_a_single_image_is_learnt_by_heart(train, read_log, monkeypatch):
+def test_a_single_image_is_learned_by_heart(train, read_log, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 1e-6).__next__)  # costly grids would be fewer
     folder = train(
         *("--variant", "baseline", "--single_image", "5", "--num_levels", "256", "--hidden_channels", "16"),
@@ -62,7 +62,7 @@ def test_a_single_image_is_learnt_by_heart(train, read_log, monkeypatch):
     assert len(list((folder / "samples").glob("*"))) == 9  # by share of the run: an epoch is a thousand steps
 
 
-def test_plusplus_begins_with_its_data_dependent_initialisation():
+def test_plusplus_begins_with_its_data_dependent_initialization():
     arguments = parse_arguments(PixelCNNArguments, [*NETWORK, "--variant", "plusplus"])
     gains = build_pixelcnn(arguments, load_images("digits")).network.vertical_stream.first.gain
     assert not torch.allclose(gains, torch.ones_like(gains))

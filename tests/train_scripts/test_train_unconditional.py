@@ -330,20 +330,20 @@ def test_a_time_embedding_made_for_other_timesteps_is_refused(train, check_mista
 
 
 @pytest.mark.parametrize("family", ["unconditional", "vae", "pixelcnn", "dcgan"])
-def test_a_checkpoint_of_grey_images_on_colour_photos_says_what_to_do(family, tmp_path):
+def test_a_checkpoint_of_gray_images_on_color_photos_says_what_to_do(family, tmp_path):
     script = importlib.import_module(f"tiny_diffusers.train_scripts.train_{family}")
     first = tmp_path / "first"
     options = ["--num_threads", "1", "--mixed_precision", "no"]  # accelerate keeps the first one of a process
     script.main(["--smoke", "--max_train_steps", "1", "--output_dir", str(first), *options])
-    colour = tmp_path / "photos"
-    colour.mkdir()
+    color = tmp_path / "photos"
+    color.mkdir()
     for number in range(2):
-        Image.new("RGB", (8, 8), (250, 120, number)).save(colour / f"{number}.png")
+        Image.new("RGB", (8, 8), (250, 120, number)).save(color / f"{number}.png")
     argv = [
         "--pretrained_model_name_or_path",
         str(first),
         "--dataset_name",
-        str(colour),
+        str(color),
         "--output_dir",
         str(tmp_path / "second"),
     ]
@@ -532,7 +532,7 @@ def test_of_few_images_ten_grids_are_drawn_and_not_one_every_ten_epochs(train, m
     assert len(list((folder / "samples").iterdir())) == 9  # and the last in samples.png
 
 
-def test_colour_and_range_survive_training(train, tmp_path):
+def test_color_and_range_survive_training(train, tmp_path):
     """A model that has seen one picture only gives that picture back: no channel swapped, no range shifted."""
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, :4], image[:, 4:] = (250, 120, 10), (20, 60, 220)

@@ -60,7 +60,7 @@ def _train(folder, *argv, steps=6, batch=8):
 
 
 def _assert_equal(one, other):
-    """To the bit: log, samples, saved weights, and the last checkpoint with averages and optimiser."""
+    """To the bit: log, samples, saved weights, and the last checkpoint with averages and optimizer."""
     for name in ("train_log.jsonl", "samples.png", f"unet/{WEIGHTS}"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     last = RunFolder(one).list_checkpoints()[-1].name

@@ -57,7 +57,7 @@ class AboutTab:
 def facts_of(model: Model) -> str:
     """Returns a list of what a model is, in Markdown."""
     width, height = model.size
-    channels = {1: "grey", 3: "colour"}.get(model.num_channels, f"{model.num_channels} channels")
+    channels = {1: "gray", 3: "color"}.get(model.num_channels, f"{model.num_channels} channels")
     facts = RunFolder(model.folder).read_facts()
     parameters = facts.get("parameters")
     count = sum(parameters.values()) if isinstance(parameters, dict) else None

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SAMPLING = ("steps", "sampler", "guidance", "eta")
 MAX_RESULTS = 16
 CANVAS = 320  # pixels of the side of the place to draw
-MASK_COLOUR = "#ff0000"
+MASK_COLOR = "#ff0000"
 
 VARY, INPAINT, ENLARGE, DEBLUR, COLORIZE = "Variations", "Inpaint", "Super-resolution", "Deblur", "Colorize"
 COMPLETE, RECONSTRUCT = "Complete", "Reconstruct"
@@ -172,7 +172,7 @@ class EditTab:
                         sources=("upload", "clipboard"),
                         brush=gr.Brush(
                             default_size=24,
-                            colors=["#ffffff", "#000000", "#808080", MASK_COLOUR],
+                            colors=["#ffffff", "#000000", "#808080", MASK_COLOR],
                             default_color="#ffffff",
                         ),
                         layers=False,

@@ -148,7 +148,7 @@ def _decode(file: Any, decode: Callable[[], Any]) -> Any:
 
 
 def fit_picture(picture: "Image.Image", size: tuple[int, int], num_channels: int) -> "Image.Image":
-    """Crops and resizes a picture to the width and height `size`, and converts it to grey or colour."""
+    """Crops and resizes a picture to the width and height `size`, and converts it to gray or color."""
     from PIL import Image, ImageOps
 
     resampling = Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST

@@ -127,7 +127,7 @@ def edit(args: argparse.Namespace) -> None:
     options = edit_options(pipe, args)
     if pipe._image_shape[0] == 3 and any(getattr(picture, "mode", None) == "L" for picture in pictures.values()):
         if not (args.task == "colorize" and not args.degrade):
-            say("grey pictures are converted to RGB, as the network draws in colour", sys.stderr)
+            say("gray pictures are converted to RGB, as the network draws in color", sys.stderr)
 
     say(f"drawing {len(pictures) * args.num_images} images, {output} ...", sys.stderr)
     began = time.perf_counter()
@@ -191,7 +191,7 @@ def edited_picture(rows: list[dict]) -> "Image.Image":
 
 
 def _read(pipe: "DiffusionPipeline", path: Path, args: argparse.Namespace) -> "Image.Image | np.ndarray":
-    """Reads an image of the pipeline or, for a restoration, what is observed of one, which may be smaller or grey."""
+    """Reads an image of the pipeline or, for a restoration, what is observed of one, which may be smaller or gray."""
     if args.task is None or args.degrade:
         return read_image_for(pipe, "--image", path)
     channels = 1 if args.task == "colorize" else pipe._image_shape[0]

@@ -60,13 +60,13 @@ def nearest_strips(
     """Draws rows of samples, each above the row of the training images nearest to them, with further options of the call."""
     import numpy as np
 
-    from ..evaluation.metrics import nearest_neighbours
+    from ..evaluation.metrics import nearest_neighbors
     from ..plots import Strip, to_pil
 
     images, _ = draw_plan(pipe, plan_samples(pipe, args), args, **further)
     samples = np.stack([np.atleast_3d(image) for image in images]).transpose(0, 3, 1, 2)  # (N, C, H, W)
     rows, references = (np.float32(each.reshape(len(each), -1)) / 255 for each in (samples, training.images.numpy()))
-    distances, indices = nearest_neighbours(rows, references)
+    distances, indices = nearest_neighbors(rows, references)
     captions, found = [f"{distance:.2f}" for distance in distances], to_pil(training.images[indices])
     strips = []
     for start in range(0, len(images), NUM_IMAGES):

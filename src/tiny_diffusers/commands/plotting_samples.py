@@ -304,7 +304,7 @@ def guidance_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance_scales", type=finite_numbers, default=[0, 1, 2, 4, 8], help="the columns (default: 0,1,2,4,8)"
     )
-    parser.add_argument("--num_walks", type=int, default=3, help="walks, between neighbouring rows (default: 3)")
+    parser.add_argument("--num_walks", type=int, default=3, help="walks, between neighboring rows (default: 3)")
     parser.add_argument("--num_frames", type=positive_number, default=8, help="images of a walk (default: 8)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (default: 0)")
     add_guidance_interval(parser)

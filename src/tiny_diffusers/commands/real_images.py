@@ -43,7 +43,7 @@ def load_picture(
     channels: int | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> "torch.Tensor":
-    """Loads the centre of a picture, of the height and width `size` or a square: (1, C, H, W) in [-1, 1]."""
+    """Loads the center of a picture, of the height and width `size` or a square: (1, C, H, W) in [-1, 1]."""
     import numpy as np
     import torch
 

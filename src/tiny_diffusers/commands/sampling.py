@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 NUM_IMAGES, MAX_CLASSES, PER_PICTURE = 64, 10, 4  # that `sample` draws by default
-FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged towards
+FRAME_SIDE = 256  # pixels that the longer side of an animation's frames is enlarged toward
 
 
 # ------------------------------------------------------------------------------------------------------------ sample
@@ -244,7 +244,7 @@ def _conditioning_images(
     conditioning = pipe._conditioning
     channels = conditioning.shape[0]
     value_range = pipe._value_range if conditioning.is_made else None
-    # Grey and colour are not converted to each other: the pipeline says which of them it needs.
+    # Gray and color are not converted to each other: the pipeline says which of them it needs.
     return [read_picture("--image", file, None if channels in (1, 3) else channels, value_range) for file in files]
 
 

@@ -78,7 +78,7 @@ def add_show_channels(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="one channel of the images to show in grey, or three as red, green and blue, numbered from 0 (default: all)",
+        help="one channel of the images to show in gray, or three as red, green and blue, numbered from 0 (default: all)",
     )
 
 
@@ -256,7 +256,7 @@ def read_picture(
     if channels not in (None, 1, 3, found):
         raise UserError(
             f"{flag}: '{path}' has {found} channels, and {channels} are needed: give a .npy file of shape "
-            f"(H, W, {channels}), or a file of {channels} grey pages."
+            f"(H, W, {channels}), or a file of {channels} gray pages."
         )
     if isinstance(picture, np.ndarray):
         low, high = value_range or (0.0, 1.0)

@@ -10,7 +10,7 @@ import psutil
 
 from ..errors import UserError, first_line, unknown
 from .conditions import parse_conditions
-from .decoders import has_grey_or_rgb
+from .decoders import has_gray_or_rgb
 from .sources import (
     LABEL_NAMES,
     SPLITS,
@@ -81,7 +81,7 @@ def read_arrays(
         for each, array in arrays.items()
         if _is_images(array) and image_column in (None, each) and each != conditioning_column
     ]
-    image_columns.sort(key=lambda each: not _has_grey_or_rgb(arrays[each]))
+    image_columns.sort(key=lambda each: not _has_gray_or_rgb(arrays[each]))
     if not image_columns:
         raise UserError(
             f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {shapes}. "
@@ -201,8 +201,8 @@ def _is_images(array: np.ndarray) -> bool:
     return array.dtype.kind in "iubf" and array.ndim in (3, 4)
 
 
-def _has_grey_or_rgb(array: np.ndarray) -> bool:
-    return array.ndim == 3 or has_grey_or_rgb(array[0])
+def _has_gray_or_rgb(array: np.ndarray) -> bool:
+    return array.ndim == 3 or has_gray_or_rgb(array[0])
 
 
 def _is_labels(array: np.ndarray, images: np.ndarray) -> bool:
@@ -211,7 +211,7 @@ def _is_labels(array: np.ndarray, images: np.ndarray) -> bool:
 
 def _find_largest_value(images: np.ndarray) -> int | None:
     """Returns the largest value that PGM or PPM encodes the images with, 1 (bool), 255 or 65535; None if they cannot."""
-    if images.dtype.kind == "f" or not images.size or not _has_grey_or_rgb(images):
+    if images.dtype.kind == "f" or not images.size or not _has_gray_or_rgb(images):
         return None
     if images.dtype.kind == "b":
         return 1

@@ -19,7 +19,7 @@ def augment(
     cutout: int = 0,
 ) -> torch.Tensor:
     """
-    Augments a batch by flip, crop with padding, colour jitter and cutout, in this order.
+    Augments a batch by flip, crop with padding, color jitter and cutout, in this order.
 
     Each image depends only on its own row of `uniform`, not on the rest of the batch.
 
@@ -29,9 +29,9 @@ def augment(
         random_flip (`bool`, defaults to `False`): Flip half of the images horizontally.
         random_crop_padding (`int`, defaults to 0): Shift each image by up to this many pixels in each direction. The
             border is reflected: a generative model would learn to paint a black one.
-        color_jitter (`float`, defaults to 0.0): In [0, 1], for grey or RGB images. Brightness, contrast and (for RGB)
+        color_jitter (`float`, defaults to 0.0): In [0, 1], for gray or RGB images. Brightness, contrast and (for RGB)
             saturation are each multiplied by a factor in [1 - color_jitter, 1 + color_jitter].
-        cutout (`int`, defaults to 0): Side in pixels of a square that is filled with mid-grey (0). Its centre is
+        cutout (`int`, defaults to 0): Side in pixels of a square that is filled with mid-gray (0). Its center is
             anywhere in the image (arXiv 1708.04552).
 
     Returns:
@@ -51,7 +51,7 @@ def augment(
     if not 0 <= color_jitter <= 1:
         raise UserError(f"color_jitter must be from 0 to 1, not {color_jitter}.")
     if color_jitter and channels not in (1, 3):
-        raise UserError(f"color_jitter is for images of 1 or 3 channels (grey or RGB), not {channels}: leave it out.")
+        raise UserError(f"color_jitter is for images of 1 or 3 channels (gray or RGB), not {channels}: leave it out.")
     if cutout < 0:
         raise UserError(f"cutout must be 0 or more pixels, not {cutout}.")
     flip, crop, jitter, hole = uniform.split((1, 2, 3, 2), dim=1)
@@ -75,8 +75,8 @@ def augment(
         mean = _luma(images).mean((1, 2, 3), keepdim=True)
         images = mean + (images - mean) * contrast.view(-1, 1, 1, 1)
         if channels == 3:
-            grey = _luma(images)
-            images = grey + (images - grey) * saturation.view(-1, 1, 1, 1)
+            gray = _luma(images)
+            images = gray + (images - gray) * saturation.view(-1, 1, 1, 1)
         images = (images - 1).clamp(-1, 1)
 
     if cutout:
@@ -94,7 +94,7 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """Computes the grey of RGB images (ITU-R 601-2, as Pillow): (B, C, H, W) -> (B, 1, H, W). Grey images are kept."""
+    """Computes the gray of RGB images (ITU-R 601-2, as Pillow): (B, C, H, W) -> (B, 1, H, W). Gray images are kept."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)

@@ -18,7 +18,7 @@ from ..files import load_json, publish
 from .images import ImageData, compute_fingerprint
 
 
-_CACHE_FORMAT = 4  # increase it when the same files give other pixels or labels
+_CACHE_FORMAT = 5  # increase it when the same files give other pixels, labels or notes
 _OPTIONAL = ("conditioning_images", "conditions")  # arrays that not all datasets have
 
 

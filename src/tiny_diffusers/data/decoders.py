@@ -13,7 +13,7 @@ from .sources import RefusedImageError, open_image
 
 
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-_COLOUR_TO_GREY = "were in colour, converted to grey"
+_COLOR_TO_GRAY = "were in color, converted to gray"
 _LUMA = np.float32([0.299, 0.587, 0.114])  # of RGB, as Pillow weights them
 _MIXED = "integers among floating-point values: set value_range"
 _BITS = (8, 10, 12, 14, 16)  # of cameras and scanners, whose values are stored in 16 bits
@@ -56,7 +56,7 @@ def decode_image(encoded: dict, options: DecodingOptions) -> tuple[np.ndarray, l
         images, said = zip(*(_crop_and_resize(image, *options.resolution, position) for image in images), strict=True)
         changes += said[0]
     planes = np.dstack([np.asarray(image) for image in images]).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
-    return planes, [*changes, "grey"] if len(planes) == 1 else changes
+    return planes, [*changes, "gray"] if len(planes) == 1 else changes
 
 
 def read_array(encoded: dict) -> np.ndarray | None:
@@ -119,7 +119,7 @@ def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
     """
     if array.ndim == 2:
         return array[None]
-    if channels in (None, 1, 3) and has_grey_or_rgb(array):
+    if channels in (None, 1, 3) and has_gray_or_rgb(array):
         return np.moveaxis(array, -1 if array.shape[-1] in (1, 3) else 0, 0)
     first, middle, last = array.shape
     if channels is not None:
@@ -136,7 +136,7 @@ def channels_first(array: np.ndarray, channels: int | None) -> np.ndarray:
     return np.moveaxis(array, axes[0], 0)
 
 
-def has_grey_or_rgb(array: np.ndarray) -> bool:
+def has_gray_or_rgb(array: np.ndarray) -> bool:
     """Checks that the first or the last axis of an image has the length 1 or 3."""
     return array.shape[0] in (1, 3) or array.shape[-1] in (1, 3)
 
@@ -154,14 +154,14 @@ def _split_channels(array: np.ndarray, options: DecodingOptions) -> tuple[list[I
             raise RefusedImageError("NaN or infinite values")
         if options.channels == 1 and len(array) == 3:
             array = np.tensordot(_LUMA, array, axes=1)[None]
-            changes.append(_COLOUR_TO_GREY)
+            changes.append(_COLOR_TO_GRAY)
     elif array.dtype != np.uint8:
         array, needed = _to_levels(array, options.bits)
         changes.append(needed)
     images = [Image.fromarray(np.ascontiguousarray(plane)) for plane in array]
     if options.channels == 1 and len(images) == 3:
         images = [Image.merge("RGB", images).convert("L")]
-        changes.append(_COLOUR_TO_GREY)
+        changes.append(_COLOR_TO_GRAY)
     return images, changes
 
 
@@ -182,7 +182,7 @@ def _crop_and_resize(
     image: Image.Image, height: int, width: int, position: float | None
 ) -> tuple[Image.Image, list[str]]:
     """
-    Resizes the largest crop with the aspect ratio of `height` x `width`, at a position in [0, 1) or at the centre (None).
+    Resizes the largest crop with the aspect ratio of `height` x `width`, at a position in [0, 1) or at the center (None).
     Also returns what was changed.
     """
     changes = []
@@ -192,11 +192,11 @@ def _crop_and_resize(
     if (crop_width, crop_height) != image.size:
         shape, crop = ("were not square", "square") if height == width else ("had another aspect ratio", "crop")
         if position is None:
-            changes.append(f"{shape}: their centre was taken")
+            changes.append(f"{shape}: their center was taken")
         else:
             left = int(position * (image.width - crop_width + 1))
             top = int(position * (image.height - crop_height + 1))
-            changes.append(f"{shape}: a {crop} at a random position was taken (center_crop takes the centre)")
+            changes.append(f"{shape}: a {crop} at a random position was taken (center_crop takes the center)")
     if (crop_width, crop_height) != (width, height):
         is_smaller = crop_width * crop_height < width * height
         changes.append(f"were {'enlarged' if is_smaller else 'reduced'} to {height}x{width}")
@@ -220,7 +220,7 @@ def read_picture(
         path (`Path`): The picture, or a .npy file of shape (H, W), (H, W, C) or (C, H, W).
         channels (`int`, *optional*): Channels of the model's images, as in [`load_images`].
         value_range (`tuple[float, float]`, *optional*): Values of the model's images, if they are not of 8 bits.
-        resolution (`tuple[int, int]`, *optional*): Height and width of the centre to take; by default all of it.
+        resolution (`tuple[int, int]`, *optional*): Height and width of the center to take; by default all of it.
 
     Returns:
         `PIL.Image.Image`: "L", "LA", "RGB" or "RGBA" of up to four channels of 8 bits; else
@@ -234,7 +234,7 @@ def read_picture(
     options = DecodingOptions(resolution, True, channels, keeps_values=value_range is not None)
     pixels = decode_image(encoded, options)[0].transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
     if channels == 3 and pixels.dtype == np.float32:
-        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # repeats grey
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))  # repeats gray
     if value_range is not None:
         return pixels
     if pixels.shape[-1] > 4:
@@ -246,19 +246,19 @@ def _to_channels(image: Image.Image, options: DecodingOptions) -> tuple[Image.Im
     """Converts an image of any mode to "L" or "RGB", or to "LA" or "RGBA" if two or four channels are asked for."""
     if options.channels in (2, 4) and (image.mode in _WITH_ALPHA or "transparency" in image.info):
         rgba, changes = image.convert("RGBA"), []
-        is_grey = image.mode in ("LA", "La", "L", "1")
+        is_gray = image.mode in ("LA", "La", "L", "1")
     else:
-        rgba, changes = _to_grey_or_rgb(image, options.bits)
-        is_grey = rgba.mode == "L"
+        rgba, changes = _to_gray_or_rgb(image, options.bits)
+        is_gray = rgba.mode == "L"
         if options.channels in (2, 4):
             changes.append("had no alpha channel, an opaque one was added")
-    if options.channels in (1, 2) and not is_grey:
-        changes.append(_COLOUR_TO_GREY)
+    if options.channels in (1, 2) and not is_gray:
+        changes.append(_COLOR_TO_GRAY)
     mode = {1: "L", 2: "LA", 4: "RGBA"}.get(options.channels, rgba.mode)
     return rgba if rgba.mode == mode else rgba.convert(mode), changes
 
 
-def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[str | int]]:
+def _to_gray_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[str | int]]:
     """Converts an image of any mode to "L" or "RGB". Also returns what was changed, as [`decode_image`] does."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image, []
@@ -266,11 +266,11 @@ def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[st
         levels, needed = _to_levels(np.asarray(image), bits)
         return Image.fromarray(levels), [needed]
 
-    grey = image.mode in ("1", "L", "LA", "La")
+    gray = image.mode in ("1", "L", "LA", "La")
     changes = []
     if image.mode == "P":
         changes.append("had a palette, converted to RGB")
-    elif not grey and image.mode not in ("RGB", "RGBA", "RGBa"):
+    elif not gray and image.mode not in ("RGB", "RGBA", "RGBa"):
         changes.append(f"were {image.mode}, converted to RGB")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -278,4 +278,4 @@ def _to_grey_or_rgb(image: Image.Image, bits: int) -> tuple[Image.Image, list[st
         white.paste(image, mask=image)  # equals `alpha_composite`, in a third of its memory
         image = white
         changes.append("had an alpha channel, laid on white")
-    return image.convert("L" if grey else "RGB"), changes
+    return image.convert("L" if gray else "RGB"), changes

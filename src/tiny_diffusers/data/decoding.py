@@ -43,7 +43,7 @@ def decode_source(
     Decodes the selected rows of a source in parallel, keeps their order and skips broken images.
 
     Args:
-        source ([`Source`]): The encoded images. Those with conditioning images are cropped at their centre, so that both
+        source ([`Source`]): The encoded images. Those with conditioning images are cropped at their center, so that both
             show the same.
         resolution (`tuple[int, int]`, *optional*): Height and width of the images.
         center_crop, channels, conditioning_channels, value_range: As in [`load_images`].
@@ -153,7 +153,7 @@ def _decode_images(
             continue
         if storage is None:
             size = image.shape[1:]
-            depth = channels or (3 if len(image) == 1 else len(image))  # colour may follow grey
+            depth = channels or (3 if len(image) == 1 else len(image))  # color may follow gray
             storage = _allocate((total, depth, *size), dtype, scratch)
         if len(image) not in ((1, 3) if depth == 3 else (depth,)):
             asked = "" if channels is None else f", and {channels} are asked for"
@@ -167,7 +167,7 @@ def _decode_images(
                 f"The {what} of '{name}' differ in size ({sizes}; height x width): resize them to one size, or set "
                 "`resolution`."
             )
-        storage[len(kept)] = image  # a grey image is repeated over the channels
+        storage[len(kept)] = image  # a gray image is repeated over the channels
         wide |= {len(kept): change for change in said if isinstance(change, int)}
         kept.append(position)
         changes.update(change for change in said if isinstance(change, str))
@@ -188,14 +188,14 @@ def _decode_images(
         wider = "16 bits a pixel" if bits == 16 else f"{bits}-bit values in wider pixels"
         changes[f"had {wider}, {'kept' if bits == 8 else 'scaled to 8 (value_range keeps them)'}"] = len(wide)
 
-    grey = changes.pop("grey", 0)
-    if channels is None and grey == len(kept):
+    gray = changes.pop("gray", 0)
+    if channels is None and gray == len(kept):
         images = _allocate((len(kept), 1, *size), dtype, scratch)
         images[:] = storage[: len(kept), :1]
     else:
         images = storage[: len(kept)]
-        if grey and channels != 1:
-            changes["were grey, converted to RGB"] = grey
+        if gray and channels != 1:
+            changes["were gray, converted to RGB"] = gray
 
     notes = [f"{count:,} of {len(kept):,} {what} {change}" for change, count in sorted(changes.items())]
     if broken:

@@ -19,7 +19,7 @@ class ImageData:
     Decoded images, with labels if the dataset has them, and with conditioning images if they were asked for.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): uint8, or float32 with a `value_range`. C is 1 (grey), 3 (RGB) or
+        images (`torch.Tensor` of shape `(N, C, H, W)`): uint8, or float32 with a `value_range`. C is 1 (gray), 3 (RGB) or
             any other number. Images read from the cache are memory-mapped, so a dataset may be larger than memory.
         labels (`torch.Tensor` of shape `(N,)`, *optional*): int64, from 0 to K - 1.
         id2label (`dict[int, str]`, *optional*): Name of each of the K classes.

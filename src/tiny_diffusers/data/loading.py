@@ -43,7 +43,7 @@ def load_images(
     """
     Loads the images of a dataset, decoded and brought to one size.
 
-    Each picture becomes 8-bit grey or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
+    Each picture becomes 8-bit gray or RGB: values of 9 to 16 bits are scaled, palettes are resolved, transparent pixels
     are blended with white, and the EXIF orientation is applied. Other channels are kept where `channels` asks for them, and
     other values where `value_range` does. Then its largest crop with the aspect ratio of
     `resolution` (see `center_crop`) is resized to it with Pillow's antialiased bicubic filter. Files that cannot be
@@ -64,7 +64,7 @@ def load_images(
         conditioning_column (`str`, *optional*): A second column of images, of the same size, that is read as
             `conditioning_images`. In a folder it is a column of file names in its metadata, such as `conditioning_image`
             or `conditioning_image_file_name`; these files are then no images of their own. Images are then cropped
-            at their centre, as these are.
+            at their center, as these are.
         condition_columns (`str` or sequence of `str`, *optional*): Columns of numbers, of 0 and 1, of bools, or of lists
             of labels, such as `"age,smiling"`, that are read as `conditions`. A list of names or ids becomes a condition
             for each label, 1 where the image has it; lists of 0 and 1, or of floats, become one for each position.
@@ -72,15 +72,15 @@ def load_images(
             an error.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of square images in pixels, or height and width. Not
             needed if all images have one size.
-        center_crop (`bool`, defaults to `False`): Crop images of another aspect ratio at their centre. By default the
+        center_crop (`bool`, defaults to `False`): Crop images of another aspect ratio at their center. By default the
             position is pseudo-random and depends only on the bytes of the file.
         classes (`str` or sequence of `str` or `int`, *optional*):
-            Names or indices of the classes to keep, such as `"cat,frog"`. They are relabelled 0, 1, ... in this order.
+            Names or indices of the classes to keep, such as `"cat,frog"`. They are relabeled 0, 1, ... in this order.
         max_samples (`int`, *optional*): Maximum number of images. A random subset is taken, always the same one.
-        channels (`int`, *optional*): 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA), to which pictures are converted,
+        channels (`int`, *optional*): 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA), to which pictures are converted,
             or the number of pages of a picture, each of which becomes a channel. Arrays keep their channels, in the first
             axis or in the last: the one of this length or, if it is not given, of the length 1 or 3, or that is clearly the
-            shortest. Defaults to 1 if all pictures are grey, else to 3, and for arrays to the channels that they have.
+            shortest. Defaults to 1 if all pictures are gray, else to 3, and for arrays to the channels that they have.
         conditioning_channels (`int`, *optional*): The same for the conditioning images.
         value_range (`tuple[float, float]` or `"measured"`, *optional*): Keep values of any depth as float32 in these
             limits, or in those of the data's own smallest and largest value, instead of scaling them to 8 bits. By default

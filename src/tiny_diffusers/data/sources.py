@@ -223,7 +223,7 @@ def select(
         missing = f"{np.count_nonzero(labels < 0):,} of {len(labels):,} images of '{source.name}' have no label"
         if require_labels:
             raise UserError(
-                f"{missing}: choose another `label_column` or `split`, or set `classes` to use labelled images only."
+                f"{missing}: choose another `label_column` or `split`, or set `classes` to use labeled images only."
             )
         source.notes.append(f"{missing}: labels are left out")
         source = replace(source, labels=None, class_names=None)

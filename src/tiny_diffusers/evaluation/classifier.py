@@ -105,7 +105,7 @@ class Classifier:
     Args:
         network ([`SmallClassifier`]): The network.
         training ([`~tiny_diffusers.data.ImageData`]): The images that it was trained on.
-        held_out ([`~tiny_diffusers.data.ImageData`]): The labelled images that it was tested on.
+        held_out ([`~tiny_diffusers.data.ImageData`]): The labeled images that it was tested on.
         accuracy (`float`): The share of them whose class it finds.
     """
 
@@ -215,7 +215,7 @@ def build_classifier(in_channels: int, num_classes: int, seed: int = SEED) -> Sm
 
 
 def train_classifier(network: SmallClassifier, data: ImageData, seed: int = SEED) -> None:
-    """Trains a network on labelled images, whose order comes from the seed."""
+    """Trains a network on labeled images, whose order comes from the seed."""
     train_network(network, data.images, lambda logits, rows: F.cross_entropy(logits, data.labels[rows]), seed)
 
 

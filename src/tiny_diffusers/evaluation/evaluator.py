@@ -626,15 +626,15 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries(), **others}
 
 
-def _picture(sets: FeatureSets, with_neighbours: bool) -> Image.Image:
-    """Draws images above real ones and, if the training set is known, those nearest to it above their neighbours."""
+def _picture(sets: FeatureSets, with_neighbors: bool) -> Image.Image:
+    """Draws images above real ones and, if the training set is known, those nearest to it above their neighbors."""
     generated, real = sets.generated, sets.real
     columns = min(12, len(generated), len(real))
     rows = {
         "images": generated.data.images.numpy()[np.sort(generated.order[:columns])],
         "real": real.data.images.numpy()[np.sort(real.order[:columns])],
     }
-    if with_neighbours and sets.training is not None:
+    if with_neighbors and sets.training is not None:
         distances, nearest = sets.nearest_in_training
         closest = np.argsort(distances, kind="stable")[:columns]
         rows["nearest to training"] = generated.data.images.numpy()[generated.order[closest]]

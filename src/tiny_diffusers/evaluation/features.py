@@ -41,7 +41,7 @@ EFFICIENTNET_SIZE = 128
 
 # The blocks of EfficientNet-Lite0 before its resolution is halved, and the last
 _EFFICIENTNET_LAYERS = (0, 2, 4, 10, 15)
-_PIXELS_SIDE = 32  # larger images are reduced to this: a 64x64 colour image would have 12,288 features
+_PIXELS_SIDE = 32  # larger images are reduced to this: a 64x64 color image would have 12,288 features
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """
         Extracts features (B, D), float32 on the CPU, from images (B, C, H, W), uint8 or floats in [0, 255]. Networks take
-        C = 1 (grey) or 3 (RGB).
+        C = 1 (gray) or 3 (RGB).
         """
         return self.forward(images.to(self.device)).float().cpu()
 
@@ -157,7 +157,7 @@ def register(
 
     Args:
         name (`str`): Name of the features.
-        network (`nn.Module`): float32 (B, 3, size, size) -> (B, D). The channel of grey images is repeated.
+        network (`nn.Module`): float32 (B, 3, size, size) -> (B, D). The channel of gray images is repeated.
         size (`int`, *optional*): Images are resized to it as by [`resize`]. Defaults to their own size.
         mean, std (`float` or three of them): The network's input is (x / 255 - mean) / std.
         classifier (`nn.Linear`, *optional*): Maps features to logits, for the Inception Score.
@@ -217,7 +217,7 @@ def perceptual_distance(extractor: Extractor, images: torch.Tensor, others: torc
 
 
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """Repeats a grey channel: (B, 1 or 3, H, W) -> (B, 3, H, W); other channels are refused."""
+    """Repeats a gray channel: (B, 1 or 3, H, W) -> (B, 3, H, W); other channels are refused."""
     if images.shape[1] not in (1, 3):
         raise UserError(
             f"A network's features are of images with 1 or 3 channels, and these have {images.shape[1]}: choose the features "
@@ -289,7 +289,7 @@ def _network_extractor(
     mean, std = (255 * torch.tensor(v, device=device).reshape(-1, 1, 1) for v in (inputs.mean, inputs.std))
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        images = images.float() if inputs.size is None else resize(images, inputs.size)  # one channel, if grey
+        images = images.float() if inputs.size is None else resize(images, inputs.size)  # one channel, if gray
         return ((to_rgb(images) - mean) / std).to(dtype, memory_format=torch.channels_last)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -364,7 +364,7 @@ def _load_dinov2(weights: str | Path | None, dtype: str, device: torch.device) -
     inputs = _Inputs(224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # ImageNet's
     preprocessing = {
         **inputs.describe(network, public_name(source), dtype),
-        "features": f"normalised class token of the last layer, {network.config.hidden_size}",
+        "features": f"normalized class token of the last layer, {network.config.hidden_size}",
     }
     return _network_extractor("dinov2", network, inputs, preprocessing, device, lambda x: network(x).pooler_output)
 

@@ -182,7 +182,7 @@ def read_folder(
             [`~tiny_diffusers.data.load_images`].
 
     Raises:
-        [`~tiny_diffusers.errors.UserError`]: If there are no images, their sizes differ, grey and colour are mixed, or
+        [`~tiny_diffusers.errors.UserError`]: If there are no images, their sizes differ, gray and color are mixed, or
             any file cannot be read, as metrics of a part of the images would mislead.
     """
     if not Path(folder).is_dir():
@@ -191,8 +191,8 @@ def read_folder(
     for note in data.notes:
         if note.startswith("broken files"):
             raise UserError(f"'{folder}' has images that cannot be read ({note}): repair or remove them.")
-        if "were grey" in note:
-            raise UserError(f"'{folder}' mixes grey and colour images ({note}): separate them, or convert them.")
+        if "were gray" in note:
+            raise UserError(f"'{folder}' mixes gray and color images ({note}): separate them, or convert them.")
     return data
 
 
@@ -218,7 +218,7 @@ def as_pictures(images: np.ndarray) -> np.ndarray:
 def to_uint8(images: np.ndarray | torch.Tensor | Sequence[Image.Image]) -> np.ndarray:
     """
     Converts images (N, C, H, W) to uint8; uint8 images stay as they are, floats must be in [0, 1]. PIL images become
-    grey if all of them are, else RGB.
+    gray if all of them are, else RGB.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the shape is wrong, sizes differ, or values are NaN or out of range.
@@ -259,7 +259,7 @@ def check_shape(given: tuple[int, int, int], shape: tuple[int, int, int], what: 
     """Checks that images of the shape `given` have the reference's (C, H, W)."""
 
     def describe(channels: int, height: int, width: int) -> str:
-        kind = {1: "grey", 3: "colour"}.get(channels, f"of {channels} channels")
+        kind = {1: "gray", 3: "color"}.get(channels, f"of {channels} channels")
         return f"{height}x{width} {kind}"
 
     if given != shape:

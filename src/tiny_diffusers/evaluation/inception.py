@@ -15,7 +15,7 @@ IMAGE_SIZE = 299
 
 
 class ConvBN(nn.Module):
-    """Convolution with batch normalisation and ReLU."""
+    """Convolution with batch normalization and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], **kwargs):
         super().__init__()

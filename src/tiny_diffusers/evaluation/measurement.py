@@ -76,7 +76,7 @@ class FeatureSets:
     @cached_property
     def nearest_in_training(self) -> tuple[np.ndarray, np.ndarray]:
         """The distance of each generated image to the nearest training image, and the row of the latter."""
-        return metrics.nearest_neighbours(self.generated.features, self.training.features)
+        return metrics.nearest_neighbors(self.generated.features, self.training.features)
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Measurement:
         if sets.generated.labels is not None and labels is not None and len(np.unique(labels)) > 1:
             self._measure_classes()
         if "nearest_neighbour" in protocol.metrics and sets.training is not None:
-            self._measure_neighbours()
+            self._measure_neighbors()
         for other in others:
             self.figures |= other.generated
             self.per_condition |= other.per_condition
@@ -180,14 +180,14 @@ class Measurement:
             figures = self._compare(generated.subset(rows), real.subset(real_rows), extrapolate=False)
             self.per_class[int(label)] = {**figures, "class_agreement": share(agrees[rows])}
 
-    def _measure_neighbours(self) -> None:
+    def _measure_neighbors(self) -> None:
         """Measures the distance to the training set, beside that of real images that are not in it."""
         sets, most = self.sets, self.protocol.max_neighbours
         distances = sets.nearest_in_training[0][:most]
         self.figures["nearest_neighbour"] = Estimate(float(np.median(distances)))
         if not sets.has_other_real_images:
             return
-        unseen, _ = metrics.nearest_neighbours(sets.real.features[:most], sets.training.features)
+        unseen, _ = metrics.nearest_neighbors(sets.real.features[:most], sets.training.features)
         self.figures["near_copies"] = share(distances < np.quantile(unseen, 0.01))
         if "real" in self.baselines:
             self.baselines["real"]["nearest_neighbour"] = Estimate(float(np.median(unseen)))

@@ -67,9 +67,9 @@ class Moments:
         """Adds a batch (B, D) by the numerically stable pairwise update of Chan, Golub and LeVeque (1979)."""
         features = np.asarray(features, dtype=np.float64)
         count, mean = len(features), features.mean(0)
-        centred, shift = features - mean, mean - self.mean
+        centered, shift = features - mean, mean - self.mean
         total = self.count + count
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * count / total)
+        self._scatter += centered.T @ centered + np.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
 
@@ -282,12 +282,12 @@ def precision_recall(reference: np.ndarray, features: np.ndarray, k: int = 3) ->
     """
     Computes the share of generated images in the reference's manifold, and the share of the reference in the generated
     manifold (Kynkaanniemi et al. 2019, arXiv 1904.06991). The manifold of a set is the union of balls around its
-    points, each with the distance to the k-th nearest neighbour as its radius.
+    points, each with the distance to the k-th nearest neighbor as its radius.
 
     Args:
         reference (`np.ndarray` of shape `(M, D)`): Features of real images.
         features (`np.ndarray` of shape `(N, D)`): Features of generated images.
-        k (`int`, defaults to 3): The neighbour whose distance is a ball's radius.
+        k (`int`, defaults to 3): The neighbor whose distance is a ball's radius.
 
     Returns:
         `dict[str, Estimate]`: `precision` and `recall`, in [0, 1].
@@ -341,23 +341,23 @@ def _mean_over_images(values: np.ndarray) -> Estimate:
 
 def _squared_distances(features: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields chunks of rows: the index of the first row, and the squared distances to all others, (rows, M)."""
-    centre = others[:_ROWS].mean(0)  # smaller norms lose fewer digits in the difference below
-    others = others - centre
+    center = others[:_ROWS].mean(0)  # smaller norms lose fewer digits in the difference below
+    others = others - center
     squares = np.einsum("md,md->m", others, others)
     for start in range(0, len(features), _ROWS):
-        rows = features[start : start + _ROWS] - centre
+        rows = features[start : start + _ROWS] - center
         distances = np.einsum("nd,nd->n", rows, rows)[:, None] + squares - 2 * (rows @ others.T)
         yield start, np.maximum(distances, 0, out=distances)
 
 
 def _squared_radii(features: np.ndarray, k: int) -> np.ndarray:
-    """Computes the squared distance of each row to its k-th nearest neighbour among the other rows, (N,)."""
+    """Computes the squared distance of each row to its k-th nearest neighbor among the other rows, (N,)."""
     if len(features) <= k:
-        raise UserError(f"{k} nearest neighbours need more than {k} images: there are {len(features)}.")
+        raise UserError(f"{k} nearest neighbors need more than {k} images: there are {len(features)}.")
     radii = []
     for start, distances in _squared_distances(features, features):
         each = np.arange(len(distances))
-        distances[each, start + each] = np.inf  # no row is its own neighbour
+        distances[each, start + each] = np.inf  # no row is its own neighbor
         radii.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
     return np.concatenate(radii)
 
@@ -417,7 +417,7 @@ def _mutual_information(probabilities: np.ndarray) -> float:
     return float(negentropy(probabilities).mean() - negentropy(marginal))
 
 
-def nearest_neighbours(features: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbors(features: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     Finds each row's nearest row in another set: in the training set, it shows whether a model repeats it.
 

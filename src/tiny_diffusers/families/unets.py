@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from ..data import ImageData
-from ..data.labelled_augmentation import NUM_LABELS
+from ..data.labeled_augmentation import NUM_LABELS
 from ..errors import UserError, refusals, unknown
 from ..files import load_json
 from ..flags import flag

@@ -6,7 +6,7 @@ There are four variants: a `baseline` of four convolutions that predicts intensi
 (arXiv 1606.05328), PixelCNN++ (`plusplus`, arXiv 1701.05517), and the PixelRNN of row LSTMs (`row_lstm`, arXiv 1601.06759).
 
 Channels come last everywhere, so the same code runs on an image (B, H, W, C), a row (B, W, C) and a pixel (B, C). Only
-the convolutions look at neighbours, and they have a method for each of the three cases: incremental sampling needs
+the convolutions look at neighbors, and they have a method for each of the three cases: incremental sampling needs
 nothing else. Each network has a vertical part, which sees only the rows above and runs once per row, and a horizontal
 part, which runs once per pixel (`gated`, `row_lstm`: once per sub-pixel, on the features of that channel).
 """
@@ -447,7 +447,7 @@ class GatedLayer(nn.Module):
 
 class Frequencies(nn.Module):
     """
-    Fourier features (arXiv 2107.00630), which make neighbouring levels look different: x in [-1, 1] becomes x and the
+    Fourier features (arXiv 2107.00630), which make neighboring levels look different: x in [-1, 1] becomes x and the
     sines and cosines of waves of 2, 4, ... 2^n levels. Without them a network's first weights can hardly tell level
     253 from 254, though different values follow these two in an image.
 

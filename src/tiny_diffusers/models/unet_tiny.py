@@ -319,7 +319,7 @@ def _downsample(channels: int, kind: str) -> nn.Module:
 
 
 def _upsample(channels: int, kind: str) -> nn.Module:
-    """Doubles height and width: nearest neighbour and a 3x3 convolution, bilinear, or a transposed convolution."""
+    """Doubles height and width: nearest neighbor and a 3x3 convolution, bilinear, or a transposed convolution."""
     if kind == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1))
     if kind == "bilinear":

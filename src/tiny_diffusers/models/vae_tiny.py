@@ -2,7 +2,7 @@
 A convolutional variational autoencoder (arXiv 1312.6114) for small images, with a latent vector. Encoder and decoder can
 be given classes and conditions (Sohn et al. 2015, "Learning Structured Output Representation").
 
-Where the decoder gives each image a probability (discretized logistic or Gaussian for grey levels, Bernoulli for
+Where the decoder gives each image a probability (discretized logistic or Gaussian for gray levels, Bernoulli for
 binary images), the evidence lower bound bounds the likelihood, in bits per dimension.
 """
 

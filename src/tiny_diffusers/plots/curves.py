@@ -6,7 +6,7 @@ Curves: losses of runs and noise schedules.
     curves.save("losses.json")              # the values that were drawn
     Curves.load("losses.json").draw("losses.svg")
 
-Curves differ by colour, dashes and markers, so they can be told apart in grey as well.
+Curves differ by color, dashes and markers, so they can be told apart in gray as well.
 """
 
 import json
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the JSON file
 Look = Literal["line", "thin", "points", "faint"]
 
-COLOURS = ("#1f5fa8", "#d9622b", "#2f7d32", "#111111", "#8e44ad", "#b8860b", "#c2185b", "#5f6b75")
+COLORS = ("#1f5fa8", "#d9622b", "#2f7d32", "#111111", "#8e44ad", "#b8860b", "#c2185b", "#5f6b75")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
-FAINT_COLOURS = ("#a9c7e8", "#f0c3ab", "#b9dcb4")
+FAINT_COLORS = ("#a9c7e8", "#f0c3ab", "#b9dcb4")
 MARKERS_PER_CURVE = 8  # of a line with many points
 
 # Limits on a file that may be a stranger's.
@@ -49,7 +49,7 @@ class Curve:
         label (`str`): Its name in the legend; empty for none.
         x (`list[float]`): Positions.
         y (`list[float]`): Values, as many.
-        style (`int`): Number of its colour, dashes and marker: curves of one style belong together.
+        style (`int`): Number of its color, dashes and marker: curves of one style belong together.
         look (`str`): `"line"`; `"thin"` beside another curve of its style; `"points"` with a marker at each value; or
             `"faint"` for values before smoothing.
     """
@@ -138,8 +138,8 @@ def new_axes(width: float = 8, height: float = 4.5, columns: int = 1) -> "list[A
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Returns the colour, dashes and marker of the curve of that number, for matplotlib."""
-    kinds = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    """Returns the color, dashes and marker of the curve of that number, for matplotlib."""
+    kinds = {"color": COLORS, "linestyle": DASHES, "marker": MARKERS}
     return {name: values[number % len(values)] for name, values in kinds.items()}
 
 
@@ -186,7 +186,7 @@ def _options(curve: Curve) -> dict[str, Any]:
     style, label = line_style(curve.style), _plain(curve.label) or None
     marker = {"marker": style.pop("marker"), "markersize": 4}
     if curve.look == "faint":
-        return {"color": FAINT_COLOURS[curve.style % len(FAINT_COLOURS)], "linewidth": 0.8, "label": label}
+        return {"color": FAINT_COLORS[curve.style % len(FAINT_COLORS)], "linewidth": 0.8, "label": label}
     options = {**style, "linewidth": 1.8, "label": label}
     if curve.look == "thin":
         return options | {"linewidth": 0.9}
@@ -219,7 +219,7 @@ def _set_log_scale(axes: "Axes", values: Sequence[float]) -> None:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """
-    Computes the means (N,) of values (N,) over a centred window of `window` values, so the result has no lag. At the
+    Computes the means (N,) of values (N,) over a centered window of `window` values, so the result has no lag. At the
     ends the window is cut off.
     """
     window = min(window, len(values))

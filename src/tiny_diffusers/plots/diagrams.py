@@ -7,8 +7,8 @@ from pathlib import Path
 
 _BOX_WIDTH, _GAP = 1.7, 0.5
 _BOX_HEIGHTS = (1.15, 2.6)  # of a vector, and of the finest feature maps
-_COLOURS = {"end": "#ffffff", "maps": "#dce8f4", "vector": "#f6edd6", "embedding": "#e6e6e6"}
-_ATTENTION_COLOUR = "#a9c3e0"
+_COLORS = {"end": "#ffffff", "maps": "#dce8f4", "vector": "#f6edd6", "embedding": "#e6e6e6"}
+_ATTENTION_COLOR = "#a9c3e0"
 
 
 @dataclass
@@ -72,7 +72,7 @@ def draw_network(stages: Sequence[Stage], title: str, output: str | Path) -> Pat
                 _BOX_WIDTH,
                 box_height,
                 boxstyle="round,pad=0,rounding_size=0.08",
-                facecolor=_ATTENTION_COLOUR if stage.has_attention else _COLOURS[stage.kind],
+                facecolor=_ATTENTION_COLOR if stage.has_attention else _COLORS[stage.kind],
                 edgecolor="#333333",
                 linewidth=2.5 if stage.has_attention else 1,
             )

@@ -122,7 +122,7 @@ def image_grid(
         column_labels (`list[str]`, *optional*): A label above each column; it may be empty.
 
     Returns:
-        `PIL.Image.Image`: The grid, `L` if all images are grey, `RGBA` if any is `RGBA`, else `RGB`.
+        `PIL.Image.Image`: The grid, `L` if all images are gray, `RGBA` if any is `RGBA`, else `RGB`.
 
     Raises:
         `ValueError`: If there are no images, if their sizes differ, or if the number of labels is wrong.
@@ -228,7 +228,7 @@ def captioned_strips(strips: Sequence[Strip], padding: int = 2) -> Image.Image:
         padding (`int`, defaults to 2): White pixels between images and around them.
 
     Returns:
-        `PIL.Image.Image`: The picture, `L` if all images are grey, `RGBA` if any is `RGBA`, else `RGB`.
+        `PIL.Image.Image`: The picture, `L` if all images are gray, `RGBA` if any is `RGBA`, else `RGB`.
 
     Raises:
         `ValueError`: If there are no images, or if their sizes differ.

@@ -1,4 +1,4 @@
-"""The pictures of a study, drawn from its `study.json` alone. Lines differ in style and marker, to be told apart in grey."""
+"""The pictures of a study, drawn from its `study.json` alone. Lines differ in style and marker, to be told apart in gray."""
 
 import base64
 import io

@@ -81,7 +81,7 @@ class Range:
         choices (`list`): Its values; empty for an interval.
         low (`float`), high (`float`): Ends of the interval, both included.
         log (`bool`): Search on a logarithmic scale.
-        step (`float`, *optional*): Distance of neighbouring values from `low` on.
+        step (`float`, *optional*): Distance of neighboring values from `low` on.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The pictures of a search, drawn from its `search.json`. Markers and lines tell the trials apart in grey as well."""
+"""The pictures of a search, drawn from its `search.json`. Markers and lines tell the trials apart in gray as well."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     scales.append(_Scale.of_values(list(values.values())))
     finished = {trial["value"] for trial in trials if trial["value"] is not None}
     ranks = {value: i + 1 for i, value in enumerate(sorted(finished, reverse=not results["lower_is_better"]))}
-    colours, norm = colormaps["viridis"], Normalize(1, max(2, len(ranks)))
+    colors, norm = colormaps["viridis"], Normalize(1, max(2, len(ranks)))
 
     axes = plots.new_axes(1.6 + 1.9 * len(scales))[0]
     for trial in sorted(trials, key=lambda trial: trial["trial"] == results["best"]):  # the best on top
@@ -50,9 +50,9 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
             for scale, point in zip(scales, points, strict=True)
         ]
         is_finished, is_best = trial["outcome"] == "finished", trial["trial"] == results["best"]
-        colour = _ACCENT if is_best else colours(0.9 * norm(ranks[trial["value"]])) if is_finished else _LIGHT
+        color = _ACCENT if is_best else colors(0.9 * norm(ranks[trial["value"]])) if is_finished else _LIGHT
         style = {"linewidth": 3.0 if is_best else 1.3, "linestyle": "-" if is_finished else "--"}
-        axes.plot(range(len(scales)), heights, color=colour, **style)
+        axes.plot(range(len(scales)), heights, color=color, **style)
 
     for x, scale in enumerate(scales):
         axes.axvline(x, color="black", linewidth=0.8)
@@ -69,7 +69,7 @@ def draw_parallel_coordinates(results: dict[str, Any], output: Path) -> Path:
     shown = {"finished": Line2D([], [], color=_DARK), "pruned or failed": Line2D([], [], color=_LIGHT, linestyle="--")}
     shown[f"best (trial {results['best']})"] = Line2D([], [], color=_ACCENT, linewidth=3)
     axes.legend(shown.values(), shown.keys(), frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.01, ticks=MaxNLocator(integer=True))
+    bar = axes.figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.01, ticks=MaxNLocator(integer=True))
     bar.set_label("rank of a finished trial, 1 is the best")
     return _save(axes, output)
 

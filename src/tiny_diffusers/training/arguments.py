@@ -89,7 +89,7 @@ class DataArguments(Flags):
     center_crop: bool = flag(False, "Crop the center of images of another aspect ratio.")
     channels: int | None = flag(
         None,
-        "1 (grey), 2 (grey and alpha), 3 (RGB), 4 (RGBA), or those that arrays and files of several pages have.",
+        "1 (gray), 2 (gray and alpha), 3 (RGB), 4 (RGBA), or those that arrays and files of several pages have.",
         within="[1, 1024]",
         decides=(_NETWORK,),
     )

@@ -24,7 +24,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Moves the average towards the weights of `module` after optimizer step `step`."""
+        """Moves the average toward the weights of `module` after optimizer step `step`."""
         averages, weights = list(self.module.parameters()), [gather_full(weight) for weight in module.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):

@@ -40,7 +40,7 @@ class Batch:
         conditioning_images (`torch.Tensor` of shape `(B, K, H, W)`, *optional*): float32 in [-1, 1], flipped and cropped
             as the images; zeros where they were dropped.
         conditions (`torch.Tensor` of shape `(B, D)`, *optional*): float32, standardized; NaN where they were dropped.
-        augment_labels (`torch.Tensor` of shape `(B, NUM_LABELS)`, *optional*): What [`augment_labelled`] did to the images.
+        augment_labels (`torch.Tensor` of shape `(B, NUM_LABELS)`, *optional*): What [`augment_labeled`] did to the images.
         progress (`float`): Share of the run's steps that were taken before, in [0, 1); 1 in validation.
     """
 

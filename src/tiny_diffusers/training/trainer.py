@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, cache_root, normalize
-from ..data.labelled_augmentation import LABELLED_DRAWS, augment_labelled
+from ..data.labeled_augmentation import LABELED_DRAWS, augment_labeled
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure
@@ -707,8 +707,8 @@ class Trainer:
                 conditioning_images = augment(conditioning_images, uniform, **geometric)
         augment_labels = None
         if training and family.augment_prob > 0:
-            uniform = draws.uniform("augment_labelled", LABELLED_DRAWS)
-            images, augment_labels = augment_labelled(images, uniform, family.augment_prob)
+            uniform = draws.uniform("augment_labelled", LABELED_DRAWS)  # the name is part of the seed
+            images, augment_labels = augment_labeled(images, uniform, family.augment_prob)
         if family.conditioning is not None and family.conditioning.is_made:
             conditioning_images = family.conditioning.enlarge(family.conditioning.observe(images))
         if data.labels is not None and family.null_label is not None:

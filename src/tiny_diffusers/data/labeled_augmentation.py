@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 
-# Random numbers that `augment_labelled` uses per image: eight that decide, and eight that say by how much.
-LABELLED_DRAWS = 16
+# Random numbers that `augment_labeled` uses per image: eight that decide, and eight that say by how much.
+LABELED_DRAWS = 16
 
 # The labels of an image: mirrored, upside down, scale, cosine and sine of the rotation, two of the stretching, shift in x, y.
 NUM_LABELS = 9
@@ -16,7 +16,7 @@ NUM_LABELS = 9
 _SCALE_STD, _STRETCH_STD, _SHIFT_STD = 0.2, 0.2, 0.125
 
 
-def augment_labelled(
+def augment_labeled(
     images: torch.Tensor, uniform: torch.Tensor, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -28,7 +28,7 @@ def augment_labelled(
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Floating point in [-1, 1].
-        uniform (`torch.Tensor` of shape `(B, LABELLED_DRAWS)`): Random numbers in [0, 1), on the images' device.
+        uniform (`torch.Tensor` of shape `(B, LABELED_DRAWS)`): Random numbers in [0, 1), on the images' device.
         probability (`float`): That of each kind of augmentation, in [0, 1].
 
     Returns:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny_diffusers import TinyPipeline, TinyTransformer2DModel, TinyUNet2DModel
-from tiny_diffusers.data.labelled_augmentation import LABELLED_DRAWS, NUM_LABELS, augment_labelled
+from tiny_diffusers.data.labeled_augmentation import LABELED_DRAWS, NUM_LABELS, augment_labeled
 from tiny_diffusers.train_scripts import train_unconditional
 from tiny_diffusers.training.trainer import Trainer
 
@@ -17,7 +17,7 @@ ONE = 1 / math.sqrt(2)
 
 def draw(kind: int | None, *amounts: float) -> torch.Tensor:
     """Returns the random numbers by which one kind of augmentation is done, or none."""
-    uniform = torch.full((1, LABELLED_DRAWS), 0.99)
+    uniform = torch.full((1, LABELED_DRAWS), 0.99)
     if kind is not None:
         uniform[0, kind] = 0.0
         uniform[0, 8 + kind : 8 + kind + len(amounts)] = torch.tensor(amounts)
@@ -38,9 +38,9 @@ DEVIATION = float(torch.special.ndtr(torch.tensor(1.0)))  # the uniform number t
         (draw(6, DEVIATION, 0.5), lambda x: torch.cat([x[..., :2].flip(3), x[..., :-2]], dim=3), {7: 1.0}),
     ],
 )
-def test_each_kind_is_done_and_labelled(uniform, expected, labels):
+def test_each_kind_is_done_and_labeled(uniform, expected, labels):
     x = 2 * torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
-    images, found = augment_labelled(x, uniform, 0.12)
+    images, found = augment_labeled(x, uniform, 0.12)
     torch.testing.assert_close(images, expected(x), atol=1e-4, rtol=0)
     assert found.shape == (1, NUM_LABELS)
     torch.testing.assert_close(
@@ -48,7 +48,7 @@ def test_each_kind_is_done_and_labelled(uniform, expected, labels):
     )
 
 
-def test_scaling_and_stretching_move_a_spot_as_labelled():
+def test_scaling_and_stretching_move_a_spot_as_labeled():
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     spot = (
         2 * torch.exp(-((rows - 31.5) ** 2 + (columns - 41.5) ** 2) / 8)[None, None] - 1
@@ -59,17 +59,17 @@ def test_scaling_and_stretching_move_a_spot_as_labelled():
         return float((weights * columns).sum() - 31.5), float((weights * rows).sum() - 31.5)
 
     for kind, label in ((2, 2), (4, 5)):  # both by 2^0.2 along the row
-        images, labels = augment_labelled(spot, draw(kind, DEVIATION), 0.12)
+        images, labels = augment_labeled(spot, draw(kind, DEVIATION), 0.12)
         assert middle(images) == pytest.approx((10 * 2**0.2, 0), abs=0.05)
         assert float(labels[0, label]) == pytest.approx(1, abs=1e-4)
-    images, labels = augment_labelled(spot, draw(3, 0.625), 0.12)  # an eighth of a turn
+    images, labels = augment_labeled(spot, draw(3, 0.625), 0.12)  # an eighth of a turn
     assert middle(images) == pytest.approx((10 * ONE, 10 * ONE), abs=0.05)
     assert labels[0, 3:5].tolist() == pytest.approx([ONE - 1, ONE], abs=1e-5)
 
 
 def test_each_kind_is_done_with_its_probability():
-    uniform = torch.rand(20_000, LABELLED_DRAWS, generator=torch.Generator().manual_seed(0))
-    _, labels = augment_labelled(torch.zeros(20_000, 1, 2, 2), uniform, 0.3)
+    uniform = torch.rand(20_000, LABELED_DRAWS, generator=torch.Generator().manual_seed(0))
+    _, labels = augment_labeled(torch.zeros(20_000, 1, 2, 2), uniform, 0.3)
     shares = (labels != 0).float().mean(dim=0)
     assert shares.tolist() == pytest.approx([0.15, 0.15, 0.3, 0.3, 0.3, 0.3, 0.15, 0.3, 0.3], abs=0.02)
     assert float(labels[:, 2].square().mean()) == pytest.approx(0.3, abs=0.02)  # N(0, 1) where it is done
