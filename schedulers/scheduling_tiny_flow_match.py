@@ -155,6 +155,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         reduction: str = "mean",
+        min_level: float = 0.0,
     ) -> torch.Tensor:
         """
         Computes the loss of a batch of predictions at `add_noise(sample, noise, timesteps)`, in float32: the squared
@@ -166,6 +167,10 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             noise (`torch.Tensor` of the same shape): The noise added to the images, from N(0, I).
             timesteps (`torch.Tensor` of shape `(batch_size,)`): The timestep of each image, a float in [0, T].
             reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` or `"sum"` over the images, or `"none"`.
+            min_level (`float`, *optional*, defaults to `0.0`):
+                The level s = t / T below which the loss of the image, which is s^2 times that of the velocity, has no more
+                weight than here: for networks that predict the image (https://huggingface.co/papers/2511.13720, where it
+                is 0.05), whose small errors at little noise are large ones of the velocity.
 
         Returns:
             `torch.Tensor`: The loss, a scalar, or of shape `(batch_size,)` with `reduction="none"`.
@@ -175,5 +180,7 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         """
         self._check_batch(sample, noise, timesteps, reduction)
         self._check_output(model_output, sample)
-        error = model_output.float() - (noise.float() - sample.float())
-        return self._reduce(mean_flat(error.square()), reduction)
+        loss = mean_flat((model_output.float() - (noise.float() - sample.float())).square())
+        if min_level > 0:
+            loss = loss * (self._level(timesteps.float()) / min_level).clamp(max=1).square()
+        return self._reduce(loss, reduction)

@@ -8,6 +8,7 @@ them, for classifier-free guidance.
     tiny-diffusers train conditional --dataset_name path/to/images --resolution 32 --condition_columns age,smiling
 """
 
+import dataclasses
 import sys
 
 from tiny_diffusers.families.conditional_diffusion import (
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
     arguments, data, vae = load_latents(arguments, accelerator, data)
-    options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
+    options = resolve_diffusion(arguments, accelerator.state)
+    options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)

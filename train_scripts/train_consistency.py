@@ -6,6 +6,7 @@ Tune a diffusion model of small images into a consistency model, which draws an 
         --dataset_name ylecun/mnist --resolution 32 --max_train_minutes 10
 """
 
+import dataclasses
 import sys
 
 from tiny_diffusers.families.conditional_diffusion import build_conditioning
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
     arguments, data, vae = load_latents(arguments, accelerator, data)
-    options = resolve_consistency(arguments, pipeline, accelerator.state) | resolve_unet(arguments, data)
+    options = resolve_consistency(arguments, pipeline, accelerator.state)
+    options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_consistency_scheduler(settings)

@@ -5,6 +5,7 @@ Train an unconditional diffusion model on small images.
     tiny-diffusers train unconditional --dataset_name ylecun/mnist --resolution 32 --max_train_minutes 10
 """
 
+import dataclasses
 import sys
 
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
@@ -21,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
     arguments, data, vae = load_latents(arguments, accelerator, data)
-    options = resolve_diffusion(arguments, accelerator.state) | resolve_unet(arguments, data)
+    options = resolve_diffusion(arguments, accelerator.state)
+    options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
     scheduler = build_scheduler(settings)

@@ -41,6 +41,7 @@ LEVERS = {
     "flow, AdamW": [*FLOW, *ADAMW],
     "flow, Muon": [*FLOW, *MUON],
     "EDM, Muon": [*EDM, *MUON],
+    "the layers predict the velocity": ["--x_prediction", "False"],
     "lr 6e-3": ["--learning_rate", "6e-3"],
     "uniform timesteps": ["--timestep_distribution", "uniform"],
     "logit-normal timesteps": ["--timestep_distribution", "logit_normal"],

@@ -24,6 +24,7 @@ from tiny_diffusers.models.layers_tiny import (
     count_embedding,
     height_and_width,
     self_attention,
+    velocity_of_x0,
 )
 
 
@@ -181,3 +182,29 @@ def test_a_row_of_nan_is_none_and_conditions_of_another_shape_are_refused(networ
         without(sample, 3, conditions=values)
     with pytest.raises(ValueError, match="num_conditions 0 is not possible"):
         network_class(num_conditions=0)
+
+
+def test_the_velocity_of_the_true_image_is_that_of_the_flow():
+    x_0, noise = torch.randn(2, 3, 3, 8, 8)
+    t = torch.tensor([1000.0, 400.0, 10.0])
+    s = (t / 1000)[:, None, None, None]
+    x_t = (1 - s) * x_0 + s * noise
+    assert torch.allclose(velocity_of_x0(x_0, x_t, t, 1000), noise - x_0, atol=1e-4)
+    assert velocity_of_x0(x_0, x_t.bfloat16(), torch.zeros(3), 1000).isfinite().all()
+
+
+@pytest.mark.parametrize("network_class", [TinyUNet2DModel, TinyTransformer2DModel])
+def test_x_prediction_changes_the_output_of_the_same_weights_alone(network_class, tmp_path):
+    # with the channels of a conditioning image after those of the noisy one
+    options = {"in_channels": 3, "out_channels": 2, "sample_size": 8, "num_train_timesteps": 100}
+    options |= {"block_out_channels": (8, 8)} if network_class is TinyUNet2DModel else {"num_layers": 1}
+    direct, network = network_class(**options), network_class(**options, x_prediction=True)
+    network.load_state_dict({name: torch.randn_like(w) for name, w in direct.state_dict().items()})
+    direct.load_state_dict(network.state_dict())
+    network.save_pretrained(tmp_path)
+    network = network_class.from_pretrained(tmp_path)
+    sample = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for t in (100, 25, 2.5):
+            expected = (sample[:, :2] - direct(sample, t).sample) / (t / 100)
+            assert torch.allclose(network(sample, t).sample, expected, atol=1e-4)

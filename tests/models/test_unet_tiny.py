@@ -521,6 +521,7 @@ def test_a_block_with_skip_rescale_keeps_the_variance_of_independent_sums():
         ({"block_out_channels": (8,) * 9, "attention": None, "sample_size": 256}, "9 levels.*1 to 8"),
         ({"num_class_embeds": 10**12}, "num_class_embeds 1000000000000"),
         ({"time_embedding": "learned", "num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000"),
+        ({"x_prediction": True, "out_channels": 6}, "x_prediction .* out_channels 6 and in_channels 3"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(options, message):

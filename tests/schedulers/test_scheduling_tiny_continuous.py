@@ -221,6 +221,16 @@ def test_wrong_arguments_of_a_step_are_refused(scheduler_class):
             scheduler.step(*arguments)
 
 
+def test_below_its_least_level_the_flows_loss_is_that_of_the_image_with_a_constant_weight():
+    scheduler, x_0, noise = TinyFlowMatchScheduler(), *torch.randn(2, 3, 1, 4, 4)
+    timesteps = torch.tensor([800.0, 50.0, 10.0])
+    s = (timesteps / 1000)[:, None, None, None]
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    predicted = x_0 + 0.1  # the velocity of a prediction that is off by 0.1
+    loss = scheduler.training_loss((x_t - predicted) / s, x_0, noise, timesteps, reduction="none", min_level=0.05)
+    assert torch.allclose(loss, 0.01 / torch.tensor([0.8, 0.05, 0.05]).square(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
 def test_the_loss_takes_a_float_timestep_for_each_image(scheduler_class):
     scheduler, x = scheduler_class(), torch.zeros(3, 1, 4, 4)

@@ -290,6 +290,34 @@ def test_another_objective_replaces_what_an_earlier_run_resolved(train, tmp_path
     assert (settings["prediction_type"], settings["ddpm_beta_schedule"]) == ("flow", None)
 
 
+def test_the_network_of_a_flow_predicts_the_image_unless_it_is_told_not_to(train, tmp_path, check_mistake):
+    def config_of(folder):
+        return json.loads((folder / "unet" / "config.json").read_text())
+
+    first = train(steps=1)
+    assert config_of(first)["x_prediction"] and yaml.safe_load((first / "config.yaml").read_text())["x_prediction"]
+    for flags in ("--x_prediction False", "--prediction_type v_prediction", "--prediction_type edm"):
+        assert not config_of(train(*flags.split(), "--overwrite_output_dir", name="other", steps=1))["x_prediction"]
+    again = ["--config", str(first / "config.yaml"), "--output_dir", str(tmp_path / "again"), "--num_threads", "1"]
+    train_unconditional.main([*again, "--prediction_type", "v_prediction"])
+    assert not config_of(tmp_path / "again")["x_prediction"]
+
+    loaded = ["--pretrained_model_name_or_path", str(first)]
+    assert config_of(train(*loaded, name="tuned", steps=1, network=False))["x_prediction"]
+    check_mistake([*loaded, "--x_prediction", "False"], ["--x_prediction False (it has True)"], network=False)
+    words = ["--prediction_type epsilon", "the output of flow", "--prediction_type flow"]
+    check_mistake([*loaded, "--prediction_type", "epsilon"], words, network=False)
+
+
+@pytest.mark.parametrize("flags", [[], ["--network", "unet"]])
+def test_a_run_from_before_x_prediction_is_resumed_without_it(train, flags):
+    folder = train("--x_prediction", "False", steps=1)
+    settings = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text("".join(line for line in settings.splitlines(True) if "x_pred" not in line))
+    train("--resume_from_checkpoint", "latest", *flags, steps=2)
+    assert not json.loads((folder / "unet" / "config.json").read_text())["x_prediction"]
+
+
 def test_the_timestep_distribution_is_saved_with_the_model(train):
     for flags, expected in (((), "mixed"), (("--timestep_distribution", "uniform"), "uniform")):
         folder = train("--prediction_type", "flow", *flags, "--overwrite_output_dir", steps=1)
@@ -308,6 +336,8 @@ def test_the_timestep_distribution_is_saved_with_the_model(train):
         ("edm", "--ddpm_num_steps 500"),
         ("edm", "--timestep_distribution uniform"),
         ("epsilon", "--timestep_distribution mixed"),
+        ("epsilon", "--x_prediction True"),
+        ("edm", "--x_prediction False"),
     ],
 )
 def test_flags_that_mean_nothing_to_the_objective_are_refused(check_mistake, prediction_type, flags):

@@ -36,7 +36,7 @@ NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
 _LEARNING_RATE, _LEARNING_RATES = 1e-3, {"muon": 3e-3}
 
 # A flag of beta schedules decides what is predicted, if nobody says
-_OF_BETAS = {"decides": ("prediction_type",)}
+_OF_BETAS = {"decides": ("prediction_type", "x_prediction")}
 
 # The flags that mean nothing without a beta schedule, with the values that they have on one if not given
 _BETA_FLAGS = {
@@ -50,7 +50,11 @@ _BETA_FLAGS = {
     "snr_gamma": None,
 }
 # All that mean nothing to a --prediction_type
-_MEANINGLESS = {"flow": [*_BETA_FLAGS], "edm": [*_BETA_FLAGS, "ddpm_num_steps", "timestep_distribution"]}
+_OF_FLOW = ("timestep_distribution", "x_prediction")
+_MEANINGLESS = {"flow": [*_BETA_FLAGS], "edm": [*_BETA_FLAGS, "ddpm_num_steps", *_OF_FLOW]}
+
+# The level below which the error of a predicted image has no more weight (https://huggingface.co/papers/2511.13720)
+_MIN_LOSS_LEVEL = 0.05
 
 # And to latents
 _OF_PIXELS = (
@@ -101,7 +105,7 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         "What the network predicts: with a beta schedule epsilon, sample or v_prediction; flow: the velocity of "
         "rectified flow; edm: the output F of EDM's preconditioned network. If not given: that of the checkpoint to "
         "start from, v_prediction with a flag of beta schedules, or else flow.",
-        decides=(*_BETA_FLAGS, "timestep_distribution"),
+        decides=(*_BETA_FLAGS, *_OF_FLOW),
     )
     timestep_distribution: Literal[CHOICES["timestep_distribution"]] | None = flag(
         None,
@@ -170,7 +174,7 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         if given is not None and given > most:
             raise UserError(f"--ddpm_num_inference_steps {given}: it must be at most --ddpm_num_steps, {most}.")
         if self.prediction_type is not None:
-            for name in self.asked_of(_MEANINGLESS.get(self.prediction_type, ("timestep_distribution",))):
+            for name in self.asked_of(_MEANINGLESS.get(self.prediction_type, _OF_FLOW)):
                 raise UserError(
                     f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave "
                     "it out."
@@ -330,7 +334,8 @@ class Diffusion(Family):
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
         output = self._predict(unet, batch, noisy, timesteps)
-        return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none")
+        options = {"min_level": _MIN_LOSS_LEVEL} if self.modules["unet"].config.get("x_prediction") else {}
+        return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none", **options)
 
     def _predict(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Runs the network on noisy images, with the conditions of the batch."""

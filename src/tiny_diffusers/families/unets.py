@@ -78,6 +78,11 @@ class UNetArguments(NetworkArguments):
         "default: blocks add the time embedding; scale_shift: it scales and shifts their normalized features. The "
         "scripts' own network has scale_shift, presets have default.",
     )
+    x_prediction: bool | None = flag(
+        None,
+        "The layers predict the image, of which the velocity is computed. Only for --prediction_type flow, of whose new "
+        "networks it is the default.",
+    )
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,19 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
     Resolves which network it is (of a resumed run its own, if the arguments don't say), and the options that the
     arguments leave open. A preset and a loaded network have theirs: there only what was asked for stays.
 
+    Args:
+        arguments ([`UNetArguments`]): The settings, with the objective resolved by
+            [`~tiny_diffusers.families.diffusion.resolve_diffusion`].
+        data ([`ImageData`]): The images.
+
     Raises:
         UserError: If an option of the other network is asked for.
     """
     nothing = dict.fromkeys(network_options(arguments))
     if arguments.pretrained_model_name_or_path or arguments.model_config_name_or_path:
         return nothing | asked_options(arguments)
-    network = _network_name(arguments) or earlier_settings(arguments, data).get("network") or "unet"
+    earlier = earlier_settings(arguments, data)
+    network = _network_name(arguments) or earlier.get("network") or "unet"
     given = {name: value for name, value in network_options(arguments).items() if value is not None}
     foreign = _foreign_options(arguments, network)
     for name in [name for name in given if name in foreign]:
@@ -137,6 +148,8 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
         defaults = default_network(*data.input_shape[1:], is_latent=data.latents is not None)
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
+    if arguments.prediction_type == "flow" and data.latents is None:
+        defaults["x_prediction"] = earlier.get("x_prediction") or not earlier  # runs before it was an option have none
     return {"network": network} | nothing | defaults | given
 
 
@@ -203,6 +216,11 @@ def build_unet(
             with network_refusals(settings):
                 unet = network_class(**{**_unet_options(settings, data), **fixed})
     _check_time_embedding(unet, settings)
+    if unet.config.get("x_prediction") and settings.prediction_type != "flow":
+        raise UserError(
+            f"--prediction_type {settings.prediction_type}: the loaded network has the output of flow (x_prediction): give "
+            "--prediction_type flow, or train a new network."
+        )
     if default_device().type == "cpu":
         if isinstance(unet, TinyUNet2DModel):
             _warn_of_costly_attention(unet)

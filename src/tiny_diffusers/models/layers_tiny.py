@@ -47,6 +47,7 @@ SIZES = {
     "num_frequencies": (0, 16),
     "dilations": (1, 256),
 }
+MIN_LEVEL = 1e-3  # of the noise: a predicted image is divided by no less
 MAX_LEVELS = 8
 MAX_PARAMETERS = 4e9
 
@@ -249,6 +250,15 @@ def _half_normal_quantiles(count: int) -> list[float]:
     return [statistics.NormalDist().inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]
 
 
+def velocity_of_x0(x_0: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor, T: int) -> torch.Tensor:
+    """
+    Returns the velocity of a rectified flow from a prediction of the image, (x_t - x_0) / s with s = t / T (arXiv
+    2511.13720), in float32: (B, C, H, W), (B, C + K, H, W), (B,) -> (B, C, H, W)
+    """
+    level = (timesteps.float() / T).clamp(min=MIN_LEVEL)[:, None, None, None]
+    return (x_t[:, : x_0.shape[1]].float() - x_0.float()) / level  # after the image come the channels of a condition
+
+
 def self_attention(qkv: torch.Tensor) -> torch.Tensor:
     """Computes `softmax(q k^T / sqrt(d)) v` by the fastest function of the device: (B, L, 3, heads, d) -> (B, L, heads, d)"""
     if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -355,6 +365,16 @@ def check_dropout(dropout: float) -> None:
     """Raises a ValueError unless `dropout` is in [0, 1)."""
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout!r} is not possible: it must be a number in [0, 1).")
+
+
+def check_x_prediction(config: Mapping) -> None:
+    """Raises a ValueError if a network is to predict the image and more, such as a variance."""
+    given, own = config["in_channels"], config["out_channels"]
+    if config["x_prediction"] and own > given:
+        raise ValueError(
+            f"x_prediction is not possible with out_channels {own} and in_channels {given}: the output is the velocity of "
+            "the image, which has no further channels."
+        )
 
 
 def check_levels(config: Mapping, multiple: int, advice: str = "") -> None:

@@ -27,11 +27,13 @@ from .layers_tiny import (
     check_parameters,
     check_shape,
     check_sizes,
+    check_x_prediction,
     embed_augmentation,
     embed_classes,
     embed_conditions,
     height_and_width,
     self_attention,
+    velocity_of_x0,
 )
 
 
@@ -60,6 +62,7 @@ def _check_config(config: dict) -> None:
         check_choice(name, config[name], allowed)
     check_sizes(config, num_layers=(1, 64), attention_head_dim=(1, 4096))
     check_dropout(config["dropout"])
+    check_x_prediction(config)
     ratio, patch_size = config["mlp_ratio"], config["patch_size"]
     if not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
         raise ValueError(f"mlp_ratio {ratio!r} is not possible: it must be a number in (0, 64].")
@@ -225,11 +228,15 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         act_fn (`str`, *optional*, defaults to `"gelu"`): Activation of the MLPs, `"silu"` or `"gelu"`.
         num_class_embeds (`int`, *optional*):
             Number `K` of classes. The network then has `K + 1` rows, of which row `K` stands for no class.
-        num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
+        num_train_timesteps (`int`, *optional*, defaults to 1000):
+            Timesteps `T`: of Fourier and learned embeddings, and of a flow whose network predicts the image.
         num_conditions (`int`, *optional*):
             Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
         num_augment_labels (`int`, *optional*):
             Number `A` of labels of augmentation, a linear map of which is added to the time embedding.
+        x_prediction (`bool`, *optional*, defaults to `False`):
+            Whether the layers predict the image x_0, of which the output is computed: the velocity (x_t - x_0) / s of a
+            rectified flow at s = t / T (arXiv 2511.13720).
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -273,6 +280,7 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         num_conditions: int | None = None,
         num_augment_labels: int | None = None,
+        x_prediction: bool = False,
     ):
         super().__init__()
         self.register_to_config(sample_size=as_sample_size(sample_size))
@@ -354,9 +362,10 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         timesteps = torch.as_tensor(timestep, device=sample.device)
         if timesteps.numel() not in (1, B):
             raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
+        timesteps = timesteps.reshape(-1).expand(B)
 
         # 1. embeddings of time, class and conditions
-        emb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, E)
+        emb = self.time_embed(timesteps)  # (B, E)
         for other in (
             embed_classes(self.class_embed, class_labels, B),
             embed_conditions(self.condition_embed, conditions, B),
@@ -384,7 +393,10 @@ class TinyTransformer2DModel(ModelMixin, ConfigMixin):
         # 4. images
         shift, scale = self.modulation_out(emb)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.proj_out(torch.addcmul(shift, 1 + scale, self.norm_out(x)))
-        x = F.pixel_shuffle(x.transpose(1, 2).unflatten(-1, (h, w)), patch_size).to(sample.dtype)
+        x = F.pixel_shuffle(x.transpose(1, 2).unflatten(-1, (h, w)), patch_size)
+        if self.config.x_prediction:
+            x = velocity_of_x0(x, sample, timesteps, self.config.num_train_timesteps)
+        x = x.to(sample.dtype)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
     def _embed_positions(

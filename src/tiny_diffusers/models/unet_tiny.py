@@ -34,10 +34,12 @@ from .layers_tiny import (
     check_parameters,
     check_shape,
     check_sizes,
+    check_x_prediction,
     embed_augmentation,
     embed_classes,
     embed_conditions,
     self_attention,
+    velocity_of_x0,
 )
 
 
@@ -140,6 +142,7 @@ def _check_options(config: dict, kinds: Sequence[str]) -> None:
             check_choice(name, value, allowed)
     check_sizes(config)
     check_dropout(config["dropout"])
+    check_x_prediction(config)
     eps = config["weight_standardization_eps"]
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
         raise ValueError(f"weight_standardization_eps {eps!r} is not possible: it must be a number in (0, 1).")
@@ -394,11 +397,15 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         resnet_time_scale_shift (`str`, *optional*, defaults to `"default"`):
             `"default"`: each residual block adds the embedding. `"scale_shift"`: the embedding scales and shifts the
             normalized feature map (adaptive group norm, arXiv 2105.05233).
-        num_train_timesteps (`int`, *optional*, defaults to 1000): Timesteps `T` of Fourier and learned embeddings.
+        num_train_timesteps (`int`, *optional*, defaults to 1000):
+            Timesteps `T`: of Fourier and learned embeddings, and of a flow whose network predicts the image.
         num_conditions (`int`, *optional*):
             Number `D` of conditions: standardized numbers, whose embedding is added to the time embedding.
         num_augment_labels (`int`, *optional*):
             Number `A` of labels of augmentation, a linear map of which is added to the time embedding.
+        x_prediction (`bool`, *optional*, defaults to `False`):
+            Whether the layers predict the image x_0, of which the output is computed: the velocity (x_t - x_0) / s of a
+            rectified flow at s = t / T (arXiv 2511.13720).
 
     Raises:
         ValueError: If an option is unknown or a size is not possible, before anything is allocated.
@@ -451,6 +458,7 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         num_conditions: int | None = None,
         num_augment_labels: int | None = None,
+        x_prediction: bool = False,
     ):
         super().__init__()
         resolved, kinds = _resolve_config(self.config)
@@ -544,10 +552,11 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
         timesteps = torch.as_tensor(timestep, device=sample.device)
         if timesteps.numel() not in (1, B):
             raise ValueError(f"timestep has shape {tuple(timesteps.shape)}: give one, or one for each of {B} images.")
+        timesteps = timesteps.reshape(-1).expand(B)
 
         # 1. embeddings
         cemb = embed_classes(self.class_embed, class_labels, B)  # (B, D)
-        temb = self.time_embed(timesteps.reshape(-1).expand(B))  # (B, D)
+        temb = self.time_embed(timesteps)  # (B, D)
         if cemb is not None and self.config.class_conditioning == "add":
             temb, cemb = temb + cemb, None
         for other in (
@@ -582,6 +591,8 @@ class TinyUNet2DModel(ModelMixin, ConfigMixin):
 
         # 4. images, in the dtype and the memory format of the input
         x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
+        if self.config.x_prediction:
+            x = velocity_of_x0(x, sample, timesteps, self.config.num_train_timesteps)
         channels_last = not sample.is_contiguous() and sample.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = x.to(sample.dtype).contiguous(memory_format=memory_format)
