@@ -598,8 +598,7 @@ def test_the_help_of_a_script_has_its_flags_in_groups_and_ends_with_its_examples
     from tiny_diffusers.families.diffusion import DiffusionArguments
     from tiny_diffusers.training.arguments import parse_arguments
 
-    with pytest.raises(SystemExit):
-        cli.main(["train", "unconditional", "--help"])
+    assert cli.main(["train", "unconditional", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "usage: tiny-diffusers train unconditional [--FLAG VALUE ...]"
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]

@@ -146,6 +146,7 @@ class Protocol(Flags):
     )
     likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.", within="[1, inf)")
 
+    TITLE: ClassVar[str] = "protocol"
     DASHES: ClassVar[str] = ""
 
     def __post_init__(self):
