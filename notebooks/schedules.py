@@ -75,8 +75,8 @@ rows = [
 image_grid((torch.cat(rows) / 2 + 0.5).clip(0, 1), columns=10, scale=6, row_labels=NAMES)
 
 # %% [markdown]
-# In the middle, linear betas have left 8 % of the image's variance, and spend the other half of the timesteps on little but
-# noise. Cosine betas have left 49 %.
+# In the middle, linear betas have left 8% of the image's variance, and spend the other half of the timesteps on little but
+# noise. Cosine betas have left 49%.
 #
 # ## Train one network for each
 #

@@ -224,8 +224,9 @@ class TinyLatentPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
                 One class or two, and one value of each condition or two, to interpolate between.
             eta (`float`, *optional*, defaults to 0.0):
                 The fresh noise in each step. Above 0, the path is not smooth.
-            guidance_scale, guidance_interval, generator, num_inference_steps, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*):
+            guidance_scale, guidance_interval, generator, num_inference_steps (*optional*):
+                As for sampling.
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*):
                 As for sampling.
 
         Returns:

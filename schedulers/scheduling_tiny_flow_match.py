@@ -35,8 +35,8 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
             (https://huggingface.co/papers/2403.03206, equation 23).
         timestep_distribution (`str`, defaults to `"mixed"`):
             The distribution of s in training: `uniform`; `logit_normal`, sigmoid(N(`logit_mean`, `logit_std`^2))
-            (https://huggingface.co/papers/2403.03206, equation 19); or `mixed`, logit-normal for 70 % of the images
-            and uniform for 30 %.
+            (https://huggingface.co/papers/2403.03206, equation 19); or `mixed`, logit-normal for 70% of the images
+            and uniform for 30%.
         logit_mean (`float`, defaults to `0.0`): The mean of logit(s).
         logit_std (`float`, defaults to `1.0`): The standard deviation of logit(s), above 0.
         solver (`str`, defaults to `"euler"`):

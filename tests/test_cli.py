@@ -594,6 +594,19 @@ def test_each_command_has_an_example_that_it_takes(capsys):
     assert parse_arguments(arguments_class(script), flags).resolution == 32
 
 
+def test_the_help_of_a_script_has_its_flags_in_groups_and_ends_with_its_examples(capsys):
+    from tiny_diffusers.families.diffusion import DiffusionArguments
+    from tiny_diffusers.training.arguments import parse_arguments
+
+    assert cli.main(["train", "unconditional", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: tiny-diffusers train unconditional [--FLAG VALUE ...]"
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options:", "training data:", "training:", "network:", "diffusion:", "examples:"]
+    command, _, flags = lines[-1].partition(" unconditional ")
+    assert command == "  tiny-diffusers train" and parse_arguments(DiffusionArguments, flags.split()).resolution == 32
+
+
 def test_the_help_lists_every_command_and_a_misspelled_one_is_told_its_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -117,6 +117,7 @@ def test_help_shows_defaults_but_no_none(capsys):
         FlagParser(Example).parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Seed. (default: 0)" in text and "None" not in text
+    assert "--no_use_ema Turn --use_ema off." in text and "--no-use-ema" not in text  # one spelling of the two
 
 
 @pytest.mark.parametrize("limits", [["-1e3", "1e3"], ["-1e-05", "1"], ["-1.5E+2", "-.5"]])

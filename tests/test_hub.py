@@ -293,14 +293,14 @@ class TestCard:
         directory, _ = exported
         (directory / "checkpoint-100").mkdir()  # what resumes a run is no part of the model
         shutil.copyfile(directory / "unet" / WEIGHTS, directory / "checkpoint-100" / "model.safetensors")
-        text = write_card(directory, results={"held for a digit": "81 % of 500 samples, 50 DDIM steps"}).text
+        text = write_card(directory, results={"held for a digit": "81% of 500 samples, 50 DDIM steps"}).text
         parameters = sum(p.numel() for p in TinyPipeline.from_pretrained(directory).unet.parameters())
         assert f"`TinyUNet2DModel`, {parameters / 1e6:.2f} M parameters" in text
         assert "unconditional diffusion model of 8x8 gray images" in text and "`v_prediction`" in text
         assert "tiny-diffusers train unconditional --seed 0" in text
         assert "| learning_rate | 0.001 |" in text
         assert "| notes | 2 broken files skipped; gray |" in text
-        assert "| held for a digit | 81 % of 500 samples, 50 DDIM steps |" in text
+        assert "| held for a digit | 81% of 500 samples, 50 DDIM steps |" in text
         assert "](samples.png)" in text and "](loss_curves.png)" in text
         assert "What it is not good for" in text
 

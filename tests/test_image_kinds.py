@@ -165,7 +165,7 @@ def test_bad_values_are_one_line(tmp_path, array, options, words):
 def test_what_is_clipped_is_counted(tmp_path):
     file = save(tmp_path / "x.npy", np.arange(200, dtype=np.uint16).reshape(2, 10, 10))
     assert (
-        load_images(file, value_range=(10, 500)).notes[-1] == "values from 0 to 199, 5 % of them clipped to 10 to 500"
+        load_images(file, value_range=(10, 500)).notes[-1] == "values from 0 to 199, 5% of them clipped to 10 to 500"
     )
 
 

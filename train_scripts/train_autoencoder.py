@@ -25,7 +25,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(AutoencoderArguments, argv)
+    arguments = parse_arguments(AutoencoderArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
     pretrained = load_pretrained(arguments, TinyVAEPipeline, AutoencoderKL)

@@ -27,7 +27,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(ConditionalArguments, argv)
+    arguments = parse_arguments(ConditionalArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
     arguments, data, vae = load_latents(arguments, accelerator, data)

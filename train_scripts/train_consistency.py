@@ -28,7 +28,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(ConsistencyArguments, argv)
+    arguments = parse_arguments(ConsistencyArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     pipeline = load_tuned(arguments)
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none

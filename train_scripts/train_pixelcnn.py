@@ -24,7 +24,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(PixelCNNArguments, argv)
+    arguments = parse_arguments(PixelCNNArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
     if arguments.single_image is not None:

@@ -18,7 +18,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(DiffusionArguments, argv)
+    arguments = parse_arguments(DiffusionArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
     arguments, data, vae = load_latents(arguments, accelerator, data)

@@ -19,7 +19,7 @@ from tiny_diffusers.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(VAEArguments, argv)
+    arguments = parse_arguments(VAEArguments, argv, __doc__)
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.class_conditional)
     pretrained = load_pretrained(arguments, TinyVAEPipeline, TinyVAEModel)

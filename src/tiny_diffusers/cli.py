@@ -71,7 +71,9 @@ def export_parser() -> argparse.ArgumentParser:
         default="float32",
         help="dtype of the weights; the others halve the file (default: float32)",
     )
-    parser.add_argument("--no_code", action="store_true", help="leave the code out: it loads with this package alone")
+    parser.add_argument(
+        "--no_code", action="store_true", help="leave the code out: the checkpoint then needs this package to load"
+    )
     parser.add_argument(
         "--format",
         choices=("diffusers", "onnx"),
@@ -81,7 +83,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance_model",
         metavar="CHECKPOINT",
-        help="a weaker checkpoint, smaller or earlier in training, that --guidance_scale above 1 then leads away from",
+        help="a weaker checkpoint, smaller or less trained, that --guidance_scale above 1 leads away from",
     )
     return parser
 
@@ -145,8 +147,9 @@ def benchmark_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         Settings,
         prog="tiny-diffusers benchmark",
-        description="Contenders take turns, and a ratio is the median of the rounds' ratios: run nothing else beside it. "
-        "Prints a Markdown table row by row, and writes JSON with the facts of the machine.",
+        description="Measures speed and memory of this package and of stock diffusers, which take turns; a ratio is "
+        "the median over the rounds. Run nothing else at the same time. Prints a Markdown table, and "
+        "writes JSON that describes the machine as well.",
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", default=list(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), metavar="FILE", help="JSON to write")
@@ -188,7 +191,7 @@ _GROUPS = {
             "runs/ddpm-digits --sigma_rel 0.05 0.1",
         ),
     },
-    "use it": {
+    "use a model": {
         "sample": Command(
             "draw samples from a checkpoint",
             sample_parser,
@@ -196,7 +199,7 @@ _GROUPS = {
             "runs/ddpm-digits --num_images 64 --output samples.png",
         ),
         "interpolate": Command(
-            "walk between two samples",
+            "interpolate between two samples",
             interpolate_parser,
             interpolate,
             "runs/ddpm-digits --seeds 0,1 --output walk.gif",
@@ -232,7 +235,7 @@ _GROUPS = {
             "runs/ddpm-digits --output network.png",
         ),
     },
-    "share it": {
+    "share a model": {
         "card": Command(
             "rewrite a model card, with the metrics of a report",
             card_parser,

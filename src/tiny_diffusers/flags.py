@@ -3,7 +3,7 @@ Command-line flags from dataclasses: a field is a flag, its type gives the allow
 
     @dataclass(frozen=True)
     class Arguments(Flags):
-        seed: int = flag(0, "Seed of everything random.", within="[0, inf)")
+        seed: int = flag(0, "Seed of all random numbers.", within="[0, inf)")
         dtype: Literal["float32", "bfloat16"] = flag("float32", "Dtype of the network.")
 
     arguments = FlagParser(Arguments).parse(["--seed", "1"])
@@ -75,6 +75,7 @@ def flag(
 class Flags:
     """Base of the dataclasses whose fields are flags: constructing one checks the ranges of its numbers."""
 
+    TITLE: ClassVar[str | None] = None  # of the flags that a class declares, in --help
     DASHES: ClassVar[str] = "--"  # before a name in errors; none for a class that is used from Python as well
 
     def __post_init__(self):
@@ -140,8 +141,20 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Lists each flag in one spelling, and its default where there is one to know."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [o for o in action.option_strings if o == _underscored(o) or len(o) == 2]
+        return super()._format_action_invocation(shown)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+
+
+def _underscored(option: str) -> str:
+    """Returns the spelling of a flag that has one with hyphens as well."""
+    return "--" + option[2:].replace("-", "_")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -152,7 +165,7 @@ class OneLineParser(argparse.ArgumentParser):
         UserError: For every mistake on the command line.
     """
 
-    example = ""  # a command line that --help ends with
+    example = ""  # the command line that --help ends with, or several lines
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -170,8 +183,10 @@ class OneLineParser(argparse.ArgumentParser):
         return namespace
 
     def format_help(self) -> str:
-        """Formats the help, with the example on a line of its own, which may be copied."""
-        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
+        """Formats the help, with the examples on lines of their own, which may be copied."""
+        lines = self.example.splitlines()
+        title = "examples:" if len(lines) > 1 else "example:"
+        return super().format_help() + ("\n  ".join([f"\n{title}", *lines]) + "\n" if lines else "")
 
     def error(self, message: str):
         raise UserError(f"{message}. --help lists the flags.")
@@ -221,11 +236,24 @@ class FlagParser(OneLineParser, HfArgumentParser):
     def __init__(self, *dataclass_types: type, **kwargs):
         self.choices: dict[str, tuple] = {}  # of the flags that take a list of strings; empty if any will do
         self.meant: dict[str, Mapping[str, str] | None] = {}  # what to suggest for other values of these
+        self._titles: dict[str, str] = {}  # of the flags, in --help
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        for (
+            base
+        ) in dtype.__mro__:  # from the derived class to its bases: the base that declares a flag names its title
+            names = vars(base).get("__annotations__", {})
+            self._titles |= dict.fromkeys(names, getattr(base, "TITLE", None))
+        super()._add_dataclass_arguments(dtype)
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         if "help" not in field.metadata:
             return
+        title = self._titles[field.name]
+        if title is not None:
+            groups = [group for group in self._action_groups if group.title == title]
+            parser = groups[0] if groups else self.add_argument_group(title)
         self.meant[field.name] = field.metadata["meant"]
         field = copy.copy(field)
         field.metadata = {name: field.metadata[name] for name in ("help", "aliases")}
@@ -237,6 +265,8 @@ class FlagParser(OneLineParser, HfArgumentParser):
         elif field.type in (Resolution, Resolution | None):
             field.type = parse_resolution
         super()._parse_dataclass_field(parser, field)
+        if f"--no_{field.name}" in self._option_string_actions:
+            self._option_string_actions[f"--no_{field.name}"].help = f"Turn --{field.name} off."
 
     def parse_known_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None

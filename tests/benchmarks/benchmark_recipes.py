@@ -4,7 +4,7 @@ Estimates how long each cell of the recipes takes, from its operations: nothing 
     python tests/benchmarks/benchmark_recipes.py --two_cores 110 --gpu 90000
 
 A training step is taken for three forward passes, at so many GFLOP/s. 110 is the rate of one measurement: a step of the
-network of unconditional_betas_and_losses (171 M parameters, 32 images) took 19 s on two cores of a Xeon. 90,000 is 30 % of
+network of unconditional_betas_and_losses (171 M parameters, 32 images) took 19 s on two cores of a Xeon. 90,000 is 30% of
 the peak of an A100 in bfloat16. Small networks stay below that, so their times on a GPU are too short. `--measure` times a
 step here as `tiny-diffusers study --budget` does, for the diffusion recipes.
 """

@@ -120,11 +120,11 @@ def main() -> None:
                 pipe.scheduler = cls.from_config(saved.config, **own, **config)
             guidance = {"guidance_scale": w} if has_classes else {}
             drawn = draw(pipe, real["test"].shape[1:], args, num_inference_steps=steps, **call, **guidance)
-            cells.append(f"{reference.distance(extract(drawn)):.1f} ({100 * faint(drawn):.1f} %)")
+            cells.append(f"{reference.distance(extract(drawn)):.1f} ({100 * faint(drawn):.1f}%)")
         pipe.scheduler = saved
         print(f"| {name}{f', w = {w:g}' if has_classes else ''} | " + " | ".join(cells) + " |", flush=True)
     train = real["train"][torch.randperm(len(real["train"]))[: args.num_images]]
-    print(f"| training images | {reference.distance(extract(train)):.1f} ({100 * faint(train.numpy()):.1f} %) |")
+    print(f"| training images | {reference.distance(extract(train)):.1f} ({100 * faint(train.numpy()):.1f}%) |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Checks that a model of the digits draws digits, and does not copy its training i
 
     python tests/benchmarks/check_digits.py runs/ddpm-digits [--num_images 500] [--num_inference_steps 50]
 
-A calibrated support vector classifier, fitted on 70 % of the real digits, judges the samples: the share that it
+A calibrated support vector classifier, fitted on 70% of the real digits, judges the samples: the share that it
 accepts as some digit with a probability over 0.8, and the share of each class. Also measured is the share of samples
 whose mean absolute difference to a training image is below 0.3 gray levels of 16 (no held-out real digit is below
 0.42). Prints the results as JSON, adds them to the model's card with `--write_card`, and exits with 1 if they fall

@@ -4,9 +4,9 @@ Checks that a model of MNIST draws digits, and a conditional one those that are 
     python tests/benchmarks/check_mnist.py model_cards/mnist-32 [--dataset_name ylecun/mnist]
     python tests/benchmarks/check_mnist.py runs/conditional-ddpm-mnist [--dataset_name ylecun/mnist]
 
-A small classifier, trained on the real digits once and then saved, must have an accuracy over 98 % on the test images. Of
+A small classifier, trained on the real digits once and then saved, must have an accuracy over 98% on the test images. Of
 1,000 samples it says the share that it gives no class a probability of 0.9, beside that of the test images, and with
-classes, 100 samples of each, how often it sees the one that was asked for: at least for 98 % of the samples at the guidance
+classes, 100 samples of each, how often it sees the one that was asked for: at least for 98% of the samples at the guidance
 scales 1 and 3. Prints the results as JSON and exits with 1 if they fall short.
 """
 

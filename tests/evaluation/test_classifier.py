@@ -144,7 +144,7 @@ class TestReport:
             f"{name} (60 images)"
             for name in ("Classifier score (the data's classes)", "Agreement by the data's classifier")
         }
-        assert "trained on 60 images of bars (part 0), and finds the class of 100.0 % of 60 held-out images" in text
+        assert "trained on 60 images of bars (part 0), and finds the class of 100.0% of 60 held-out images" in text
 
     def test_of_images_without_classes_has_no_agreement(self, short):
         report = evaluate(without_labels(bars(seed=2)), bars(seed=1), replace(PROTOCOL, baselines=["real"]))

@@ -42,7 +42,7 @@ def widths(networks):
 
 
 def test_all_widths_are_divided_by_one_factor(plan, capsys):
-    # 500 steps in 80 % of 10 minutes are 0.96 s each
+    # 500 steps in 80% of 10 minutes are 0.96 s each
     assert fit(plan({"budget": 10.0}, cells=CELLS)) == (2, NARROWED)
     assert "about 2 times narrower" in capsys.readouterr().out
 

@@ -58,7 +58,7 @@ def test_the_inner_product_is_the_integral(t_a, gamma_a, t_b, gamma_b):
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.07, 0.1, 0.15, 0.2])
 def test_a_rebuilt_average_is_the_kept_one(sigma_rel):
-    """Of a random walk whose steps shrink, beside a large constant; to 1 % of the distance from the last weights."""
+    """Of a random walk whose steps shrink, beside a large constant; to 1% of the distance from the last weights."""
     steps = np.arange(1, 513)
     walk = np.cumsum(np.random.default_rng(0).normal(size=(512, 50)) * (1 - steps / 513)[:, None], 0) + 1000
 

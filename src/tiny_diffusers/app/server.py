@@ -109,7 +109,7 @@ def launch(
 
     Args:
         models (`list[Model]`): The models that can be chosen.
-        host (`str`): The address to listen at; the default can be reached from this machine alone.
+        host (`str`): The address to listen on; the default can be reached from this machine only.
         port (`int`, *optional*): The port. Defaults to the first free one from 7860 on.
         share (`bool`): Whether to open a public link through Gradio's servers.
         auth (`tuple[str, str]`, *optional*): User name and password that the page asks for.

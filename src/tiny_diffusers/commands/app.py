@@ -10,28 +10,32 @@ from .shared import make_parser, positive_number
 
 
 def app_parser() -> argparse.ArgumentParser:
-    parser = make_parser("app", "Serves a page in which checkpoints draw, walk and edit, at this machine alone.")
+    parser = make_parser(
+        "app", "Serves a web page to sample from checkpoints, interpolate and edit images, on this machine only."
+    )
     parser.add_argument(
         "checkpoints",
         metavar="CHECKPOINT",
         nargs="*",
         help="folders, or owner/name on the Hub (default: the published models)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=port_number, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="open a public link as well; give --auth with it")
-    parser.add_argument("--auth", type=user_and_password, metavar="USER:PASSWORD", help="what the page asks for first")
+    parser.add_argument(
+        "--auth", type=user_and_password, metavar="USER:PASSWORD", help="the login that the page asks for"
+    )
     parser.add_argument(
         *("--queue_size", "--queue-size"),
         type=positive_number,
         default=20,
-        help="requests that may wait; further ones are refused (default: 20)",
+        help="maximum number of waiting requests; others are refused (default: 20)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)")
     parser.add_argument(
         "--dataset_name",
-        help="training images to find the nearest ones in, of models that were trained on them: a Hub id, a folder, or "
-        "digits (default: digits, and the folder of a run that was trained here)",
+        help="training images in which the page finds those nearest to a sample: a Hub id, a folder, or digits "
+        "(default: digits, or the training images of a run on this machine)",
     )
     parser.add_argument(
         *("--export_space", "--export-space"),

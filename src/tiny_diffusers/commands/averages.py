@@ -10,14 +10,14 @@ from .shared import load_checkpoint, make_parser, positive_number
 
 def ema_parser() -> argparse.ArgumentParser:
     parser = make_parser("ema")
-    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a run that had --posthoc_ema")
+    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a run with --posthoc_ema")
     parser.add_argument(
         "--sigma_rel",
         nargs="+",
         type=_length,
         default=[0.05, 0.1, 0.15, 0.2],
-        help="lengths: the standard deviation of the steps that an average is of, as a share of all steps; above 0, up to "
-        "0.28 (default: 0.05 0.1 0.15 0.2)",
+        help="lengths of the averages: the standard deviation of the steps that they cover, as a share of all steps, "
+        "from above 0 to 0.28 (default: 0.05 0.1 0.15 0.2)",
     )
     parser.add_argument(
         "--step", type=positive_number, metavar="N", help="average up to the snapshot of this step (default: the last)"

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def card_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "card",
-        description="Writes the model card, README.md, from what lies in the folder: the model and how to load it, the "
-        "command and settings that made it, its data, and the metrics of a report. What you wrote outside of the parts "
-        "that the card marks stays, and so do the metadata that you gave.",
+        description="Writes the model card, README.md, from the files of the folder: the model and how to load it, "
+        "the command and the settings of its training, its data, and the metrics of a report. Text that "
+        "you added outside of the marked parts of the card is kept, and so is metadata that you added.",
     )
     add_checkpoint_argument(parser)
     parser.add_argument(

@@ -12,7 +12,8 @@ from .shared import make_parser
 def completion_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "completion",
-        "Prints a script that completes commands, flags, choices and files in a shell. Write it anew after an update.",
+        "Prints a script that completes commands, flags, choices and files in a shell. Make it again after an update "
+        "of the package.",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def add_condition_argument(parser: argparse.ArgumentParser, help: str, name: str = "condition") -> None:
+def add_condition_argument(
+    parser: argparse.ArgumentParser, values: str = "one value for all images", name: str = "condition"
+) -> None:
     parser.add_argument(
         f"--{name}",
         type=named_numbers,
         action="append",
         metavar="NAME=VALUE",
-        help=f"a condition of a network that takes some, such as age=30; give the flag for each {help}",
+        help=f"a condition that the network takes, such as age=30; {values}; may be repeated for several conditions",
     )
 
 

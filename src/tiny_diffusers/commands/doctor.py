@@ -67,8 +67,8 @@ def _is_met(requirement: "Requirement") -> bool:
 
 def _state(requirement: "Requirement") -> str:
     """Returns the version of a package, and what is wrong with it."""
-    needed = f"{requirement.specifier} is needed" if requirement.specifier else "any version will do"
-    return (_version(requirement) or "is missing") + ("" if _is_met(requirement) else f" ({needed})")
+    needed = f" ({requirement.specifier} is needed)" if requirement.specifier and not _is_met(requirement) else ""
+    return (_version(requirement) or "is missing") + needed
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -91,7 +91,10 @@ def _machine() -> list[tuple[str, str]]:
     return [
         (PACKAGE, __version__),
         ("system", f"{platform.platform()}, Python {platform.python_version()}"),
-        ("processor", f"{hardware.processor_name()}, {hardware.physical_cores()} cores, {memory:.1f} GiB of memory"),
-        ("device", f"{name}, {dtype}, {hardware.default_num_threads()} threads"),
+        (
+            "processor",
+            f"{hardware.processor_name()}, physical cores: {hardware.physical_cores()}, memory: {memory:.1f} GiB",
+        ),
+        ("device", f"{name}, {dtype}, threads: {hardware.default_num_threads()}"),
         ("cache of images and features", f"{str(cache).replace(home, '~', 1)}, {cached / 2**20:,.0f} MiB"),
     ]

@@ -59,7 +59,9 @@ def edit_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="variations: invert the image instead of adding noise, to keep its layout under another class",
     )
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="inpainting: what is white in it is painted")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="inpainting: a picture whose white pixels are filled in"
+    )
     parser.add_argument(
         "--task",
         metavar="TASK",
@@ -67,19 +69,24 @@ def edit_parser() -> argparse.ArgumentParser:
         "SIGMA pixels; the picture is what is observed",
     )
     parser.add_argument(
-        "--degrade", action="store_true", help="restoration: the picture is intact: apply --task to it first"
+        "--degrade",
+        action="store_true",
+        help="restoration: the picture is whole: apply the operator of --task to it first",
     )
-    parser.add_argument("--method", choices=("ddnm", "pigdm"), help="restoration: how (default: ddnm)")
+    parser.add_argument("--method", choices=("ddnm", "pigdm"), help="restoration: method (default: ddnm)")
     parser.add_argument(
         "--noise_std",
         type=float,
-        help="restoration: the noise of what is observed, on the scale of images in [-1, 1] (default: 0)",
+        help="restoration: standard deviation of the noise in the picture, on the scale of images in [-1, 1] "
+        "(default: 0)",
     )
     parser.add_argument(
-        "--jump_length", type=positive_number, help="inpainting, restoration: steps before a jump back"
+        "--jump_length", type=positive_number, help="inpainting, restoration: number of steps to jump back"
     )
     parser.add_argument(
-        "--jump_n_sample", type=positive_number, help="inpainting, restoration: how often each step is taken"
+        "--jump_n_sample",
+        type=positive_number,
+        help="inpainting, restoration: number of times that each step is taken",
     )
     parser.add_argument(
         "--num_images",
@@ -87,12 +94,12 @@ def edit_parser() -> argparse.ArgumentParser:
         help="results for each picture (default: 4; 1 with --inversion, whose results are all the same without --eta)",
     )
     parser.add_argument("--class_labels", help="the class of all results, a name or id")
-    add_condition_argument(parser, "of them, with one value for all results")
+    add_condition_argument(parser, "one value for all results")
     parser.add_argument(
         "--source_class_labels",
         help="with --inversion: the class of the pictures (default: none)",
     )
-    add_condition_argument(parser, "of the pictures, with --inversion (default: none)", "source_condition")
+    add_condition_argument(parser, "with --inversion: its value in the pictures (default: none)", "source_condition")
     add_guidance_interval(parser)
     add_sampling_arguments(parser)
     add_show_channels(parser)

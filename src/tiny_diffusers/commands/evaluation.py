@@ -50,9 +50,10 @@ def evaluate_parser() -> argparse.ArgumentParser:
         Protocol,
         RealImages,
         prog="tiny-diffusers evaluate",
-        description="Writes report.json, report.md and report.png to CHECKPOINT/reports/NAME. `torchrun --nproc_per_node N -m "
-        "tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among processes; a stopped "
-        "evaluation resumes where it was.",
+        description="Measures the images of a checkpoint or a folder against real images, and writes report.json, "
+        "report.md and report.png to CHECKPOINT/reports/NAME. `torchrun --nproc_per_node N -m "
+        "tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among "
+        "processes; a stopped evaluation resumes where it was.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder, or owner/name on the Hub")
     parser.add_argument(
@@ -62,7 +63,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from_report",
         metavar="FILE",
-        help="use the protocol of this report.json, and its model if none is given; other flags win over it",
+        help="use the protocol of this report.json, and its model if none is given; other flags override it",
     )
     parser.add_argument("--name", help="name of the report (default: made from the protocol, such as ddim-50)")
     parser.add_argument(
@@ -304,7 +305,9 @@ def _source_of(report: "Report", file: Path) -> dict:
 
 
 def compare_parser() -> argparse.ArgumentParser:
-    parser = make_parser("compare", "Refuses metrics of different protocols.")
+    parser = make_parser(
+        "compare", "Tabulates the metrics of several checkpoints, or runs. Metrics of different protocols are refused."
+    )
     parser.add_argument(
         "reports", metavar="CHECKPOINT", nargs="+", help="folders of checkpoints or reports, or report.json files"
     )

@@ -222,7 +222,7 @@ def denoising_parser() -> argparse.ArgumentParser:
         help="real images: the timesteps t that denoising starts from (default: the quarters of all)",
     )
     parser.add_argument("--class_labels", help="the class, a name or id (default: the first)")
-    add_condition_argument(parser, "of them")
+    add_condition_argument(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise, of all rows (default: 0)")
     add_solver_arguments(parser)
     add_show_channels(parser)
@@ -354,7 +354,7 @@ def reconstructions_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class_labels", help="the class of --image, a name or id; images of a dataset have their own"
     )
-    add_condition_argument(parser, "of them, of --image; images of a dataset have their own")
+    add_condition_argument(parser, "its value for --image, as images of a dataset have their own")
     add_show_channels(parser)
     add_picture_output(parser, "reconstructions.png")
     return parser

@@ -71,7 +71,7 @@ def samples_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class_labels", type=comma_separated, help="names or ids, such as cat,frog (default: the first ones)"
     )
-    add_condition_argument(parser, "of them, with one value for all images")
+    add_condition_argument(parser)
     add_sampling_arguments(parser)
     add_temperature(parser)
     add_picture_output(parser, "samples_compared.png")
@@ -214,7 +214,7 @@ def interpolation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_frames", type=positive_number, default=10, help="images, both ends too (default: 10)")
     parser.add_argument("--interpolation", help="slerp, or linear, whose middle images are smoother (default: slerp)")
     parser.add_argument("--class_labels", type=comma_separated, help="a name or id, or one for each end: cat,frog")
-    add_condition_argument(parser, "of them, with a value for all images, or one for each end")
+    add_condition_argument(parser, "one value for all images, or one for each end: age=20,60")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the fresh noise (default: 0)")
     add_guidance_interval(parser)
     add_sampling_arguments(parser)
@@ -300,7 +300,7 @@ def guidance_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_argument(parser)
     parser.add_argument("--class_labels", type=comma_separated, help="names or ids (default: the first ten)")
-    add_condition_argument(parser, "of them, with one value for all images")
+    add_condition_argument(parser)
     parser.add_argument(
         "--guidance_scales", type=finite_numbers, default=[0, 1, 2, 4, 8], help="the columns (default: 0,1,2,4,8)"
     )

@@ -91,18 +91,18 @@ def add_plan_arguments(parser: argparse.ArgumentParser, num_images: int | None =
     )
     add_condition_argument(
         parser,
-        "of them; several values, such as age=20,40,60, get an equal share of the images each (default: values that show "
-        "what the first condition does)",
+        "several values, such as age=20,40,60, get an equal share of the images each (default: a range of values of "
+        "the first condition)",
     )
     parser.add_argument(
         "--image",
         type=Path,
         metavar="PATH",
-        help="the conditioning image of a network that takes one, or a folder of them: each gets an equal share of the "
-        f"images, {PER_PICTURE} (with classes as many of each, {PER_PICTURE} or more) if --num_images is not given",
+        help="a conditioning image, or a folder of them: each gets an equal share of the images; without --num_images, "
+        f"{PER_PICTURE} images each, or with classes the same number for each class, {PER_PICTURE} or more",
     )
     parser.add_argument(
-        "--degrade", action="store_true", help="--image is whole: make the conditioning image from it, as in training"
+        "--degrade", action="store_true", help="--image is a whole picture: make the conditioning image from it"
     )
     add_guidance_interval(parser)
     add_dynamic_thresholding(parser)

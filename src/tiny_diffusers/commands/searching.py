@@ -22,16 +22,21 @@ def search_parser() -> argparse.ArgumentParser:
     parser = Parser(
         SearchArguments,
         prog="tiny-diffusers search",
-        description="Trains trials with settings that Optuna suggests, from the ranges in the search: section of a recipe. "
-        "The flags win over the section; other flags are those of the train script, and win over the recipe. Killed or "
-        "stopped, the same command continues; started twice, two processes share the trials.",
+        description="Trains with settings that Optuna suggests, from the ranges in the section 'search:' of a "
+        "recipe. Flags override the section; flags of the train script are accepted as well, and "
+        "override the recipe. The same command resumes a search that was stopped or killed; if it is "
+        "started twice, the two processes share the trials.",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file with a search: section, or a recipe of the package by its name"
+        "recipe", metavar="RECIPE", help="YAML file with a section 'search:', or the name of a recipe of the package"
     )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/search/RECIPE")
     parser.add_argument(
-        "--workers", type=positive_number, default=1, metavar="N", help="trials at a time, which share the cores"
+        "--workers",
+        type=positive_number,
+        default=1,
+        metavar="N",
+        help="number of trials at a time, which share the cores",
     )
     return parser
 

@@ -301,7 +301,7 @@ def load_pipeline(args: argparse.Namespace) -> "DiffusionPipeline":
     device = find_device(args.device)
     dtype = hardware.resolve_dtype(args.dtype, device)
     if args.dtype == "auto" and dtype.itemsize < 4:
-        say(f"{dtype}, which {device} has in hardware; --dtype float32 is slower and more exact", sys.stderr)
+        say(f"computing in {dtype} on {device}; --dtype float32 is slower and more exact", sys.stderr)
     pipe = place(load_checkpoint(args), device, dtype)
     choose_scheduler(pipe, args)
     return pipe

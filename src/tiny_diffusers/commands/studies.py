@@ -16,19 +16,20 @@ def study_parser() -> argparse.ArgumentParser:
         StudyArguments,
         Protocol,
         prog="tiny-diffusers study",
-        description="Trains each cell of a recipe's grid with each seed, measures all by one protocol, and writes study.json, "
-        "README.md and pictures. The section 'study:' of the recipe holds the same names as these flags, which win over it. "
-        "The same command continues a study that was stopped, and several processes may share one. Of a study.json, the table "
-        "and the pictures are made again, also with other --plots or another --main_metric.",
+        description="Trains each cell of a recipe's grid with each seed, evaluates all of them with one protocol, "
+        "and writes study.json, README.md and plots. The section 'study:' of the recipe takes the same "
+        "names as these flags, which override it. The same command resumes a study that was stopped, and "
+        "several processes may share one. Given a study.json, it makes the table and the plots again, "
+        "also with other --plots or another --main_metric.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's file or name, or a study.json")
+    parser.add_argument("recipe", metavar="RECIPE", help="file or name of a recipe, or a study.json")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the study (default: runs/studies/RECIPE)")
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
         nargs="+",
         default=[],
-        help="flags of the train script that win over the recipe, such as dataset_name=my/folder",
+        help="flags of the train script that override the recipe, such as dataset_name=my/folder",
     )
     return parser
 

@@ -55,7 +55,7 @@ def decode_source(
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the images differ in size and `resolution` is None, if they do not have
-            the channels, if all their values are equal, if more than 1 % of them are broken, or if they fit neither in
+            the channels, if all their values are equal, if more than 1% of them are broken, or if they fit neither in
             memory nor on the disk.
     """
     is_paired = source.read_conditioning is not None
@@ -129,7 +129,7 @@ def _limit_values(
         notes.append(f"values from {low:g} to {high:g}, kept as measured (value_range sets other limits)")
     elif low < limits[0] or high > limits[1]:
         count = sum(int(((images[part] < limits[0]) | (images[part] > limits[1])).sum()) for part in parts)
-        share = f"{100 * count / images.size:.3g} %"
+        share = f"{100 * count / images.size:.3g}%"
         notes.append(f"values from {low:g} to {high:g}, {share} of them clipped to {limits[0]:g} to {limits[1]:g}")
         for part in parts:
             images[part] = images[part].clip(*limits)

@@ -95,7 +95,7 @@ def load_images(
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If the dataset, split, column, class or label does not exist, if the
-            images differ in size and `resolution` is None, if a condition is missing or no number, or if more than 1 % of
+            images differ in size and `resolution` is None, if a condition is missing or no number, or if more than 1% of
             the images are broken.
     """
     resolution = _height_and_width(resolution)

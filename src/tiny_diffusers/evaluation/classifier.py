@@ -134,7 +134,7 @@ class Classifier:
         """Returns the same in one sentence."""
         return (
             f"The classifier of the data's classes was trained on {len(self.training):,} images of {self.training.name} "
-            f"({self.training.split}), and finds the class of {100 * self.accuracy:.1f} % of {len(self.held_out):,} "
+            f"({self.training.split}), and finds the class of {100 * self.accuracy:.1f}% of {len(self.held_out):,} "
             f"held-out images ({self.held_out.split})."
         )
 

@@ -120,7 +120,7 @@ def load(
         weights (`str` or `Path`, *optional*): For `inception` the file of its weights, if it is not in the cache of
             torch.hub or the Hub; for `dinov2` a folder or a Hub id (default: `facebook/dinov2-large`).
         dtype (`str`, defaults to `"float32"`): Dtype of the network: `"float32"`, or `"bfloat16"`, which is twice as
-            fast on hardware that has it and shifts distances by 1 or 2 %. It is part of the preprocessing.
+            fast on hardware that has it and shifts distances by 1 or 2%. It is part of the preprocessing.
         device (`torch.device` or `str`, *optional*): Defaults to the accelerator if there is one, else the CPU.
 
     Returns:

@@ -10,7 +10,7 @@ The real images of an evaluation: those that flags name, and what they leave ope
 import contextlib
 import logging
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UserError
 from ..flags import FlagParser, Flags, as_flags, flag
@@ -42,6 +42,8 @@ _SHARED = (
 @dataclass(frozen=True)
 class RealImages(Flags):
     """The real images to measure against, and those that the model was trained on. A run's own are the defaults."""
+
+    TITLE: ClassVar[str] = "real images"
 
     dataset_name: str | None = flag(None, "Real images: a Hub id, a folder, or digits; of a run, its own.")
     dataset_config_name: str | None = flag(None, "Configuration of a dataset that has several.")

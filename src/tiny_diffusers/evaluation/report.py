@@ -75,7 +75,7 @@ FIGURES = {
     "diversity": ("Diversity within classes, real = 1", "Diversity within classes, real = 1", None),
     "class_agreement": ("Agreement with the class", "Agreement with the class", False),
     "nearest_neighbour": ("Median distance to the training set", "Median distance to the training set", None),
-    "near_copies": ("Nearer to it than 99 % of real images", "Nearer to it than 99 % of real images", True),
+    "near_copies": ("Nearer to it than 99% of real images", "Nearer to it than 99% of real images", True),
     "bits_per_dim": ("Bits/dim", "Bits/dim", True),
     "classifier_score": (*2 * ("Classifier score (the data's classes)",), False),
     "classifier_agreement": (*2 * ("Agreement by the data's classifier",), False),
@@ -146,6 +146,7 @@ class Protocol(Flags):
     )
     likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.", within="[1, inf)")
 
+    TITLE: ClassVar[str] = "protocol"
     DASHES: ClassVar[str] = ""
 
     def __post_init__(self):

@@ -49,6 +49,7 @@ class AutoencoderNetworkArguments(NetworkArguments):
 class AutoencoderArguments(AutoencoderNetworkArguments, TrainingArguments):
     """The network and its loss."""
 
+    TITLE: ClassVar[str] = "autoencoder"
     SCRIPT: ClassVar[str] = "autoencoder"
     FAMILY: ClassVar[str] = "autoencoder"
     SMOKE: ClassVar[dict[str, Any]] = {**TrainingArguments.SMOKE, "block_out_channels": [8, 8]}

@@ -33,6 +33,7 @@ _MADE_CONDITIONS = {"grayscale": "grayscale", "low_resolution": "low_resolution:
 class ConditionalArguments(ConditionalUNetArguments, DiffusionArguments, ConditionArguments):
     """The classes, the conditions and the conditioning image, and how they guide."""
 
+    TITLE: ClassVar[str] = "conditions"
     SCRIPT: ClassVar[str] = "conditional"
     FAMILY: ClassVar[str] = "conditional-ddpm"
 

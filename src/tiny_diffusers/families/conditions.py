@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ConditionArguments(TrainingArguments):
     """The columns of the conditions."""
+
+    TITLE: ClassVar[str] = "conditions"
 
     condition_columns: str | None = flag(
         None,

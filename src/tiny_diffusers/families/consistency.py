@@ -26,6 +26,7 @@ _HUBER = 0.00054
 class ConsistencyArguments(ConditionalArguments):
     """How near the pairs of noise levels are brought to each other."""
 
+    TITLE: ClassVar[str] = "consistency tuning"
     SCRIPT: ClassVar[str] = "consistency"
     FAMILY: ClassVar[str] = "consistency"
 

@@ -53,6 +53,7 @@ class DCGANNetworkArguments(NetworkArguments):
 class DCGANArguments(DCGANNetworkArguments, ConditionArguments):
     """The networks, their losses, and DCGAN's settings of the optimizers (arXiv 1511.06434, section 3)."""
 
+    TITLE: ClassVar[str] = "DCGAN"
     SCRIPT: ClassVar[str] = "dcgan"
     FAMILY: ClassVar[str] = "dcgan"
     SMOKE: ClassVar[dict[str, Any]] = {

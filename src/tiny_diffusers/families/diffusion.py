@@ -69,6 +69,7 @@ TinyScheduler = TinyDDIMScheduler | TinyDDPMScheduler | TinyFlowMatchScheduler |
 class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments):
     """The forward process, the loss and the network."""
 
+    TITLE: ClassVar[str] = "diffusion"
     SCRIPT: ClassVar[str] = "unconditional"
     FAMILY: ClassVar[str] = "ddpm"
     SMOKE: ClassVar[dict[str, Any]] = {

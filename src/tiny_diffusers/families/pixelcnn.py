@@ -59,6 +59,7 @@ class PixelCNNNetworkArguments(NetworkArguments):
 class PixelCNNArguments(PixelCNNNetworkArguments, ConditionArguments):
     """The network, and what it is conditioned on."""
 
+    TITLE: ClassVar[str] = "PixelCNN"
     SCRIPT: ClassVar[str] = "pixelcnn"
     FAMILY: ClassVar[str] = "pixelcnn"
     SMOKE: ClassVar[dict[str, Any]] = {

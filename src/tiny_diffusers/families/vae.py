@@ -54,6 +54,7 @@ class VAENetworkArguments(NetworkArguments):
 class VAEArguments(VAENetworkArguments, ConditionArguments):
     """The network and its loss."""
 
+    TITLE: ClassVar[str] = "VAE"
     SCRIPT: ClassVar[str] = "vae"
     FAMILY: ClassVar[str] = "vae"
     SMOKE: ClassVar[dict[str, Any]] = {

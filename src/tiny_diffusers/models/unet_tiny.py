@@ -83,7 +83,7 @@ _PLAIN = {
 }
 
 # Networks like those that student reports trained. Where a report states the number of parameters, the widths are
-# chosen to match it within 2 %. `TinyUNet2DModel(**PRESETS["self-attention-3-levels"])` builds one.
+# chosen to match it within 2%. `TinyUNet2DModel(**PRESETS["self-attention-3-levels"])` builds one.
 PRESETS = {
     "weight-standardized-32": {**_WEIGHT_STANDARDIZED, "sample_size": 32},  # 171.39 M
     "weight-standardized-64": {**_WEIGHT_STANDARDIZED, "sample_size": 64},  # 171.39 M

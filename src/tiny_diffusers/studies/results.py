@@ -107,7 +107,7 @@ def find_winner(values: Mapping[str, Value | None], figure: str) -> str | None:
     """
     Returns the cell that is better than each other one, by more than chance explains; None if there is none.
 
-    The difference to each other cell must exceed t * sqrt(e_1^2 + e_2^2), with their standard errors e and t the 97.5 %
+    The difference to each other cell must exceed t * sqrt(e_1^2 + e_2^2), with their standard errors e and t the 97.5%
     quantile of Student's distribution (of the Gaussian, for errors over images). Errors of both kinds are not compared.
     """
     from scipy.stats import norm, t

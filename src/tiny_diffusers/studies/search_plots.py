@@ -115,7 +115,7 @@ def draw_importances(results: dict[str, Any], output: Path) -> Path:
     importances = dict(reversed(results["importances"].items()))
     axes = plots.new_axes(7, 1.2 + 0.4 * max(1, len(importances)))[0]
     bars = axes.barh(list(importances), list(importances.values()), color=_DARK)
-    axes.bar_label(bars, [f"{100 * value:.0f} %" for value in importances.values()], padding=3)
+    axes.bar_label(bars, [f"{100 * value:.0f}%" for value in importances.values()], padding=3)
     axes.set(xlim=(0, 1.1), xlabel=f"share of the variance of {results['objective']} (finished trials)")
     if not importances:
         axes.set(yticks=[])

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import shlex
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,14 @@ class NetworkArguments(Flags):
     Base of a network's options, each declared once: a field is a flag and, by the same name, an argument of the network.
     """
 
+    TITLE: ClassVar[str] = "network"
+
 
 @dataclass(frozen=True)
 class DataArguments(Flags):
     """The training data."""
+
+    TITLE: ClassVar[str] = "training data"
 
     dataset_name: str = flag(
         "digits",
@@ -123,6 +128,7 @@ class DataArguments(Flags):
 class TrainingArguments(DataArguments):
     """The training of any family."""
 
+    TITLE: ClassVar[str] = "training"
     SCRIPT: ClassVar[str]  # as in `tiny-diffusers train SCRIPT` and train_scripts/train_SCRIPT.py
     FAMILY: ClassVar[str]  # as in a card and in the default --output_dir
     # What --smoke stands for; a family adds what makes its network tiny.
@@ -143,7 +149,7 @@ class TrainingArguments(DataArguments):
         None, "Folder of the run; by default runs/RECIPE/CELL or runs/FAMILY-DATA.", changes_run=False
     )
     overwrite_output_dir: bool = flag(False, "Delete another run in --output_dir.", changes_run=False)
-    seed: int = flag(0, "Seed of everything random.", within="[0, 9223372036854775807]")
+    seed: int = flag(0, "Seed of all random numbers.", within="[0, 9223372036854775807]")
     train_batch_size: int = flag(32, "Images a process and micro-batch.", within="[1, 65536]")
     gradient_accumulation_steps: int = flag(1, "Micro-batches a step.", within="[1, inf)")
     num_epochs: int = flag(
@@ -287,25 +293,31 @@ def _network_names(arguments_class: type) -> list[str]:
 
 
 @functools.cache
-def _script_parser(arguments_class: type[Arguments]) -> FlagParser:
+def _script_parser(arguments_class: type[Arguments], doc: str | None = None) -> FlagParser:
     """Builds the parser of a script's flags, once: a search parses hundreds of command lines."""
     prog = f"tiny-diffusers train {arguments_class.SCRIPT}"
-    return FlagParser(arguments_class, prog=prog, description=sys.modules[arguments_class.__module__].__doc__)
+    description, _, examples = (doc or "").strip().partition("\n\n")
+    parser = FlagParser(arguments_class, prog=prog, usage=f"{prog} [--FLAG VALUE ...]", description=description)
+    parser.example = textwrap.dedent(examples)
+    return parser
 
 
-def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    arguments_class: type[Arguments], argv: list[str] | None = None, doc: str | None = None
+) -> Arguments:
     """
     Reads a script's arguments from the command line and the recipe that `--config` (and `--cell`) names.
 
     Args:
         arguments_class (`type`): A dataclass derived from [`TrainingArguments`].
         argv (`list[str]`, *optional*): The command line without the program's name; `sys.argv[1:]` by default.
+        doc (`str`, *optional*): The script's docstring, for `--help`: what it does, an empty line, and examples.
 
     Raises:
         UserError: On an unknown flag, key or cell (naming the nearest known one), or a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _script_parser(arguments_class)
+    parser = _script_parser(arguments_class, doc)
     given = parser.given(argv)
     config, cell = given.get("config"), given.get("cell")
     if cell and not config:
