@@ -262,7 +262,7 @@ class TestSample:
         monkeypatch.setattr(hardware, "default_dtype", lambda device: torch.bfloat16)
         arguments = ("--num_images", 1, "--num_inference_steps", 1, "--output", tmp_path / "a.png", "--device", "cpu")
         assert run("sample", checkpoint, *arguments) == 0
-        assert "bfloat16, which cpu has" in capsys.readouterr().err
+        assert "computing in torch.bfloat16 on cpu" in capsys.readouterr().err
         assert run("sample", checkpoint, *arguments, "--dtype", "float32") == 0
         assert "bfloat16" not in capsys.readouterr().err
 
