@@ -13,7 +13,7 @@ from ..pipelines.pipeline_tiny import CONSISTENCY_STEPS, TinyPipeline, objective
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
 from ..training.family import Batch, load_pretrained
 from .conditional_diffusion import ConditionalArguments, ConditionalDiffusion
-from .diffusion import Diffusion, build_scheduler, resolve_diffusion
+from .diffusion import MIN_LOSS_LEVEL, Diffusion, build_scheduler, resolve_diffusion
 
 
 # n(s) = 1 + k sigmoid(-b s) of ECT, by which pairs lie further apart near the image. There k = 8 and b = 1.
@@ -148,7 +148,9 @@ class ConsistencyMixin:
         original = self._original_sample(unet, batch, noise, levels)
         error = (original - target).square().mean(dim=(1, 2, 3))
         distance = (error + _HUBER**2).sqrt() - _HUBER
-        return distance / gaps.clamp(min=1e-6)  # 0 at t = 0 alone
+        # 0 at t = 0 alone; a predicted image has an error at any distance
+        least = MIN_LOSS_LEVEL if self.modules["unet"].config.get("x_prediction") else 1e-6
+        return distance / gaps.clamp(min=least)
 
     def _original_sample(
         self, unet: nn.Module, batch: Batch, noise: torch.Tensor, levels: torch.Tensor

@@ -54,7 +54,7 @@ _OF_FLOW = ("timestep_distribution", "x_prediction")
 _MEANINGLESS = {"flow": [*_BETA_FLAGS], "edm": [*_BETA_FLAGS, "ddpm_num_steps", *_OF_FLOW]}
 
 # The level below which the error of a predicted image has no more weight (https://huggingface.co/papers/2511.13720)
-_MIN_LOSS_LEVEL = 0.05
+MIN_LOSS_LEVEL = 0.05
 
 # And to latents
 _OF_PIXELS = (
@@ -335,7 +335,7 @@ class Diffusion(Family):
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
         output = self._predict(unet, batch, noisy, timesteps)
-        options = {"min_level": _MIN_LOSS_LEVEL} if self.modules["unet"].config.get("x_prediction") else {}
+        options = {"min_level": MIN_LOSS_LEVEL} if self.modules["unet"].config.get("x_prediction") else {}
         return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none", **options)
 
     def _predict(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
