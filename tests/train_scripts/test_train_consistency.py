@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 import tiny
-from tiny_diffusers import TinyFlowMatchScheduler, TinyImg2ImgPipeline, TinyPipeline
+from tiny_diffusers import TinyFlowMatchScheduler, TinyImg2ImgPipeline, TinyPipeline, TinyUNet2DModel
 from tiny_diffusers.families.consistency import Consistency, level_gaps
 from tiny_diffusers.families.diffusion import Diffusion
 from tiny_diffusers.train_scripts import train_conditional, train_consistency, train_unconditional
@@ -30,6 +30,20 @@ def test_the_levels_of_a_pair_approach_each_other():
     torch.testing.assert_close(gaps[9][3], 0.5 * n / 2**10)
     for wider, gap in zip(gaps, gaps[1:], strict=False):
         assert (gap <= wider).all() and (gap[1:] > 0).all()
+
+
+@pytest.mark.parametrize("x_prediction", [False, True])
+def test_near_the_image_the_consistency_function_is_the_identity(x_prediction):
+    unet = TinyUNet2DModel(8, 1, 1, (8, 8), 1, attention="none", mid_attention="none", x_prediction=x_prediction)
+    family = Consistency(unet, TinyFlowMatchScheduler())
+    images, noise = torch.randn(2, 4, 1, 8, 8)
+    levels = torch.tensor([0.0, 1e-4, 0.05, 0.5])
+    found = family._original_sample(unet, Batch(images, None, None), noise, levels)
+    noisy = (1 - levels)[:, None, None, None] * images + levels[:, None, None, None] * noise
+    assert torch.equal(found[0], images[0])
+    assert torch.allclose(found[1], noisy[1], atol=0.01)
+    # a new network predicts zero: the velocity, or the image
+    assert torch.allclose(found[2:], torch.zeros(2, 1, 8, 8) if x_prediction else noisy[2:], atol=1e-5)
 
 
 class Linear(torch.nn.Module):

@@ -321,6 +321,11 @@ class Diffusion(Family):
         self.num_preview_steps = num_preview_steps or num_inference_steps
         self.preview_share = self.num_preview_steps / num_inference_steps
 
+    @property
+    def x_prediction(self) -> bool:
+        """Whether the layers of the network predict the image, from which it computes the velocity."""
+        return getattr(self.modules["unet"], "config", {}).get("x_prediction", False)
+
     def losses(self, modules: dict[str, nn.Module], batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
         yield "unet", self._image_losses(modules["unet"], batch).mean()
 
@@ -335,7 +340,7 @@ class Diffusion(Family):
             timesteps = batch.draws.integers("timesteps", self.scheduler.config.num_train_timesteps)
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
         output = self._predict(unet, batch, noisy, timesteps)
-        options = {"min_level": MIN_LOSS_LEVEL} if self.modules["unet"].config.get("x_prediction") else {}
+        options = {"min_level": MIN_LOSS_LEVEL} if self.x_prediction else {}
         return self.scheduler.training_loss(output, batch.images, noise, timesteps, reduction="none", **options)
 
     def _predict(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
