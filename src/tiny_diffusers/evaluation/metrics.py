@@ -87,7 +87,7 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """The unbiased covariance (D, D)."""
         if self.count < 2:
-            raise UserError(f"A covariance needs at least two images, and there is {self.count}.")
+            raise _too_few(self.count)
         return self._scatter / (self.count - 1)
 
 
@@ -107,6 +107,10 @@ class FrechetReference:
         self.mean, self.trace = moments.mean, np.trace(covariance)
         self._root = vectors[:, kept] * np.sqrt(values[kept])  # (D, R), with covariance = root root^T
 
+    def has_rank_above(self, count: int) -> bool:
+        """Checks that the rank of the covariance exceeds a number of rows: a distance of them costs less than one of moments."""
+        return count < self._root.shape[1]
+
     def distance(self, features: np.ndarray | Moments, rows: np.ndarray | None = None) -> float:
         """
         Computes |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
@@ -121,14 +125,33 @@ class FrechetReference:
         Returns:
             `float`: The squared 2-Wasserstein distance between the two Gaussians, 0 or more.
         """
-        moments = features if isinstance(features, Moments) else Moments.of(features, rows)
-        covariance = moments.covariance
-        values = np.linalg.eigvalsh(self._root.T @ covariance @ self._root)
+        count = len(features if rows is None else rows) if isinstance(features, np.ndarray) else None
+        if count is not None and self.has_rank_above(count):
+            mean, root = _centred_root(features if rows is None else features[rows])
+            trace, root = np.square(root).sum(), root @ self._root  # (N, R)
+            matrix = root @ root.T  # has the same eigenvalues, apart from zeros
+        else:
+            moments = features if isinstance(features, Moments) else Moments.of(features, rows)
+            mean, trace = moments.mean, np.trace(moments.covariance)
+            matrix = self._root.T @ moments.covariance @ self._root
+        values = np.linalg.eigvalsh(matrix)
         # smaller eigenvalues are rounding errors, whose roots would not be small
-        values = values[values > values.max(initial=0) * len(values) * np.finfo(float).eps]
-        shift = moments.mean - self.mean
-        distance = shift @ shift + np.trace(covariance) + self.trace - 2 * np.sqrt(values).sum()
+        values = values[values > values.max(initial=0) * self._root.shape[1] * np.finfo(float).eps]
+        shift = mean - self.mean
+        distance = shift @ shift + trace + self.trace - 2 * np.sqrt(values).sum()
         return max(float(distance), 0.0)
+
+
+def _centred_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean (D,) of rows (N, D), and a matrix A (N, D) with their unbiased covariance A^T A."""
+    if len(features) < 2:
+        raise _too_few(len(features))
+    mean = features.mean(0, dtype=np.float64)
+    return mean, (features - mean) / np.sqrt(len(features) - 1)
+
+
+def _too_few(count: int) -> UserError:
+    return UserError(f"A covariance needs at least two images, and there is {count}.")
 
 
 def frechet_distance(features: np.ndarray | Moments, reference: np.ndarray | Moments) -> float:
@@ -207,9 +230,12 @@ def frechet_errors(
     """
     rows = np.random.default_rng(seed).permutation(len(features))
     groups = [np.sort(group) for group in np.array_split(rows, min(num_groups, len(rows)))]
-    total = Moments.of(features)
+    total = None if reference.has_rank_above(len(features)) else Moments.of(features)
 
     def without(*omitted: int) -> float:
+        if total is None:
+            kept = [group for number, group in enumerate(groups) if number not in omitted]
+            return reference.distance(features, np.sort(np.concatenate(kept)))
         rest = total
         for group in omitted:
             rest = rest.without(Moments.of(features, groups[group]))
