@@ -141,6 +141,14 @@ class TestKernelDistance:
         chunked = metrics.kernel_distance(x, y)
         assert chunked[:2] == pytest.approx(whole[:2])
 
+    def test_the_mean_of_a_reference_is_computed_once(self, monkeypatch):
+        x, y = correlated(12, 7, seed=1), correlated(20, 7, seed=2)
+        reference, whole = metrics.KernelReference(y), metrics.kernel_distance(x, y)
+        counts, sums = [], metrics._kernel_sums
+        monkeypatch.setattr(metrics, "_kernel_sums", lambda a, b=None: counts.append(len(a)) or sums(a, b))
+        assert metrics.kernel_distance(x, reference) == metrics.kernel_distance(x, reference) == whole
+        assert counts == [12, 12, 20, 12, 12]  # the rows of x and of the reference
+
     def test_needs_four_images(self):
         with pytest.raises(UserError, match="four images in each set: there are 3"):
             metrics.kernel_distance(normal(3, 4), normal(9, 4))

@@ -7,6 +7,7 @@ fixed: models are compared with the same reference. This module knows nothing of
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -247,7 +248,24 @@ def frechet_errors(
 # Kernel distance
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> Estimate:
+class KernelReference:
+    """
+    Reference of kernel distances. The mean of its own kernel, over all pairs of rows, is computed at the first use.
+
+    Args:
+        features (`np.ndarray` of shape `(M, D)`): The reference's features.
+    """
+
+    def __init__(self, features: np.ndarray):
+        self.features = features
+
+    @cached_property
+    def mean(self) -> float:
+        count = len(self.features)
+        return _kernel_sums(self.features)[0].sum() / (count * (count - 1))
+
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray | KernelReference) -> Estimate:
     """
     Computes the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, which is unbiased for any number
     of samples (Binkowski et al. 2018, arXiv 1801.01401). With the features of `inception` it is the KID.
@@ -257,20 +275,21 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> Estimate:
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): One set, at least four rows.
-        reference (`np.ndarray` of shape `(M, D)`): The other, at least four rows.
+        reference (`np.ndarray` of shape `(M, D)` or [`KernelReference`]): The other, at least four rows.
 
     Returns:
         [`Estimate`]: The value, which can be negative, with its standard error: the jackknife over the rows of
         `features`, corrected as in [`jackknife`] in closed form.
     """
-    if min(len(features), len(reference)) < 4:
-        smaller = min(len(features), len(reference))
+    if not isinstance(reference, KernelReference):
+        reference = KernelReference(reference)
+    n, m = len(features), len(reference.features)
+    if min(n, m) < 4:
+        smaller = min(n, m)
         raise UserError(f"A kernel distance needs at least four images in each set: there are {smaller}.")
-    n, m = len(features), len(reference)
     within, squares = _kernel_sums(features)
-    across, _ = _kernel_sums(features, reference)
-    reference_mean = _kernel_sums(reference)[0].sum() / (m * (m - 1))
-    value = within.sum() / (n * (n - 1)) - 2 * across.sum() / (n * m) + reference_mean
+    across, _ = _kernel_sums(features, reference.features)
+    value = within.sum() / (n * (n - 1)) - 2 * across.sum() / (n * m) + reference.mean
 
     # the value without each row in turn
     rest = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * m)
@@ -290,15 +309,20 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray
     of different rows of `x`.
     """
     others = np.asarray(x if y is None else y, dtype=np.float64)
-    sums, squares = [], 0.0
+    sums, squares, start = np.zeros(len(x)), 0.0, 0
     for chunk in _chunks(x):
-        values = (chunk.astype(np.float64) @ others.T / x.shape[1] + 1) ** 3
+        stop = start + len(chunk)
+        first = 0 if y is not None else start  # k is symmetric: pairs with earlier rows are known
+        values = (chunk.astype(np.float64) @ others[first:].T / x.shape[1] + 1) ** 3
         if y is None:
-            each = np.arange(len(values))
-            values[each, sum(map(len, sums)) + each] = 0
-        sums.append(values.sum(1))
+            np.fill_diagonal(values, 0)
+            later = values[:, len(chunk) :]
+            sums[stop:] += later.sum(0)
+            squares += np.vdot(later, later)
+        sums[start:stop] += values.sum(1)
         squares += np.vdot(values, values)
-    return np.concatenate(sums), float(squares)
+        start = stop
+    return sums, float(squares)
 
 
 # Precision, recall, density, coverage
