@@ -30,6 +30,7 @@ from tiny_diffusers import (
     plots,
 )
 from tiny_diffusers.commands import plotting_images, plotting_samples
+from tiny_diffusers.commands.shared import names_that_differ
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.network_summary import stages, summarize
 from tiny_diffusers.plots import Curve, Curves, Panel, Strip, captioned_strips
@@ -257,6 +258,20 @@ class TestPlotCurves:
         assert share.curves[0].y[halfway] == 0.5 and "EDM" in share.xlabel
         assert "can't have a noise schedule" in error_line(capsys, "plot", "schedules", checkpoints / "vae")
         assert "Unknown schedule 'cosin'" in error_line(capsys, "plot", "schedules", "--schedules", "cosin")
+
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["runs/a"], ["a"]),
+            (["runs/a", "other/b"], ["a", "b"]),
+            (["study/linear/seed-0", "study/cosine/seed-0"], ["linear", "cosine"]),
+            (["study/a/seed-0", "study/a/seed-1", "study/b/seed-0"], ["a/seed-0", "a/seed-1", "b/seed-0"]),
+            (["a", "runs/a"], ["a", "runs/a"]),
+            (["runs/a", "runs/a"], ["runs/a", "runs/a"]),
+        ],
+    )
+    def test_runs_have_the_names_that_tell_them_apart(self, paths, names):
+        assert names_that_differ(paths) == names
 
     def test_losses_and_their_short_form(self, trained, capsys):
         assert run("plot", trained / "a", trained / "b", "--output", "short.png") == 0
