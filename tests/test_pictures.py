@@ -29,7 +29,7 @@ from tiny_diffusers import (
     noising,
     plots,
 )
-from tiny_diffusers.commands import plotting_images, plotting_samples
+from tiny_diffusers.commands import plotting_images
 from tiny_diffusers.commands.shared import names_that_differ
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.network_summary import stages, summarize
@@ -263,7 +263,9 @@ class TestPlotCurves:
         ("paths", "names"),
         [
             (["runs/a"], ["a"]),
+            (["runs/a", "runs/b"], ["a", "b"]),
             (["runs/a", "other/b"], ["a", "b"]),
+            (["x/a", "y/a"], ["x", "y"]),
             (["study/linear/seed-0", "study/cosine/seed-0"], ["linear", "cosine"]),
             (["study/a/seed-0", "study/a/seed-1", "study/b/seed-0"], ["a/seed-0", "a/seed-1", "b/seed-0"]),
             (["a", "runs/a"], ["a", "runs/a"]),
@@ -418,10 +420,6 @@ class TestSamples:
         few = line(checkpoints / "conditional", "--class_labels", "cat,dog,frog")
         assert "--num_images 2 is less than the 3 of --class_labels" in few
         assert "--temperature means nothing to any" in line(checkpoints / "vae", "--temperature", 0.5)
-
-    def test_two_of_one_name_are_named_in_full(self):
-        assert plotting_samples._names(["runs/a", "runs/b"]) == ["a", "b"]
-        assert plotting_samples._names(["x/a", "y/a"]) == ["x/a", "y/a"]
 
 
 class TestEpochs:
