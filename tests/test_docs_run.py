@@ -67,6 +67,7 @@ GIVEN = {  # run -> its script and flags
     "runs/ddpm-cifar10": ["unconditional", "--dataset_name", "uoft-cs/cifar10"],
     "runs/ddpm-depth": ["unconditional", "--dataset_name", "depth.npz", "--value_range", "0", "65535"],
     "runs/conditional-digits": ["conditional"],
+    "runs/conditional-mnist": ["conditional", *MNIST],
     "runs/pixelcnn-mnist": ["pixelcnn", "--dataset_name", "ylecun/mnist"],
     "runs/vae-mnist": ["vae", *MNIST],
     "runs/vae-digits": ["vae"],

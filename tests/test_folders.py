@@ -578,6 +578,12 @@ def test_a_folder_named_digits(load, tmp_path, monkeypatch):
     assert values(load("~/digits")) == [1]
 
 
+def test_a_folder_named_like_a_dataset_of_the_hub_stands_in_for_it(load, tmp_path, monkeypatch):
+    put(tmp_path / "ylecun" / "mnist" / "1.png", 1)
+    monkeypatch.chdir(tmp_path)
+    assert values(load("ylecun/mnist")) == [1]
+
+
 def test_a_folder_needs_no_cache(folder, tmp_path, monkeypatch):
     put_classes(folder, "cat", "dog")
     (tmp_path / "file").touch()

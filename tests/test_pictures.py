@@ -29,7 +29,8 @@ from tiny_diffusers import (
     noising,
     plots,
 )
-from tiny_diffusers.commands import plotting_images, plotting_samples
+from tiny_diffusers.commands import plotting_images
+from tiny_diffusers.commands.shared import names_that_differ
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.network_summary import stages, summarize
 from tiny_diffusers.plots import Curve, Curves, Panel, Strip, captioned_strips
@@ -258,6 +259,22 @@ class TestPlotCurves:
         assert "can't have a noise schedule" in error_line(capsys, "plot", "schedules", checkpoints / "vae")
         assert "Unknown schedule 'cosin'" in error_line(capsys, "plot", "schedules", "--schedules", "cosin")
 
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["runs/a"], ["a"]),
+            (["runs/a", "runs/b"], ["a", "b"]),
+            (["runs/a", "other/b"], ["a", "b"]),
+            (["x/a", "y/a"], ["x", "y"]),
+            (["study/linear/seed-0", "study/cosine/seed-0"], ["linear", "cosine"]),
+            (["study/a/seed-0", "study/a/seed-1", "study/b/seed-0"], ["a/seed-0", "a/seed-1", "b/seed-0"]),
+            (["a", "runs/a"], ["a", "runs/a"]),
+            (["runs/a", "runs/a"], ["runs/a", "runs/a"]),
+        ],
+    )
+    def test_runs_have_the_names_that_tell_them_apart(self, paths, names):
+        assert names_that_differ(paths) == names
+
     def test_losses_and_their_short_form(self, trained, capsys):
         assert run("plot", trained / "a", trained / "b", "--output", "short.png") == 0
         assert run("plot", "losses", trained / "a", trained / "b", "--output", "long.png") == 0
@@ -403,10 +420,6 @@ class TestSamples:
         few = line(checkpoints / "conditional", "--class_labels", "cat,dog,frog")
         assert "--num_images 2 is less than the 3 of --class_labels" in few
         assert "--temperature means nothing to any" in line(checkpoints / "vae", "--temperature", 0.5)
-
-    def test_two_of_one_name_are_named_in_full(self):
-        assert plotting_samples._names(["runs/a", "runs/b"]) == ["a", "b"]
-        assert plotting_samples._names(["x/a", "y/a"]) == ["x/a", "y/a"]
 
 
 class TestEpochs:

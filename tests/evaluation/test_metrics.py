@@ -72,6 +72,20 @@ class TestFrechetDistance:
         expected = shift @ shift + (x**2).sum() + (y**2).sum() - 2 * root
         assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
+    def test_few_rows_and_their_moments_have_one_distance_and_one_error(self, monkeypatch):
+        few, reference = correlated(24, 32, seed=1), metrics.FrechetReference(correlated(100, 32, seed=2))
+        rows = np.arange(0, 24, 2)
+        assert reference.has_rank_above(len(few))
+        assert reference.distance(few) == pytest.approx(reference.distance(Moments.of(few)), rel=1e-9)
+        assert reference.distance(few, rows) == pytest.approx(reference.distance(Moments.of(few, rows)), rel=1e-9)
+        errors = metrics.frechet_errors(few, reference, num_groups=6)
+        monkeypatch.setattr(metrics.FrechetReference, "has_rank_above", lambda self, count: False)
+        assert errors == pytest.approx(metrics.frechet_errors(few, reference, num_groups=6), rel=1e-6)
+
+    def test_one_image_has_no_distance(self):
+        with pytest.raises(UserError, match="at least two images, and there is 1"):
+            metrics.frechet_distance(normal(1, 3), normal(20, 3))
+
     def test_is_symmetric_zero_to_itself_and_independent_of_order(self):
         a, b = correlated(100, 40, seed=1), correlated(30, 40, seed=2)
         distance = metrics.frechet_distance(a, b)
@@ -126,6 +140,14 @@ class TestKernelDistance:
         monkeypatch.setattr(metrics, "_ROWS", 7)
         chunked = metrics.kernel_distance(x, y)
         assert chunked[:2] == pytest.approx(whole[:2])
+
+    def test_the_mean_of_a_reference_is_computed_once(self, monkeypatch):
+        x, y = correlated(12, 7, seed=1), correlated(20, 7, seed=2)
+        reference, whole = metrics.KernelReference(y), metrics.kernel_distance(x, y)
+        counts, sums = [], metrics._kernel_sums
+        monkeypatch.setattr(metrics, "_kernel_sums", lambda a, b=None: counts.append(len(a)) or sums(a, b))
+        assert metrics.kernel_distance(x, reference) == metrics.kernel_distance(x, reference) == whole
+        assert counts == [12, 12, 20, 12, 12]  # the rows of x and of the reference
 
     def test_needs_four_images(self):
         with pytest.raises(UserError, match="four images in each set: there are 3"):

@@ -312,6 +312,12 @@ class TestWhatIsTold:
         for path in folder.glob("*.png"):
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
+    def test_a_long_legend_lies_beside_the_lines(self, measured):
+        cells = {f"cell {number}": [measured(1, 0)] for number in range(6)}
+        _, axes = pictures._losses(cells, {})
+        axes.figure.canvas.draw()
+        assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+
     def test_another_file_is_no_study(self, plan, work, tmp_path):
         study = studies.run_study(plan({"seeds": [0]})) / "study.json"
         content = json.loads(study.read_text())

@@ -67,6 +67,24 @@ def test_the_timed_network_takes_what_that_of_training_takes(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("limit", "counts", "seconds"),
+    [
+        (0.5, [4], 16.0),  # the few images take longer than the limit: so does the batch
+        (20.0, [4], 16.0),  # the batch takes no longer than in proportion, which is within the limit
+        (3.0, [4, 64], 2.5),  # one second for the calls, and the batch decides
+    ],
+)
+def test_the_whole_batch_is_timed_where_a_few_images_do_not_decide(monkeypatch, limit, counts, seconds):
+    timed, times = [], {4: 1.0, 64: 2.5}
+    monkeypatch.setattr(budget, "_seconds", lambda unet, data, count: timed.append(count) or times[count])
+    monkeypatch.setattr(budget, "setup_torch", lambda num_threads: torch.device("cpu"))
+    data = ImageData(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, None, "x", "train", "")
+    arguments = DiffusionArguments(block_out_channels=[8], layers_per_block=1, train_batch_size=64)
+    assert seconds_a_step(arguments, data, limit) == seconds
+    assert timed == counts
+
+
 def test_what_fits_stays(plan):
     assert fit(plan({"budget": 100.0}, cells=CELLS)) == (1, {"wide": {}, "half": {}})
 

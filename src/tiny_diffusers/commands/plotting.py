@@ -34,6 +34,7 @@ from .shared import (
     check_diffusion,
     load_checkpoint,
     make_parser,
+    names_that_differ,
     prepare_picture,
 )
 
@@ -158,7 +159,8 @@ def losses(args: argparse.Namespace) -> None:
     from .. import plots
     from ..runs import RunFolder
 
-    logs = {str(folder): RunFolder(folder).log for folder in args.runs}
+    names = names_that_differ([str(folder) for folder in args.runs])
+    logs = {name: RunFolder(folder).log for name, folder in zip(names, args.runs, strict=True)}
     values = _prepare_output(args.output)
     if len(logs) == 1 and args.which is None:
         curves = plots.loss_curves_of_run(*logs.values(), title=args.runs[0].name)

@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from .shared import (
     finite_numbers,
     load_pipeline,
     make_parser,
+    names_that_differ,
     positive_number,
     prepare_picture,
     read_picture,
@@ -48,12 +49,6 @@ if TYPE_CHECKING:
 
 GRID_SIDE = 256  # pixels that the longer side of a sample grid is reduced to
 GRIDS_PER_ROW = 4
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """Returns the last names of checkpoints, or all of their names where two have the same last one."""
-    last = [Path(path).name or path for path in paths]
-    return last if len(set(last)) == len(last) else list(paths)
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
@@ -128,7 +123,7 @@ def samples_strips(
             )
 
     strips, labels = [], []
-    names_of_rows, further = _names(args.checkpoints), further or [{}] * len(pipes)
+    names_of_rows, further = names_that_differ(args.checkpoints), further or [{}] * len(pipes)
     rows = zip(_each_checkpoint(args), pipes, known, conditions, names_of_rows, further, strict=True)
     for own, pipe, names, values, label, more in rows:
         given = call_options(pipe.__call__, pipe, own, *names) | more

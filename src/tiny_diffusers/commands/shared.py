@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -409,6 +409,22 @@ def call_options(call: Callable, pipe: "DiffusionPipeline", args: argparse.Names
         if name not in known:
             raise UserError(f"--{name} means nothing to '{args.checkpoint}', a {type(pipe).__name__}: leave it out.")
     return options
+
+
+def names_that_differ(paths: Sequence[str]) -> list[str]:
+    """
+    Returns short names of runs or checkpoints for a picture: their last names, before those that all share, as `seed-0` of the
+    runs of a study. Where two have the same, the folders before are kept that tell them apart.
+    """
+    parts = [Path(path).parts for path in paths]
+    shortest = min(map(len, parts))
+    shared = next((n for n in range(shortest) if len({each[len(each) - n - 1] for each in parts}) > 1), 0)
+    parts = [each[: len(each) - shared] for each in parts]
+    last = [each[-1] if each else path for each, path in zip(parts, paths, strict=True)]
+    if len(set(last)) == len(last):
+        return last
+    first = next((n for n in range(shortest - shared) if len({each[n] for each in parts}) > 1), 0)
+    return [str(Path(*each[first:])) for each in parts]
 
 
 def prepare_output(text: str) -> Path:

@@ -108,6 +108,7 @@ class Measurement:
 
     def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, others: list[OtherFigures]):
         self.protocol, self.extractor, self.sets = protocol, extractor, sets
+        self._kernel = metrics.KernelReference(sets.real.features[: protocol.max_neighbours])
         self.figures = self._compare(sets.generated, sets.real)
         if protocol.num_jackknife:
             self._add_frechet_errors(protocol.num_jackknife)
@@ -137,7 +138,8 @@ class Measurement:
         if "frechet_infinity" in asked and extrapolate and len(judged) >= 4:
             figures["frechet_infinity"] = Estimate(metrics.frechet_infinity(judged.features, real.frechet))
         if "kernel_distance" in asked and smaller >= 4:
-            figures["kernel_distance"] = metrics.kernel_distance(judged.features[:most], real.features[:most])
+            known = self._kernel if real is self.sets.real else real.features[:most]
+            figures["kernel_distance"] = metrics.kernel_distance(judged.features[:most], known)
         if "inception_score" in asked and self.extractor.classifier is not None:
             figures["inception_score"] = metrics.inception_score(self.extractor.probabilities(judged.features))
         if "precision_recall" in asked and smaller > 5:

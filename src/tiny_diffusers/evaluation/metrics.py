@@ -7,6 +7,7 @@ fixed: models are compared with the same reference. This module knows nothing of
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """The unbiased covariance (D, D)."""
         if self.count < 2:
-            raise UserError(f"A covariance needs at least two images, and there is {self.count}.")
+            raise _too_few(self.count)
         return self._scatter / (self.count - 1)
 
 
@@ -107,6 +108,10 @@ class FrechetReference:
         self.mean, self.trace = moments.mean, np.trace(covariance)
         self._root = vectors[:, kept] * np.sqrt(values[kept])  # (D, R), with covariance = root root^T
 
+    def has_rank_above(self, count: int) -> bool:
+        """Checks that the rank of the covariance exceeds a number of rows: a distance of them costs less than one of moments."""
+        return count < self._root.shape[1]
+
     def distance(self, features: np.ndarray | Moments, rows: np.ndarray | None = None) -> float:
         """
         Computes |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
@@ -121,14 +126,33 @@ class FrechetReference:
         Returns:
             `float`: The squared 2-Wasserstein distance between the two Gaussians, 0 or more.
         """
-        moments = features if isinstance(features, Moments) else Moments.of(features, rows)
-        covariance = moments.covariance
-        values = np.linalg.eigvalsh(self._root.T @ covariance @ self._root)
+        count = len(features if rows is None else rows) if isinstance(features, np.ndarray) else None
+        if count is not None and self.has_rank_above(count):
+            mean, root = _centered_root(features if rows is None else features[rows])
+            trace, root = np.square(root).sum(), root @ self._root  # (N, R)
+            matrix = root @ root.T  # has the same eigenvalues, apart from zeros
+        else:
+            moments = features if isinstance(features, Moments) else Moments.of(features, rows)
+            mean, trace = moments.mean, np.trace(moments.covariance)
+            matrix = self._root.T @ moments.covariance @ self._root
+        values = np.linalg.eigvalsh(matrix)
         # smaller eigenvalues are rounding errors, whose roots would not be small
-        values = values[values > values.max(initial=0) * len(values) * np.finfo(float).eps]
-        shift = moments.mean - self.mean
-        distance = shift @ shift + np.trace(covariance) + self.trace - 2 * np.sqrt(values).sum()
+        values = values[values > values.max(initial=0) * self._root.shape[1] * np.finfo(float).eps]
+        shift = mean - self.mean
+        distance = shift @ shift + trace + self.trace - 2 * np.sqrt(values).sum()
         return max(float(distance), 0.0)
+
+
+def _centered_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean (D,) of rows (N, D), and a matrix A (N, D) with their unbiased covariance A^T A."""
+    if len(features) < 2:
+        raise _too_few(len(features))
+    mean = features.mean(0, dtype=np.float64)
+    return mean, (features - mean) / np.sqrt(len(features) - 1)
+
+
+def _too_few(count: int) -> UserError:
+    return UserError(f"A covariance needs at least two images, and there is {count}.")
 
 
 def frechet_distance(features: np.ndarray | Moments, reference: np.ndarray | Moments) -> float:
@@ -207,9 +231,12 @@ def frechet_errors(
     """
     rows = np.random.default_rng(seed).permutation(len(features))
     groups = [np.sort(group) for group in np.array_split(rows, min(num_groups, len(rows)))]
-    total = Moments.of(features)
+    total = None if reference.has_rank_above(len(features)) else Moments.of(features)
 
     def without(*omitted: int) -> float:
+        if total is None:
+            kept = [group for number, group in enumerate(groups) if number not in omitted]
+            return reference.distance(features, np.sort(np.concatenate(kept)))
         rest = total
         for group in omitted:
             rest = rest.without(Moments.of(features, groups[group]))
@@ -221,7 +248,24 @@ def frechet_errors(
 # Kernel distance
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> Estimate:
+class KernelReference:
+    """
+    Reference of kernel distances. The mean of its own kernel, over all pairs of rows, is computed at the first use.
+
+    Args:
+        features (`np.ndarray` of shape `(M, D)`): The reference's features.
+    """
+
+    def __init__(self, features: np.ndarray):
+        self.features = features
+
+    @cached_property
+    def mean(self) -> float:
+        count = len(self.features)
+        return _kernel_sums(self.features)[0].sum() / (count * (count - 1))
+
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray | KernelReference) -> Estimate:
     """
     Computes the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, which is unbiased for any number
     of samples (Binkowski et al. 2018, arXiv 1801.01401). With the features of `inception` it is the KID.
@@ -231,20 +275,21 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> Estimate:
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): One set, at least four rows.
-        reference (`np.ndarray` of shape `(M, D)`): The other, at least four rows.
+        reference (`np.ndarray` of shape `(M, D)` or [`KernelReference`]): The other, at least four rows.
 
     Returns:
         [`Estimate`]: The value, which can be negative, with its standard error: the jackknife over the rows of
         `features`, corrected as in [`jackknife`] in closed form.
     """
-    if min(len(features), len(reference)) < 4:
-        smaller = min(len(features), len(reference))
+    if not isinstance(reference, KernelReference):
+        reference = KernelReference(reference)
+    n, m = len(features), len(reference.features)
+    if min(n, m) < 4:
+        smaller = min(n, m)
         raise UserError(f"A kernel distance needs at least four images in each set: there are {smaller}.")
-    n, m = len(features), len(reference)
     within, squares = _kernel_sums(features)
-    across, _ = _kernel_sums(features, reference)
-    reference_mean = _kernel_sums(reference)[0].sum() / (m * (m - 1))
-    value = within.sum() / (n * (n - 1)) - 2 * across.sum() / (n * m) + reference_mean
+    across, _ = _kernel_sums(features, reference.features)
+    value = within.sum() / (n * (n - 1)) - 2 * across.sum() / (n * m) + reference.mean
 
     # the value without each row in turn
     rest = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * m)
@@ -264,15 +309,20 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray
     of different rows of `x`.
     """
     others = np.asarray(x if y is None else y, dtype=np.float64)
-    sums, squares = [], 0.0
+    sums, squares, start = np.zeros(len(x)), 0.0, 0
     for chunk in _chunks(x):
-        values = (chunk.astype(np.float64) @ others.T / x.shape[1] + 1) ** 3
+        stop = start + len(chunk)
+        first = 0 if y is not None else start  # k is symmetric: pairs with earlier rows are known
+        values = (chunk.astype(np.float64) @ others[first:].T / x.shape[1] + 1) ** 3
         if y is None:
-            each = np.arange(len(values))
-            values[each, sum(map(len, sums)) + each] = 0
-        sums.append(values.sum(1))
+            np.fill_diagonal(values, 0)
+            later = values[:, len(chunk) :]
+            sums[stop:] += later.sum(0)
+            squares += np.vdot(later, later)
+        sums[start:stop] += values.sum(1)
         squares += np.vdot(values, values)
-    return np.concatenate(sums), float(squares)
+        start = stop
+    return sums, float(squares)
 
 
 # Precision, recall, density, coverage

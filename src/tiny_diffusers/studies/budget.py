@@ -27,7 +27,7 @@ MIN_STEPS = 500  # with fewer, a network learns too little to be compared
 _STEPS_SHARE = 0.8  # of the minutes; the others go to validations, samples and saving
 _FACTORS = (1, 2, 4, 8, 16, 32)
 _WIDTH_STEP = 8  # widths are multiples of it
-_TRIAL_IMAGES = 4  # on a CPU, whose time a step is proportional to the number of images
+_TRIAL_IMAGES = 4  # timed first on a CPU: a batch takes longer, but at most in proportion
 
 
 def fit_networks(
@@ -146,7 +146,7 @@ def _slowest(cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageDat
         network = network_options(arguments), arguments.preset, _given(arguments, data[cell])
         key = repr((network, data[cell].images.shape, arguments.train_batch_size))
         if key not in times:
-            times[key] = seconds_a_step(arguments, data[cell])
+            times[key] = seconds_a_step(arguments, data[cell], limit)
         if times[key] > limit:
             return times[key]
     return max(times.values())
@@ -163,12 +163,28 @@ def _given(arguments: TrainingArguments, data: ImageData) -> dict[str, Any]:
     }
 
 
-def seconds_a_step(arguments: TrainingArguments, data: ImageData) -> float:
-    """Measures a forward and a backward pass of the network for a batch, in the dtype that the hardware has."""
+def seconds_a_step(arguments: TrainingArguments, data: ImageData, limit: float = 0.0) -> float:
+    """
+    Measures a forward and a backward pass of the network for a batch, in the dtype that the hardware has.
+
+    On a CPU, a few images are measured first. Their time in proportion to the batch is too long for a narrow network, which
+    spends it on the calls rather than on the images: so the whole batch is measured where that decides whether a step
+    takes at most `limit` seconds.
+    """
     device = setup_torch(arguments.num_threads)
     unet = build_unet(arguments, data, **_given(arguments, data)).to(device)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    count = min(batch, _TRIAL_IMAGES) if device.type == "cpu" else batch
+    if device.type != "cpu":
+        return _seconds(unet, data, batch)
+    count = min(batch, _TRIAL_IMAGES)
+    seconds = _seconds(unet, data, count)
+    in_proportion = seconds * batch / count
+    return _seconds(unet, data, batch) if seconds <= limit < in_proportion else in_proportion
+
+
+def _seconds(unet: torch.nn.Module, data: ImageData, count: int) -> float:
+    """Measures a forward and a backward pass for a number of images."""
+    device = unet.device
     images = torch.zeros(count, unet.config.in_channels, *data.images.shape[2:], device=device)
     images = images.to(memory_format=torch.channels_last)
     times = []
@@ -180,4 +196,4 @@ def seconds_a_step(arguments: TrainingArguments, data: ImageData) -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - began)
-    return min(times) * batch / count
+    return min(times)

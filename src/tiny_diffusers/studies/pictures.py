@@ -17,6 +17,7 @@ from .results import Rows, Value, floor_of, group, list_samplers, mean_of, value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_MAX_LINES_INSIDE = 4  # of a legend
 _MIN_LOG_RATIO = 3  # of the values on an axis, from which on it is logarithmic
 
 
@@ -173,7 +174,7 @@ def _draw_floor(axes: "Axes", cells: Mapping[str, Rows], content: dict[str, Any]
 
 
 def _finish(axes: "Axes", lines: int) -> "Axes":
-    """Adds the legend: beside the plot if it is long."""
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if lines > 6 else {}
-    axes.legend(frameon=False, fontsize=8 if lines > 6 else None, handlelength=3, **beside)
+    """Adds the legend: beside the plot if it is long, where it hides no line."""
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if lines > _MAX_LINES_INSIDE else {}
+    axes.legend(frameon=False, handlelength=3, **beside)
     return axes
