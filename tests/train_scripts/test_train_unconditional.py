@@ -318,6 +318,24 @@ def test_a_run_from_before_x_prediction_is_resumed_without_it(train, flags):
     assert not json.loads((folder / "unet" / "config.json").read_text())["x_prediction"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--network", "unet"]])
+def test_a_run_on_betas_is_resumed_whatever_a_new_one_would_be(train, flags):
+    folder = train("--prediction_type", "v_prediction", steps=1)
+    train("--resume_from_checkpoint", "latest", *flags, steps=2)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["prediction_type"] == "v_prediction"
+
+
+def test_a_checkpoint_is_not_taken_for_another_prediction(train):
+    checkpoint = train("--x_prediction", "False", "--checkpointing_steps", "1", steps=1) / "checkpoint-1"
+    with pytest.raises(UserError, match="checkpoint-1 was trained with --x_prediction False: give it as well"):
+        train("--resume_from_checkpoint", str(checkpoint), name="other", steps=2)
+
+
+def test_the_timesteps_of_a_network_that_predicts_the_image_stay(train, check_mistake):
+    loaded = ["--pretrained_model_name_or_path", str(train(steps=1))]
+    check_mistake([*loaded, "--ddpm_num_steps", "100"], ["made for 1000 timesteps", "1000."], network=False)
+
+
 def test_the_timestep_distribution_is_saved_with_the_model(train):
     for flags, expected in (((), "mixed"), (("--timestep_distribution", "uniform"), "uniform")):
         folder = train("--prediction_type", "flow", *flags, "--overwrite_output_dir", steps=1)

@@ -126,8 +126,9 @@ class ConsistencyMixin:
     levels of one trajectory ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)).
 
     The consistency function is f(x_t, t) = x_t - t v(x_t, t), which is x_0 at t = 0 whatever the network is. With networks
-    that predict the image it is x_t - t^2 v / 0.05 below t = 0.05, to make it so. Of f at the lower level r no gradient is
-    taken. In the first stage r is 0 for most pairs, which is diffusion.
+    that predict the image it is x_t - t^2 v / 0.05 below t = 0.05, to make it so; their samples are drawn at higher levels,
+    in at most 20 steps. Of f at the lower level r no gradient is taken. In the first stage r is 0 for most pairs, which is
+    diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.

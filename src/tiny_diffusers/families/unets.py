@@ -149,7 +149,7 @@ def resolve_unet(arguments: UNetArguments, data: ImageData) -> dict[str, Any]:
         if "block_out_channels" in given:
             defaults["attention"] = ["none"] * (len(given["block_out_channels"]) - 1) + ["full"]
     if arguments.prediction_type == "flow" and data.latents is None:
-        defaults["x_prediction"] = earlier.get("x_prediction") or not earlier  # runs before it was an option have none
+        defaults["x_prediction"] = earlier.get("x_prediction") if earlier else True  # older runs have none
     return {"network": network} | nothing | defaults | given
 
 
@@ -216,7 +216,7 @@ def build_unet(
             with network_refusals(settings):
                 unet = network_class(**{**_unet_options(settings, data), **fixed})
     _check_time_embedding(unet, settings)
-    if unet.config.get("x_prediction") and settings.prediction_type != "flow":
+    if unet.config.get("x_prediction") and settings.prediction_type not in (None, "flow"):
         raise UserError(
             f"--prediction_type {settings.prediction_type}: the loaded network has the output of flow (x_prediction): give "
             "--prediction_type flow, or train a new network."
@@ -345,15 +345,16 @@ def _check_checkpoint(pipeline: Any, settings: TrainingArguments, channels: int)
             f"--variance_type {settings.variance_type}: the network of {name} has {config.out_channels} channels of "
             f"output for images of {channels}: give --variance_type {fitting}."
         )
-    has_fixed_steps = config.get("time_embedding", config.get("time_embedding_type")) in ("learned", "fourier")
+    time_embedding = config.get("time_embedding", config.get("time_embedding_type"))
+    has_fixed_steps = time_embedding in ("learned", "fourier") or config.get("x_prediction")
     steps = config.get("num_train_timesteps")
     if settings.prediction_type == "edm":
         if has_fixed_steps and steps != 1:
             raise UserError(f"--prediction_type edm: the time embedding of {name} is made for {steps} timesteps.")
     elif has_fixed_steps and steps not in (None, settings.ddpm_num_steps):
         raise UserError(
-            f"--ddpm_num_steps {settings.ddpm_num_steps}: the time embedding of {name} is made for {steps} timesteps: "
-            f"give --ddpm_num_steps {steps}."
+            f"--ddpm_num_steps {settings.ddpm_num_steps}: the network of {name} is made for {steps} timesteps: give "
+            f"--ddpm_num_steps {steps}."
         )
 
     papers = {theirs: ours for ours, theirs in BETA_SCHEDULE_ALIASES.items()}
