@@ -171,19 +171,24 @@ class EditingMixin:
         dtype = self.unet.dtype
         device_timesteps, levels = scheduler.timesteps.to(sample.device), scheduler.sigmas.tolist()
         is_edm = isinstance(scheduler, EDMEulerScheduler)
+        slope = torch.zeros_like(sample) if is_edm else -sample  # dx/ds of an image: its noise is 0 on average
+        # Where the layers predict the image, the slope at little noise changes too fast with x for a second iteration.
+        iterations = 1 if self.unet.config.get("x_prediction") else _INVERSION_ITERATIONS
         for step in self.progress_bar(range(len(device_timesteps) - 1, begin - 1, -1)):
             # Euler's step of dx/ds = (x - x_0) / s from level s, solved for x at s by fixed-point iteration: x_0 is
-            # linear in x, with c_skip, and in the network's output, which is kept from the last iterate.
+            # linear in x, with c_skip, and in the network's output, which is kept from the last iterate. The first
+            # iterate follows the slope at the level before.
             timestep, level, prev_level = scheduler.timesteps[step], levels[step], levels[step + 1]
             c_skip = scheduler.config.sigma_data**2 / (level**2 + scheduler.config.sigma_data**2) if is_edm else 1.0
             ratio = (level - prev_level) / level
-            prev_sample = sample
-            for _ in range(_INVERSION_ITERATIONS):
+            prev_sample, sample = sample, sample + (level - prev_level) * slope
+            for _ in range(iterations):
                 scaled = scheduler.precondition_inputs(sample, level) if is_edm else sample
                 model_output = predict(scaled.to(dtype), device_timesteps[step], step)[:, : sample.shape[1]]
                 pred_original_sample = self._predict_x_0(scheduler, model_output, timestep, scaled)
                 output_part = pred_original_sample - c_skip * sample
                 sample = (prev_sample - ratio * output_part) / (1 - ratio * (1 - c_skip))
+            slope = (sample - prev_sample) / (level - prev_level)
         return sample if begin else sample / self._init_noise_sigma(scheduler)
 
     # 4. Resampling

@@ -137,26 +137,31 @@ def test_inversion_reconstructs_images(make_unet, quiet, scheduler, prediction_t
 
 
 @pytest.mark.parametrize(
-    ("name", "clip_sample", "count"),
+    ("name", "clip_sample"),
     [
-        ("digits-8", True, 2),
-        pytest.param("digits-8", False, 2, marks=pytest.mark.exhaustive),
-        pytest.param("mnist-32", False, 1, marks=pytest.mark.slow),
+        ("digits-8", True),
+        pytest.param("digits-8", False, marks=pytest.mark.exhaustive),
+        pytest.param("mnist-32", False, marks=pytest.mark.slow),
     ],
 )
-def test_inversion_finds_the_latents_of_a_trained_models_samples(quiet, name, clip_sample, count):
+def test_inversion_finds_the_latents_of_a_trained_models_samples(quiet, name, clip_sample):
     pipe = quiet(TinyInterpolationPipeline.from_pretrained(Path(__file__).parents[2] / "model_cards" / name))
-    alone = quiet(TinyPipeline(pipe.unet, pipe.scheduler))
+    alone = quiet(TinyPipeline(pipe.unet, pipe._single_step(pipe.scheduler)))  # what is inverted
     options = {"num_inference_steps": 50, "eta": 0.0, "clip_sample": True, "output_type": "pt"}
-    images = alone(count, image_generators(0, count), **options).images
+    images = alone(2, image_generators(0, 2), **options).images
     errors = []
     for steps in (12, 50):
         call = {"num_inference_steps": steps, "clip_sample": clip_sample}
         latents = pipe.invert(images, **call)
-        again = alone(count, latents=latents, eta=0.0, output_type="pt", **call).images
-        assert latents.mean().abs() < 0.3 and 0.4 < latents.std() < 1.3  # near N(0, I): smooth images have less
+        again = alone(2, latents=latents, eta=0.0, output_type="pt", **call).images
+        # near N(0, I): smooth images have less, and more so if the layers predict the image
+        least = 0.3 if pipe.unet.config.x_prediction else 0.4
+        assert latents.mean().abs() < 0.3 and least < latents.std() < 1.3
         errors.append(255 * (again - images).abs().mean())
-    assert errors[1] < min(5, 0.75 * errors[0])
+    if pipe.unet.config.x_prediction:  # near with few steps already, and not nearer with more
+        assert max(errors) < 2.5
+    else:
+        assert errors[1] < min(5, 0.75 * errors[0])
 
 
 def test_images_are_accepted_in_every_form(pipe):
