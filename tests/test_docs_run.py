@@ -190,7 +190,7 @@ def train(script: str, argv: list[str], is_run: bool = True) -> None:
         module.main([*argv, *SHORTER[script]])
         return
 
-    def read(arguments_class, argv):
+    def read(arguments_class, argv, doc=None):
         FlagParser(arguments_class).given(argv)
         raise ParsedError
 
