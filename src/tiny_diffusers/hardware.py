@@ -129,7 +129,7 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
         `torch.device`: The device; one that was named is known to work.
 
     Raises:
-        UserError: If the device cannot be used.
+        UserError: If the device cannot be used, or has fewer units than there are processes on this machine.
     """
     torch.set_num_threads(num_threads or default_num_threads())
     try:
@@ -140,6 +140,13 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
         raise UserError(f"The device '{device}' can't be used here: {first_line(error)}") from error
     if chosen.type == "cpu":
         keep_freed_memory()
+    elif not device:
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+        if processes > devices:
+            raise UserError(
+                f"{processes} processes were started on this machine, which has {devices} of the device {chosen.type}: "
+                "start one for each. With CUDA_VISIBLE_DEVICES= before the command, they compute on the CPU."
+            )
     return chosen
 
 

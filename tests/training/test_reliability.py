@@ -151,7 +151,8 @@ def test_grids_come_at_the_same_steps_after_a_resume(tmp_path, monkeypatch):
     for folder in (once, twice):
         names = sorted(path.name for path in (folder / "samples").iterdir())
         assert names == ["step-0000002.png", "step-0000004.png", "step-0000006.png"]
-    _assert_equal(once, twice)
+    if hardware.default_device().type == "cpu":  # where kernels add in one order
+        _assert_equal(once, twice)
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(capsys):
@@ -405,7 +406,8 @@ assert True in sharded
 
 def _torchrun(script, *argv, environment=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    # On CPUs: a machine may have one GPU alone.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
     command += [str(script), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -608,6 +610,15 @@ def test_threads_are_those_that_the_user_asked_for_and_not_the_one_of_a_launcher
     ):
         monkeypatch.setattr(os, "environ", environment)
         assert hardware.default_num_threads() == expected, environment
+
+
+def test_more_processes_than_gpus_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(hardware, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert hardware.setup_torch(1).type == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started on this machine, which has 1 of the device cuda"):
+        hardware.setup_torch(1)
 
 
 @pytest.mark.parametrize(
