@@ -57,6 +57,25 @@ def test_the_facts_of_the_run_are_written_anew_and_the_users_own_words_stay(fold
     assert main(["card", str(folder)]) == 0 and (folder / "README.md").read_text() == again
 
 
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (
+            {"steps": 3119, "global_batch": 512, "seconds": 344.6, "machine": "NVIDIA H200"},
+            "It took 3,119 steps of 512 images, 5.74 minutes on NVIDIA H200.",
+        ),
+        ({"steps": 20, "global_batch": 8}, "It took 20 steps of 8 images."),  # a kill has lost the seconds
+        ({"seconds": 5}, None),  # of a run that began with an older version
+        ({"steps": 2, "machine": "<b>x</b>"}, "It took 2 steps on &lt;b>x&lt;/b>."),
+    ],
+)
+def test_a_card_says_what_the_training_took(folder, facts, expected):
+    (folder / "run.json").write_text(json.dumps({"command": "tiny-diffusers train unconditional"} | facts))
+    assert main(["card", str(folder)]) == 0
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("It took")]
+    assert lines == ([] if expected is None else [expected])
+
+
 def test_a_card_without_the_marks_is_kept_beside_the_new_one(folder, capsys):
     for i, kept in enumerate(("README.original.md", "README.original-2.md")):
         (folder / "README.md").write_text(f"# My words {i}\n")

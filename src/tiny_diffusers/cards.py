@@ -91,6 +91,7 @@ def write_card(
         model_name=markdown(model_name),
         model_id=model_id,
         loading=_loading_section(facts, model_id),
+        effort=_describe_effort(folder.read_facts()),
         command=command and code_block(re.sub(r"(--hub_token[ =])\S+", r"\1...", command), "bash"),
         settings=_table({name: str(value) for name, value in settings.items() if "token" not in name}),
         data=_table(data),
@@ -111,6 +112,20 @@ def write_card(
     folder.record(folder.card)
     replace_file(folder.card, str(card))
     return folder.card
+
+
+def _describe_effort(facts: Mapping[str, object]) -> str | None:
+    """Returns in words what a training took by its `run.json`, as far as this is known; None without its steps."""
+    if "steps" not in facts:
+        return None
+    words = f"It took {facts['steps']:,} steps"
+    if "global_batch" in facts:
+        words += f" of {facts['global_batch']:,} images"
+    if "seconds" in facts:
+        words += f", {facts['seconds'] / 60:.3g} minutes"
+    if facts.get("machine"):
+        words += f" on {markdown(facts['machine'])}"
+    return f"{words}."
 
 
 def _load(folder: RunFolder) -> "ModelCard | None":

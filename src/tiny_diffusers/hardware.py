@@ -37,6 +37,11 @@ def processor_name() -> str:
     return platform.processor()
 
 
+def machine_name(device: torch.device) -> str:
+    """Returns the name of what computes on a device: of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
 def physical_cores() -> int:
     """
     Counts the physical cores that this process may run on: hyper-threads slow convolutions down.

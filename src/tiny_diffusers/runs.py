@@ -72,7 +72,7 @@ _SNAPSHOT = "step-[1-9][0-9]{,14}"
 _FOLDERS = rf"checkpoint-\d+|snapshots/{_SNAPSHOT}|ema/sigma_rel-[\d.e-]+(-step-\d+)?"
 
 # What is read back from `run.json`
-_FACTS = {"data": dict, "global_batch": int, "seconds": (int, float)}
+_FACTS = {"data": dict, "global_batch": int, "steps": int, "seconds": (int, float), "machine": str}
 
 
 class RunFolder:

@@ -74,13 +74,12 @@ def _state(requirement: "Requirement") -> str:
 def _machine() -> list[tuple[str, str]]:
     """Returns what a run depends on beside the packages."""
     import psutil
-    import torch
 
     from .. import __version__, hardware
     from ..data import cache_root
 
     device = hardware.default_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    name = hardware.machine_name(device) if device.type == "cuda" else device.type
     dtype = str(hardware.default_dtype(device)).removeprefix("torch.")
     if device.type == "cpu" and dtype == "bfloat16":
         dtype += " (in a long training, if it is measured to be faster)"

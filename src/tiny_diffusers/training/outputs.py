@@ -15,7 +15,7 @@ from torch import nn
 from .. import __version__, cards, hub, plots
 from ..data.folders import abbreviate
 from ..errors import UserError, say
-from ..hardware import default_dtype
+from ..hardware import default_dtype, machine_name
 from ..progress import bar_options
 from .arguments import TrainingArguments, command_line, saved_settings, split_paths
 
@@ -39,6 +39,7 @@ def write_run_files(trainer: "Trainer") -> None:
             "vae_sha256": trainer.data.vae_sha256,
             "parameters": {name: count_parameters(module) for name, module in trainer.family.modules.items()},
             "device": str(trainer.device),
+            "machine": machine_name(trainer.device),
             "processes": trainer.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "global_batch": trainer.global_batch,
@@ -51,11 +52,14 @@ def write_run_files(trainer: "Trainer") -> None:
     )
 
 
-def write_seconds(trainer: "Trainer") -> None:
-    """Adds the seconds of the loop to `run.json`; nothing if a kill has lost some of them."""
-    if trainer.accelerator.is_main_process and trainer.earlier_seconds is not None:
-        seconds = round(trainer.earlier_seconds + trainer.seconds, 1)
-        trainer.folder.write_facts(trainer.folder.read_facts() | {"seconds": seconds})
+def write_effort(trainer: "Trainer") -> None:
+    """Adds to `run.json` the steps taken and the seconds of the loop, unless a kill has lost some of them."""
+    if not trainer.accelerator.is_main_process:
+        return
+    effort = {"steps": trainer.step}
+    if trainer.earlier_seconds is not None:
+        effort["seconds"] = round(trainer.earlier_seconds + trainer.seconds, 1)
+    trainer.folder.write_facts(trainer.folder.read_facts() | effort)
 
 
 def data_facts(trainer: "Trainer") -> dict[str, Any]:

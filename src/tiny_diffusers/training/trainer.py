@@ -450,7 +450,7 @@ class Trainer:
             try:
                 with self.folder.writing(lambda: self.step), self._progress_bar() as bar:
                     self._loop(bar)
-                    outputs.write_seconds(self)
+                    outputs.write_effort(self)
                 if self.stop_signal:
                     self._print(f"stopped at step {self.step}: --resume_from_checkpoint latest continues from here.")
                     self.accelerator.end_training()
