@@ -39,10 +39,10 @@ STEPS = int(os.environ.get("NOTEBOOK_STEPS", 1600))  # of training, with 32 imag
 # ## Train
 #
 # This is the command `tiny-diffusers train unconditional`. It leaves a checkpoint, samples, loss curves and a model card in
-# `runs/ddpm-digits`. Its grids of samples take 50 steps, or fewer where the training is as short.
+# `runs/ddpm-digits`. Its last grid of samples takes 20 steps, or fewer where the training is as short.
 
 # %%
-# !tiny-diffusers train unconditional --max_train_steps {STEPS} --ddpm_num_inference_steps {min(50, STEPS)} --overwrite_output_dir
+# !tiny-diffusers train unconditional --max_train_steps {STEPS} --ddpm_num_inference_steps {min(20, STEPS)} --overwrite_output_dir
 
 # %%
 from IPython.display import Image, display
@@ -73,7 +73,7 @@ image_grid(pipe(batch_size=8, generator=seeds).images, columns=8, scale=8)
 # %% [markdown]
 # ## From noise to a digit
 #
-# The sampler starts from noise and removes it in 50 steps. Eight states of four images on the way:
+# The sampler starts from noise and removes it in 20 steps. Eight states of four images on the way:
 
 # %%
 seeds = [torch.Generator().manual_seed(i) for i in range(4)]

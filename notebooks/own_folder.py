@@ -79,7 +79,7 @@ image_grid(data.images[:: max(1, len(data.images) // 16)][:16], columns=8)
 # %%
 SCRIPT = "conditional" if data.id2label else "unconditional"
 RUN = "runs/mine"
-FLAGS = f"--max_train_steps {STEPS} --ddpm_num_inference_steps {min(50, STEPS)} --overwrite_output_dir"
+FLAGS = f"--max_train_steps {STEPS} --ddpm_num_inference_steps {min(20, STEPS)} --overwrite_output_dir"
 # !tiny-diffusers train {SCRIPT} --dataset_name {FOLDER} --resolution {RESOLUTION} --output_dir {RUN} {FLAGS}
 
 # %%
@@ -110,7 +110,7 @@ protocol = Protocol(
     features="pixels",
     metrics=["frechet_distance", "kernel_distance", "nearest_neighbour"],
     num_jackknife=5,
-    sampling={"num_inference_steps": min(50, STEPS)},
+    sampling={"num_inference_steps": min(20, STEPS)},
 )
 report = evaluate(pipe, data, protocol, training=data, output_dir=f"{RUN}/reports/pixels")
 Markdown(report.markdown())

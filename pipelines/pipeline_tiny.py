@@ -93,8 +93,9 @@ _OBJECTIVES = {
 }
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
-# Steps of sampling of a consistency model, if nobody says
+# Steps of sampling, if nobody says: of rectified flow by measurements, in docs/schedulers.md
 CONSISTENCY_STEPS = 2
+DEFAULT_STEPS = {"betas": 50, "flow": 20, "edm": 50}
 
 # What a network's config must share with that of its guidance model: both are called with the same.
 _NETWORK_CALL = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "num_conditions")
@@ -233,8 +234,9 @@ class TinyPipeline(DiffusionPipeline):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, or to as
-                many as there are, and to 2 for a consistency model, which draws all noise anew in each step.
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, to
+                20 for rectified flow, and to 2 for a consistency model, which draws all noise anew in each step; or to as
+                many as there are.
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for
@@ -355,8 +357,9 @@ class TinyPipeline(DiffusionPipeline):
 
     @property
     def _default_steps(self) -> int:
-        is_consistency = self.scheduler.config.get("stochastic_sampling", False)
-        return CONSISTENCY_STEPS if is_consistency else min(50, self.scheduler.config.num_train_timesteps)
+        if self.scheduler.config.get("stochastic_sampling", False):
+            return CONSISTENCY_STEPS
+        return min(DEFAULT_STEPS[self._objective], self.scheduler.config.num_train_timesteps)
 
     @property
     def _default_eta(self) -> float:

@@ -111,8 +111,8 @@ class TinyConditionalPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipel
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, and to 2
-                for a consistency model.
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, to 20
+                for rectified flow, and to 2 for a consistency model.
             eta (`float`, *optional*):
                 The fresh noise in each step, which corrects errors of the network: η of
                 [DDIM](https://huggingface.co/papers/2010.02502), eq. 16, in [0, 1], and at least 0 for

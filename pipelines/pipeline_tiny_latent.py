@@ -121,8 +121,8 @@ class TinyLatentPipeline(ClassConditioningMixin, ConditionsMixin, TinyPipeline):
                 Makes sampling deterministic. A list has one generator per image, which makes each image independent of
                 its batch.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, and to 2
-                for a consistency model.
+                The number of denoising steps, from 1 to the scheduler's `num_train_timesteps`. Defaults to 50, to 20
+                for rectified flow, and to 2 for a consistency model.
             eta (`float`, *optional*):
                 The fresh noise in each step, as in [`TinyPipeline`].
             latents (`torch.Tensor` of shape `(batch_size, C, h, w)`, *optional*):

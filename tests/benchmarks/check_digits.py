@@ -1,7 +1,7 @@
 """
 Checks that a model of the digits draws digits, and does not copy its training images.
 
-    python tests/benchmarks/check_digits.py runs/ddpm-digits [--num_images 500] [--num_inference_steps 50]
+    python tests/benchmarks/check_digits.py runs/ddpm-digits [--num_images 500] [--num_inference_steps 20]
 
 A calibrated support vector classifier, fitted on 70% of the real digits, judges the samples: the share that it
 accepts as some digit with a probability over 0.8, and the share of each class. Also measured is the share of samples
@@ -73,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument(
         "--scheduler", help="Scheduler class of diffusers to sample with, such as DPMSolverMultistepScheduler."
     )
@@ -84,6 +84,7 @@ def main() -> int:
     from tiny_diffusers import TinyPipeline
 
     pipe = TinyPipeline.from_pretrained(args.checkpoint)
+    args.num_inference_steps = args.num_inference_steps or pipe._default_steps
     if args.scheduler:
         import diffusers
 

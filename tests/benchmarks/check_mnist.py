@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--dataset_name", default="ylecun/mnist")
     parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classifier", type=Path, help="default: runs/classifier-SIZE.safetensors")
     args = parser.parse_args()

@@ -138,14 +138,14 @@ def test_a_grid_has_a_row_for_each_class_and_the_same_noise_at_each_scale():
             return self
 
     unet = torch.nn.Identity()
-    family = ConditionalDiffusion(unet, None, {0: "cat", 1: "frog"}, guidance_scales=[1.0, 4.0])
+    family = ConditionalDiffusion(unet, None, {0: "cat", 1: "frog"}, 0.1, [1.0, 4.0], num_inference_steps=2)
     images, options = family.sample(FakePipeline(), num_images=8, seed=5)
     assert images == ["0@1#0", "0@1#1", "0@4#0", "0@4#1", "1@1#2", "1@1#3", "1@4#2", "1@4#3"]
     assert options["columns"] == 4 and options["row_labels"] == ["cat", "frog"]
     assert options["column_labels"] == ["w = 1", "", "w = 4", ""]
     assert [call[2] for call in calls] == [[5, 6, 7, 8]] * 2
 
-    many = ConditionalDiffusion(unet, None, {i: str(i) for i in range(100)})
+    many = ConditionalDiffusion(unet, None, {i: str(i) for i in range(100)}, num_inference_steps=2)
     assert many.sample(FakePipeline(), num_images=4, seed=0)[1]["row_labels"] == [str(i) for i in range(10)]
 
 

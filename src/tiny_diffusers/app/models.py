@@ -196,7 +196,7 @@ def read_model(checkpoint: str, name: str) -> Model:
             can_be_guided=component == "unet" and _can_be_guided(index, bool(classes), conditioning or conditions),
             has_temperature=component == "pixelcnn" and network.get("variant") != "baseline",
             num_train_timesteps=num_train_timesteps,
-            default_steps=2 if scheduler.get("stochastic_sampling") else min(50, num_train_timesteps),
+            default_steps=min(_default_steps(scheduler), num_train_timesteps),
             default_eta=_default_eta(scheduler),
             conditioning=conditioning,
             conditions=conditions,
@@ -246,6 +246,10 @@ def _read_classes(index: dict, network: dict, component: str) -> dict[int, str]:
 def _objective(scheduler: dict) -> str:
     name = str(scheduler.get("_class_name"))
     return "edm" if "EDM" in name else "flow" if "Flow" in name else "betas"
+
+
+def _default_steps(scheduler: dict) -> int:
+    return 2 if scheduler.get("stochastic_sampling") else 20 if _objective(scheduler) == "flow" else 50
 
 
 def _default_eta(scheduler: dict) -> float:

@@ -19,7 +19,7 @@ from ..pipelines.pipeline_tiny_latent import TinyLatentPipeline
 from ..pipelines.pipeline_tiny_operators import Conditioning
 from ..training.family import condition_grid
 from .conditions import ConditionArguments
-from .diffusion import NUM_INFERENCE_STEPS, Diffusion, DiffusionArguments, TinyScheduler
+from .diffusion import Diffusion, DiffusionArguments, TinyScheduler
 from .unets import ConditionalUNetArguments
 
 
@@ -120,7 +120,7 @@ class ConditionalDiffusion(Diffusion):
         class_dropout_prob (`float`): Share of the labels that are replaced by the null class, and of the conditioning
             images and conditions that are dropped with them.
         guidance_scales (`list[float]`): Guidance scales of the sample grids.
-        num_inference_steps (`int`): Sampling steps of the last sample grid.
+        num_inference_steps (`int`, *optional*): Sampling steps of the last sample grid; the pipeline's if not given.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
         conditioning ([`Conditioning`], *optional*): The conditioning image.
         condition_statistics ([`ConditionStatistics`], *optional*): The conditions.
@@ -135,7 +135,7 @@ class ConditionalDiffusion(Diffusion):
         id2label: dict[int, str] | None,
         class_dropout_prob: float = 0.1,
         guidance_scales: list[float] | None = None,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         num_preview_steps: int | None = None,
         conditioning: Conditioning | None = None,
         condition_statistics: ConditionStatistics | None = None,

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import UserError, refusals
 from ..flags import default_of, flag
-from ..pipelines.pipeline_tiny import TinyPipeline, image_generators, objective_of
+from ..pipelines.pipeline_tiny import DEFAULT_STEPS, TinyPipeline, image_generators, objective_of
 from ..pipelines.pipeline_tiny_latent import TinyLatentPipeline
 from ..schedulers.scheduling_tiny_common import CHOICES
 from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
@@ -29,8 +29,7 @@ from .unets import UNetArguments
 
 logger = logging.getLogger(__name__)
 
-# If not given, for the last sample grid and those before it; fewer if there are fewer timesteps
-NUM_INFERENCE_STEPS, _NUM_PREVIEW_STEPS = 50, 10
+_NUM_PREVIEW_STEPS = 10  # for the sample grids but the last, if not given; fewer if there are fewer timesteps
 
 # By optimizer, if not given: see docs/training.md
 _LEARNING_RATE, _LEARNING_RATES = 1e-3, {"muon": 3e-3}
@@ -87,8 +86,8 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process (not used by edm).", within="[1, 100000]")
     ddpm_num_inference_steps: int | None = flag(
         None,
-        f"Sampling steps of the sample grids, T at most; if not given {NUM_INFERENCE_STEPS}, and {_NUM_PREVIEW_STEPS} "
-        "during training.",
+        f"Sampling steps of the sample grids, T at most; if not given the pipeline's, and {_NUM_PREVIEW_STEPS} during "
+        "training.",
         within="[1, inf)",
         changes_run=False,
     )
@@ -202,7 +201,8 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
     @property
     def num_inference_steps(self) -> int:
         """Sampling steps of the last sample grid."""
-        return self.ddpm_num_inference_steps or min(NUM_INFERENCE_STEPS, self.ddpm_num_steps)
+        steps = DEFAULT_STEPS.get(self.prediction_type, DEFAULT_STEPS["betas"])
+        return self.ddpm_num_inference_steps or min(steps, self.ddpm_num_steps)
 
     @property
     def num_preview_steps(self) -> int:
@@ -299,7 +299,7 @@ class Diffusion(Family):
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels=None).sample`.
         scheduler (`TinyScheduler`): One of this package's. Its `training_loss` is minimized.
-        num_inference_steps (`int`): Sampling steps of the last sample grid.
+        num_inference_steps (`int`, *optional*): Sampling steps of the last sample grid; the pipeline's if not given.
         num_preview_steps (`int`, *optional*): Those of the grids during training; as many if not given.
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
         vae ([`AutoencoderKL`], *optional*): The autoencoder whose latents the network denoises.
@@ -309,7 +309,7 @@ class Diffusion(Family):
         self,
         unet: nn.Module,
         scheduler: TinyScheduler,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         num_preview_steps: int | None = None,
         augment_prob: float = 0.0,
         vae: AutoencoderKL | None = None,
@@ -317,9 +317,9 @@ class Diffusion(Family):
         self.augment_prob, self.vae = augment_prob, vae
         self.modules = {"unet": unet}
         self.scheduler = scheduler
-        self.num_inference_steps = num_inference_steps
-        self.num_preview_steps = num_preview_steps or num_inference_steps
-        self.preview_share = self.num_preview_steps / num_inference_steps
+        self.num_inference_steps = num_inference_steps or DEFAULT_STEPS[objective_of(scheduler)]
+        self.num_preview_steps = num_preview_steps or self.num_inference_steps
+        self.preview_share = self.num_preview_steps / self.num_inference_steps
 
     @property
     def x_prediction(self) -> bool:
