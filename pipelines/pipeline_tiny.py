@@ -840,7 +840,8 @@ class TinyPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder written by `save_pretrained`, or the id of such a repository on the Hub.
+                A folder written by `save_pretrained`, the id of such a repository on the Hub, or the name of a published
+                model, such as `"mnist-32"`.
             kwargs:
                 As for [`DiffusionPipeline.from_pretrained`]: `torch_dtype`, `revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`, `variant`, `trust_remote_code`, components by name, ...
@@ -1200,7 +1201,9 @@ def _public_class(name: Any) -> type | None:
 
 
 def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs: Any) -> str:
-    """Returns the folder of a checkpoint, downloaded from the Hub if no such folder exists."""
+    """Returns the folder of a checkpoint, a published one's by its name, or downloaded from the Hub if there is none."""
+    if not __name__.startswith("diffusers_modules"):  # a traveling copy, without the package
+        name_or_path = importlib.import_module("..zoo", __package__).find_published(name_or_path)
     folder = os.path.expanduser(name_or_path)
     if not os.path.isdir(folder):
         parent = os.path.dirname(folder)

@@ -7,7 +7,7 @@ import types
 import psutil
 import pytest
 
-from tiny_diffusers import TinyDDIMScheduler, TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline, hardware
+from tiny_diffusers import TinyDDIMScheduler, TinyEDMScheduler, TinyFlowMatchScheduler, TinyPipeline, hardware, zoo
 from tiny_diffusers.app.controls import sampling_settings
 from tiny_diffusers.app.models import MAX_CONDITIONS, ModelStore, list_models, published_checkpoints
 from tiny_diffusers.app.server import _warm_up
@@ -26,7 +26,7 @@ def test_the_configs_say_what_a_model_can_do(store):
     }
     assert found["conditional"].classes == found["pixelcnn"].classes == ("cat", "dog", "frog")
     assert found["conditional"].can_be_guided and found["conditions"].can_be_guided
-    assert found["rectangle"].can_be_guided and found["rectangle"].default_steps == 50
+    assert found["rectangle"].can_be_guided
     assert not found["diffusion"].can_be_guided and not found["pixelcnn"].can_be_guided
     assert (found["diffusion"].objective, found["flow"].objective) == ("betas", "flow")
     assert found["rectangle"].size == (12, 8)  # width, height
@@ -39,9 +39,17 @@ def test_the_configs_say_what_a_model_can_do(store):
     assert not found["pixelcnn"].can_walk and not found["dcgan"].can_edit and not found["channels"].can_edit
 
 
+@pytest.mark.parametrize("name", ["diffusion", "flow", "rectangle"])
+def test_the_defaults_of_sampling_are_those_of_the_pipeline(store, name):
+    index = [model.name for model in store.models].index(name)
+    model = store.models[index]
+    with store.use(index) as (pipe,):
+        assert (model.default_steps, model.default_eta) == (pipe._default_steps, pipe._default_eta)
+
+
 def test_published_models_are_listed_by_default():
     models = list_models(published_checkpoints())
-    assert [(model.name, model.size) for model in models] == [("mnist-32", (32, 32)), ("digits-8", (8, 8))]
+    assert tuple(model.name for model in models) == zoo.NAMES
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"unet": ["diffusers", "UNet2DModel"], "_class_name": "X"}'])

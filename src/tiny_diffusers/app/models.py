@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-PUBLISHED = ("mnist-32", "digits-8")  # folders in model_cards/
 MEMORY_SHARE = 4  # loaded models take at most one of these parts of the memory
 BATCH_PIXELS = 64 * 32 * 32  # that are drawn at a time
 
@@ -144,10 +143,10 @@ def list_models(checkpoints: Sequence[str]) -> list[Model]:
 
 def published_checkpoints() -> list[str]:
     """Returns the published models that lie beside the package, as they do in its repository."""
-    from .. import model_cards
+    from .. import model_cards, zoo
 
     root = Path(model_cards.__file__).parent
-    found = [_relative(root / name) for name in PUBLISHED if (root / name / MODEL_INDEX).is_file()]
+    found = [_relative(root / name) for name in zoo.NAMES if (root / name / MODEL_INDEX).is_file()]
     if not found:
         raise UserError("The published models aren't installed with the package: give a CHECKPOINT.")
     return found

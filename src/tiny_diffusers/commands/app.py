@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..errors import not_installed, say
-from .shared import make_parser, positive_number
+from .shared import CHECKPOINT_HELP, checkpoint_name, make_parser, positive_number
 
 
 def app_parser() -> argparse.ArgumentParser:
@@ -16,8 +16,9 @@ def app_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoints",
         metavar="CHECKPOINT",
+        type=checkpoint_name,
         nargs="*",
-        help="folders, or owner/name on the Hub (default: the published models)",
+        help=f"{CHECKPOINT_HELP} (default: all of those that are here)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=port_number, help="default: the first free one from 7860 on")

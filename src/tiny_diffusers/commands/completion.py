@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import say
 from ..training.recipes import SCRIPTS
-from .shared import make_parser
+from .shared import checkpoint_name, make_parser
 
 
 def completion_parser() -> argparse.ArgumentParser:
@@ -54,6 +54,6 @@ def _join(
         commands.add_parser(name, help=(helps or {}).get(name) or parser.description or name)
         commands.choices[name] = parser
         for action in parser._actions:
-            if action.choices is None and action.type in (None, str, Path) and action.nargs != 0:
+            if action.choices is None and action.type in (None, str, Path, checkpoint_name) and action.nargs != 0:
                 action.complete = shtab.FILE
     return root

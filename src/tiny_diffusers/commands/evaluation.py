@@ -13,11 +13,13 @@ from ..errors import UserError, refusals, say
 from ..paths import keep_paths, kept_paths, local_path, public_command
 from ..samplers import SCHEDULERS
 from .shared import (
+    CHECKPOINT_HELP,
     add_dynamic_thresholding,
     add_guidance_interval,
     add_sampling_arguments,
     add_temperature,
     call_options,
+    checkpoint_name,
     load_pipeline,
     make_parent,
     make_parser,
@@ -55,7 +57,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "tiny_diffusers.cli evaluate ...` (on GPUs also `accelerate launch -m`) shares the work among "
         "processes; a stopped evaluation resumes where it was.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder, or owner/name on the Hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint_name, nargs="?", help=CHECKPOINT_HELP)
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the checkpoint's own code; read it first"
     )

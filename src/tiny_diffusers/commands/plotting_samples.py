@@ -20,6 +20,7 @@ from .sampling import (
     spread,
 )
 from .shared import (
+    CHECKPOINT_HELP,
     add_checkpoint_argument,
     add_guidance_interval,
     add_picture_output,
@@ -27,6 +28,7 @@ from .shared import (
     add_temperature,
     call_options,
     check_diffusion,
+    checkpoint_name,
     comma_separated,
     finite_numbers,
     load_pipeline,
@@ -56,7 +58,7 @@ GRIDS_PER_ROW = 4
 
 def samples_parser() -> argparse.ArgumentParser:
     parser = make_parser("plot samples", "Draws samples of several checkpoints, a row each, from the same seeds.")
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folders, or owner/name on the Hub")
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", type=checkpoint_name, nargs="+", help=CHECKPOINT_HELP)
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the checkpoints' own code; read it first"
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")  # of curves and diagrams
 PICTURE_SUFFIXES = (".png", ".gif", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CHECKPOINT_HELP = "a folder, owner/name on the Hub, or a published model, such as mnist-32"
 MAX_SEED = 2**63 - 1
 MAX_ROW = 16  # images of one class beside each other in a grid
 
@@ -61,10 +62,20 @@ def make_parser(command: str, description: str | None = None) -> "OneLineParser"
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or owner/name on the Hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint_name, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the checkpoint's own code; read it first"
     )
+
+
+def checkpoint_name(name: str) -> str:
+    """Returns a CHECKPOINT as it was given, or the folder of the published model whose name it is."""
+    from .. import zoo
+
+    try:
+        return str(zoo.find_published(name))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,42 @@
+"""
+The published models, the folders of `model_cards/`, by their names.
+
+A checkout has all of them, a wheel those of `IN_WHEEL`.
+"""
+
+import importlib.resources
+import logging
+import os
+from pathlib import Path
+
+from .errors import UserError
+from .runs import MODEL_INDEX
+
+
+logger = logging.getLogger(__name__)
+
+IN_WHEEL = ("mnist-32", "digits-8")
+NAMES = (*IN_WHEEL, "mnist-32-conditional", "cifar10-32-conditional", "anime-faces-64")
+
+
+def find_published(name: str | os.PathLike) -> str | os.PathLike:
+    """
+    Returns the folder of the published model that a short name stands for, such as `"mnist-32"`, and any other name as it
+    is. A folder of that name in the working directory wins, which is said.
+
+    Raises:
+        UserError: If the published model is not installed.
+    """
+    if name not in NAMES:
+        return name
+    folder = Path(str(importlib.resources.files(f"{__package__}.model_cards") / name))
+    if Path(name).is_dir():
+        if not folder.is_dir() or not Path(name).samefile(folder):
+            logger.warning(f"'{name}' is the folder of that name here, not the published model.")
+        return name
+    if not (folder / MODEL_INDEX).is_file():
+        raise UserError(
+            f"The published model '{name}' is not in the wheel, which has {' and '.join(IN_WHEEL)} alone: clone the "
+            f"repository, and give model_cards/{name} there."
+        )
+    return str(folder)

@@ -1,0 +1,51 @@
+"""
+Checks that the published models are as good as their cards say: measures each anew, from its files alone.
+
+    python tests/benchmarks/check_zoo.py [mnist-32 ...]
+
+Each published report is repeated by `tiny-diffusers evaluate --from_report`, which draws the same number of images from
+the same seeds and needs the same real images. Prints both values of each figure, and exits with 1 if one is further from
+the published one than three of its standard errors, or than 1% where it has none. A report names its data set as
+the card does: a Hub id, or a folder of that name in the working directory.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tiny_diffusers import zoo
+from tiny_diffusers.cli import main as run_command
+from tiny_diffusers.evaluation.report import Report
+from tiny_diffusers.runs import RunFolder
+
+
+def check(name: str) -> bool:
+    """Measures a published model anew; returns whether all figures are as published."""
+    published = RunFolder(zoo.find_published(name)).find_report()
+    if not published.is_file():
+        print(f"{name}: it has no published report")
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        status = run_command(["evaluate", "--from_report", str(published), "--output", folder])
+        if status:
+            return False
+        measured = Report.load(Path(folder))
+    agrees = True
+    for figure, entry in Report.load(published).figures.items():
+        value, expected = measured.figures[figure]["value"], entry["value"]
+        limit = 3 * entry["error"] if entry["error"] else 0.01 * abs(expected)
+        within = abs(value - expected) <= limit
+        agrees &= within
+        print(f"{name}: {figure} {value:.6g}, published {expected:.6g} ± {limit:.2g}{'' if within else ': DIFFERS'}")
+    return agrees
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
+    return 0 if all([check(name) for name in parser.parse_args().names or zoo.NAMES]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

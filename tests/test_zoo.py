@@ -1,0 +1,60 @@
+"""The published models by their names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_diffusers import TinyPipeline, zoo
+from tiny_diffusers.cli import main
+from tiny_diffusers.errors import UserError
+
+
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+
+
+def test_the_names_are_the_folders():
+    assert sorted(zoo.NAMES) == sorted(path.parent.name for path in MODEL_CARDS.glob("*/model_index.json"))
+    assert set(zoo.IN_WHEEL) < set(zoo.NAMES)
+
+
+def test_a_name_stands_for_the_folder():
+    by_name, by_folder = (
+        TinyPipeline.from_pretrained("digits-8"),
+        TinyPipeline.from_pretrained(MODEL_CARDS / "digits-8"),
+    )
+    weights = by_folder.unet.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in by_name.unet.state_dict().items())
+
+
+def test_commands_take_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["describe", "digits-8"]) in (0, None)
+    assert "TinyUNet2DModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["runs/digits-8", "owner/digits-8", "digits", Path("digits-8").absolute()])
+def test_other_names_stay(name):
+    assert zoo.find_published(name) == name
+
+
+def test_a_folder_of_that_name_wins_which_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-8").mkdir()
+    assert zoo.find_published("digits-8") == "digits-8"
+    assert caplog.messages == ["'digits-8' is the folder of that name here, not the published model."]
+
+
+def test_the_published_folder_itself_needs_no_word(monkeypatch, caplog):
+    monkeypatch.chdir(MODEL_CARDS)
+    assert zoo.find_published("digits-8") == "digits-8" and not caplog.messages
+
+
+def test_what_the_wheel_lacks_is_named_with_the_way_to_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo.importlib.resources, "files", lambda package: tmp_path)
+    with pytest.raises(
+        UserError, match="not in the wheel, which has mnist-32 and digits-8 alone: clone the repository"
+    ):
+        TinyPipeline.from_pretrained("mnist-32-conditional")
+    assert main(["describe", "mnist-32-conditional"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
