@@ -8,6 +8,7 @@ import torch
 from tiny_diffusers import TinyPipeline, zoo
 from tiny_diffusers.cli import main
 from tiny_diffusers.errors import UserError
+from tiny_diffusers.evaluation import Report
 
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
@@ -58,3 +59,7 @@ def test_what_the_wheel_lacks_is_named_with_the_way_to_it(tmp_path, monkeypatch,
         TinyPipeline.from_pretrained("mnist-32-conditional")
     assert main(["describe", "mnist-32-conditional"]) == 2
     assert "clone the repository" in capsys.readouterr().err
+
+
+def test_a_name_stands_for_the_published_report():
+    assert Report.load("mnist-32").source["name"] == "mnist-32"

@@ -44,7 +44,8 @@ def check(name: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
-    return 0 if all([check(name) for name in parser.parse_args().names or zoo.NAMES]) else 1
+    agree = [check(name) for name in parser.parse_args().names or zoo.NAMES]
+    return 0 if all(agree) else 1
 
 
 if __name__ == "__main__":

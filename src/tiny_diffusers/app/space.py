@@ -125,7 +125,8 @@ def _package_files() -> Iterator[tuple[str, Path]]:
     for name in (PACKAGE, *(f"{PACKAGE}.{part}" for part in MAPPED)):
         folder = Path(importlib.import_module(name).__file__).parent
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".md", ".yaml") and not (path.parent / MODEL_INDEX).exists():
+            is_model = any((parent / MODEL_INDEX).exists() for parent in path.parents)
+            if path.suffix in (".py", ".md", ".yaml") and not is_model:
                 found[f"{name.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
     yield from found.items()
 

@@ -12,6 +12,7 @@ from ..files import load_json, read_text, replace_file
 from ..flags import Flags, flag
 from ..paths import public_name
 from ..runs import RunFolder
+from ..zoo import find_published
 
 
 # Raised when a metric of the same name is computed differently: such reports are read, but not compared. Version 2 has
@@ -464,7 +465,11 @@ def figure_label(figure: str, features: str) -> str:
 
 
 def find_report(place: str | Path) -> Path:
-    """Finds the file of a report: in its own folder, or in a checkpoint's, where it is published or the only one."""
+    """
+    Finds the file of a report: in its own folder, or in that of a checkpoint, which may be a published model, where it is
+    published or the only one.
+    """
+    place = find_published(place)
     return RunFolder(place).find_report() if Path(place).is_dir() else Path(place)
 
 
