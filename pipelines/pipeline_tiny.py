@@ -1202,8 +1202,10 @@ def _public_class(name: Any) -> type | None:
 
 def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs: Any) -> str:
     """Returns the folder of a checkpoint, a published one's by its name, or downloaded from the Hub if there is none."""
+    published = ()
     if not __name__.startswith("diffusers_modules"):  # a traveling copy, without the package
-        name_or_path = importlib.import_module("..zoo", __package__).find_published(name_or_path)
+        zoo = importlib.import_module("..zoo", __package__)
+        name_or_path, published = zoo.find_published(name_or_path), zoo.NAMES
     folder = os.path.expanduser(name_or_path)
     if not os.path.isdir(folder):
         parent = os.path.dirname(folder)
@@ -1217,9 +1219,11 @@ def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hu
         except (OSError, ValueError) as error:
             is_id = isinstance(error, OSError)  # of the network, or the Hub's answer
             reason = str(error).strip().partition("\n")[0] if is_id else "whose names are of the form owner/name"
+            near = difflib.get_close_matches(folder, published, n=1)
+            hint = f" Did you mean the published model '{near[0]}'?" if near else ""
             raise ValueError(
                 f"There is no folder '{name_or_path}' here, and no model of that name that can be loaded from the Hub "
-                f"({reason})."
+                f"({reason}).{hint}"
             ) from error
     config_name = TinyPipeline.config_name
     if not os.path.isfile(os.path.join(folder, config_name)):

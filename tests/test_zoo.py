@@ -51,6 +51,12 @@ def test_the_published_folder_itself_needs_no_word(monkeypatch, caplog):
     assert zoo.find_published("digits-8") == "digits-8" and not caplog.messages
 
 
+def test_a_name_that_is_nearly_one_is_answered_by_it(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="Did you mean the published model 'mnist-32'"):
+        TinyPipeline.from_pretrained("minst-32")
+
+
 def test_what_the_wheel_lacks_is_named_with_the_way_to_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(

@@ -307,7 +307,7 @@ def test_arguments_have_the_names_and_defaults_of_diffusers(make_unet, quiet):
         assert ours[name].default == stock[name].default
     for scheduler, num_steps in (
         (TinyDDIMScheduler(), stock["num_inference_steps"].default),
-        (TinyFlowMatchScheduler(), 50),
+        (TinyFlowMatchScheduler(), 20),
         (TinyFlowMatchScheduler(num_train_timesteps=10), 10),
         (TinyFlowMatchScheduler(stochastic_sampling=True), 2),  # a consistency model
     ):
