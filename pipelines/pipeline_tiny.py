@@ -1203,7 +1203,7 @@ def _public_class(name: Any) -> type | None:
 def _fetch_folder(name_or_path: str | os.PathLike, trust_remote_code: bool, **hub_kwargs: Any) -> str:
     """Returns the folder of a checkpoint, a published one's by its name, or downloaded from the Hub if there is none."""
     published = ()
-    if not __name__.startswith("diffusers_modules"):  # a traveling copy, without the package
+    if __package__ == "tiny_diffusers.pipelines":  # a copy travels without the rest of the package
         zoo = importlib.import_module("..zoo", __package__)
         name_or_path, published = zoo.find_published(name_or_path), zoo.NAMES
     folder = os.path.expanduser(name_or_path)

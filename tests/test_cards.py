@@ -65,6 +65,10 @@ def test_the_facts_of_the_run_are_written_anew_and_the_users_own_words_stay(fold
             "It took 3,119 steps of 512 images, 5.74 minutes on NVIDIA H200.",
         ),
         ({"steps": 20, "global_batch": 8}, "It took 20 steps of 8 images."),  # a kill has lost the seconds
+        ({"steps": 1, "global_batch": 1, "seconds": 72000}, "It took 1 step of 1 image, 1,200 minutes."),
+        ({"steps": 2, "seconds": 10**400, "machine": "  "}, "It took 2 steps."),
+        ({"steps": 2, "global_batch": -1, "seconds": float("nan")}, "It took 2 steps."),
+        ({"steps": True}, None),
         ({"seconds": 5}, None),  # of a run that began with an older version
         ({"steps": 2, "machine": "<b>x</b>"}, "It took 2 steps on &lt;b>x&lt;/b>."),
     ],

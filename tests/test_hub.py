@@ -27,6 +27,7 @@ from tiny_diffusers import (
     TinyUNet2DModel,
     cards,
     hub,
+    zoo,
 )
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.evaluation import Protocol, Report
@@ -395,7 +396,7 @@ class TestCard:
         assert "pipe(class_labels=['cat', 'frog'], guidance_scale=3.0)" in text
         assert '--class_labels "cat,frog" --guidance_scale 3 --output' in text
 
-    @pytest.mark.parametrize("name", ["digits-8", "mnist-32"])
+    @pytest.mark.parametrize("name", zoo.NAMES)
     def test_the_commands_of_a_published_card_are_those_of_an_installed_package(self, name):
         from tiny_diffusers.cli import COMMANDS
 

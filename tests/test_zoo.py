@@ -28,6 +28,27 @@ def test_a_name_stands_for_the_folder():
     assert all(torch.equal(value, weights[key]) for key, value in by_name.unet.state_dict().items())
 
 
+def test_a_path_may_be_a_name():
+    assert TinyPipeline.from_pretrained(Path("digits-8")).unet.config.sample_size == 8
+
+
+def test_a_report_by_name_goes_below_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(MODEL_CARDS.rglob("*"))
+    flags = [
+        "--num_images",
+        "4",
+        "--features",
+        "pixels",
+        "--metrics",
+        "nearest_neighbour",
+        "--num_inference_steps",
+        "2",
+    ]
+    assert main(["evaluate", "digits-8", *flags, "--name", "mine"]) in (0, None)
+    assert Path("evaluation/reports/mine/report.json").is_file() and sorted(MODEL_CARDS.rglob("*")) == before
+
+
 def test_commands_take_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["describe", "digits-8"]) in (0, None)
@@ -42,13 +63,14 @@ def test_other_names_stay(name):
 def test_a_folder_of_that_name_wins_which_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits-8").mkdir()
-    assert zoo.find_published("digits-8") == "digits-8"
+    found = zoo.find_published("digits-8")
+    assert Path(found) == Path("digits-8") and zoo.find_published(found) == found  # and not twice
     assert caplog.messages == ["'digits-8' is the folder of that name here, not the published model."]
 
 
 def test_the_published_folder_itself_needs_no_word(monkeypatch, caplog):
     monkeypatch.chdir(MODEL_CARDS)
-    assert zoo.find_published("digits-8") == "digits-8" and not caplog.messages
+    assert Path(zoo.find_published("digits-8")) == Path("digits-8") and not caplog.messages
 
 
 def test_a_name_that_is_nearly_one_is_answered_by_it(monkeypatch):

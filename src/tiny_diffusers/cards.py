@@ -116,16 +116,19 @@ def write_card(
 
 def _describe_effort(facts: Mapping[str, object]) -> str | None:
     """Returns in words what a training took by its `run.json`, as far as this is known; None without its steps."""
-    if "steps" not in facts:
+    steps, batch, seconds = (
+        value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12 else None
+        for value in map(facts.get, ("steps", "global_batch", "seconds"))
+    )
+    if steps is None:
         return None
-    words = f"It took {facts['steps']:,} steps"
-    if "global_batch" in facts:
-        words += f" of {facts['global_batch']:,} images"
-    if "seconds" in facts:
-        words += f", {facts['seconds'] / 60:.3g} minutes"
-    if facts.get("machine"):
-        words += f" on {markdown(facts['machine'])}"
-    return f"{words}."
+    words = f"It took {steps:,} step{'' if steps == 1 else 's'}"
+    if batch is not None:
+        words += f" of {batch:,} image{'' if batch == 1 else 's'}"
+    if seconds is not None:
+        words += f", {seconds / 60:,.0f} minutes" if seconds > 6000 else f", {seconds / 60:.3g} minutes"
+    machine = markdown(str(facts.get("machine", ""))[:100]).strip()
+    return f"{words} on {machine}." if machine else f"{words}."
 
 
 def _load(folder: RunFolder) -> "ModelCard | None":

@@ -145,8 +145,8 @@ def setup_torch(num_threads: int | None = None, device: str | None = None) -> to
         raise UserError(f"The device '{device}' can't be used here: {first_line(error)}") from error
     if chosen.type == "cpu":
         keep_freed_memory()
-    elif not device:
-        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    elif not device and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.accelerator.device_count()
         if processes > devices:
             raise UserError(
                 f"{processes} processes were started on this machine, which has {devices} of the device {chosen.type}: "

@@ -27,16 +27,26 @@ def find_published(name: str | os.PathLike) -> str | os.PathLike:
     Raises:
         UserError: If the published model is not installed.
     """
-    if name not in NAMES:
+    short = os.fspath(name)
+    if short not in NAMES:
         return name
-    folder = Path(str(importlib.resources.files(f"{__package__}.model_cards") / name))
-    if Path(name).is_dir():
-        if not folder.is_dir() or not Path(name).samefile(folder):
+    folder = _folder(short)
+    if os.path.isdir(short):
+        if not folder.is_dir() or not folder.samefile(short):
             logger.warning(f"'{name}' is the folder of that name here, not the published model.")
-        return name
+        return os.path.join(os.curdir, short)  # which is no short name
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(
             f"The published model '{name}' is not in the wheel, which has {' and '.join(IN_WHEEL)} alone: clone the "
             f"repository, and give model_cards/{name} there."
         )
     return str(folder)
+
+
+def is_installed(checkpoint: str | os.PathLike) -> bool:
+    """Checks that a checkpoint is a published model where [`find_published`] finds it: in this package."""
+    return os.fspath(checkpoint) in {str(_folder(name)) for name in NAMES}
+
+
+def _folder(name: str) -> Path:
+    return Path(str(importlib.resources.files(f"{__package__}.model_cards") / name))

@@ -711,6 +711,18 @@ class TestCommandLine:
         assert values(Report.load(checkpoint / "again")) == pytest.approx(values(report), rel=1e-6)
         assert self.run("compare", checkpoint, checkpoint / "again" / "report.json") == 0
 
+    def test_a_report_is_repeated_with_the_steps_that_were_the_default_then(self, checkpoint):
+        options = [*self.OPTIONS, "--metrics", "precision_recall", "--baselines", "none"]
+        del options[(start := options.index("--num_inference_steps")) : start + 2]
+        assert self.run("evaluate", checkpoint, *options, "--output", checkpoint / "old") == 0
+        file = checkpoint / "old" / "report.json"
+        report = json.loads(file.read_text())
+        steps = report["source"]["sampling"]["num_inference_steps"]
+        report["source"]["sampling"]["num_inference_steps"] = steps - 1
+        file.write_text(json.dumps(report))
+        assert self.run("evaluate", "--from_report", file, "--output", checkpoint / "new") == 0
+        assert Report.load(checkpoint / "new").source["sampling"]["num_inference_steps"] == steps - 1
+
     def test_a_mistyped_folder_is_named(self, capsys):
         assert self.run("evaluate", "runs/ddpm-digit") == 2
         assert "There is no folder 'runs/ddpm-digit'" in capsys.readouterr().err

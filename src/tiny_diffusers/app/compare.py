@@ -38,7 +38,8 @@ class CompareTab:
                 )
                 count = gr.Slider(1, MAX_COLUMNS, 8, step=1, label="Images of each")
                 seed = seed_box(info="image i of each model has the seed plus i")
-                steps = gr.Slider(1, MAX_STEPS, 50, step=1, label="Steps", info="of diffusion")
+                most = max(model.default_steps for _, model in listed)
+                steps = gr.Slider(1, MAX_STEPS, most, step=1, label="Steps", info="of diffusion")
                 self.conditions = conditions_of(store.models)
                 boxes = condition_boxes(self.conditions, len(self.conditions))
                 with gr.Row():

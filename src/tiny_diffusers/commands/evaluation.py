@@ -76,7 +76,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="folder of the report (default: CHECKPOINT/reports/NAME, or evaluation/reports/NAME if there is no folder)",
+        help="folder of the report (default: CHECKPOINT/reports/NAME, or evaluation/reports/NAME for a model by name or of the Hub)",
     )
     add_sampling_arguments(parser)
     add_guidance_interval(parser)
@@ -87,6 +87,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates by the flags; what they leave open an earlier report says, or else the model's own run."""
+    from .. import zoo
     from ..evaluation import Protocol, references
     from ..evaluation.report import REPORT_FORMAT, Report, default_name, find_report
     from ..runs import RunFolder
@@ -102,7 +103,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.images is None):
         raise UserError("Give either a CHECKPOINT or --images DIR to evaluate.")
     run = RunFolder(args.checkpoint) if args.checkpoint is not None and Path(args.checkpoint).is_dir() else None
-    if args.publish and run is None:
+    is_installed = run is not None and zoo.is_installed(args.checkpoint)  # where no report belongs
+    if args.publish and (run is None or is_installed):
         raise UserError("--publish is for a report of a checkpoint in a folder: leave it out.")
     _check_name(args)
     if args.checkpoint is not None and run is None and "dataset_name" not in given:
@@ -153,9 +155,9 @@ def evaluate(args: argparse.Namespace) -> None:
             Report.load_same(folder, protocol.describe(), source, load)
         )
 
-    reports = RunFolder("evaluation").reports if run is None else run.reports
+    reports = RunFolder("evaluation").reports if run is None or is_installed else run.reports
     folder = _report_folder(args, reports, default_name(protocol, source), is_free)
-    if run is not None and args.output is None:
+    if run is not None and not is_installed and args.output is None:
         run.check_inside(folder / "report.json")
     created = [path for path in (folder, folder.parent) if not path.exists()]
     prepare_output(f"{folder}/")
@@ -259,9 +261,13 @@ def _flags_of(report: "Report", file: Path, given: dict) -> dict:
         "scheduler": next(matching, None),
         "timestep_spacing": scheduler.get("timestep_spacing"),
     }
-    values = {**report.protocol, **report.protocol.get("sampling", {}), **load, **measured_with}
-    if given.keys() & {"checkpoint", "scheduler"}:  # it may have no such setting
+    sampling = report.protocol.get("sampling", {})
+    if given.keys() & {"checkpoint", "scheduler"}:  # it may have no such setting, and has defaults of its own
         names.discard("timestep_spacing")
+    else:  # the defaults of that time
+        sampling = {name: source.get("sampling", {}).get(name) for name in ("num_inference_steps", "eta")} | sampling
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+    values = {**report.protocol, **sampling, **load, **measured_with}
     values = {name: value for name, value in values.items() if name in names}
     if values.get("baselines") == []:
         values["baselines"] = "none"

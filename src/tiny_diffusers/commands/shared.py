@@ -75,7 +75,7 @@ def checkpoint_name(name: str) -> str:
     try:
         return str(zoo.find_published(name))
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -325,7 +325,7 @@ def find_device(name: str | None) -> "torch.device":
     try:
         return hardware.setup_torch(device=name)
     except UserError as error:
-        raise UserError(f"--device: {error}") from error
+        raise UserError(f"--device: {error}" if name else str(error)) from error
 
 
 def place(pipe: "DiffusionPipeline", device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
