@@ -325,10 +325,24 @@ def test_a_run_on_betas_is_resumed_whatever_a_new_one_would_be(train, flags):
     assert yaml.safe_load((folder / "config.yaml").read_text())["prediction_type"] == "v_prediction"
 
 
-def test_a_checkpoint_is_not_taken_for_another_prediction(train):
-    checkpoint = train("--x_prediction", "False", "--checkpointing_steps", "1", steps=1) / "checkpoint-1"
-    with pytest.raises(UserError, match="checkpoint-1 was trained with --x_prediction False: give it as well"):
+@pytest.mark.parametrize(
+    ("option", "other", "differing"),
+    [
+        ("x_prediction", "False", "x_prediction False, not True"),
+        ("skip_rescale", "True", "skip_rescale True, not False"),
+        ("act_fn", "gelu", "act_fn gelu, not silu"),
+    ],
+)
+def test_a_checkpoint_is_not_taken_for_a_network_of_equal_weights(train, option, other, differing):
+    checkpoint = train(f"--{option}", other, "--checkpointing_steps", "1", steps=1) / "checkpoint-1"
+    with pytest.raises(UserError, match=rf"checkpoint-1 does not fit these settings \(its unet has {differing}\)"):
         train("--resume_from_checkpoint", str(checkpoint), name="other", steps=2)
+
+
+def test_a_resumed_run_may_change_its_dropout(train):
+    train("--dropout", "0.1", "--checkpointing_steps", "1", steps=1)
+    folder = train("--resume_from_checkpoint", "latest", "--dropout", "0", steps=2)
+    assert json.loads((folder / "unet" / "config.json").read_text())["dropout"] == 0
 
 
 def test_the_timesteps_of_a_network_that_predicts_the_image_stay(train, check_mistake):

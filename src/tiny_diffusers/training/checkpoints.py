@@ -6,6 +6,7 @@ published and found is in `files.py` and `runs.py`.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
@@ -143,6 +145,33 @@ def save(collected: dict[str, Any], network: Path, optimizer: Path) -> None:
     save_file(collected["weights"], network / WEIGHTS, metadata={"format": "pt"})
     save_file(collected["tensors"], optimizer / "optimizer.safetensors")
     (optimizer / "optimizer.json").write_text(json.dumps(collected["rest"]))
+
+
+def check_config(network: ModelMixin, folder: Path) -> None:
+    """
+    Checks that a saved network has the same options as this one: the weights of some others fit it as well. Dropout may
+    change, which has none.
+
+    Raises:
+        ValueError: If they differ; it names each option.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    saved, own = load_json(read_text(path)), json.loads(network.to_json_string())
+    defaults = inspect.signature(type(network).__init__).parameters  # of options that an older network lacks
+    before = {
+        name: saved[name] if name in saved else _as_json(defaults[name].default) for name in own if name in defaults
+    }
+    differing = [
+        f"{name} {before[name]}, not {own[name]}" for name in before.keys() - {"dropout"} if before[name] != own[name]
+    ]
+    if differing:
+        raise ValueError(f"its {folder.name} has {', '.join(sorted(differing))}")
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_weights(module: torch.nn.Module, folder: Path) -> None:

@@ -893,19 +893,10 @@ class Trainer:
                 f"--mixed_precision no. The last good checkpoint: {self.folder.last_checkpoint_name()}."
             )
 
-    def _check_same_prediction(self, folder: Path) -> None:
-        """Refuses a checkpoint whose layers predict something else, as its weights fit either network."""
-        for name, module in self.modules.items():
-            path, config = folder / name / "config.json", getattr(self.accelerator.unwrap_model(module), "config", {})
-            saved = load_json(read_text(path)).get("x_prediction", False) if path.is_file() else False
-            if saved != config.get("x_prediction", False):
-                raise UserError(
-                    f"--resume_from_checkpoint: {folder} was trained with --x_prediction {saved}: give it as well."
-                )
-
     def _load_checkpoint(self, folder: Path) -> None:
-        self._check_same_prediction(folder)
         try:
+            for name, network in self.networks().items():
+                checkpoints.check_config(network, folder / name)
             for name, module in self.modules.items():
                 checkpoints.load_weights(self.accelerator.unwrap_model(module), folder / name)
                 if name in self.emas:
