@@ -108,7 +108,7 @@ pipe.set_progress_bar_config(disable=True)
 protocol = Protocol(
     num_images=min(200, 10 * STEPS),
     features="pixels",
-    metrics=["frechet_distance", "kernel_distance", "nearest_neighbour"],
+    metrics=["frechet_distance", "kernel_distance", "nearest_neighbor"],
     num_jackknife=5,
     sampling={"num_inference_steps": min(20, STEPS)},
 )

@@ -41,7 +41,7 @@ def test_a_report_by_name_goes_below_the_working_directory(tmp_path, monkeypatch
         "--features",
         "pixels",
         "--metrics",
-        "nearest_neighbour",
+        "nearest_neighbor",
         "--num_inference_steps",
         "2",
     ]

@@ -229,7 +229,7 @@ def machine(settings: Settings) -> dict[str, Any]:
         "processor": hardware.processor_name(),
         "physical_cores": hardware.physical_cores(),
         "threads": settings.num_threads or hardware.default_num_threads(),
-        "device": hardware.machine_name(device) if device.type == "cuda" else device.type,
+        "device": hardware.device_name(device),
         "dtype": dtype_name(resolve_dtype(settings)),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -39,7 +39,12 @@ def processor_name() -> str:
 
 def machine_name(device: torch.device) -> str:
     """Returns the name of what computes on a device: of the GPU, or of the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return device_name(device) if device.type == "cuda" else processor_name()
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of an NVIDIA GPU, or the type of any other device, such as `"cpu"`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def physical_cores() -> int:

@@ -35,7 +35,7 @@ def find_published(name: str | os.PathLike) -> str | os.PathLike:
         if not folder.is_dir() or not folder.samefile(short):
             logger.warning(f"'{name}' is the folder of that name here, not the published model.")
         return os.path.join(os.curdir, short)  # which is no short name
-    if not (folder / MODEL_INDEX).is_file():
+    if not _is_model(folder):
         raise UserError(
             f"The published model '{name}' is not in the wheel, which has {' and '.join(IN_WHEEL)} alone: clone the "
             f"repository, and give model_cards/{name} there."
@@ -43,9 +43,18 @@ def find_published(name: str | os.PathLike) -> str | os.PathLike:
     return str(folder)
 
 
+def installed() -> list[Path]:
+    """Returns the folders of the published models that the package holds."""
+    return [folder for folder in map(_folder, NAMES) if _is_model(folder)]
+
+
 def is_installed(checkpoint: str | os.PathLike) -> bool:
     """Checks that a checkpoint is a published model where [`find_published`] finds it: in this package."""
-    return os.fspath(checkpoint) in {str(_folder(name)) for name in NAMES}
+    return os.fspath(checkpoint) in map(str, installed())
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / MODEL_INDEX).is_file()
 
 
 def _folder(name: str) -> Path:

@@ -113,10 +113,10 @@ def values(report):
 class TestProtocol:
     def test_every_field_but_the_sampling_is_a_flag(self):
         assert [field.name for field in dataclasses.fields(Protocol) if "help" not in field.metadata] == ["sampling"]
-        line = "--kind reconstructions --metrics diversity,bits_per_dim --baselines real noise --max_neighbours 99"
+        line = "--kind reconstructions --metrics diversity,bits_per_dim --baselines real noise --max_neighbors 99"
         given = FlagParser(Protocol).given(line.split())
         protocol = Protocol(**given)
-        assert (protocol.kind, protocol.max_neighbours) == ("reconstructions", 99)
+        assert (protocol.kind, protocol.max_neighbors) == ("reconstructions", 99)
         assert protocol.metrics == ["diversity", "bits_per_dim"] and protocol.baselines == ["real", "noise"]
         for line in ("--kind sampels", "--metrics fid", "--baselines nois", "--feature_dtype float16"):
             flag = line.split()[0]
@@ -132,7 +132,7 @@ class TestProtocol:
         )
 
     def test_the_slow_metrics_are_not_measured_by_default(self):
-        slow = {"nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement"}
+        slow = {"nearest_neighbor", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement"}
         assert set(METRICS) - set(Protocol().metrics) == slow
         assert Protocol().baselines == list(BASELINES)
 
@@ -168,7 +168,7 @@ class TestReport:
 
     def test_notes_and_rows_are_of_the_measured_metrics_alone(self):
         real = image_data(labels=False)
-        copies = evaluate(real, real, Protocol(**FAST | {"metrics": ["nearest_neighbour"]}), training=real)
+        copies = evaluate(real, real, Protocol(**FAST | {"metrics": ["nearest_neighbor"]}), training=real)
         text = copies.markdown()
         assert "Median distance" in text and "training split" in text
         assert "Frechet" not in text and "uniform noise" not in text and "Real against real" not in text
@@ -397,12 +397,12 @@ class TestMeasures:
 
     def test_copies_of_the_training_set_are_seen(self, tmp_path):
         training, reference = image_data(100, seed=1), image_data(100, seed=2)
-        protocol = Protocol(**{**FAST, "metrics": ["nearest_neighbour"], "baselines": ["real"]})
+        protocol = Protocol(**{**FAST, "metrics": ["nearest_neighbor"], "baselines": ["real"]})
         copies = evaluate(training.images[:30], reference, protocol, training=training, output_dir=tmp_path)
         fresh = evaluate(image_data(30, seed=3), reference, protocol, training=training)
-        assert values(copies) == {"nearest_neighbour": 0, "near_copies": 1}
+        assert values(copies) == {"nearest_neighbor": 0, "near_copies": 1}
         assert values(fresh)["near_copies"] < 0.2
-        assert copies.baselines["real"]["figures"]["nearest_neighbour"]["value"] > 0
+        assert copies.baselines["real"]["figures"]["nearest_neighbor"]["value"] > 0
         assert (tmp_path / "report.png").is_file()
 
     def test_bits_per_dim_are_the_schedulers_bound(self, pipeline):
@@ -479,7 +479,7 @@ class TestMeasures:
     def test_every_metric_runs_together(self, pipeline):
         protocol = Protocol(**{**FAST, "metrics": list(METRICS), "likelihood_images": 4})
         report = evaluate(pipeline(steps=3), image_data(), protocol, training=image_data(seed=1))
-        assert {"bits_per_dim", "nearest_neighbour", "near_copies"} <= set(report.figures)
+        assert {"bits_per_dim", "nearest_neighbor", "near_copies"} <= set(report.figures)
         assert any("classifier" in warning for warning in report.warnings)  # pixels have none
 
 
@@ -578,7 +578,7 @@ class TestBadInput:
         [
             ({"num_images": 1}, "num_images 1: it must be in .2, 10000000."),
             ({"batch_size": 0}, "batch_size 0: it must be a whole number of at least 1"),
-            ({"max_neighbours": 9}, "max_neighbours 9: it must be a whole number of at least 10"),
+            ({"max_neighbors": 9}, "max_neighbors 9: it must be a whole number of at least 10"),
             ({"likelihood_images": 0}, "likelihood_images 0: it must be a whole number of at least 1"),
             ({"num_jackknife": 3}, "num_jackknife 3: it must be 0, or 4 or more"),
         ],

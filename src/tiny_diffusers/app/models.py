@@ -142,11 +142,10 @@ def list_models(checkpoints: Sequence[str]) -> list[Model]:
 
 
 def published_checkpoints() -> list[str]:
-    """Returns the published models that lie beside the package, as they do in its repository."""
-    from .. import model_cards, zoo
+    """Returns the published models that the package holds."""
+    from .. import zoo
 
-    root = Path(model_cards.__file__).parent
-    found = [_relative(root / name) for name in zoo.NAMES if (root / name / MODEL_INDEX).is_file()]
+    found = [_relative(folder) for folder in zoo.installed()]
     if not found:
         raise UserError("The published models aren't installed with the package: give a CHECKPOINT.")
     return found

@@ -79,7 +79,6 @@ def _machine() -> list[tuple[str, str]]:
     from ..data import cache_root
 
     device = hardware.default_device()
-    name = hardware.machine_name(device) if device.type == "cuda" else device.type
     dtype = str(hardware.default_dtype(device)).removeprefix("torch.")
     if device.type == "cpu" and dtype == "bfloat16":
         dtype += " (in a long training, if it is measured to be faster)"
@@ -94,6 +93,6 @@ def _machine() -> list[tuple[str, str]]:
             "processor",
             f"{hardware.processor_name()}, physical cores: {hardware.physical_cores()}, memory: {memory:.1f} GiB",
         ),
-        ("device", f"{name}, {dtype}, threads: {hardware.default_num_threads()}"),
+        ("device", f"{hardware.device_name(device)}, {dtype}, threads: {hardware.default_num_threads()}"),
         ("cache of images and features", f"{str(cache).replace(home, '~', 1)}, {cached / 2**20:,.0f} MiB"),
     ]

@@ -28,7 +28,7 @@ def check_comparable(reports: dict[str, Report]) -> None:
         # The same images and weights may come from different places, and the same training may round differently. What
         # bits/dim are given, a note says.
         ignored = {"load", "file", "name", "accuracy", "likelihood_given"}
-        if not ("nearest_neighbour" in first.figures and "nearest_neighbour" in other.figures):
+        if not ("nearest_neighbor" in first.figures and "nearest_neighbor" in other.figures):
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):
             ignored |= {"likelihood_images", "likelihood_levels"}

@@ -155,9 +155,9 @@ def evaluate(
     generated = files.of_images(data, "the images", limit=protocol.num_images)
     real = files.of_images(reference, "the reference")
     seen = None
-    if training is not None and ("nearest_neighbour" in protocol.metrics or protocol.baselines):
+    if training is not None and ("nearest_neighbor" in protocol.metrics or protocol.baselines):
         # The distance to the training set needs all of it, the baselines only as many images as were generated.
-        limit = None if "nearest_neighbour" in protocol.metrics else len(generated)
+        limit = None if "nearest_neighbor" in protocol.metrics else len(generated)
         seen = files.of_images(training, "the training set", limit=limit)
     base = real if seen is None else seen
     baselines = {kind: files.of_baseline(kind, base, len(generated)) for kind in protocol.baselines if kind != "real"}
@@ -207,7 +207,7 @@ def evaluate(
         if output_dir is not None:
             report.save(output_dir)
             with replacing(Path(output_dir, "report.png")) as staging:
-                _picture(sets, "nearest_neighbour" in protocol.metrics).save(staging, format="PNG")
+                _picture(sets, "nearest_neighbor" in protocol.metrics).save(staging, format="PNG")
     (report,) = broadcast_object_list([report])
     return report
 
@@ -530,7 +530,7 @@ def _measured_by(
         "features": measured.extractor.preprocessing,
         "feature_batch": FEATURE_BATCH,
         "reference": describe(measured.sets.real.data) | {"load": load or {}},
-        "max_neighbours": measured.protocol.max_neighbours,
+        "max_neighbors": measured.protocol.max_neighbors,
     }
     if likelihood is not None:
         measured_by["likelihood_images"] = measured.protocol.likelihood_images
@@ -577,7 +577,7 @@ def _warnings(
                 "on their number. Compare it only with that of real images at the same size, or use the kernel "
                 "distance."
             )
-    sizes = [min(size, protocol.max_neighbours) for size in (count, len(sets.real))]
+    sizes = [min(size, protocol.max_neighbors) for size in (count, len(sets.real))]
     if "density_coverage" in protocol.metrics and sizes[0] != sizes[1]:
         warnings.append(
             f"Density and coverage compare {min(sizes):,} images with as many reference images, and each class "
@@ -594,7 +594,7 @@ def _warnings(
             )
         elif size < count:
             warnings.append(f"Real against real has only {size:,} images, the whole training set.")
-    if "nearest_neighbour" in protocol.metrics and training is None:
+    if "nearest_neighbor" in protocol.metrics and training is None:
         warnings.append("The distance to the training set was not measured: no training set was given.")
     if "inception_score" in protocol.metrics and measured.extractor.classifier is None:
         warnings.append(f"The classifier score was not measured: '{protocol.features}' has no classifier.")

@@ -108,7 +108,7 @@ class Measurement:
 
     def __init__(self, protocol: Protocol, extractor: Extractor, sets: FeatureSets, others: list[OtherFigures]):
         self.protocol, self.extractor, self.sets = protocol, extractor, sets
-        self._kernel = metrics.KernelReference(sets.real.features[: protocol.max_neighbours])
+        self._kernel = metrics.KernelReference(sets.real.features[: protocol.max_neighbors])
         self.figures = self._compare(sets.generated, sets.real)
         if protocol.num_jackknife:
             self._add_frechet_errors(protocol.num_jackknife)
@@ -119,7 +119,7 @@ class Measurement:
         labels = sets.real.labels
         if sets.generated.labels is not None and labels is not None and len(np.unique(labels)) > 1:
             self._measure_classes()
-        if "nearest_neighbour" in protocol.metrics and sets.training is not None:
+        if "nearest_neighbor" in protocol.metrics and sets.training is not None:
             self._measure_neighbors()
         for other in others:
             self.figures |= other.generated
@@ -130,7 +130,7 @@ class Measurement:
 
     def _compare(self, judged: FeatureSet, real: FeatureSet, extrapolate: bool = True) -> dict[str, Estimate]:
         """Computes the metrics of one set against real images. Sets that are too small for a metric go without it."""
-        asked, most = self.protocol.metrics, self.protocol.max_neighbours
+        asked, most = self.protocol.metrics, self.protocol.max_neighbors
         smaller = min(len(judged), len(real))
         figures = {}
         if "frechet_distance" in asked:
@@ -184,15 +184,15 @@ class Measurement:
 
     def _measure_neighbors(self) -> None:
         """Measures the distance to the training set, beside that of real images that are not in it."""
-        sets, most = self.sets, self.protocol.max_neighbours
+        sets, most = self.sets, self.protocol.max_neighbors
         distances = sets.nearest_in_training[0][:most]
-        self.figures["nearest_neighbour"] = Estimate(float(np.median(distances)))
+        self.figures["nearest_neighbor"] = Estimate(float(np.median(distances)))
         if not sets.has_other_real_images:
             return
         unseen, _ = metrics.nearest_neighbors(sets.real.features[:most], sets.training.features)
         self.figures["near_copies"] = share(distances < np.quantile(unseen, 0.01))
         if "real" in self.baselines:
-            self.baselines["real"]["nearest_neighbour"] = Estimate(float(np.median(unseen)))
+            self.baselines["real"]["nearest_neighbor"] = Estimate(float(np.median(unseen)))
             self.baselines["real"]["near_copies"] = Estimate(0.01)
 
 

@@ -30,7 +30,7 @@ Metric = Literal[
     "precision_recall",
     "density_coverage",
     "diversity",
-    "nearest_neighbour",
+    "nearest_neighbor",
     "bits_per_dim",
     "classifier_score",
     "feature_distance",
@@ -41,7 +41,7 @@ Baseline = Literal["real", "blurred", "pixel_gaussian", "noise"]
 METRICS: tuple[str, ...] = get_args(Metric)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 # not by default
-_SLOW_METRICS = ("nearest_neighbour", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement")
+_SLOW_METRICS = ("nearest_neighbor", "bits_per_dim", "classifier_score", "feature_distance", "condition_agreement")
 # names that these metrics have elsewhere -> what gives them here
 _MEANT = {
     "fid": "frechet_distance with --features inception",
@@ -53,7 +53,7 @@ _MEANT = {
     "lpips": "feature_distance",
     **dict.fromkeys(("precision", "recall"), "precision_recall"),
     **dict.fromkeys(("density", "coverage"), "density_coverage"),
-    **dict.fromkeys(("memorization", "near_copies"), "nearest_neighbour"),
+    **dict.fromkeys(("memorization", "near_copies"), "nearest_neighbor"),
 }
 # Options of a scheduler's config that are named with it; the others say how the model was trained. A switch is named
 # where it is on.
@@ -75,7 +75,7 @@ FIGURES = {
     "coverage": ("Coverage", "Coverage", False),
     "diversity": ("Diversity within classes, real = 1", "Diversity within classes, real = 1", None),
     "class_agreement": ("Agreement with the class", "Agreement with the class", False),
-    "nearest_neighbour": ("Median distance to the training set", "Median distance to the training set", None),
+    "nearest_neighbor": ("Median distance to the training set", "Median distance to the training set", None),
     "near_copies": ("Nearer to it than 99% of real images", "Nearer to it than 99% of real images", True),
     "bits_per_dim": ("Bits/dim", "Bits/dim", True),
     "classifier_score": (*2 * ("Classifier score (the data's classes)",), False),
@@ -89,7 +89,7 @@ FIGURES = {
 _FIGURES_OF = {
     "precision_recall": ("precision", "recall"),
     "density_coverage": ("density", "coverage"),
-    "nearest_neighbour": ("nearest_neighbour", "near_copies"),
+    "nearest_neighbor": ("nearest_neighbor", "near_copies"),
     "classifier_score": ("classifier_score", "classifier_agreement"),
     "condition_agreement": ("condition_correlation", "condition_agreement"),
 }
@@ -139,10 +139,10 @@ class Protocol(Flags):
         within="[0, inf)",
     )
     baselines: list[Literal[Baseline, "none"]] = flag(list(BASELINES), f"Baselines: {', '.join(BASELINES)}, or none.")
-    max_neighbours: int = flag(
+    max_neighbors: int = flag(
         10_000,
         "Maximum number of images per set for kernel distance, precision, recall, density and coverage, and of "
-        "generated images for nearest_neighbour.",
+        "generated images for nearest_neighbor.",
         within="[10, inf)",
     )
     likelihood_images: int = flag(256, "Number of real images that bits_per_dim is averaged over.", within="[1, inf)")
