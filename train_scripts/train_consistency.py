@@ -16,6 +16,7 @@ from tiny_diffusers.families.consistency import (
     Consistency,
     ConsistencyArguments,
     build_consistency_scheduler,
+    build_trajectories,
     load_tuned,
     resolve_consistency,
 )
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
     arguments, data, vae = load_latents(arguments, accelerator, data)
-    options = resolve_consistency(arguments, pipeline, accelerator.state)
+    options = resolve_consistency(arguments, data, pipeline, accelerator.state)
     options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     num_conditions = None if statistics is None else len(statistics.names)
     unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)
     options = {"num_stages": settings.num_stages, "augment_prob": settings.augment_prob, "vae": vae}
+    options["trajectories"] = build_trajectories(settings, accelerator, data, pipeline, unet, num_class_embeds)
+    options["held_out"] = settings.validation_split
     if id2label is None and conditioning is None and statistics is None:
         family = Consistency(unet, scheduler, settings.num_inference_steps, **options)
     else:

@@ -1,23 +1,28 @@
-"""Consistency tuning: its pairs of noise levels, what it converges to, and what a run leaves."""
+"""Consistency models: trajectories, pairs of noise levels, what either converges to, and what a run leaves."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 import tiny
 from tiny_diffusers import TinyFlowMatchScheduler, TinyImg2ImgPipeline, TinyPipeline, TinyUNet2DModel
-from tiny_diffusers.families.consistency import Consistency, level_gaps
+from tiny_diffusers.families.consistency import Consistency, ConsistencyArguments, build_trajectories, level_gaps
 from tiny_diffusers.families.diffusion import Diffusion
+from tiny_diffusers.families.trajectories import draw_trajectories
 from tiny_diffusers.train_scripts import train_conditional, train_consistency, train_unconditional
+from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
 
 
 SCRIPT = train_consistency
 NETWORK = ["--ddpm_num_inference_steps", "2"]  # that of the checkpoint
+FEW = ("--num_trajectories", "64")
 MEAN, COVARIANCE = torch.tensor([0.3, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.4]])
 
 
@@ -74,6 +79,56 @@ def fit(network, family, learning_rate, num_steps):
         optimizer.step()
 
 
+class Exact(torch.nn.Module):
+    """The velocity of the flow from noise to the Gaussian of each two neighboring pixels, from its mean and covariance."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # which tells the device
+
+    def forward(self, sample, timestep):
+        t = float(timestep[0]) / 1000
+        pixels = sample.reshape(-1, 2) - (1 - t) * MEAN
+        to_image = torch.linalg.solve((1 - t) ** 2 * COVARIANCE + t**2 * torch.eye(2), torch.eye(2))
+        velocity = pixels @ (to_image @ (t * torch.eye(2) - (1 - t) * COVARIANCE)) - MEAN
+        return SimpleNamespace(sample=velocity.reshape(sample.shape))
+
+
+def flow_of(noise):
+    """Returns where the exact flow leads noise: along each axis of the Gaussian it scales by the standard deviation."""
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    return (MEAN + noise.reshape(-1, 2) @ (vectors * eigenvalues.sqrt()) @ vectors.T).reshape(noise.shape)
+
+
+def test_trajectories_lead_from_the_noise_to_where_the_exact_flow_does():
+    drawn = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(40, 140), num_levels=4)
+    assert drawn.points.shape == (100, 4, 1, 8, 8) and drawn.timesteps.tolist() == [1000, 750, 500, 250]
+    noise = Draws(0, "trajectories", range(40, 140)).normal("noise", 1, 8, 8)
+    assert torch.equal(drawn.points[:, 0], noise.half())
+    torch.testing.assert_close(drawn.ends.float(), flow_of(noise), atol=0.05, rtol=0)
+
+    whole = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(256), num_levels=4)
+    torch.testing.assert_close(
+        whole.ends[40:140], drawn.ends, atol=2e-3, rtol=0
+    )  # the noise depends on the number alone
+    first, last = whole.split(56)
+    assert len(first) == 200 and torch.equal(last.ends, whole.ends[200:])
+
+
+@pytest.mark.slow
+def test_a_network_that_learned_the_ends_of_trajectories_draws_a_gaussian_in_one_step():
+    network, scheduler = Linear(), TinyFlowMatchScheduler(stochastic_sampling=True)
+    trajectories = draw_trajectories(Exact(), scheduler, (1, 8, 8), range(2000))
+    fit(network, Consistency(network, scheduler, trajectories=trajectories), 2e-2, 600)
+    noise = torch.randn(64_000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = noise - network(noise, torch.full((len(noise),), 1000.0)).sample
+    torch.testing.assert_close(images, flow_of(noise), atol=0.05, rtol=0.05)
+    pixels = images.reshape(-1, 2)
+    torch.testing.assert_close(pixels.mean(dim=0), MEAN, atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.cov(pixels.T), COVARIANCE, atol=0.02, rtol=0)  # by pairs of levels it is 0.1
+
+
 def spread(predict):
     """Returns the standard deviation, over the levels, of the x_0 that is predicted along exact trajectories."""
     eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
@@ -113,8 +168,9 @@ def checkpoint(tmp_path_factory):
     return tiny.train(tmp_path_factory.mktemp("flow") / "run", script=train_unconditional, steps=2)
 
 
-def test_a_run_leaves_a_model_of_two_steps_that_stock_diffusers_draws(train, train_in_two, checkpoint):
-    flags = ("--pretrained_model_name_or_path", str(checkpoint))
+@pytest.mark.parametrize("method", ["trajectories", "ect"])
+def test_a_run_leaves_a_model_of_two_steps_that_stock_diffusers_draws(train, train_in_two, checkpoint, method):
+    flags = ("--pretrained_model_name_or_path", str(checkpoint), "--method", method, *FEW)
     folder = train(*flags, steps=2)
     resumed = train_in_two(*flags, stopped_at=1, steps=2)
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -132,9 +188,46 @@ def test_a_run_leaves_a_model_of_two_steps_that_stock_diffusers_draws(train, tra
 
 def test_classes_stay(train, tmp_path):
     classes = train(*tiny.TINY_NETWORK, script=train_conditional, name="classes", steps=2)
-    folder = train("--pretrained_model_name_or_path", str(classes), name="tuned", steps=2)
+    folder = train("--pretrained_model_name_or_path", str(classes), *FEW, name="tuned", steps=2)
     pipe = TinyPipeline.from_pretrained(folder)
     assert pipe.unet.config.num_class_embeds == 10 and len(pipe(["3", "4"], num_inference_steps=1).images) == 2
+
+
+def test_the_method_is_trajectories_where_they_can_be_drawn(train, checkpoint, check_mistake):
+    def method_of(folder):
+        return yaml.safe_load((folder / "config.yaml").read_text())["method"]
+
+    tuned = ["--pretrained_model_name_or_path", str(checkpoint), *FEW]
+    folder = train(*tuned, steps=1)
+    assert method_of(folder) == "trajectories"
+    assert method_of(train(*tiny.TINY_NETWORK, name="new", steps=1, network=False)) == "ect"
+    assert method_of(train(*tuned, "--augment_prob", "0.1", name="told", steps=1)) == "ect"
+
+    asked = ["--method", "trajectories"]
+    check_mistake(asked, ["--method trajectories: give --pretrained_model_name_or_path", "--method ect"])
+    check_mistake([*asked, *tuned, "--augment_prob", "0.1"], ["--augment_prob 0.1 is for training images"])
+    check_mistake([*asked, "--pretrained_model_name_or_path", str(folder)], ["is a consistency model already"])
+
+    settings = (folder / "config.yaml").read_text()  # of a run that knew one method
+    (folder / "config.yaml").write_text("".join(line for line in settings.splitlines(True) if "method" not in line))
+    assert method_of(train(*tuned, "--resume_from_checkpoint", "latest", steps=2)) == "ect"
+
+
+def test_processes_share_out_the_trajectories():
+    accelerators = [
+        SimpleNamespace(device="cpu", num_processes=n, process_index=i, is_main_process=False)
+        for n, i in ((1, 0), (2, 1))
+    ]
+    arguments = parse_arguments(ConsistencyArguments, ["--num_trajectories", "64", "--ddpm_num_inference_steps", "1"])
+    settings = dataclasses.replace(arguments, method="trajectories", mixed_precision="no")
+    unet = TinyUNet2DModel(8, 1, 1, (8, 8), 1, attention="none", mid_attention="none", num_class_embeds=3)
+    data, pipe = SimpleNamespace(input_shape=(1, 8, 8)), SimpleNamespace(scheduler=TinyFlowMatchScheduler())
+    whole, half = (build_trajectories(settings, each, data, pipe, unet, 3) for each in accelerators)
+    assert (
+        len(half) == 32 and torch.equal(half.points, whole.points[32:]) and torch.equal(half.labels, whole.labels[32:])
+    )
+    counts = torch.bincount(whole.labels, minlength=4)
+    assert counts[:3].min() > 10 and 0 < counts[3] < 16  # a tenth without a class
 
 
 def test_what_is_not_of_rectified_flow_is_refused(check_mistake, train):

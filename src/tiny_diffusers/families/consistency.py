@@ -1,19 +1,29 @@
-"""Consistency models by easy consistency tuning (ECT), which draw an image in one or two passes of the network."""
+"""
+Consistency models, which draw an image in one or two passes of the network: by the trajectories of a checkpoint, or by easy
+consistency tuning (ECT).
+"""
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch import nn
 
-from ..errors import UserError
+from ..data import ImageData
+from ..errors import UserError, say
 from ..flags import flag
+from ..hardware import default_dtype
 from ..pipelines.pipeline_tiny import CONSISTENCY_STEPS, TinyPipeline, objective_of
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
+from ..training.draws import Draws
 from ..training.family import Batch, load_pretrained
+from ..training.settings import earlier_settings
 from .conditional_diffusion import ConditionalArguments, ConditionalDiffusion
 from .diffusion import MIN_LOSS_LEVEL, Diffusion, build_scheduler, resolve_diffusion
+from .trajectories import NUM_STEPS, Trajectories, draw_trajectories
 
 
 # n(s) = 1 + k sigmoid(-b s) of ECT, by which pairs lie further apart near the image. There k = 8 and b = 1.
@@ -24,15 +34,24 @@ _HUBER = 0.00054
 
 @dataclass(frozen=True)
 class ConsistencyArguments(ConditionalArguments):
-    """How near the pairs of noise levels are brought to each other."""
+    """What the network learns to be consistent with."""
 
     TITLE: ClassVar[str] = "consistency tuning"
     SCRIPT: ClassVar[str] = "consistency"
     FAMILY: ClassVar[str] = "consistency"
 
+    SMOKE: ClassVar[dict[str, Any]] = {**ConditionalArguments.SMOKE, "num_trajectories": 64}
+
+    method: Literal["trajectories", "ect"] | None = flag(
+        None,
+        "trajectories: where the trajectories of the checkpoint end, which are drawn first; ect: easy consistency tuning "
+        "with pairs of noise levels of the training images. If not given, ect from scratch and with conditions or a "
+        "conditioning image, otherwise trajectories.",
+    )
+    num_trajectories: int = flag(8192, "Trajectories to draw, by all processes together.", within="[64, 1000000]")
     num_stages: int = flag(
         8,
-        "Stages of equal length; in each the two noise levels of a pair are half as far apart as in the one before.",
+        "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one before.",
         within="[1, 12]",
     )
     ddpm_num_inference_steps: int | None = flag(
@@ -74,13 +93,14 @@ def load_tuned(arguments: ConsistencyArguments) -> TinyPipeline | None:
 
 
 def resolve_consistency(
-    arguments: ConsistencyArguments, pipeline: TinyPipeline | None, state: PartialState
+    arguments: ConsistencyArguments, data: ImageData, pipeline: TinyPipeline | None, state: PartialState
 ) -> dict[str, Any]:
     """
-    Resolves what [`resolve_diffusion`] does, and takes the timesteps and the conditioning image of the checkpoint.
+    Resolves the method and what [`resolve_diffusion`] does, and takes the timesteps and the conditioning image of the
+    checkpoint.
 
     Raises:
-        UserError: If flags ask for another objective.
+        UserError: If flags ask for another objective, or for trajectories that can't be drawn.
     """
     options = resolve_diffusion(arguments, state)
     if options["prediction_type"] != "flow":
@@ -88,6 +108,7 @@ def resolve_consistency(
             f"Consistency tuning is for rectified flow, not for {options['prediction_type']}: leave out --prediction_type "
             "and the flags of beta schedules."
         )
+    options["method"] = _resolve_method(arguments, data, pipeline)
     if pipeline is None:
         return options
     if "ddpm_num_steps" not in arguments.given:
@@ -96,6 +117,68 @@ def resolve_consistency(
     if conditioning is not None and conditioning.is_made:
         options["conditioning"] = conditioning.kind
     return options
+
+
+def _resolve_method(arguments: ConsistencyArguments, data: ImageData, pipeline: TinyPipeline | None) -> str:
+    """Returns the method that is asked for, or a resumed run's, or trajectories where they can be drawn."""
+    obstacle = None
+    if pipeline is None:
+        obstacle = "give --pretrained_model_name_or_path, of which they are"
+    elif pipeline.scheduler.config.get("stochastic_sampling"):
+        obstacle = f"{arguments.pretrained_model_name_or_path} is a consistency model already, which has none"
+    elif arguments.has_conditioning or arguments.condition_columns or getattr(pipeline, "_conditioning", None):
+        obstacle = "they are drawn with no other conditions than classes"
+    elif arguments.augment_prob > 0:
+        obstacle = f"--augment_prob {arguments.augment_prob:g} is for training images, of which they show none"
+    method = arguments.method
+    if method is None and (earlier := earlier_settings(arguments, data)):
+        method = earlier.get("method", "ect")  # older runs know no other
+    if method == "trajectories" and obstacle:
+        raise UserError(f"--method trajectories: {obstacle}; or take --method ect.")
+    return method or ("ect" if obstacle else "trajectories")
+
+
+def build_trajectories(
+    settings: ConsistencyArguments,
+    accelerator: Accelerator,
+    data: ImageData,
+    pipeline: TinyPipeline | None,
+    unet: nn.Module,
+    num_classes: int | None,
+) -> Trajectories | None:
+    """
+    Draws this process's share of the trajectories of the checkpoint's network; None for ECT.
+
+    Args:
+        settings ([`ConsistencyArguments`]): The settings.
+        accelerator (`Accelerator`): The process.
+        data ([`ImageData`]): The images, for their size.
+        pipeline ([`TinyPipeline`], *optional*): The checkpoint.
+        unet (`nn.Module`): Its network.
+        num_classes (`int`, *optional*): Number of its classes, whose labels are drawn, and dropped as those of images are.
+    """
+    if settings.method != "trajectories":
+        return None
+    share = math.ceil(settings.num_trajectories / accelerator.num_processes)
+    rows = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    labels, device = None, accelerator.device
+    if num_classes is not None:
+        draws = Draws(settings.seed, "trajectories", rows, device)
+        is_dropped = draws.uniform("label_dropout") < settings.class_dropout_prob
+        labels = draws.integers("labels", num_classes).masked_fill(is_dropped, num_classes)
+    if accelerator.is_main_process:
+        say(f"drawing {settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps or more ...")
+    return draw_trajectories(
+        unet.to(device),
+        pipeline.scheduler,
+        data.input_shape,
+        rows,
+        settings.num_inference_steps,
+        settings.seed,
+        labels,
+        torch.float32 if settings.mixed_precision == "no" else default_dtype(device),
+        accelerator.is_main_process,
+    )
 
 
 def build_consistency_scheduler(settings: ConsistencyArguments) -> TinyFlowMatchScheduler:
@@ -122,23 +205,56 @@ def level_gaps(levels: torch.Tensor, stage: int) -> torch.Tensor:
 
 class ConsistencyMixin:
     """
-    Mixin for a family of diffusion that minimizes the difference between the images that the network sees at two noise
-    levels of one trajectory ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)).
+    Mixin for a family of diffusion that learns the consistency function f, which leads from any point of a trajectory of
+    the ODE to its end ([Song et al. 2023](https://huggingface.co/papers/2303.01469)): f(x_t, t) = x_t - t v(x_t, t), which
+    is x_0 at t = 0 whatever the network is. With networks that predict the image it is x_t - t^2 v / 0.05 below t = 0.05,
+    to make it so; their samples are drawn at higher levels, in at most 20 steps.
 
-    The consistency function is f(x_t, t) = x_t - t v(x_t, t), which is x_0 at t = 0 whatever the network is. With networks
-    that predict the image it is x_t - t^2 v / 0.05 below t = 0.05, to make it so; their samples are drawn at higher levels,
-    in at most 20 steps. Of f at the lower level r no gradient is taken. In the first stage r is 0 for most pairs, which is
-    diffusion.
+    With trajectories it is learned from their ends ([Luhman & Luhman 2021](https://huggingface.co/papers/2101.02388)), at
+    the levels at which it is sampled. Without, the difference between f at two noise levels of an image is minimized
+    ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no gradient is taken;
+    in the first stage r is 0 for most pairs, which is diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.
+        trajectories ([`Trajectories`], *optional*): The trajectories.
+        held_out (`float`): Share of them that is kept for the validation loss.
     """
 
-    def __init__(self, *args: Any, num_stages: int = 8, **options: Any):
+    def __init__(
+        self,
+        *args: Any,
+        num_stages: int = 8,
+        trajectories: Trajectories | None = None,
+        held_out: float = 0.0,
+        **options: Any,
+    ):
         super().__init__(*args, **options)
         self.num_stages = num_stages
+        self.trajectories = self.held_out = None
+        if trajectories is not None:
+            self.trajectories, self.held_out = trajectories.split(math.ceil(held_out * len(trajectories)))
+
+    def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
+        if self.trajectories is None:
+            return super().validation_loss(modules, batch)
+        return self._trajectory_losses(modules["unet"], batch, self.held_out)
 
     def _image_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
+        if self.trajectories is None:
+            return self._pair_losses(unet, batch)
+        return self._trajectory_losses(unet, batch, self.trajectories)
+
+    def _trajectory_losses(self, unet: nn.Module, batch: Batch, trajectories: Trajectories) -> torch.Tensor:
+        """Computes the distance of f at a point of a trajectory from its end, for as many as the batch has images, `(B,)`."""
+        rows = batch.draws.integers("trajectory", len(trajectories))
+        levels = batch.draws.integers("level", len(trajectories.timesteps))
+        labels = None if trajectories.labels is None else trajectories.labels[rows]
+        given = dataclasses.replace(batch, labels=labels, augment_labels=None)
+        predicted = self._end(unet, given, trajectories.points[rows, levels].float(), trajectories.timesteps[levels])
+        return _distance(predicted, trajectories.ends[rows].float())
+
+    def _pair_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
         noise = batch.draws.normal("noise", *batch.images.shape[1:])
         total = self.scheduler.config.num_train_timesteps
         levels = self.scheduler.sample_timesteps(batch.draws.uniform("timesteps", 2)) / total
@@ -148,20 +264,28 @@ class ConsistencyMixin:
         with torch.no_grad(), torch.random.fork_rng(devices):  # so that dropout is the same in both passes
             target = self._original_sample(unet, batch, noise, levels - gaps)
         original = self._original_sample(unet, batch, noise, levels)
-        error = (original - target).square().mean(dim=(1, 2, 3))
-        distance = (error + _HUBER**2).sqrt() - _HUBER
-        return distance / gaps.clamp(min=1e-6)  # 0 at t = 0 alone
+        return _distance(original, target) / gaps.clamp(min=1e-6)  # 0 at t = 0 alone
 
     def _original_sample(
         self, unet: nn.Module, batch: Batch, noise: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """Computes f(x_t, t), `(B, C, H, W)` float32."""
+        """Computes f(x_t, t) of images, `(B, C, H, W)` float32."""
         timesteps = levels * self.scheduler.config.num_train_timesteps
-        noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
+        return self._end(unet, batch, self.scheduler.add_noise(batch.images, noise, timesteps), timesteps)
+
+    def _end(self, unet: nn.Module, batch: Batch, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Computes f(x_t, t), `(B, C, H, W)` float32."""
+        levels = timesteps / self.scheduler.config.num_train_timesteps
         velocity = self._predict(unet, batch, noisy, timesteps).float()
         if self.x_prediction:  # t v leads to the predicted image, however small t is
             levels = levels * (levels / MIN_LOSS_LEVEL).clamp(max=1)
         return noisy - levels[:, None, None, None] * velocity
+
+
+def _distance(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Computes the pseudo-Huber distance of images, `(B,)`."""
+    error = (predicted - target).square().mean(dim=(1, 2, 3))
+    return (error + _HUBER**2).sqrt() - _HUBER
 
 
 class Consistency(ConsistencyMixin, Diffusion):
