@@ -101,25 +101,20 @@ def flow_of(noise):
 
 
 def test_trajectories_lead_from_the_noise_to_where_the_exact_flow_does():
-    drawn = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(40, 140), num_levels=4)
-    assert drawn.points.shape == (100, 4, 1, 8, 8) and drawn.timesteps.tolist() == [1000, 750, 500, 250]
+    drawn = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(40, 140))
     noise = Draws(0, "trajectories", range(40, 140)).normal("noise", 1, 8, 8)
-    assert torch.equal(drawn.points[:, 0], noise.half())
-    torch.testing.assert_close(drawn.ends.float(), flow_of(noise), atol=0.05, rtol=0)
-
-    whole = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(256), num_levels=4)
-    torch.testing.assert_close(
-        whole.ends[40:140], drawn.ends, atol=2e-3, rtol=0
-    )  # the noise depends on the number alone
-    first, last = whole.split(56)
-    assert len(first) == 200 and torch.equal(last.ends, whole.ends[200:])
+    assert torch.equal(drawn.noise, noise.half())
+    torch.testing.assert_close(drawn.images.float(), flow_of(noise), atol=0.05, rtol=0)
+    whole = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(256))
+    assert torch.equal(whole[40:140].noise, drawn.noise)  # which depends on the number alone
+    torch.testing.assert_close(whole[40:140].images, drawn.images, atol=2e-3, rtol=0)
 
 
 @pytest.mark.slow
 def test_a_network_that_learned_the_ends_of_trajectories_draws_a_gaussian_in_one_step():
     network, scheduler = Linear(), TinyFlowMatchScheduler(stochastic_sampling=True)
     trajectories = draw_trajectories(Exact(), scheduler, (1, 8, 8), range(2000))
-    fit(network, Consistency(network, scheduler, trajectories=trajectories), 2e-2, 600)
+    fit(network, Consistency(network, scheduler, 1, trajectories=trajectories), 2e-2, 600)
     noise = torch.randn(64_000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = noise - network(noise, torch.full((len(noise),), 1000.0)).sample
@@ -213,6 +208,15 @@ def test_the_method_is_trajectories_where_they_can_be_drawn(train, checkpoint, c
     assert method_of(train(*tuned, "--resume_from_checkpoint", "latest", steps=2)) == "ect"
 
 
+def test_few_timesteps_and_a_large_share_that_is_held_out(train):
+    base = train("--ddpm_num_steps", "5", script=train_unconditional, name="base", steps=1)
+    folder = train("--pretrained_model_name_or_path", str(base), "--validation_split", "0.9", *FEW, steps=1)
+    assert TinyPipeline.from_pretrained(folder).scheduler.config.num_train_timesteps == 5
+    trajectories = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(4), show_progress=False)
+    family = Consistency(Linear(), TinyFlowMatchScheduler(), trajectories=trajectories, held_out=0.99)
+    assert (len(family.trajectories), len(family.held_out)) == (1, 3)
+
+
 def test_processes_share_out_the_trajectories():
     accelerators = [
         SimpleNamespace(device="cpu", num_processes=n, process_index=i, is_main_process=False)
@@ -224,7 +228,7 @@ def test_processes_share_out_the_trajectories():
     data, pipe = SimpleNamespace(input_shape=(1, 8, 8)), SimpleNamespace(scheduler=TinyFlowMatchScheduler())
     whole, half = (build_trajectories(settings, each, data, pipe, unet, 3) for each in accelerators)
     assert (
-        len(half) == 32 and torch.equal(half.points, whole.points[32:]) and torch.equal(half.labels, whole.labels[32:])
+        len(half) == 32 and torch.equal(half.noise, whole.noise[32:]) and torch.equal(half.labels, whole.labels[32:])
     )
     counts = torch.bincount(whole.labels, minlength=4)
     assert counts[:3].min() > 10 and 0 < counts[3] < 16  # a tenth without a class

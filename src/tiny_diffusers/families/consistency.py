@@ -28,6 +28,7 @@ from .trajectories import NUM_STEPS, Trajectories, draw_trajectories
 
 # n(s) = 1 + k sigmoid(-b s) of ECT, by which pairs lie further apart near the image. There k = 8 and b = 1.
 _K = 8.0
+_FIRST_SHARE = 0.75  # of the images, with trajectories: the checkpoint knows the later steps already
 # c / sqrt(D) of the pseudo-Huber loss, from Song & Dhariwal 2023, arXiv 2310.14189, section 3.3
 _HUBER = 0.00054
 
@@ -44,11 +45,11 @@ class ConsistencyArguments(ConditionalArguments):
 
     method: Literal["trajectories", "ect"] | None = flag(
         None,
-        "trajectories: where the trajectories of the checkpoint end, which are drawn first; ect: easy consistency tuning "
+        "trajectories: the first step jumps to where the trajectories of the checkpoint lead, which are drawn first; ect: easy consistency tuning "
         "with pairs of noise levels of the training images. If not given, ect from scratch and with conditions or a "
         "conditioning image, otherwise trajectories.",
     )
-    num_trajectories: int = flag(8192, "Trajectories to draw, by all processes together.", within="[64, 1000000]")
+    num_trajectories: int = flag(12288, "Trajectories to draw, by all processes together.", within="[64, 1000000]")
     num_stages: int = flag(
         8,
         "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one before.",
@@ -56,9 +57,9 @@ class ConsistencyArguments(ConditionalArguments):
     )
     ddpm_num_inference_steps: int | None = flag(
         None,
-        f"Sampling steps of the sample grids; {CONSISTENCY_STEPS} if not given.",
+        f"Sampling steps, of the sample grids and, with trajectories, those that are trained; {CONSISTENCY_STEPS} if not "
+        "given.",
         within="[1, inf)",
-        changes_run=False,
     )
     guidance_scales: list[float] | None = flag(
         [1.0], "Guidance scales of the sample grids.", within="(-inf, inf)", changes_run=False
@@ -66,7 +67,7 @@ class ConsistencyArguments(ConditionalArguments):
 
     @property
     def num_inference_steps(self) -> int:
-        """Sampling steps of the sample grids."""
+        """Sampling steps of the sample grids, and with trajectories those that are trained."""
         return self.ddpm_num_inference_steps or min(CONSISTENCY_STEPS, self.ddpm_num_steps)
 
 
@@ -147,7 +148,8 @@ def build_trajectories(
     num_classes: int | None,
 ) -> Trajectories | None:
     """
-    Draws this process's share of the trajectories of the checkpoint's network; None for ECT.
+    Draws this process's share of the trajectories of the checkpoint's network, from which it alone learns, in the dtype of
+    sampling; None for ECT. A resumed run draws them again.
 
     Args:
         settings ([`ConsistencyArguments`]): The settings.
@@ -167,16 +169,15 @@ def build_trajectories(
         is_dropped = draws.uniform("label_dropout") < settings.class_dropout_prob
         labels = draws.integers("labels", num_classes).masked_fill(is_dropped, num_classes)
     if accelerator.is_main_process:
-        say(f"drawing {settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps or more ...")
+        say(f"drawing {settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps ...")
     return draw_trajectories(
         unet.to(device),
         pipeline.scheduler,
         data.input_shape,
         rows,
-        settings.num_inference_steps,
         settings.seed,
         labels,
-        torch.float32 if settings.mixed_precision == "no" else default_dtype(device),
+        default_dtype(device),
         accelerator.is_main_process,
     )
 
@@ -210,14 +211,15 @@ class ConsistencyMixin:
     is x_0 at t = 0 whatever the network is. With networks that predict the image it is x_t - t^2 v / 0.05 below t = 0.05,
     to make it so; their samples are drawn at higher levels, in at most 20 steps.
 
-    With trajectories it is learned from their ends ([Luhman & Luhman 2021](https://huggingface.co/papers/2101.02388)), at
-    the levels at which it is sampled. Without, the difference between f at two noise levels of an image is minimized
+    With trajectories it is learned at pure noise, from where they lead ([Luhman & Luhman
+    2021](https://huggingface.co/papers/2101.02388)); at the levels of the later steps it stays what the checkpoint knows,
+    the mean of the images, which is sharp in a second step. Without, the difference between f at two noise levels of an image is minimized
     ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no gradient is taken;
     in the first stage r is 0 for most pairs, which is diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.
-        trajectories ([`Trajectories`], *optional*): The trajectories.
+        trajectories ([`Trajectories`], *optional*): Trajectories of the checkpoint.
         held_out (`float`): Share of them that is kept for the validation loss.
     """
 
@@ -233,7 +235,11 @@ class ConsistencyMixin:
         self.num_stages = num_stages
         self.trajectories = self.held_out = None
         if trajectories is not None:
-            self.trajectories, self.held_out = trajectories.split(math.ceil(held_out * len(trajectories)))
+            count = min(math.ceil(held_out * len(trajectories)), len(trajectories) - 1)
+            self.trajectories, self.held_out = (
+                trajectories[:-count] if count else trajectories,
+                trajectories[len(trajectories) - count :],
+            )
 
     def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
         if self.trajectories is None:
@@ -246,13 +252,23 @@ class ConsistencyMixin:
         return self._trajectory_losses(unet, batch, self.trajectories)
 
     def _trajectory_losses(self, unet: nn.Module, batch: Batch, trajectories: Trajectories) -> torch.Tensor:
-        """Computes the distance of f at a point of a trajectory from its end, for as many as the batch has images, `(B,)`."""
-        rows = batch.draws.integers("trajectory", len(trajectories))
-        levels = batch.draws.integers("level", len(trajectories.timesteps))
-        labels = None if trajectories.labels is None else trajectories.labels[rows]
-        given = dataclasses.replace(batch, labels=labels, augment_labels=None)
-        predicted = self._end(unet, given, trajectories.points[rows, levels].float(), trajectories.timesteps[levels])
-        return _distance(predicted, trajectories.ends[rows].float())
+        """
+        Computes the distance of f from where a trajectory leads, at pure noise, or from the image, at the level of one of
+        the later steps, `(B,)`.
+        """
+        draws, num_steps, given = batch.draws, self.num_inference_steps, batch
+        drawn = trajectories[draws.integers("trajectory", len(trajectories))]
+        step = draws.integers("step", max(1, num_steps - 1)) + 1
+        is_first = (draws.uniform("is_first") < _FIRST_SHARE) | (num_steps == 1)
+        timesteps = (1 - step / num_steps).masked_fill(is_first, 1.0) * self.scheduler.config.num_train_timesteps
+        noise = draws.normal("noise", *batch.images.shape[1:])
+        is_first_pixel = is_first[:, None, None, None]
+        noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
+        noisy = torch.where(is_first_pixel, drawn.noise.float(), noisy)
+        target = torch.where(is_first_pixel, drawn.images.float(), batch.images)
+        if drawn.labels is not None:
+            given = dataclasses.replace(batch, labels=torch.where(is_first, drawn.labels, batch.labels))
+        return _distance(self._end(unet, given, noisy, timesteps), target)
 
     def _pair_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
         noise = batch.draws.normal("noise", *batch.images.shape[1:])

@@ -147,10 +147,14 @@ def save(collected: dict[str, Any], network: Path, optimizer: Path) -> None:
     (optimizer / "optimizer.json").write_text(json.dumps(collected["rest"]))
 
 
+# Options of a network that may differ on a resume: those that are measured are saved with a pipeline alone
+_FREE_OPTIONS = {"dropout", "latents_mean", "latents_std", "scaling_factor"}
+
+
 def check_config(network: ModelMixin, folder: Path) -> None:
     """
     Checks that a saved network has the same options as this one: the weights of some others fit it as well. Dropout may
-    change, which has none.
+    change, and what was measured rather than chosen.
 
     Raises:
         ValueError: If they differ; it names each option.
@@ -164,7 +168,9 @@ def check_config(network: ModelMixin, folder: Path) -> None:
         name: saved[name] if name in saved else _as_json(defaults[name].default) for name in own if name in defaults
     }
     differing = [
-        f"{name} {before[name]}, not {own[name]}" for name in before.keys() - {"dropout"} if before[name] != own[name]
+        f"{name} {before[name]}, not {own[name]}"
+        for name in before.keys() - _FREE_OPTIONS
+        if before[name] != own[name]
     ]
     if differing:
         raise ValueError(f"its {folder.name} has {', '.join(sorted(differing))}")
