@@ -1,5 +1,6 @@
 """Latent diffusion: from images to a saved autoencoder, and to a diffusion model on its latents."""
 
+import json
 import shutil
 
 import numpy as np
@@ -101,6 +102,13 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(train, train_in_two):
     whole, resumed = train("--random_flip", name="whole"), train_in_two("--random_flip", stopped_at=3)
     for name in ("vae/" + WEIGHTS, "vae/config.json", "train_log.jsonl", "samples.png"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+def test_what_a_saved_autoencoder_has_measured_does_not_stop_a_resume(train):
+    flags = ("--max_train_samples", "16", "--save_model_epochs", "1", "--checkpointing_steps", "2")
+    checkpoint = train(*flags, steps=4) / "checkpoint-4"
+    assert json.loads((checkpoint / "vae" / "config.json").read_text())["latents_mean"]
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6)
 
 
 @pytest.mark.slow

@@ -45,14 +45,15 @@ class ConsistencyArguments(ConditionalArguments):
 
     method: Literal["trajectories", "ect"] | None = flag(
         None,
-        "trajectories: the first step jumps to where the trajectories of the checkpoint lead, which are drawn first; ect: easy consistency tuning "
-        "with pairs of noise levels of the training images. If not given, ect from scratch and with conditions or a "
-        "conditioning image, otherwise trajectories.",
+        "trajectories: the first step jumps to where the trajectories of the checkpoint lead, which are drawn first; ect: "
+        "easy consistency tuning with pairs of noise levels of the training images. If not given, ect from scratch and with "
+        "conditions or a conditioning image, otherwise trajectories.",
     )
     num_trajectories: int = flag(12288, "Trajectories to draw, by all processes together.", within="[64, 1000000]")
     num_stages: int = flag(
         8,
-        "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one before.",
+        "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one "
+        "before.",
         within="[1, 12]",
     )
     ddpm_num_inference_steps: int | None = flag(
@@ -213,9 +214,9 @@ class ConsistencyMixin:
 
     With trajectories it is learned at pure noise, from where they lead ([Luhman & Luhman
     2021](https://huggingface.co/papers/2101.02388)); at the levels of the later steps it stays what the checkpoint knows,
-    the mean of the images, which is sharp in a second step. Without, the difference between f at two noise levels of an image is minimized
-    ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no gradient is taken;
-    in the first stage r is 0 for most pairs, which is diffusion.
+    the mean of the images, which is sharp in a second step. Without, the difference between f at two noise levels of an
+    image is minimized ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no
+    gradient is taken; in the first stage r is 0 for most pairs, which is diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.
@@ -235,11 +236,8 @@ class ConsistencyMixin:
         self.num_stages = num_stages
         self.trajectories = self.held_out = None
         if trajectories is not None:
-            count = min(math.ceil(held_out * len(trajectories)), len(trajectories) - 1)
-            self.trajectories, self.held_out = (
-                trajectories[:-count] if count else trajectories,
-                trajectories[len(trajectories) - count :],
-            )
+            kept = max(1, math.floor((1 - held_out) * len(trajectories)))
+            self.trajectories, self.held_out = trajectories[:kept], trajectories[kept:]
 
     def validation_loss(self, modules: dict[str, nn.Module], batch: Batch) -> torch.Tensor:
         if self.trajectories is None:
