@@ -16,7 +16,7 @@ from tiny_diffusers.families.consistency import (
     Consistency,
     ConsistencyArguments,
     build_consistency_scheduler,
-    build_trajectories,
+    load_trajectories,
     load_tuned,
     resolve_consistency,
 )
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     num_conditions = None if statistics is None else len(statistics.names)
     unet = build_unet(settings, data, num_class_embeds, conditioning, num_conditions)
     options = {"num_stages": settings.num_stages, "augment_prob": settings.augment_prob, "vae": vae}
-    options["trajectories"] = build_trajectories(settings, accelerator, data, pipeline, unet, num_class_embeds)
+    options["trajectories"] = load_trajectories(settings, accelerator, data, pipeline, num_class_embeds)
     options["held_out"] = settings.validation_split
     if id2label is None and conditioning is None and statistics is None:
         family = Consistency(unet, scheduler, settings.num_inference_steps, **options)

@@ -1,21 +1,20 @@
 """Consistency models: trajectories, pairs of noise levels, what either converges to, and what a run leaves."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 import tiny
 from tiny_diffusers import TinyFlowMatchScheduler, TinyImg2ImgPipeline, TinyPipeline, TinyUNet2DModel
-from tiny_diffusers.families.consistency import Consistency, ConsistencyArguments, build_trajectories, level_gaps
+from tiny_diffusers.families.consistency import Consistency, level_gaps
 from tiny_diffusers.families.diffusion import Diffusion
 from tiny_diffusers.families.trajectories import draw_trajectories
 from tiny_diffusers.train_scripts import train_conditional, train_consistency, train_unconditional
-from tiny_diffusers.training.arguments import parse_arguments
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
 
@@ -82,14 +81,13 @@ def fit(network, family, learning_rate, num_steps):
 class Exact(torch.nn.Module):
     """The velocity of the flow from noise to the Gaussian of each two neighboring pixels, from its mean and covariance."""
 
-    def __init__(self):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))  # which tells the device
+    config = {"name": "exact"}
 
-    def forward(self, sample, timestep):
+    def forward(self, sample, timestep, class_labels=None):
         t = float(timestep[0]) / 1000
         pixels = sample.reshape(-1, 2) - (1 - t) * MEAN
         to_image = torch.linalg.solve((1 - t) ** 2 * COVARIANCE + t**2 * torch.eye(2), torch.eye(2))
+        pixels = pixels.float()
         velocity = pixels @ (to_image @ (t * torch.eye(2) - (1 - t) * COVARIANCE)) - MEAN
         return SimpleNamespace(sample=velocity.reshape(sample.shape))
 
@@ -100,20 +98,34 @@ def flow_of(noise):
     return (MEAN + noise.reshape(-1, 2) @ (vectors * eigenvalues.sqrt()) @ vectors.T).reshape(noise.shape)
 
 
-def test_trajectories_lead_from_the_noise_to_where_the_exact_flow_does():
-    drawn = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(40, 140))
-    noise = Draws(0, "trajectories", range(40, 140)).normal("noise", 1, 8, 8)
-    assert torch.equal(drawn.noise, noise.half())
+def draw(count, cache, **options):
+    return draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), count, cache, PartialState(), **options)
+
+
+def test_trajectories_lead_from_the_noise_to_where_the_exact_flow_does(tmp_path):
+    drawn = draw(200, tmp_path)
+    noise = Draws(0, "trajectories", range(200)).normal("noise", 1, 8, 8)
+    assert torch.equal(drawn.noise, noise.half()) and drawn.labels is None
     torch.testing.assert_close(drawn.images.float(), flow_of(noise), atol=0.05, rtol=0)
-    whole = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(256))
-    assert torch.equal(whole[40:140].noise, drawn.noise)  # which depends on the number alone
-    torch.testing.assert_close(whole[40:140].images, drawn.images, atol=2e-3, rtol=0)
+    fewer = draw(100, tmp_path)  # each depends on its number alone
+    assert torch.equal(fewer.noise, drawn[:100].noise)
+    torch.testing.assert_close(fewer.images, drawn[:100].images, atol=2e-3, rtol=0)
+
+
+def test_trajectories_are_kept_in_the_cache(tmp_path, monkeypatch):
+    drawn = draw(64, tmp_path, num_classes=3, class_dropout_prob=0.2)
+    counts = torch.bincount(drawn.labels, minlength=4)
+    assert counts[:3].min() > 10 and 0 < counts[3] < 25
+    other = draw(64, tmp_path, seed=1, num_classes=3, class_dropout_prob=0.2)
+    assert not torch.equal(other.images, drawn.images)
+    monkeypatch.setattr(Exact, "forward", None)
+    assert torch.equal(draw(64, tmp_path, num_classes=3, class_dropout_prob=0.2).images, drawn.images)
 
 
 @pytest.mark.slow
-def test_a_network_that_learned_the_ends_of_trajectories_draws_a_gaussian_in_one_step():
+def test_a_network_that_learned_the_ends_of_trajectories_draws_a_gaussian_in_one_step(tmp_path):
     network, scheduler = Linear(), TinyFlowMatchScheduler(stochastic_sampling=True)
-    trajectories = draw_trajectories(Exact(), scheduler, (1, 8, 8), range(2000))
+    trajectories = draw(2000, tmp_path)
     fit(network, Consistency(network, scheduler, 1, trajectories=trajectories), 2e-2, 600)
     noise = torch.randn(64_000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -208,30 +220,12 @@ def test_the_method_is_trajectories_where_they_can_be_drawn(train, checkpoint, c
     assert method_of(train(*tuned, "--resume_from_checkpoint", "latest", steps=2)) == "ect"
 
 
-def test_few_timesteps_and_a_large_share_that_is_held_out(train):
+def test_few_timesteps_and_a_large_share_that_is_held_out(train, tmp_path):
     base = train("--ddpm_num_steps", "5", script=train_unconditional, name="base", steps=1)
     folder = train("--pretrained_model_name_or_path", str(base), "--validation_split", "0.9", *FEW, steps=1)
     assert TinyPipeline.from_pretrained(folder).scheduler.config.num_train_timesteps == 5
-    trajectories = draw_trajectories(Exact(), TinyFlowMatchScheduler(), (1, 8, 8), range(4), show_progress=False)
-    family = Consistency(Linear(), TinyFlowMatchScheduler(), trajectories=trajectories, held_out=0.99)
+    family = Consistency(Linear(), TinyFlowMatchScheduler(), trajectories=draw(4, tmp_path), held_out=0.99)
     assert (len(family.trajectories), len(family.held_out)) == (1, 3)
-
-
-def test_processes_share_out_the_trajectories():
-    accelerators = [
-        SimpleNamespace(device="cpu", num_processes=n, process_index=i, is_main_process=False)
-        for n, i in ((1, 0), (2, 1))
-    ]
-    arguments = parse_arguments(ConsistencyArguments, ["--num_trajectories", "64", "--ddpm_num_inference_steps", "1"])
-    settings = dataclasses.replace(arguments, method="trajectories", mixed_precision="no")
-    unet = TinyUNet2DModel(8, 1, 1, (8, 8), 1, attention="none", mid_attention="none", num_class_embeds=3)
-    data, pipe = SimpleNamespace(input_shape=(1, 8, 8)), SimpleNamespace(scheduler=TinyFlowMatchScheduler())
-    whole, half = (build_trajectories(settings, each, data, pipe, unet, 3) for each in accelerators)
-    assert (
-        len(half) == 32 and torch.equal(half.noise, whole.noise[32:]) and torch.equal(half.labels, whole.labels[32:])
-    )
-    counts = torch.bincount(whole.labels, minlength=4)
-    assert counts[:3].min() > 10 and 0 < counts[3] < 16  # a tenth without a class
 
 
 def test_what_is_not_of_rectified_flow_is_refused(check_mistake, train):

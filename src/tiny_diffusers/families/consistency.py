@@ -12,13 +12,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from ..data import ImageData
+from ..data import ImageData, cache_root
 from ..errors import UserError, say
 from ..flags import flag
-from ..hardware import default_dtype
 from ..pipelines.pipeline_tiny import CONSISTENCY_STEPS, TinyPipeline, objective_of
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
-from ..training.draws import Draws
 from ..training.family import Batch, load_pretrained
 from ..training.settings import earlier_settings
 from .conditional_diffusion import ConditionalArguments, ConditionalDiffusion
@@ -49,7 +47,7 @@ class ConsistencyArguments(ConditionalArguments):
         "easy consistency tuning with pairs of noise levels of the training images. If not given, ect from scratch and with "
         "conditions or a conditioning image, otherwise trajectories.",
     )
-    num_trajectories: int = flag(12288, "Trajectories to draw, by all processes together.", within="[64, 1000000]")
+    num_trajectories: int = flag(12288, "Trajectories to draw.", within="[64, 1000000]")
     num_stages: int = flag(
         8,
         "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one "
@@ -140,46 +138,37 @@ def _resolve_method(arguments: ConsistencyArguments, data: ImageData, pipeline: 
     return method or ("ect" if obstacle else "trajectories")
 
 
-def build_trajectories(
+def load_trajectories(
     settings: ConsistencyArguments,
     accelerator: Accelerator,
     data: ImageData,
     pipeline: TinyPipeline | None,
-    unet: nn.Module,
     num_classes: int | None,
 ) -> Trajectories | None:
     """
-    Draws this process's share of the trajectories of the checkpoint's network, from which it alone learns, in the dtype of
-    sampling; None for ECT. A resumed run draws them again.
+    Draws the trajectories of the checkpoint, or reads them from the cache of datasets; returns None for ECT.
 
     Args:
         settings ([`ConsistencyArguments`]): The settings.
-        accelerator (`Accelerator`): The process.
+        accelerator (`Accelerator`): The processes.
         data ([`ImageData`]): The images, for their size.
         pipeline ([`TinyPipeline`], *optional*): The checkpoint.
-        unet (`nn.Module`): Its network.
         num_classes (`int`, *optional*): Number of its classes, whose labels are drawn, and dropped as those of images are.
     """
     if settings.method != "trajectories":
         return None
-    share = math.ceil(settings.num_trajectories / accelerator.num_processes)
-    rows = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    labels, device = None, accelerator.device
-    if num_classes is not None:
-        draws = Draws(settings.seed, "trajectories", rows, device)
-        is_dropped = draws.uniform("label_dropout") < settings.class_dropout_prob
-        labels = draws.integers("labels", num_classes).masked_fill(is_dropped, num_classes)
     if accelerator.is_main_process:
-        say(f"drawing {settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps ...")
+        say(f"{settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps ...")
     return draw_trajectories(
-        unet.to(device),
+        pipeline.unet,
         pipeline.scheduler,
         data.input_shape,
-        rows,
+        settings.num_trajectories,
+        cache_root(settings.cache_dir),
+        accelerator.state,
         settings.seed,
-        labels,
-        default_dtype(device),
-        accelerator.is_main_process,
+        num_classes,
+        settings.class_dropout_prob,
     )
 
 
@@ -255,17 +244,19 @@ class ConsistencyMixin:
         the later steps, `(B,)`.
         """
         draws, num_steps, given = batch.draws, self.num_inference_steps, batch
-        drawn = trajectories[draws.integers("trajectory", len(trajectories))]
+        drawn = trajectories[draws.integers("trajectory", len(trajectories)).cpu()]
         step = draws.integers("step", max(1, num_steps - 1)) + 1
         is_first = (draws.uniform("is_first") < _FIRST_SHARE) | (num_steps == 1)
         timesteps = (1 - step / num_steps).masked_fill(is_first, 1.0) * self.scheduler.config.num_train_timesteps
         noise = draws.normal("noise", *batch.images.shape[1:])
         is_first_pixel = is_first[:, None, None, None]
         noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
-        noisy = torch.where(is_first_pixel, drawn.noise.float(), noisy)
-        target = torch.where(is_first_pixel, drawn.images.float(), batch.images)
+        noisy = torch.where(is_first_pixel, drawn.noise.to(noisy), noisy)
+        target = torch.where(is_first_pixel, drawn.images.to(noisy), batch.images)
         if drawn.labels is not None:
-            given = dataclasses.replace(batch, labels=torch.where(is_first, drawn.labels, batch.labels))
+            given = dataclasses.replace(
+                batch, labels=torch.where(is_first, drawn.labels.to(batch.labels), batch.labels)
+            )
         return _distance(self._end(unet, given, noisy, timesteps), target)
 
     def _pair_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:

@@ -2,11 +2,16 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from ..progress import progress_bar
+from ..evaluation.features import digest as weights_digest
+from ..evaluation.images import digest, fill
+from ..hardware import default_dtype
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
 from ..training.draws import Draws
 
@@ -38,45 +43,61 @@ class Trajectories:
         return Trajectories(self.noise[rows], self.images[rows], labels)
 
 
-@torch.no_grad()
 def draw_trajectories(
     unet: nn.Module,
     scheduler: TinyFlowMatchScheduler,
     shape: tuple[int, int, int],
-    rows: range,
+    count: int,
+    cache: Path,
+    state: PartialState,
     seed: int = 0,
-    labels: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    show_progress: bool = True,
+    num_classes: int | None = None,
+    class_dropout_prob: float = 0.0,
 ) -> Trajectories:
     """
-    Draws trajectories by the deterministic multistep solver, in [`NUM_STEPS`] steps, or T if these are fewer.
+    Draws trajectories by the deterministic multistep solver, in [`NUM_STEPS`] steps, or T if these are fewer, in the dtype
+    of sampling.
 
     Args:
         unet (`nn.Module`): Called as `unet(sample, timestep, class_labels=None).sample`, the velocity.
         scheduler ([`TinyFlowMatchScheduler`]): The checkpoint's.
         shape (`tuple[int, int, int]`): Channels, height and width of what the network denoises.
-        rows (`range`): Numbers of the trajectories. The noise of each depends on its number and the seed alone.
-        seed (`int`): The seed of the noise.
-        labels (`torch.Tensor` of shape `(N,)`, *optional*): The class of each.
-        dtype (`torch.dtype`): That of the network meanwhile.
-        show_progress (`bool`): Whether to show a progress bar.
+        count (`int`): Number of trajectories. The noise of each depends on its number and the seed alone.
+        cache (`Path`): Folder that keeps them, so that a resumed run has them at once.
+        state (`PartialState`): The processes, which share the work.
+        seed (`int`): The seed of noise and labels.
+        num_classes (`int`, *optional*): Number of classes, of which each trajectory has one.
+        class_dropout_prob (`float`): Share that has the null class.
     """
-    device = next(unet.parameters()).device
-    network = nn.Module.to(copy.deepcopy(unet), dtype=dtype, memory_format=torch.channels_last).eval()
+    draws, dtype = Draws(seed, "trajectories", range(count)), default_dtype(state.device)
+    noise, labels = draws.normal("noise", *shape).half(), None
+    if num_classes is not None:
+        is_dropped = draws.uniform("label_dropout") < class_dropout_prob
+        labels = draws.integers("labels", num_classes).masked_fill(is_dropped, num_classes)
+    network = nn.Module.to(copy.deepcopy(unet), state.device, dtype, memory_format=torch.channels_last).eval()
     solver = TinyFlowMatchScheduler.from_config(scheduler.config, solver="multistep", stochastic_sampling=False)
-    noise, images = [], []
-    size = max(1, _BATCH_POSITIONS // (shape[1] * shape[2]))
-    with progress_bar(total=len(rows), desc="Trajectories", unit="image", disable=not show_progress) as bar:
-        for first in range(0, len(rows), size):
-            batch = rows[first : first + size]
-            given = {} if labels is None else {"class_labels": labels[first : first + size]}
-            sample = Draws(seed, "trajectories", batch, device).normal("noise", *shape)
-            noise.append(sample.half())
-            solver.set_timesteps(min(NUM_STEPS, solver.config.num_train_timesteps), device=device)
-            for timestep in solver.timesteps:
-                velocity = network(sample.to(dtype), timestep.expand(len(batch)), **given).sample.float()
-                sample = solver.step(velocity, timestep, sample, eta=0.0).prev_sample
-            images.append(sample.half())
-            bar.update(len(batch))
-    return Trajectories(torch.cat(noise), torch.cat(images), labels)
+    num_steps = min(NUM_STEPS, solver.config.num_train_timesteps)
+
+    @torch.no_grad()
+    def draw(start: int, stop: int) -> np.ndarray:
+        sample = noise[start:stop].to(state.device).float()
+        given = {} if labels is None else {"class_labels": labels[start:stop].to(state.device)}
+        solver.set_timesteps(num_steps, device=state.device)
+        for timestep in solver.timesteps:
+            velocity = network(sample.to(dtype), timestep.expand(len(sample)), **given).sample.float()
+            sample = solver.step(velocity, timestep, sample, eta=0.0).prev_sample
+        return sample.half().cpu().numpy()
+
+    key = (weights_digest(unet), dict(unet.config), dict(solver.config), shape, count, num_steps)
+    entry = cache / "trajectories" / digest(*key, seed, num_classes, class_dropout_prob, dtype, state.device.type)
+    images = fill(
+        entry,
+        (count, *shape),
+        np.float16,
+        draw,
+        batch_size=max(1, _BATCH_POSITIONS // (shape[1] * shape[2])),
+        state=state,
+        desc="Trajectories",
+    )
+    images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
+    return Trajectories(noise, images, labels)
