@@ -261,7 +261,7 @@ def test_nothing_that_is_read_back_can_run_code(whole, run, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--block_out_channels", "8", "16"], ["checkpoint-4", "size mismatch"]),
+        (["--block_out_channels", "8", "16"], ["checkpoint-4", "its unet has", "block_out_channels [8], not [8, 16]"]),
         (["--optimizer", "sgd"], ["checkpoint-4", "another optimizer than SGD"]),
         (["--optimizer", "adamw"], ["checkpoint-4", "another optimizer than AdamW"]),
     ],
