@@ -316,7 +316,7 @@ def draw_images(
         conditions=conditions,
         real=originals,
     )
-    images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
+    images = torch.from_numpy(images)
     labels = None if labels is None else torch.from_numpy(labels)
     names = None if conditions is None else source["conditions"]
     data = ImageData(

@@ -63,7 +63,7 @@ def fill(
         desc (`str`): Label of the progress bar.
 
     Returns:
-        `np.ndarray`: The array, memory-mapped and read-only.
+        `np.ndarray`: The array, memory-mapped. What is written to it stays in memory, and torch can take it.
     """
     file, part, marks = entry / "array.npy", entry.with_suffix(".part"), entry.with_suffix(".done")
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def fill(
                 publish(entry, lambda staging: os.replace(part, staging / file.name))
                 marks.unlink()
             state.wait_for_everyone()
-    return np.load(file, mmap_mode="r")
+    return np.load(file, mmap_mode="c")
 
 
 def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:

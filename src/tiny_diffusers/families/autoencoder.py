@@ -103,6 +103,7 @@ class Autoencoder(Family):
     """
 
     shows_examples = True
+    measured_options = ("latents_mean", "latents_std", "scaling_factor")
 
     def __init__(
         self,

@@ -85,8 +85,7 @@ def load_latents(
             state=accelerator.state,
             desc="Encoding",
         )
-    latents = torch.from_numpy(np.load(latents.filename, mmap_mode="c"))  # torch needs memory that it may write to
-    return arguments, dataclasses.replace(data, latents=latents, vae_sha256=vae_sha256), vae
+    return arguments, dataclasses.replace(data, latents=torch.from_numpy(latents), vae_sha256=vae_sha256), vae
 
 
 def _load_vae(arguments: DiffusionArguments, data: ImageData) -> AutoencoderKL:

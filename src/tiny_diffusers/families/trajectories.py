@@ -1,6 +1,7 @@
 """The trajectories of a checkpoint: where the solver of its ODE leads each noise."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,35 +70,39 @@ def draw_trajectories(
         num_classes (`int`, *optional*): Number of classes, of which each trajectory has one.
         class_dropout_prob (`float`): Share that has the null class.
     """
-    draws, dtype = Draws(seed, "trajectories", range(count)), default_dtype(state.device)
-    noise, labels = draws.normal("noise", *shape).half(), None
+    dtype, labels = default_dtype(state.device), None
+    draws = Draws(seed, "trajectories", range(count))
     if num_classes is not None:
         is_dropped = draws.uniform("label_dropout") < class_dropout_prob
         labels = draws.integers("labels", num_classes).masked_fill(is_dropped, num_classes)
-    network = nn.Module.to(copy.deepcopy(unet), state.device, dtype, memory_format=torch.channels_last).eval()
     solver = TinyFlowMatchScheduler.from_config(scheduler.config, solver="multistep", stochastic_sampling=False)
     num_steps = min(NUM_STEPS, solver.config.num_train_timesteps)
 
+    @functools.cache  # if any are missing
+    def network() -> nn.Module:
+        return nn.Module.to(copy.deepcopy(unet), state.device, dtype, memory_format=torch.channels_last).eval()
+
     @torch.no_grad()
     def draw(start: int, stop: int) -> np.ndarray:
-        sample = noise[start:stop].to(state.device).float()
+        noise = Draws(seed, "trajectories", range(start, stop)).normal("noise", *shape).half()
+        sample = noise.to(state.device).float()
         given = {} if labels is None else {"class_labels": labels[start:stop].to(state.device)}
         solver.set_timesteps(num_steps, device=state.device)
         for timestep in solver.timesteps:
-            velocity = network(sample.to(dtype), timestep.expand(len(sample)), **given).sample.float()
+            velocity = network()(sample.to(dtype), timestep.expand(len(sample)), **given).sample.float()
             sample = solver.step(velocity, timestep, sample, eta=0.0).prev_sample
-        return sample.half().cpu().numpy()
+        return torch.stack([noise, sample.half().cpu()], dim=1).numpy()
 
     key = (weights_digest(unet), dict(unet.config), dict(solver.config), shape, count, num_steps)
     entry = cache / "trajectories" / digest(*key, seed, num_classes, class_dropout_prob, dtype, state.device.type)
-    images = fill(
+    ends = fill(
         entry,
-        (count, *shape),
+        (count, 2, *shape),
         np.float16,
         draw,
         batch_size=max(1, _BATCH_POSITIONS // (shape[1] * shape[2])),
         state=state,
         desc="Trajectories",
     )
-    images = torch.from_numpy(np.load(images.filename, mmap_mode="c"))  # torch needs memory that it may write to
+    noise, images = torch.from_numpy(ends).unbind(1)
     return Trajectories(noise, images, labels)

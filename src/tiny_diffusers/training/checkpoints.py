@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,14 @@ def save(collected: dict[str, Any], network: Path, optimizer: Path) -> None:
     (optimizer / "optimizer.json").write_text(json.dumps(collected["rest"]))
 
 
-# Options of a network that may differ on a resume: those that are measured are saved with a pipeline alone
-_FREE_OPTIONS = {"dropout", "latents_mean", "latents_std", "scaling_factor"}
-
-
-def check_config(network: ModelMixin, folder: Path) -> None:
+def check_config(network: ModelMixin, folder: Path, measured: Collection[str] = ()) -> None:
     """
-    Checks that a saved network has the same options as this one: the weights of some others fit it as well. Dropout may
-    change, and what was measured rather than chosen.
+    Checks that a saved network has the same options as this one, dropout aside: the weights of some others fit it as well.
+
+    Args:
+        network (`ModelMixin`): This network.
+        folder (`Path`): The saved one's. Without a config, nothing is checked.
+        measured (`Collection[str]`): Options that may differ, as they were measured rather than chosen.
 
     Raises:
         ValueError: If they differ; it names each option.
@@ -165,19 +166,17 @@ def check_config(network: ModelMixin, folder: Path) -> None:
     saved, own = load_json(read_text(path)), json.loads(network.to_json_string())
     defaults = inspect.signature(type(network).__init__).parameters  # of options that an older network lacks
     before = {
-        name: saved[name] if name in saved else _as_json(defaults[name].default) for name in own if name in defaults
+        name: saved[name] if name in saved else json.loads(json.dumps(defaults[name].default))
+        for name in own
+        if name in defaults
     }
     differing = [
         f"{name} {before[name]}, not {own[name]}"
-        for name in before.keys() - _FREE_OPTIONS
+        for name in before.keys() - {"dropout", *measured}
         if before[name] != own[name]
     ]
     if differing:
         raise ValueError(f"its {folder.name} has {', '.join(sorted(differing))}")
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def load_weights(module: torch.nn.Module, folder: Path) -> None:

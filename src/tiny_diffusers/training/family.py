@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,6 +71,7 @@ class Family:
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
         preview_share (`float`): Share of the time of [`sample`] that [`preview`] takes.
+        measured_options (`Collection[str]`): Options of the networks that [`measure`] sets.
     """
 
     modules: dict[str, nn.Module]
@@ -82,6 +83,7 @@ class Family:
     augment_prob: float = 0.0
     phases: dict[str, int] = {}
     preview_share: float = 1.0
+    measured_options: Collection[str] = ()
 
     @property
     def shows_examples(self) -> bool:

@@ -896,7 +896,7 @@ class Trainer:
     def _load_checkpoint(self, folder: Path) -> None:
         try:
             for name, network in self.networks().items():
-                checkpoints.check_config(network, folder / name)
+                checkpoints.check_config(network, folder / name, self.family.measured_options)
             for name, module in self.modules.items():
                 checkpoints.load_weights(self.accelerator.unwrap_model(module), folder / name)
                 if name in self.emas:
