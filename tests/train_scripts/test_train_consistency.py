@@ -208,11 +208,13 @@ def test_the_method_is_trajectories_where_they_can_be_drawn(train, checkpoint, c
     folder = train(*tuned, steps=1)
     assert method_of(folder) == "trajectories"
     assert method_of(train(*tiny.TINY_NETWORK, name="new", steps=1, network=False)) == "ect"
-    assert method_of(train(*tuned, "--augment_prob", "0.1", name="told", steps=1)) == "ect"
+    told = train(*tuned, "--method", "ect", "--augment_prob", "0.1", name="told", steps=1)
+    assert TinyPipeline.from_pretrained(told).unet.config.num_augment_labels
 
     asked = ["--method", "trajectories"]
     check_mistake(asked, ["--method trajectories: give --pretrained_model_name_or_path", "--method ect"])
-    check_mistake([*asked, *tuned, "--augment_prob", "0.1"], ["--augment_prob 0.1 is for training images"])
+    for unused in (["--augment_prob", "0.1"], ["--random_flip"], ["--num_stages", "3"]):
+        check_mistake([*tuned, *unused], [f"{unused[0]} is for training images", "--method ect"])
     check_mistake([*asked, "--pretrained_model_name_or_path", str(folder)], ["is a consistency model already"])
 
     settings = (folder / "config.yaml").read_text()  # of a run that knew one method

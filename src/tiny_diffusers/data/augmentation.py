@@ -5,6 +5,9 @@ import torch
 from ..errors import UserError
 
 
+# Names of the flags
+GEOMETRIC = ("random_flip", "random_crop_padding")  # of an image and of its conditioning image alike
+AUGMENTATIONS = (*GEOMETRIC, "color_jitter", "cutout")
 # Random numbers that `augment` uses per image: flip, crop (y, x), brightness, contrast, saturation, cutout (y, x).
 AUGMENT_DRAWS = 8
 

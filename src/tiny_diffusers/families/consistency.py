@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from ..data import ImageData, cache_root
+from ..data.augmentation import AUGMENTATIONS
 from ..errors import UserError, say
 from ..flags import flag
 from ..pipelines.pipeline_tiny import CONSISTENCY_STEPS, TinyPipeline, objective_of
@@ -26,7 +27,6 @@ from .trajectories import NUM_STEPS, Trajectories, draw_trajectories
 
 # n(s) = 1 + k sigmoid(-b s) of ECT, by which pairs lie further apart near the image. There k = 8 and b = 1.
 _K = 8.0
-_FIRST_SHARE = 0.75  # of the images, with trajectories: the checkpoint knows the later steps already
 # c / sqrt(D) of the pseudo-Huber loss, from Song & Dhariwal 2023, arXiv 2310.14189, section 3.3
 _HUBER = 0.00054
 
@@ -54,19 +54,13 @@ class ConsistencyArguments(ConditionalArguments):
         "before.",
         within="[1, 12]",
     )
-    ddpm_num_inference_steps: int | None = flag(
-        None,
-        f"Sampling steps, of the sample grids and, with trajectories, those that are trained; {CONSISTENCY_STEPS} if not "
-        "given.",
-        within="[1, inf)",
-    )
     guidance_scales: list[float] | None = flag(
         [1.0], "Guidance scales of the sample grids.", within="(-inf, inf)", changes_run=False
     )
 
     @property
     def num_inference_steps(self) -> int:
-        """Sampling steps of the sample grids, and with trajectories those that are trained."""
+        """Sampling steps of the sample grids."""
         return self.ddpm_num_inference_steps or min(CONSISTENCY_STEPS, self.ddpm_num_steps)
 
 
@@ -128,14 +122,20 @@ def _resolve_method(arguments: ConsistencyArguments, data: ImageData, pipeline: 
         obstacle = f"{arguments.pretrained_model_name_or_path} is a consistency model already, which has none"
     elif arguments.has_conditioning or arguments.condition_columns or getattr(pipeline, "_conditioning", None):
         obstacle = "they are drawn with no other conditions than classes"
-    elif arguments.augment_prob > 0:
-        obstacle = f"--augment_prob {arguments.augment_prob:g} is for training images, of which they show none"
     method = arguments.method
     if method is None and (earlier := earlier_settings(arguments, data)):
         method = earlier.get("method", "ect")  # older runs know no other
     if method == "trajectories" and obstacle:
         raise UserError(f"--method trajectories: {obstacle}; or take --method ect.")
-    return method or ("ect" if obstacle else "trajectories")
+    method = method or ("ect" if obstacle else "trajectories")
+    unused = [name for name in ("augment_prob", *AUGMENTATIONS) if getattr(arguments, name)]
+    unused += [name for name in ("num_stages", "timestep_distribution") if name in arguments.given]
+    if method == "trajectories" and unused:
+        raise UserError(
+            f"--{unused[0]} is for training images at many noise levels, which trajectories replace: leave it out, or take "
+            "--method ect."
+        )
+    return method
 
 
 def load_trajectories(
@@ -201,11 +201,11 @@ class ConsistencyMixin:
     is x_0 at t = 0 whatever the network is. With networks that predict the image it is x_t - t^2 v / 0.05 below t = 0.05,
     to make it so; their samples are drawn at higher levels, in at most 20 steps.
 
-    With trajectories it is learned at pure noise, from where they lead ([Luhman & Luhman
-    2021](https://huggingface.co/papers/2101.02388)); at the levels of the later steps it stays what the checkpoint knows,
-    the mean of the images, which is sharp in a second step. Without, the difference between f at two noise levels of an
-    image is minimized ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no
-    gradient is taken; in the first stage r is 0 for most pairs, which is diffusion.
+    With trajectories it is learned at pure noise alone, from where they lead ([Luhman & Luhman
+    2021](https://huggingface.co/papers/2101.02388)): a second step at a lower level needs no more than the checkpoint
+    knows. Without, the difference between f at two noise levels of an image is minimized ([Geng et al.
+    2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no gradient is taken; in the first
+    stage r is 0 for most pairs, which is diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.
@@ -239,25 +239,13 @@ class ConsistencyMixin:
         return self._trajectory_losses(unet, batch, self.trajectories)
 
     def _trajectory_losses(self, unet: nn.Module, batch: Batch, trajectories: Trajectories) -> torch.Tensor:
-        """
-        Computes the distance of f from where a trajectory leads, at pure noise, or from the image, at the level of one of
-        the later steps, `(B,)`.
-        """
-        draws, num_steps, given = batch.draws, self.num_inference_steps, batch
-        drawn = trajectories[draws.integers("trajectory", len(trajectories)).cpu()]
-        step = draws.integers("step", max(1, num_steps - 1)) + 1
-        is_first = (draws.uniform("is_first") < _FIRST_SHARE) | (num_steps == 1)
-        timesteps = (1 - step / num_steps).masked_fill(is_first, 1.0) * self.scheduler.config.num_train_timesteps
-        noise = draws.normal("noise", *batch.images.shape[1:])
-        is_first_pixel = is_first[:, None, None, None]
-        noisy = self.scheduler.add_noise(batch.images, noise, timesteps)
-        noisy = torch.where(is_first_pixel, drawn.noise.to(noisy), noisy)
-        target = torch.where(is_first_pixel, drawn.images.to(noisy), batch.images)
+        """Computes the distance of f at pure noise from where the trajectory leads, `(B,)`."""
+        drawn = trajectories[batch.draws.integers("trajectory", len(trajectories)).cpu()]
+        noise, images = drawn.noise.to(batch.images), drawn.images.to(batch.images)
         if drawn.labels is not None:
-            given = dataclasses.replace(
-                batch, labels=torch.where(is_first, drawn.labels.to(batch.labels), batch.labels)
-            )
-        return _distance(self._end(unet, given, noisy, timesteps), target)
+            batch = dataclasses.replace(batch, labels=drawn.labels.to(batch.labels))
+        timesteps = torch.full_like(images[:, 0, 0, 0], self.scheduler.config.num_train_timesteps)
+        return _distance(self._end(unet, batch, noise, timesteps), images)
 
     def _pair_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
         noise = batch.draws.normal("noise", *batch.images.shape[1:])

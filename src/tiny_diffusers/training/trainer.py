@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import AUGMENT_DRAWS, ImageData, augment, cache_root, normalize
+from ..data.augmentation import AUGMENTATIONS, GEOMETRIC
 from ..data.labeled_augmentation import LABELED_DRAWS, augment_labeled
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
@@ -55,8 +56,6 @@ from .timing import (
 logger = logging.getLogger(__name__)
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous_format": torch.contiguous_format}
-_GEOMETRIC = ("random_flip", "random_crop_padding")  # of an image and of its conditioning image alike
-_AUGMENTATIONS = (*_GEOMETRIC, "color_jitter", "cutout")
 # Of sample grids that nobody asked for
 _MAX_GRIDS, _STEPS_PER_GRID = 10, 5  # fewer in a run of few steps
 _GRID_SHARE, _FREE_GRID_SECONDS = 0.1, 5.0  # of the time so far that they may take, and what they always may
@@ -85,7 +84,7 @@ class Trainer:
         self.train_indices, self.validation_indices = split_indices(settings, data)
         self._warn_of_absent_classes()
         self.order = DataOrder(settings.seed, len(self.train_indices))
-        self.augmentation = {name: getattr(settings, name) for name in _AUGMENTATIONS if getattr(settings, name)}
+        self.augmentation = {name: getattr(settings, name) for name in AUGMENTATIONS if getattr(settings, name)}
         # Refuses what does not fit the images.
         augment(normalize(data.images[:1], data.value_range), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation)
         micro_batches = settings.gradient_accumulation_steps
@@ -703,7 +702,7 @@ class Trainer:
             uniform = draws.uniform("augment", AUGMENT_DRAWS)
             images = augment(images, uniform, **self.augmentation)
             if conditioning_images is not None:
-                geometric = {name: self.augmentation[name] for name in _GEOMETRIC if name in self.augmentation}
+                geometric = {name: self.augmentation[name] for name in GEOMETRIC if name in self.augmentation}
                 conditioning_images = augment(conditioning_images, uniform, **geometric)
         augment_labels = None
         if training and family.augment_prob > 0:
