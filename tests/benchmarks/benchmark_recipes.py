@@ -97,8 +97,8 @@ def main() -> None:
     print("| --- | --- |" + " ---: |" * 6)
     for name in args.recipes:
         recipe = shipped_recipes()[name]
-        script = script_of(recipe)
-        for cell in load_cells(recipe)[1] or [None]:
+        for cell, changes in (load_cells(recipe)[1] or {None: {}}).items():
+            script = script_of(recipe, changes.get("script"))
             argv = ["--config", name, *(["--cell", cell] if cell else [])]
             arguments = parse_arguments(arguments_class(script), argv)
             if isinstance(arguments, DiffusionArguments):

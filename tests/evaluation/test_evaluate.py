@@ -1,13 +1,11 @@
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -1061,27 +1059,6 @@ class TestRun:
         (run / "config.yaml").write_text("dataset_name: digits\nresolution: [a, b]\n")
         assert self.run(run) == 2
         assert "config.yaml does not say what the model was trained on" in capsys.readouterr().err
-
-
-def test_the_benchmark_of_the_families_reuses_no_results_of_other_settings(tmp_path):
-    path = Path(__file__).parents[1] / "benchmarks" / "benchmark_families.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    run = {"seed": 0, "dataset_name": "digits", "resolution": 8}
-    args = Namespace(**run, minutes=1.0, num_images=24, likelihood_images=4, output_dir=tmp_path)
-    benchmark.check("VAE", args)  # no results yet
-    folder = tmp_path / "VAE"
-    folder.mkdir()
-    (folder / "model_index.json").touch()
-    (folder / "config.yaml").write_text(json.dumps(run | {"max_train_minutes": 1.0}))
-    report = evaluate(image_data(seed=1), image_data(), Protocol(**NO_BASELINES))
-    dataclasses.replace(report, protocol=asdict(benchmark.protocol_of("VAE", args))).save(folder)
-    benchmark.check("VAE", args)
-    other = {"minutes": 2.0, "seed": 1, "dataset_name": "mnist", "resolution": 16}
-    for name, value in {**other, "num_images": 25, "likelihood_images": 5}.items():
-        with pytest.raises(SystemExit, match=f"VAE was made with .*{name}.*: delete it"):
-            benchmark.check("VAE", Namespace(**{**vars(args), name: value}))
 
 
 @pytest.mark.skipif("TINY_DIFFUSERS_DATA" not in os.environ, reason="TINY_DIFFUSERS_DATA is not set")

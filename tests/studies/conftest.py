@@ -62,7 +62,7 @@ def work(monkeypatch, measured):
     """Replaces training and measuring; returns the list of the runs that were trained and of those measured."""
     done = {"trained": [], "measured": []}
 
-    def train(run, script):
+    def train(run):
         done["trained"].append(run.name)
 
     def measure(run, study):

@@ -9,7 +9,7 @@ import pytest
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.studies import pictures
 from tiny_diffusers.studies import study as studies
-from tiny_diffusers.studies.cells import plan_study
+from tiny_diffusers.studies.cells import parse_flags, plan_study
 from tiny_diffusers.studies.results import Sampler, Value, find_winner, group, value_of, why_not_compared
 from tiny_diffusers.training.arguments import load_cells
 from tiny_diffusers.training.recipes import find_recipe, shipped_recipes
@@ -27,12 +27,16 @@ class TestWhatIsAsked:
         assert [(run.cell, run.seed) for run in study.runs({})] == [("cosine", 3)]
         assert (study.protocol.num_images, study.protocol.features) == (30, "pixels")
 
+    def settings_of(self, study):
+        run = study.runs({})[0]
+        return parse_flags(run.script, run.flags)
+
     def test_minutes_replace_the_recipes_steps_but_not_those_that_are_set(self, plan):
         study = plan({"max_train_minutes": 2.0})
-        assert study.parse(study.runs({})[0].flags).max_train_steps is None
+        assert self.settings_of(study).max_train_steps is None
         section = {"max_train_minutes": 2.0}
         study = plan({}, ["--max_train_steps", "7"], study=section)
-        assert study.parse(study.runs({})[0].flags).max_train_steps == 7
+        assert self.settings_of(study).max_train_steps == 7
         assert study.asked["max_train_minutes"] is None
         with pytest.raises(UserError, match="max_train_steps=7 --max_train_minutes"):
             plan({"max_train_minutes": 2.0}, ["--max_train_steps", "7"])
@@ -97,6 +101,26 @@ class TestWhatIsAsked:
         for word in words:
             assert word in str(error.value)
 
+    def test_each_cell_may_be_of_another_script(self, plan, work, tmp_path):
+        cells = [{"name": "a", "script": "vae", "latent_dim": 4}, {"name": "b", "script": "dcgan"}]
+        options = {"features": "pixels", "metrics": ["kernel_distance", "bits_per_dim"], "likelihood_images": 4}
+        study = plan(name="x.yaml", cells=cells, study=options)
+        first, second = study.runs({})
+        assert [(run.script, parse_flags(run.script, run.flags).SCRIPT) for run in (first, second)] == [
+            ("vae", "vae"),
+            ("dcgan", "dcgan"),
+        ]
+        text = (studies.run_study(study) / "README.md").read_text()
+        assert "trained by `tiny-diffusers train vae` and `tiny-diffusers train dcgan`" in text
+        with pytest.raises(UserError, match="--cell b: it is for `tiny-diffusers train dcgan`, not for vae"):
+            parse_flags("vae", second.flags)
+        with pytest.raises(UserError, match="num_inference_steps means nothing to the models of train_vae.py"):
+            plan({"num_inference_steps": [2]}, name="x.yaml", cells=cells)
+        with pytest.raises(UserError, match="bits_per_dim: the models of train_dcgan.py have no likelihood"):
+            plan({"main_metric": "bits_per_dim"}, name="x.yaml", cells=cells, study=options)
+        with pytest.raises(UserError, match="--kl_weight"):  # flags of --set are for all cells
+            plan({}, ["--kl_weight", "1"], name="x.yaml", cells=cells, study=options)
+
     @pytest.mark.parametrize("script", ["pixelcnn", "vae", "dcgan", "conditional"])
     def test_class_agreement_is_refused_for_a_cell_without_classes(self, plan, script):
         name, changes = f"{script}_x.yaml", {"study": {"main_metric": "class_agreement"}}
@@ -139,7 +163,7 @@ class TestTheWork:
         assert [(row["cell"], row["seed"]) for row in rows] == [(c, s) for c in ("linear", "cosine") for s in (0, 1)]
 
     def test_a_run_that_fails_is_a_row_and_the_study_goes_on(self, plan, work, monkeypatch):
-        def train(run, script):
+        def train(run):
             if run.cell == "linear":
                 raise studies._Failure("the loss was not finite")
 
@@ -152,7 +176,7 @@ class TestTheWork:
         assert "linear, seed 0, **failed**: the loss was not finite" in (folder / "README.md").read_text()
 
     def test_if_all_fail_the_command_fails(self, plan, work, monkeypatch):
-        def train(run, script):
+        def train(run):
             raise studies._Failure("no such dataset")
 
         monkeypatch.setattr(studies, "_train", train)

@@ -15,6 +15,7 @@ from tiny_diffusers.models.unet_tiny import PRESETS
 from tiny_diffusers.studies import budget
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.budget import seconds_a_step  # before a fixture replaces it
+from tiny_diffusers.studies.cells import parse_flags
 
 
 CELLS = [
@@ -94,7 +95,8 @@ def test_the_runs_have_the_networks_and_the_minutes(plan, work):
     text = (studies.run_study(study) / "README.md").read_text()
     assert "Narrower networks" in text and "10 minutes each" in text
     networks = json.loads((study.folder / "study.json").read_text())["networks"]
-    arguments = study.parse(study.runs(networks)[0].flags)
+    run = study.runs(networks)[0]
+    arguments = parse_flags(run.script, run.flags)
     assert (arguments.block_out_channels, arguments.max_train_minutes) == ([32, 64], 10.0)
 
 

@@ -118,7 +118,7 @@ def test_an_unexpected_error_is_a_row(plan, work, monkeypatch, error):
         return {"measured": []}
 
     monkeypatch.undo()
-    monkeypatch.setattr(studies, "_train", lambda run, script: None)
+    monkeypatch.setattr(studies, "_train", lambda run: None)
     monkeypatch.setattr(measuring, "measure", fail)
     rows = json.loads((studies.run_study(plan({"seeds": [0]})) / "study.json").read_text())["rows"]
     assert [(row["state"], row.get("error")) for row in rows] == [("failed", str(error)), ("measured", None)]
@@ -128,7 +128,7 @@ def test_a_full_disk_is_no_fact_about_a_run(plan, monkeypatch):
     def fail(run, study):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(studies, "_train", lambda run, script: None)
+    monkeypatch.setattr(studies, "_train", lambda run: None)
     monkeypatch.setattr(measuring, "measure", fail)
     study = plan({"seeds": [0]})
     with pytest.raises(OSError, match="No space left"):

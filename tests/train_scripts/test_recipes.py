@@ -16,22 +16,19 @@ from tiny_diffusers.families.dcgan import DCGANArguments, build_dcgan
 from tiny_diffusers.families.diffusion import DiffusionArguments, build_scheduler, resolve_diffusion
 from tiny_diffusers.families.unets import build_unet
 from tiny_diffusers.families.vae import VAEArguments, build_vae
-from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
+from tiny_diffusers.studies.training import arguments_class
+from tiny_diffusers.training.arguments import load_cells, parse_arguments
+from tiny_diffusers.training.recipes import script_of, shipped_recipes
 
 
-# The script that a recipe is for stands first in its name: unconditional_no_attention.yaml is train_unconditional.py's.
-RECIPES = sorted((Path(train_scripts.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes().values())
 SAMPLE = {recipe.stem.partition("_")[0]: recipe for recipe in RECIPES}.values()  # one for each script
 CELLS = [(recipe, cell) for recipe in RECIPES for cell in load_cells(recipe)[1] or [None]]
 
 
-def script_of(recipe):
-    return importlib.import_module(f"{train_scripts.__name__}.train_{recipe.stem.partition('_')[0]}")
-
-
-def arguments_class_of(script):
-    classes = [value for value in vars(script).values() if isinstance(value, type)]
-    return next(value for value in classes if issubclass(value, TrainingArguments) and value is not TrainingArguments)
+def script_name(recipe, cell):
+    """Returns the script of a cell, or of the recipe: unconditional_no_attention.yaml is for train_unconditional.py."""
+    return script_of(recipe, load_cells(recipe)[1].get(cell, {}).get("script"))
 
 
 def flags(recipe, cell):
@@ -59,7 +56,7 @@ def test_there_are_recipes_and_each_says_what_it_tries():
 
 @pytest.mark.parametrize(("recipe", "cell"), CELLS, ids=[f"{recipe.stem}-{cell}" for recipe, cell in CELLS])
 def test_each_cell_is_what_its_script_takes(recipe, cell):
-    arguments = parse_arguments(arguments_class_of(script_of(recipe)), flags(recipe, cell))
+    arguments = parse_arguments(arguments_class(script_name(recipe, cell)), flags(recipe, cell))
     if cell:
         assert Path(arguments.output_dir) == Path("runs", recipe.stem, cell)
     # its names and sizes go together, too
@@ -94,7 +91,8 @@ def test_cells_of_a_recipe_differ():
 def test_each_recipe_runs(recipe, stand_in, tmp_path):
     cell = next(iter(load_cells(recipe)[1]), None)
     argv = [*flags(recipe, cell), "--smoke", "--dataset_name", stand_in, "--output_dir", str(tmp_path / "run")]
-    script_of(recipe).main([*argv, "--mixed_precision", "no", "--num_threads", "1"])
+    script = importlib.import_module(f"{train_scripts.__name__}.train_{script_name(recipe, cell)}")
+    script.main([*argv, "--mixed_precision", "no", "--num_threads", "1"])
     assert (tmp_path / "run" / "samples.png").is_file()
     assert "max_train_steps: 20\n" in (tmp_path / "run" / "config.yaml").read_text()
     TinyPipeline.from_pretrained(tmp_path / "run")

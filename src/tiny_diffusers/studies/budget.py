@@ -54,8 +54,8 @@ def fit_networks(
     setup_torch()
     arguments = {cell: study.arguments_of(cell) for cell in cells}
     data = {cell: load_data(each, processes()) for cell, each in arguments.items()}
-    is_diffusion = study.script in ("unconditional", "conditional")
-    narrowed = {cell: each for cell, each in arguments.items() if is_diffusion and widths_of(each, data[cell])}
+    diffusion = [cell for cell in arguments if study.scripts[cell] in ("unconditional", "conditional")]
+    narrowed = {cell: arguments[cell] for cell in diffusion if widths_of(arguments[cell], data[cell])}
     others = [cell for cell in arguments if cell not in narrowed]
     if others:
         say(

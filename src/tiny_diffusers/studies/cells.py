@@ -19,7 +19,7 @@ from ..runs import RunFolder
 from ..samplers import SCHEDULERS
 from ..training.arguments import LENGTHS, TrainingArguments, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import SAMPLING, StudyArguments, check_conditions, check_family, choose_main_metric
+from .settings import SAMPLING, StudyArguments, check_conditions, check_family, choose_main_metric, protocol_of
 from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
@@ -34,6 +34,7 @@ class Run:
 
     cell: str
     seed: int
+    script: str  # that trains it
     folder: RunFolder
     flags: dict[str, Any]  # of the train script
     data: str  # the images, in words
@@ -82,7 +83,7 @@ class Study:
 
     Attributes:
         recipe (`Path`): The recipe.
-        script (`str`): The script that it is for.
+        scripts (`dict[str, str]`): Cell -> the script that it is for.
         folder (`Path`): The folder of the study.
         arguments ([`StudyArguments`]): How the cells are trained, sampled and shown.
         protocol ([`Protocol`]): How they are measured.
@@ -93,7 +94,7 @@ class Study:
     """
 
     recipe: Path
-    script: str
+    scripts: dict[str, str]
     folder: Path
     arguments: StudyArguments
     protocol: Protocol
@@ -116,7 +117,7 @@ class Study:
 
     def _run(self, cell: str, seed: int, network: Mapping[str, Any]) -> Run:
         flags = self._flags(cell, seed, network)
-        arguments = self.parse(flags)
+        arguments = parse_flags(self.scripts[cell], flags)
         self._check_samplers(cell, arguments)
         flags |= fix_validation(arguments)
         images = [getattr(arguments, name) for name in _OF_DATA]
@@ -125,7 +126,7 @@ class Study:
         images.append(arguments.channels and f"{arguments.channels} channels")
         images.append(arguments.value_range and f"values {' '.join(arguments.value_range)}")
         data = ", ".join(public_name(str(value)) for value in images if value not in (None, "train"))
-        return Run(cell, seed, RunFolder(self.folder / cell / f"seed-{seed}"), flags, data)
+        return Run(cell, seed, self.scripts[cell], RunFolder(self.folder / cell / f"seed-{seed}"), flags, data)
 
     def _check_samplers(self, cell: str, arguments: TrainingArguments) -> None:
         """Refuses samplers of which none can draw the images of a cell: of several objectives, some may do."""
@@ -142,13 +143,14 @@ class Study:
         minutes = self.arguments.budget or self.arguments.max_train_minutes
         return flags if minutes is None else {**flags, "max_train_minutes": minutes}
 
-    def parse(self, flags: Mapping[str, Any]) -> TrainingArguments:
-        """Parses the flags of a run, as its script does."""
-        return parse_arguments(arguments_class(self.script), as_flags(flags))
-
     def arguments_of(self, cell: str) -> TrainingArguments:
         """Returns the arguments of a cell with the first seed, as the recipe has its network."""
-        return self.parse(self._flags(cell, self.arguments.seeds[0], {}))
+        return parse_flags(self.scripts[cell], self._flags(cell, self.arguments.seeds[0], {}))
+
+
+def parse_flags(script: str, flags: Mapping[str, Any]) -> TrainingArguments:
+    """Parses the flags of a run, as its script does."""
+    return parse_arguments(arguments_class(script), as_flags(flags))
 
 
 def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], output_dir: str | None) -> Study:
@@ -183,8 +185,11 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise unknown(f"key in the section 'study' of {recipe}", name, [n for n in known if n != "sampling"])
         if any(isinstance(item, (list, dict)) for item in (value if isinstance(value, list) else [value])):
             raise UserError(f"{recipe}: '{name}' in the section 'study' must be a value, or a list of values.")
-    script = script_of(recipe, given.get("script") or section.get("script"))
-    flags = FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
+    shared_script = given.get("script") or section.get("script")
+    scripts = {name: script_of(recipe, changes.get("script", shared_script)) for name, changes in grid.items()}
+    families, flags = dict.fromkeys(scripts.values()), {}
+    for script in families:
+        flags |= FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
     for name in _OWN_FLAGS:
         if name in flags:
             raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
@@ -207,17 +212,18 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
     )
 
     main_metric = choose_main_metric(arguments, protocol)
-    check_family(script, arguments, protocol, main_metric)
+    for script in families:
+        check_family(script, arguments, protocol_of(script, protocol) if len(families) > 1 else protocol, main_metric)
     for cell in arguments.cells or []:
         if cell not in grid:
             raise unknown(f"cell of {recipe}", cell, grid)
     for cell in arguments.cells or grid:
-        check_conditions(script, shared | grid[cell] | flags, protocol, main_metric, f"the cell {cell}")
+        check_conditions(scripts[cell], shared | grid[cell] | flags, protocol, main_metric, f"the cell {cell}")
 
     values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     asked = {
         "recipe": recipe.stem,
-        "script": script,
+        "script": " ".join(families),
         "settings": _public(shared),
         "grid": {name: _public(changes) for name, changes in grid.items()},
         "train flags": _public(flags),
@@ -233,7 +239,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
     }
     return Study(
         recipe=recipe,
-        script=script,
+        scripts=scripts,
         folder=Path(output_dir or Path("runs", "studies", recipe.stem)),
         arguments=arguments,
         protocol=protocol,

@@ -23,7 +23,7 @@ from ..paths import keep_paths, public_command
 from ..runs import RunFolder, read_log
 from ..samplers import use_scheduler
 from .cells import Run, Study
-from .settings import SAMPLING
+from .settings import SAMPLING, protocol_of
 
 
 NUM_SAMPLES = 12  # of a run, in the picture of all
@@ -64,7 +64,8 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
                 pipe.scheduler = scheduler  # each sampler takes the config of the saved one
             if name is not None:
                 use_scheduler(pipe, name, str(run.folder.path))
-            protocol = dataclasses.replace(study.protocol, sampling=_sampling(study, steps))
+            protocol = protocol_of(run.script, study.protocol)
+            protocol = dataclasses.replace(protocol, sampling=_sampling(study, steps))
             source = describe_pipeline(pipe, protocol, str(run.folder.path))
             folder = run.folder.reports / f"study-{default_name(protocol, source)}"
             report = Report.load_same(folder, protocol.describe(), source, load)

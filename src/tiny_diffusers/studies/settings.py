@@ -1,5 +1,6 @@
 """What a study asks: the flags of `tiny-diffusers study`, which the section `study:` of a recipe holds by the same names."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
 PLOTS: tuple[str, ...] = get_args(Plot)
 _DIFFUSION = ("unconditional", "conditional", "consistency")
 _WITH_OPTIONAL_CLASSES = ("pixelcnn", "vae", "dcgan")
+_WITHOUT_LIKELIHOOD = ("dcgan", "autoencoder")
 _OF_GUIDANCE = ("guidance_scale", "guidance_interval", "dynamic_thresholding")
 SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's call, the same for all samplers
 
@@ -23,7 +25,9 @@ SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's 
 class StudyArguments(Flags):
     """How the cells of a grid are trained, sampled and shown. How they are measured is the [`Protocol`]."""
 
-    script: str | None = flag(None, "Script that the recipe is for; the beginning of its name if not given.")
+    script: str | None = flag(
+        None, "Script that the cells are for which name none; the beginning of the recipe's name if not given."
+    )
     cells: list[str] | None = flag(None, "Cells of the grid to train; all if not given.")
     seeds: list[int] = flag([0], "Seeds to train each cell with.", within="[0, 9223372036854775807]")
     max_train_minutes: float | None = flag(
@@ -87,6 +91,13 @@ def choose_main_metric(arguments: StudyArguments, protocol: Protocol) -> str:
     return arguments.main_metric or figures[0]
 
 
+def protocol_of(script: str, protocol: Protocol) -> Protocol:
+    """Returns what is measured of the models of a script where those of others are measured as well: what they have."""
+    if script not in _WITHOUT_LIKELIHOOD:
+        return protocol
+    return dataclasses.replace(protocol, metrics=[name for name in protocol.metrics if name != "bits_per_dim"])
+
+
 def check_family(script: str, arguments: StudyArguments, protocol: Protocol, main_metric: str) -> None:
     """
     Checks that the models of a script can be sampled and measured so.
@@ -104,7 +115,7 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         raise UserError(
             f"--kind reconstructions: the models of train_{script}.py reconstruct nothing, only a VAE does."
         )
-    if "bits_per_dim" in protocol.metrics and script in ("dcgan", "autoencoder"):
+    if "bits_per_dim" in (main_metric, *protocol.metrics) and script in _WITHOUT_LIKELIHOOD:
         raise UserError(f"--metrics bits_per_dim: the models of train_{script}.py have no likelihood; leave it out.")
     if script in ("unconditional", "autoencoder"):
         protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")

@@ -123,7 +123,7 @@ def _work(run: Run, study: Study) -> None:
     try:
         if run.read().get("state") != "trained":
             say(f"{run.name}: training into {run.folder.path}, its messages go to {run.log} ...")
-            _train(run, study.script)
+            _train(run)
             run.write({**row, "state": "trained"})
         say(f"{run.name}: measuring ...")
         run.write({**row, "state": "measured", **_measure(run, study)})
@@ -136,8 +136,8 @@ class _Failure(Exception):
     """A run can't be trained or measured."""
 
 
-def _train(run: Run, script: str) -> None:
-    status = finish_training(start_training(script, run.flags, run.folder.path, run.log))
+def _train(run: Run) -> None:
+    status = finish_training(start_training(run.script, run.flags, run.folder.path, run.log))
     if status in STOPPED:
         raise UserError(f"the training of {run.name} was stopped: the same command goes on from there.")
     if status < 0:

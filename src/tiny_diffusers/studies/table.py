@@ -50,8 +50,8 @@ def _introduction(content: dict[str, Any]) -> str:
     seeds = sorted({int(row["seed"]) for row in rows})
     minutes = asked["budget"] or asked["max_train_minutes"]
     lines = [
-        f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by `tiny-diffusers train "
-        f"{_code(asked['script'])}`"
+        f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by "
+        + " and ".join(f"`tiny-diffusers train {_code(script)}`" for script in asked["script"].split())
         + (f" for {minutes:g} minutes each" if minutes else "")
         + f" with the seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds)) or 'none'}."
     ]

@@ -26,7 +26,7 @@ from ..flags import FlagParser, Flags, as_flags, default_of, flag
 from ..paths import is_below_here, local_path, restore_paths
 from ..resolution import Resolution
 from ..runs import RunFolder
-from .recipes import find_recipe
+from .recipes import find_recipe, script_of
 
 
 Optimizer = Literal["adamw", "muon", "adam", "sgd"]
@@ -426,7 +426,13 @@ def _read_recipe(
         raise UserError(f"--cell {cell}: {path} has no cells, so leave it out.")
     if cell is not None and cell not in cells:
         raise unknown(f"cell of {path}", cell, cells)
-    recipe |= cells.get(cell, {})
+    changes = dict(cells.get(cell, {}))
+    script = script_of(path, changes.pop("script", arguments_class.SCRIPT))
+    if script != arguments_class.SCRIPT:
+        raise UserError(
+            f"--cell {cell}: it is for `tiny-diffusers train {script}`, not for {arguments_class.SCRIPT}: give it there."
+        )
+    recipe |= changes
 
     recipe = restore_paths(path.parent, recipe)  # of a run's config.yaml
     resolved = recipe.pop("resolved", None) or []

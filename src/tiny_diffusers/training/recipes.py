@@ -34,7 +34,7 @@ def find_recipe(name: str) -> Path:
 
 def script_of(recipe: Path, given: str | None = None) -> str:
     """
-    Returns the script that a recipe is for: `given`, or the beginning of its name.
+    Returns the script that a recipe or a cell of it is for: `given`, or the beginning of the recipe's name.
 
     Raises:
         UserError: If there is no such script.
@@ -43,6 +43,6 @@ def script_of(recipe: Path, given: str | None = None) -> str:
     if script not in SCRIPTS:
         raise UserError(
             f"{recipe} does not say which script it is for: begin its name with it, as in unconditional_{recipe.stem}.yaml "
-            f"({', '.join(SCRIPTS)}), or give 'script' in its section."
+            f"({', '.join(SCRIPTS)}), or give 'script' in its section or in each cell."
         )
     return script
