@@ -35,16 +35,7 @@ def test_a_path_may_be_a_name():
 def test_a_report_by_name_goes_below_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(MODEL_CARDS.rglob("*"))
-    flags = [
-        "--num_images",
-        "4",
-        "--features",
-        "pixels",
-        "--metrics",
-        "nearest_neighbor",
-        "--num_inference_steps",
-        "2",
-    ]
+    flags = "--num_images 4 --features pixels --metrics nearest_neighbor --num_inference_steps 2".split()
     assert main(["evaluate", "digits-8", *flags, "--name", "mine"]) in (0, None)
     assert Path("evaluation/reports/mine/report.json").is_file() and sorted(MODEL_CARDS.rglob("*")) == before
 
@@ -53,6 +44,11 @@ def test_commands_take_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["describe", "digits-8"]) in (0, None)
     assert "TinyUNet2DModel" in capsys.readouterr().out
+    assert main(["compare", "--all_settings", "mnist-32"]) in (0, None)
+    assert "ylecun/mnist" in capsys.readouterr().out
+    assert main(["plot", "losses", "digits-8", "mnist-32"]) in (0, None) and Path("loss_curves.png").is_file()
+    assert main(["card", "digits-8"]) == 2
+    assert "'digits-8' is published with the package" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["runs/digits-8", "owner/digits-8", "digits", Path("digits-8").absolute()])

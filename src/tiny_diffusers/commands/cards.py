@@ -28,13 +28,15 @@ def card_parser() -> argparse.ArgumentParser:
 
 
 def card(args: argparse.Namespace) -> None:
-    from .. import cards
+    from .. import cards, zoo
     from ..evaluation.report import Report
     from ..runs import MODEL_INDEX, RunFolder
 
     folder = RunFolder(args.checkpoint)
     if not folder.model_index.is_file():
         raise UserError(f"'{args.checkpoint}' has no {MODEL_INDEX}: give the folder of a run, or of a saved pipeline.")
+    if zoo.is_installed(args.checkpoint):
+        raise UserError(f"'{folder.path.name}' is published with the package, as its card is: write that of a copy.")
     names = sorted(path.parent.name for path in folder.reports.glob("*/report.json"))
     if args.report is not None and args.report not in names:
         raise (

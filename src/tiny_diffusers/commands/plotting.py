@@ -145,7 +145,9 @@ def schedules(args: argparse.Namespace) -> None:
 
 def losses_parser() -> argparse.ArgumentParser:
     parser = make_parser("plot losses", "Draws the losses of one or several runs.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folders of the train scripts")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="output folders of the train scripts, or published models"
+    )
     parser.add_argument(
         "--which",
         choices=("train", "validation", "both"),
@@ -158,9 +160,10 @@ def losses_parser() -> argparse.ArgumentParser:
 def losses(args: argparse.Namespace) -> None:
     from .. import plots
     from ..runs import RunFolder
+    from ..zoo import find_published
 
     names = names_that_differ([str(folder) for folder in args.runs])
-    logs = {name: RunFolder(folder).log for name, folder in zip(names, args.runs, strict=True)}
+    logs = {name: RunFolder(find_published(folder)).log for name, folder in zip(names, args.runs, strict=True)}
     values = _prepare_output(args.output)
     if len(logs) == 1 and args.which is None:
         curves = plots.loss_curves_of_run(*logs.values(), title=args.runs[0].name)

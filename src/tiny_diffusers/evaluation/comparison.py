@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import UserError, markdown
 from ..runs import RunFolder, read_log
+from ..zoo import find_published
 from .report import BASELINE_NAMES, FIGURES, Report, format_figure, format_table
 
 
@@ -94,13 +95,13 @@ def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
     that are evaluated.
 
     Args:
-        folders (`list[str]`): Output folders of the train scripts.
+        folders (`list[str]`): Output folders of the train scripts, or names of published models.
         all_settings (`bool`): Show the settings that are the same in all runs as well.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If a folder is none of a run, or if two reports were measured differently.
     """
-    runs = {name: RunFolder(name) for name in dict.fromkeys(folders)}
+    runs = {name: RunFolder(find_published(name)) for name in dict.fromkeys(folders)}
     settings = {name: _settings(run) for name, run in runs.items()}
     names = list(dict.fromkeys(key for values in settings.values() for key in values if key not in _NO_SETTINGS))
     same = [key for key in names if len({repr(values.get(key)) for values in settings.values()}) == 1]
