@@ -104,7 +104,11 @@ class TestWhatIsAsked:
     def test_each_cell_may_be_of_another_script(self, plan, work, tmp_path):
         cells = [{"name": "a", "script": "vae", "latent_dim": 4}, {"name": "b", "script": "dcgan"}]
         options = {"features": "pixels", "metrics": ["kernel_distance", "bits_per_dim"], "likelihood_images": 4}
-        study = plan(name="x.yaml", cells=cells, study=options)
+
+        def build(given=None, train_flags=(), study=options, cells=cells):
+            return plan(given, train_flags, name="x.yaml", cells=cells, study=study)
+
+        study = build()
         first, second = study.runs({})
         assert [(run.script, parse_flags(run.script, run.flags).SCRIPT) for run in (first, second)] == [
             ("vae", "vae"),
@@ -115,11 +119,29 @@ class TestWhatIsAsked:
         with pytest.raises(UserError, match="--cell b: it is for `tiny-diffusers train dcgan`, not for vae"):
             parse_flags("vae", second.flags)
         with pytest.raises(UserError, match="num_inference_steps means nothing to the models of train_vae.py"):
-            plan({"num_inference_steps": [2]}, name="x.yaml", cells=cells)
+            build({"num_inference_steps": [2]})
         with pytest.raises(UserError, match="bits_per_dim: the models of train_dcgan.py have no likelihood"):
-            plan({"main_metric": "bits_per_dim"}, name="x.yaml", cells=cells, study=options)
+            build({"main_metric": "bits_per_dim"})
         with pytest.raises(UserError, match="--kl_weight"):  # flags of --set are for all cells
-            plan({}, ["--kl_weight", "1"], name="x.yaml", cells=cells, study=options)
+            build({}, ["--kl_weight", "1"])
+        chosen = build(
+            {"cells": ["a"], "main_metric": "bits_per_dim"}, ["--kl_weight", "1"]
+        )  # of which it is all true
+        assert [run.flags["kl_weight"] for run in chosen.runs({})] == [1.0]
+        build(study=options | {"metrics": ["all"]})
+        with pytest.raises(UserError, match="script for .*x.yaml 'vaee': .*Did you mean 'vae'"):
+            build(cells=[{"name": "a", "script": "vaee"}])
+        with pytest.raises(UserError, match="--script vae: each cell of .* names its own script"):
+            build({"script": "vae"})
+        open_cells = [*cells, {"name": "c"}]  # no other family can go on with it
+        asked = [build({"script": script}, cells=open_cells).asked for script in ("vae", "dcgan")]
+        assert asked[0]["grid"]["c"] != asked[1]["grid"]["c"]
+
+    def test_a_recipe_may_name_its_script(self, plan):
+        assert (
+            plan(name="x.yaml", script="vae", cells=[{"name": "a"}], study={"features": "pixels"}).runs({})[0].script
+            == "vae"
+        )
 
     @pytest.mark.parametrize("script", ["pixelcnn", "vae", "dcgan", "conditional"])
     def test_class_agreement_is_refused_for_a_cell_without_classes(self, plan, script):
@@ -337,10 +359,13 @@ class TestWhatIsTold:
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
     def test_a_long_legend_lies_beside_the_lines(self, measured):
-        cells = {f"cell {number}": [measured(1, 0)] for number in range(6)}
-        _, axes = pictures._losses(cells, {})
+        cells = {f"cell {number}": [{"cell": f"cell {number}", **measured(1, 0)}] for number in range(6)}
+        content = {"asked": {"script": "vae", "grid": dict.fromkeys(cells, {})}}
+        _, axes = pictures._losses(cells, content)
         axes.figure.canvas.draw()
         assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+        content["asked"]["grid"]["cell 1"] = {"script": "dcgan"}  # whose losses have nothing in common with the others
+        assert pictures._losses(cells, content)[1] is None
 
     def test_another_file_is_no_study(self, plan, work, tmp_path):
         study = studies.run_study(plan({"seeds": [0]})) / "study.json"

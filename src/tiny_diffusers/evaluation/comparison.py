@@ -28,7 +28,7 @@ def check_comparable(reports: dict[str, Report]) -> None:
     for (first_name, first), (name, other) in itertools.combinations(reports.items(), 2):
         # The same images and weights may come from different places, and the same training may round differently. What
         # bits/dim are given, a note says.
-        ignored = {"load", "file", "name", "accuracy", "likelihood_given"}
+        ignored = {"load", "file", "name", "accuracy", "likelihood_given", "likelihood_kind"}
         if not ("nearest_neighbor" in first.figures and "nearest_neighbor" in other.figures):
             ignored.add("training")
         if not ("bits_per_dim" in first.figures and "bits_per_dim" in other.figures):

@@ -535,6 +535,7 @@ def _measured_by(
     if likelihood is not None:
         measured_by["likelihood_images"] = measured.protocol.likelihood_images
         measured_by["likelihood_levels"] = likelihood.levels
+        measured_by["likelihood_kind"] = likelihood.kind
         if likelihood.given:
             measured_by["likelihood_given"] = likelihood.given
     if classifier is not None:

@@ -317,6 +317,11 @@ class Report:
         """What the model is told of each image whose bits/dim are measured: `"class"`, and the names of conditions."""
         return [str(name) for name in self.measured_by.get("likelihood_given", [])]
 
+    @property
+    def likelihood_kind(self) -> str:
+        """What the bits/dim are: exact, or a bound; empty without them, and in earlier reports."""
+        return self.measured_by.get("likelihood_kind", "")
+
     def asks_the_same(self, protocol: dict[str, Any], source: dict[str, Any], load: dict[str, Any]) -> bool:
         """
         Checks that a report is of the same protocol: that measuring again would replace it by one of the same name.
@@ -401,6 +406,7 @@ _FORM = {
         "features": {"dtype": str, "resize": str},
         "reference": {"name": str, "split": str, "images": int, "fingerprint": str, "?load": dict},
         "?likelihood_given": list,
+        "?likelihood_kind": str,
     },
     "source": {"kind": str, "name": str, "?sampling": dict, "?scheduler": {"class": str}},
     "figures": dict,

@@ -54,6 +54,12 @@ class ConsistencyArguments(ConditionalArguments):
         "before.",
         within="[1, 12]",
     )
+    ddpm_num_inference_steps: int | None = flag(
+        None,
+        f"Sampling steps of the sample grids, T at most; {CONSISTENCY_STEPS} if not given.",
+        within="[1, inf)",
+        changes_run=False,
+    )
     guidance_scales: list[float] | None = flag(
         [1.0], "Guidance scales of the sample grids.", within="(-inf, inf)", changes_run=False
     )
@@ -129,7 +135,9 @@ def _resolve_method(arguments: ConsistencyArguments, data: ImageData, pipeline: 
         raise UserError(f"--method trajectories: {obstacle}; or take --method ect.")
     method = method or ("ect" if obstacle else "trajectories")
     unused = [name for name in ("augment_prob", *AUGMENTATIONS) if getattr(arguments, name)]
-    unused += [name for name in ("num_stages", "timestep_distribution") if name in arguments.given]
+    unused += arguments.asked_of(("num_stages", "timestep_distribution"))
+    if method == "ect" and arguments.asked_of(("num_trajectories",)) and not arguments.smoke:
+        raise UserError("--num_trajectories is for --method trajectories: leave it out.")
     if method == "trajectories" and unused:
         raise UserError(
             f"--{unused[0]} is for training images at many noise levels, which trajectories replace: leave it out, or take "

@@ -185,11 +185,24 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise unknown(f"key in the section 'study' of {recipe}", name, [n for n in known if n != "sampling"])
         if any(isinstance(item, (list, dict)) for item in (value if isinstance(value, list) else [value])):
             raise UserError(f"{recipe}: '{name}' in the section 'study' must be a value, or a list of values.")
-    shared_script = given.get("script") or section.get("script")
-    scripts = {name: script_of(recipe, changes.get("script", shared_script)) for name, changes in grid.items()}
-    families, flags = dict.fromkeys(scripts.values()), {}
+    try:
+        asked = parser.given(as_flags(section)) | dict(given)
+    except UserError as error:
+        raise UserError(f"{recipe}: study: {error}") from error
+    for cell in asked.get("cells") or []:
+        if cell not in grid:
+            raise unknown(f"cell of {recipe}", cell, grid)
+    cells = {name: grid[name] for name in asked.get("cells") or grid}
+    scripts = _scripts_of(recipe, shared, grid, asked.get("script"))
+    families = dict.fromkeys(scripts[name] for name in cells)
+
+    flags = {}
     for script in families:
-        flags |= FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
+        try:
+            flags |= FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
+        except UserError as error:
+            where = f" (the cells are of {', '.join(families)}; --set gives what all of them take)"
+            raise UserError(f"{error}{where if len(families) > 1 else ''}") from error
     for name in _OWN_FLAGS:
         if name in flags:
             raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
@@ -201,29 +214,25 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             "a run, so give one of them."
         )
     if length or given.keys() & own_minutes:  # one of them replaces the other
-        section = {name: value for name, value in section.items() if name not in own_minutes}
-    try:
-        values = parser.given(as_flags(section)) | dict(given)
-    except UserError as error:
-        raise UserError(f"{recipe}: study: {error}") from error
+        asked = {name: value for name, value in asked.items() if name not in own_minutes} | dict(given)
     arguments, protocol = (
-        c(**{field.name: values[field.name] for field in dataclasses.fields(c) if field.name in values})
+        c(**{field.name: asked[field.name] for field in dataclasses.fields(c) if field.name in asked})
         for c in (StudyArguments, Protocol)
     )
 
     main_metric = choose_main_metric(arguments, protocol)
     for script in families:
-        check_family(script, arguments, protocol_of(script, protocol) if len(families) > 1 else protocol, main_metric)
-    for cell in arguments.cells or []:
-        if cell not in grid:
-            raise unknown(f"cell of {recipe}", cell, grid)
-    for cell in arguments.cells or grid:
+        own = protocol_of(script, protocol) if len({*scripts.values()}) > 1 else protocol
+        check_family(script, arguments, own, main_metric)
+    for cell in cells:
         check_conditions(scripts[cell], shared | grid[cell] | flags, protocol, main_metric, f"the cell {cell}")
 
+    if len({*scripts.values()}) > 1:
+        grid = {name: {**changes, "script": scripts[name]} for name, changes in grid.items()}
     values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
-    asked = {
+    identity = {
         "recipe": recipe.stem,
-        "script": " ".join(families),
+        "script": " ".join(dict.fromkeys(scripts.values())),
         "settings": _public(shared),
         "grid": {name: _public(changes) for name, changes in grid.items()},
         "train flags": _public(flags),
@@ -245,9 +254,19 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         protocol=protocol,
         train_flags=flags,
         main_metric=main_metric,
-        cells={name: grid[name] for name in arguments.cells or grid},
-        asked=json.loads(json.dumps(asked, default=str)),  # as it is read back
+        cells=cells,
+        asked=json.loads(json.dumps(identity, default=str)),  # as it is read back
     )
+
+
+def _scripts_of(
+    recipe: Path, shared: Mapping[str, Any], grid: Mapping[str, Mapping[str, Any]], asked: str | None
+) -> dict[str, str]:
+    """Returns the script of each cell: its own, or the study's, or the recipe's."""
+    if asked is not None and all("script" in changes for changes in grid.values()):
+        raise UserError(f"--script {asked}: each cell of {recipe} names its own script: leave it out.")
+    common = asked or shared.get("script")
+    return {name: script_of(recipe, changes.get("script", common)) for name, changes in grid.items()}
 
 
 def _is_path(name: str, value: Any) -> bool:

@@ -104,6 +104,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
         "against": f"{first.images} {first.against}",
         "images": _fingerprints(first),
         "likelihood_given": first.likelihood_given,
+        "likelihood_kind": first.likelihood_kind,
         "warnings": first.warnings,
         "samples": samples,
     }

@@ -11,7 +11,7 @@ from PIL import Image
 from .. import plots
 from ..evaluation.report import BASELINE_NAMES, figure_label
 from ..files import replacing
-from .results import Rows, Value, floor_of, group, list_samplers, mean_of, value_of
+from .results import Rows, Value, floor_of, group, list_samplers, list_scripts, mean_of, value_of
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def draw(content: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
 def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
     """Draws the validation losses of all cells and seeds over the steps."""
     name = "validation_losses"
-    if not any(row.get("val_loss") for rows in cells.values() for row in rows):
+    rows = [row for rows in cells.values() for row in rows]
+    if not any(row.get("val_loss") for row in rows) or len(list_scripts(content["asked"], rows)) > 1:
         return name, None
     axes = _axes("training step", "validation loss")
     for number, (cell, rows) in enumerate(cells.items()):

@@ -25,13 +25,14 @@ class Sampler(NamedTuple):
 class Value(NamedTuple):
     """
     The mean over the seeds. Its error is the standard error over them, or that of the one report. Of bits/dim, `given` is
-    what the model is told of each image.
+    what the model is told of each image, and `kind` says whether they are exact or a bound.
     """
 
     value: float
     error: float | None
     seeds: int
     given: tuple[str, ...] = ()
+    kind: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {"value": self.value, "error": self.error}
@@ -58,6 +59,11 @@ def group(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Rows]]:
     return groups
 
 
+def list_scripts(asked: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Lists the scripts that trained the rows. The losses of several have nothing in common."""
+    return list(dict.fromkeys(str(asked["grid"][row["cell"]].get("script", asked["script"])) for row in rows))
+
+
 def list_samplers(rows: Iterable[dict[str, Any]]) -> list[Sampler]:
     """Lists the samplers that anything was measured with, in the order in which they were asked for."""
     entries = itertools.chain.from_iterable(row.get("measured", []) for row in rows)
@@ -76,7 +82,8 @@ def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
     if value is None or figure != "bits_per_dim":
         return value
     given = (row["likelihood_given"] for row in rows if row.get("likelihood_given"))
-    return value._replace(given=tuple(next(given, [])))
+    kinds = (row["likelihood_kind"] for row in rows if row.get("likelihood_kind"))
+    return value._replace(given=tuple(next(given, [])), kind=next(kinds, ""))
 
 
 def _standard_error(figure: Mapping[str, Any]) -> float | None:
@@ -134,6 +141,9 @@ def why_not_compared(values: Iterable[Value]) -> str | None:
         return "not all values have an error"
     if len({value.seeds > 1 for value in values}) > 1:
         return "some values are of one seed, and others of several"
+    kinds = sorted({value.kind for value in values if value.kind})
+    if len(kinds) > 1:
+        return f"some bits/dim are {kinds[0]}, and others {kinds[1]}"
     given = {value.given for value in values}
     if len(given) > 1:
         return f"some bits/dim are given {', '.join(max(given, key=len))}, and others are not"

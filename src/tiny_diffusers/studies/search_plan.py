@@ -192,14 +192,14 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
         UserError: If the recipe has no such section, or if a key, flag or value in it is unknown or out of range.
     """
     section = load_section(recipe, "search")
-    script = script_of(recipe, flags.get("script") or section.get("script"))
+    base = _read_base(recipe, flags.get("cell") or section.get("cell"))
+    script = script_of(recipe, base.pop("script", None) or flags.get("script") or section.get("script"))
     train_class = arguments_class(script)
     given = FlagParser(train_class, prog="tiny-diffusers search").given(train_argv)
     for name in given:
         if name in OWN_FLAGS:
             raise UserError(f"--{name}: a search sets it for each run itself; leave it out.")
     arguments = _read_arguments(recipe, section, flags, given)
-    base = _read_base(recipe, arguments)
     plan = SearchPlan(recipe, script, arguments, {}, _read_protocol(recipe, section), base, given)
     settings = parse_arguments(train_class, as_flags(plan.train_flags({})))
     if arguments.objective == VAL_LOSS and settings.validation_split == 0:
@@ -235,16 +235,16 @@ def _read_arguments(
         raise UserError(f"{recipe}: search: {error}") from error
 
 
-def _read_base(recipe: Path, arguments: SearchArguments) -> dict[str, Any]:
+def _read_base(recipe: Path, cell: str | None) -> dict[str, Any]:
     shared, cells = load_cells(recipe)
-    if arguments.cell is not None and arguments.cell not in cells:
-        raise unknown(f"cell of {recipe}", arguments.cell, cells)
-    if cells and arguments.cell is None:
+    if cell is not None and cell not in cells:
+        raise unknown(f"cell of {recipe}", str(cell), cells)
+    if cells and cell is None:
         raise UserError(
             f"{recipe} holds several experiments: name the one that the trials start from, by cell: in its search: or "
             f"by --cell: {', '.join(cells)}."
         )
-    return shared | cells.get(arguments.cell, {})
+    return shared | cells.get(cell, {})
 
 
 def _read_protocol(recipe: Path, section: Mapping[str, Any]) -> dict[str, Any]:

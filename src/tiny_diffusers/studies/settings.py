@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import UserError
-from ..evaluation.report import FIGURES, Protocol
+from ..evaluation.report import FIGURES, METRICS, Protocol
 from ..flags import Flags, flag
 from ..samplers import check_scheduler_name
 
@@ -93,7 +93,9 @@ def choose_main_metric(arguments: StudyArguments, protocol: Protocol) -> str:
 
 def protocol_of(script: str, protocol: Protocol) -> Protocol:
     """Returns what is measured of the models of a script where those of others are measured as well: what they have."""
-    if script not in _WITHOUT_LIKELIHOOD:
+    if script not in _WITHOUT_LIKELIHOOD or set(protocol.metrics) == set(
+        METRICS
+    ):  # of all, reports leave out what is not
         return protocol
     return dataclasses.replace(protocol, metrics=[name for name in protocol.metrics if name != "bits_per_dim"])
 
@@ -115,8 +117,12 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
         raise UserError(
             f"--kind reconstructions: the models of train_{script}.py reconstruct nothing, only a VAE does."
         )
-    if "bits_per_dim" in (main_metric, *protocol.metrics) and script in _WITHOUT_LIKELIHOOD:
-        raise UserError(f"--metrics bits_per_dim: the models of train_{script}.py have no likelihood; leave it out.")
+    if script in _WITHOUT_LIKELIHOOD:
+        protocol.leave_out("bits_per_dim", f"the models of train_{script}.py have no likelihood")
+        if main_metric == "bits_per_dim":
+            raise UserError(
+                f"The metric bits_per_dim: the models of train_{script}.py have no likelihood: give another --main_metric."
+            )
     if script in ("unconditional", "autoencoder"):
         protocol.leave_out("condition_agreement", f"the models of train_{script}.py take no conditions")
     if main_metric == "inception_score" and protocol.features != "inception":

@@ -1,5 +1,6 @@
 """The `README.md` of a study: its table, what can be told from it, and its pictures."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from ..errors import markdown
 from ..evaluation.report import BASELINE_NAMES, BASELINES, FIGURES, arrow, figure_label, format_figure
 from ..files import replace_file
+from ..training.arguments import LENGTHS
 from .results import (
     Rows,
     Sampler,
@@ -14,6 +16,7 @@ from .results import (
     floor_of,
     group,
     list_samplers,
+    list_scripts,
     lowest_loss,
     mean_of,
     value_of,
@@ -49,20 +52,26 @@ def _introduction(content: dict[str, Any]) -> str:
     asked, rows = content["asked"], content["rows"]
     seeds = sorted({int(row["seed"]) for row in rows})
     minutes = asked["budget"] or asked["max_train_minutes"]
+    if minutes is None and asked["train flags"].keys().isdisjoint(LENGTHS):
+        minutes = asked["settings"].get("max_train_minutes")
     lines = [
         f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by "
-        + " and ".join(f"`tiny-diffusers train {_code(script)}`" for script in asked["script"].split())
+        + " and ".join(
+            f"`tiny-diffusers train {_code(script)}`" for script in list_scripts(asked, rows) or [asked["script"]]
+        )
         + (f" for {minutes:g} minutes each" if minutes else "")
         + f" with the seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds)) or 'none'}."
     ]
     changed = {name: value for name, value in asked["train flags"].items() if value is not None}
     if changed:
         lines.append(f"Beside the recipe: {_settings(changed)}.")
-    narrowed = [options for options in content["networks"].values() if options]
+    narrowed = {cell: options for cell, options in content["networks"].items() if options}
     if narrowed:
-        widths = {" ".join(map(str, options["block_out_channels"])) for options in narrowed}
+        widths = {" ".join(map(str, options["block_out_channels"])) for options in narrowed.values()}
+        which = "" if len(narrowed) == len(content["networks"]) else f" of {', '.join(narrowed)}"
         lines.append(
-            f"**Narrower networks than the recipe's**, for the budget: widths {markdown(', '.join(sorted(widths)))}."
+            f"**Narrower networks than the recipe's**{markdown(which)}, for the budget: widths "
+            f"{markdown(', '.join(sorted(widths)))}."
         )
     return "\n".join(lines)
 
@@ -89,7 +98,8 @@ def _section(content: dict[str, Any], cells: Mapping[str, Rows]) -> list[str]:
     parts = []
     if measured is not None:
         parts.append(f"**{label}**{arrow(metric)}: {markdown(measured['against'])}.")
-    parts.append(_main_table(cells, samplers, metric))
+    shows_losses = len(list_scripts(content["asked"], _all(cells))) == 1
+    parts.append(_main_table(cells, samplers, metric, shows_losses))
     parts.append(_changes(cells, content["asked"]["grid"]))
     parts.append(_failures(cells))
     if measured is None:
@@ -97,24 +107,37 @@ def _section(content: dict[str, Any], cells: Mapping[str, Rows]) -> list[str]:
     parts.append(_explain_errors(cells, samplers, metric))
     parts.append(_verdict(cells, samplers, metric, label))
     parts.append(_other_table(cells, samplers[-1], metric, protocol["features"]))
-    parts += [f"**Note:** {markdown(warning)}" for warning in measured["warnings"]]
-    return parts
+    return parts + _notes(cells)
+
+
+def _notes(cells: Mapping[str, Rows]) -> list[str]:
+    """Returns the warnings of the reports, with the cells' names where they are not of all."""
+    measured = {name: [row["warnings"] for row in rows if "warnings" in row] for name, rows in cells.items()}
+    measured = {name: dict.fromkeys(found[0]) for name, found in measured.items() if found}  # of the first seed
+    notes = []
+    for warning in dict.fromkeys(itertools.chain.from_iterable(measured.values())):
+        names = [name for name, warnings in measured.items() if warning in warnings]
+        where = "" if len(names) == len(measured) else f" ({', '.join(map(markdown, names))})"
+        notes.append(f"**Note{where}:** {markdown(warning)}")
+    return notes
 
 
 def _all(cells: Mapping[str, Rows]) -> Rows:
     return [row for rows in cells.values() for row in rows]
 
 
-def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str) -> str:
-    head = ["cell", "parameters", "steps", "seconds", "validation loss", *(markdown(str(each)) for each in samplers)]
+def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, shows_losses: bool) -> str:
+    facts = ["parameters", "steps", "seconds", *(["validation loss"] if shows_losses else [])]
+    head = ["cell", *facts, *(markdown(str(each)) for each in samplers)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     values = {sampler: {name: value_of(rows, sampler, metric) for name, rows in cells.items()} for sampler in samplers}
     winners = {sampler: find_winner(values[sampler], metric) for sampler in samplers}
     for name, rows in cells.items():
-        facts = [mean_of(rows, fact) for fact in ("parameters", "steps", "seconds")]
-        words = ["–" if fact is None else f"{fact.value:,.0f}" for fact in facts]
-        loss = lowest_loss(rows)
-        words.append("–" if loss is None else f"{loss.value:.4g}")
+        known = [mean_of(rows, fact) for fact in facts[:3]]
+        words = ["–" if fact is None else f"{fact.value:,.0f}" for fact in known]
+        if shows_losses:
+            loss = lowest_loss(rows)
+            words.append("–" if loss is None else f"{loss.value:.4g}")
         for sampler in samplers:
             value = values[sampler][name]
             text = format_figure(None if value is None else value.as_dict())
@@ -123,7 +146,7 @@ def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str)
     for baseline in BASELINES:
         floor = floor_of(cells, metric, baseline)
         if floor is not None:
-            words = ["–"] * 4 + [format_figure(floor)] * len(samplers)
+            words = ["–"] * len(facts) + [format_figure(floor)] * len(samplers)
             lines.append(f"| *{BASELINE_NAMES[baseline]}* | " + " | ".join(words) + " |")
     return "\n".join(lines)
 

@@ -426,13 +426,13 @@ def _read_recipe(
         raise UserError(f"--cell {cell}: {path} has no cells, so leave it out.")
     if cell is not None and cell not in cells:
         raise unknown(f"cell of {path}", cell, cells)
-    changes = dict(cells.get(cell, {}))
-    script = script_of(path, changes.pop("script", arguments_class.SCRIPT))
+    recipe |= cells.get(cell, {})
+    script = script_of(path, recipe.pop("script", arguments_class.SCRIPT))
     if script != arguments_class.SCRIPT:
+        asked = f"--cell {cell}" if cell else f"--config {path}"
         raise UserError(
-            f"--cell {cell}: it is for `tiny-diffusers train {script}`, not for {arguments_class.SCRIPT}: give it there."
+            f"{asked}: it is for `tiny-diffusers train {script}`, not for {arguments_class.SCRIPT}: give it there."
         )
-    recipe |= changes
 
     recipe = restore_paths(path.parent, recipe)  # of a run's config.yaml
     resolved = recipe.pop("resolved", None) or []

@@ -39,10 +39,12 @@ def script_of(recipe: Path, given: str | None = None) -> str:
     Raises:
         UserError: If there is no such script.
     """
+    if given is not None and given not in SCRIPTS:
+        raise unknown(f"script for {recipe}", str(given), SCRIPTS)
     script = given or recipe.stem.partition("_")[0]
     if script not in SCRIPTS:
         raise UserError(
             f"{recipe} does not say which script it is for: begin its name with it, as in unconditional_{recipe.stem}.yaml "
-            f"({', '.join(SCRIPTS)}), or give 'script' in its section or in each cell."
+            f"({', '.join(SCRIPTS)}), or give 'script: NAME' in it or in each cell."
         )
     return script
