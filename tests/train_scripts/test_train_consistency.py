@@ -105,11 +105,25 @@ def draw(count, cache, **options):
 def test_trajectories_lead_from_the_noise_to_where_the_exact_flow_does(tmp_path):
     drawn = draw(200, tmp_path)
     noise = Draws(0, "trajectories", range(200)).normal("noise", 1, 8, 8)
-    assert torch.equal(drawn.noise, noise.half()) and drawn.labels is None
-    torch.testing.assert_close(drawn.images.float(), flow_of(noise), atol=0.05, rtol=0)
+    begin, end = drawn.ends[:, 0].unbind(1)
+    assert torch.equal(begin, noise.half()) and drawn.labels is None
+    torch.testing.assert_close(end.float(), flow_of(noise), atol=0.05, rtol=0)
     fewer = draw(100, tmp_path)  # each depends on its number alone
-    assert torch.equal(fewer.noise, drawn[:100].noise)
-    torch.testing.assert_close(fewer.images, drawn[:100].images, atol=2e-3, rtol=0)
+    assert torch.equal(fewer.ends[:, :, 0], drawn.ends[:100, :, 0])
+    torch.testing.assert_close(fewer.ends, drawn.ends[:100], atol=2e-3, rtol=0)
+
+
+def test_a_second_trajectory_leads_from_the_image_that_is_noised_again_to_where_the_exact_flow_does(tmp_path):
+    begin, end = draw(2000, tmp_path, num_inference_steps=2).ends.float().unbind(2)
+    torch.testing.assert_close(end[:, 0], flow_of(begin[:, 0]), atol=0.05, rtol=0)
+    noise = 2 * (begin[:, 1] - end[:, 0] / 2)  # at t = 1/2
+    torch.testing.assert_close(torch.cov(noise.reshape(-1, 2).T), torch.eye(2), atol=0.02, rtol=0)
+    assert torch.corrcoef(torch.stack([noise.flatten(), begin[:, 0].flatten()]))[0, 1].abs() < 0.01  # it is new
+    # along the axes of the Gaussian, x_t has the variance (1 - t)^2 e + t^2, and x_0 the variance e
+    eigenvalues, vectors = torch.linalg.eigh(COVARIANCE)
+    along = (begin[:, 1].reshape(-1, 2) - MEAN / 2) @ vectors / ((eigenvalues + 1) / 4).sqrt()
+    exact = MEAN + (along * eigenvalues.sqrt()) @ vectors.T
+    torch.testing.assert_close(end[:, 1].reshape(-1, 2), exact, atol=0.05, rtol=0)
 
 
 def test_trajectories_are_kept_in_the_cache(tmp_path, monkeypatch):
@@ -117,9 +131,9 @@ def test_trajectories_are_kept_in_the_cache(tmp_path, monkeypatch):
     counts = torch.bincount(drawn.labels, minlength=4)
     assert counts[:3].min() > 10 and 0 < counts[3] < 25
     other = draw(64, tmp_path, seed=1, num_classes=3, class_dropout_prob=0.2)
-    assert not torch.equal(other.images, drawn.images)
+    assert not torch.equal(other.ends, drawn.ends)
     monkeypatch.setattr(Exact, "forward", None)
-    assert torch.equal(draw(64, tmp_path, num_classes=3, class_dropout_prob=0.2).images, drawn.images)
+    assert torch.equal(draw(64, tmp_path, num_classes=3, class_dropout_prob=0.2).ends, drawn.ends)
 
 
 @pytest.mark.slow

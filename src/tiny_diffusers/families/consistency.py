@@ -22,11 +22,12 @@ from ..training.family import Batch, load_pretrained
 from ..training.settings import earlier_settings
 from .conditional_diffusion import ConditionalArguments, ConditionalDiffusion
 from .diffusion import MIN_LOSS_LEVEL, Diffusion, build_scheduler, resolve_diffusion
-from .trajectories import NUM_STEPS, Trajectories, draw_trajectories
+from .trajectories import Trajectories, draw_trajectories
 
 
 # n(s) = 1 + k sigmoid(-b s) of ECT, by which pairs lie further apart near the image. There k = 8 and b = 1.
 _K = 8.0
+_FIRST_SHARE = 0.75  # of the images, with trajectories: those from pure noise are the hardest to learn
 # c / sqrt(D) of the pseudo-Huber loss, from Song & Dhariwal 2023, arXiv 2310.14189, section 3.3
 _HUBER = 0.00054
 
@@ -56,9 +57,9 @@ class ConsistencyArguments(ConditionalArguments):
     )
     ddpm_num_inference_steps: int | None = flag(
         None,
-        f"Sampling steps of the sample grids, T at most; {CONSISTENCY_STEPS} if not given.",
+        f"Sampling steps, of the sample grids and, with trajectories, those that are trained; {CONSISTENCY_STEPS} if not "
+        "given.",
         within="[1, inf)",
-        changes_run=False,
     )
     guidance_scales: list[float] | None = flag(
         [1.0], "Guidance scales of the sample grids.", within="(-inf, inf)", changes_run=False
@@ -66,7 +67,7 @@ class ConsistencyArguments(ConditionalArguments):
 
     @property
     def num_inference_steps(self) -> int:
-        """Sampling steps of the sample grids."""
+        """Sampling steps of the sample grids, and with trajectories those that are trained."""
         return self.ddpm_num_inference_steps or min(CONSISTENCY_STEPS, self.ddpm_num_steps)
 
 
@@ -166,7 +167,7 @@ def load_trajectories(
     if settings.method != "trajectories":
         return None
     if accelerator.is_main_process:
-        say(f"{settings.num_trajectories:,} trajectories of the checkpoint, in {NUM_STEPS} steps ...")
+        say(f"trajectories of the checkpoint for {settings.num_trajectories:,} images ...")
     return draw_trajectories(
         pipeline.unet,
         pipeline.scheduler,
@@ -174,6 +175,7 @@ def load_trajectories(
         settings.num_trajectories,
         cache_root(settings.cache_dir),
         accelerator.state,
+        settings.num_inference_steps,
         settings.seed,
         num_classes,
         settings.class_dropout_prob,
@@ -209,11 +211,10 @@ class ConsistencyMixin:
     is x_0 at t = 0 whatever the network is. With networks that predict the image it is x_t - t^2 v / 0.05 below t = 0.05,
     to make it so; their samples are drawn at higher levels, in at most 20 steps.
 
-    With trajectories it is learned at pure noise alone, from where they lead ([Luhman & Luhman
-    2021](https://huggingface.co/papers/2101.02388)): a second step at a lower level needs no more than the checkpoint
-    knows. Without, the difference between f at two noise levels of an image is minimized ([Geng et al.
-    2024](https://huggingface.co/papers/2406.14548)), where of f at the lower level r no gradient is taken; in the first
-    stage r is 0 for most pairs, which is diffusion.
+    With trajectories it is learned from where they lead ([Luhman & Luhman
+    2021](https://huggingface.co/papers/2101.02388)), at the levels where sampling steps begin. Without, the difference
+    between f at two noise levels of an image is minimized ([Geng et al. 2024](https://huggingface.co/papers/2406.14548)),
+    where of f at the lower level r no gradient is taken; in the first stage r is 0 for most pairs, which is diffusion.
 
     Args:
         num_stages (`int`): Stages of equal length, from each of which to the next the pairs' distance halves.
@@ -247,13 +248,16 @@ class ConsistencyMixin:
         return self._trajectory_losses(unet, batch, self.trajectories)
 
     def _trajectory_losses(self, unet: nn.Module, batch: Batch, trajectories: Trajectories) -> torch.Tensor:
-        """Computes the distance of f at pure noise from where the trajectory leads, `(B,)`."""
-        drawn = trajectories[batch.draws.integers("trajectory", len(trajectories)).cpu()]
-        noise, images = drawn.noise.to(batch.images), drawn.images.to(batch.images)
+        """Computes the distance of f from where a trajectory leads, at the level where it begins, `(B,)`."""
+        draws, num_steps = batch.draws, trajectories.ends.shape[1]
+        drawn = trajectories[draws.integers("trajectory", len(trajectories)).cpu()]
+        step = draws.integers("step", max(1, num_steps - 1)) + 1
+        step = step.masked_fill((draws.uniform("is_first") < _FIRST_SHARE) | (num_steps == 1), 0)
+        begin, end = drawn.ends[torch.arange(len(step)), step.cpu()].to(batch.images).unbind(1)
         if drawn.labels is not None:
             batch = dataclasses.replace(batch, labels=drawn.labels.to(batch.labels))
-        timesteps = torch.full_like(images[:, 0, 0, 0], self.scheduler.config.num_train_timesteps)
-        return _distance(self._end(unet, batch, noise, timesteps), images)
+        timesteps = (1 - step / num_steps) * self.scheduler.config.num_train_timesteps
+        return _distance(self._end(unet, batch, begin, timesteps), end)
 
     def _pair_losses(self, unet: nn.Module, batch: Batch) -> torch.Tensor:
         noise = batch.draws.normal("noise", *batch.images.shape[1:])
