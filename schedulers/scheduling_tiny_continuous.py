@@ -18,6 +18,8 @@ Generators = torch.Generator | list[torch.Generator]
 # The trace of the velocity's Jacobian is exact for images of up to so many values, and an estimate for larger ones.
 MAX_EXACT_DIMENSIONS = 256
 _COPIES = 512  # of images, that share a batch for the exact trace
+# Standard deviation of the uniform dequantization of gray levels: a likelihood begins where the network expects such noise
+DEQUANTIZATION_STD = 2 / 255 / math.sqrt(12)
 
 
 # Settings of the stock classes that would change what is drawn, and their defaults.
@@ -306,8 +308,10 @@ class TinyContinuousMixin:
         Computes the negative log-likelihood of images with 256 gray levels by the probability-flow ODE, in bits per
         dimension (Song et al. 2021, https://huggingface.co/papers/2011.13456, section 4.3).
 
-        The gray levels are dequantized uniformly. The ODE is then integrated from the images to the noise by the
-        classic Runge-Kutta method, with four evaluations per step. The trace of the velocity's Jacobian is exact for
+        The gray levels are dequantized uniformly, and taken for images at the noise level of that standard deviation, at
+        which the model's density is evaluated: networks have learned to draw gray levels, and what lies between them
+        is noise to them. The ODE is then integrated from there to pure noise by the classic Runge-Kutta method, with
+        four evaluations per step. The trace of the velocity's Jacobian is exact for
         images of up to 256 values, at one backward pass per value, and otherwise Hutchinson's estimate
         (https://huggingface.co/papers/1810.01367), with Rademacher probes, drawn once per image and kept for all steps.
 
@@ -340,7 +344,9 @@ class TinyContinuousMixin:
         def draw() -> torch.Tensor:
             return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
-        x = sample + (torch.special.ndtr(draw()) - 0.5) * 2 / 255
+        levels = self._likelihood_levels(num_steps)
+        signal = self._signal(levels[0])
+        x = signal * (sample + (torch.special.ndtr(draw()) - 0.5) * 2 / 255)
         probes = None
         if num_dimensions > MAX_EXACT_DIMENSIONS:
             probes = [torch.where(draw() < 0, -1.0, 1.0) for _ in range(num_probes)]
@@ -362,7 +368,6 @@ class TinyContinuousMixin:
                 return v.detach(), torch.stack([product.flatten(1).sum(dim=1) for product in products])
 
         traces = 0.0
-        levels = self._likelihood_levels(num_steps)
         for start, end in itertools.pairwise(levels):
             h = end - start
             v_1, trace_1 = slope(x, start)
@@ -376,7 +381,8 @@ class TinyContinuousMixin:
         log_prior = -0.5 * (
             x.square().flatten(1).sum(dim=1) / variance + num_dimensions * math.log(2 * math.pi * variance)
         )
-        nats = -(log_prior + traces.mean(dim=0)) / num_dimensions - math.log(2 / 255)  # a gray level is 2 / 255 wide
+        width = signal * 2 / 255  # of a gray level
+        nats = -(log_prior + traces.mean(dim=0)) / num_dimensions - math.log(width)
         error = torch.zeros_like(nats)
         if probes is not None:
             error = traces.std(dim=0) / num_probes**0.5 / num_dimensions

@@ -7,10 +7,7 @@ from diffusers import EDMEulerScheduler, SchedulerMixin  # noqa: F401  (loaders 
 from diffusers.configuration_utils import register_to_config
 
 from .scheduling_tiny_common import TinyObjectiveMixin, check_known, mean_flat
-from .scheduling_tiny_continuous import TinyContinuousMixin
-
-
-_LIKELIHOOD_SIGMA_MIN = 1e-4
+from .scheduling_tiny_continuous import DEQUANTIZATION_STD, TinyContinuousMixin
 
 
 class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerScheduler):
@@ -124,8 +121,7 @@ class TinyEDMScheduler(TinyContinuousMixin, TinyObjectiveMixin, EDMEulerSchedule
 
     def _likelihood_levels(self, num_steps: int) -> list[float]:
         ramp = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        # The images have no noise, so the lowest level is one that does not blur a gray level, whatever sampling ends with.
-        return self._compute_karras_sigmas(ramp, sigma_min=min(_LIKELIHOOD_SIGMA_MIN, self.config.sigma_min)).tolist()
+        return self._compute_karras_sigmas(ramp, sigma_min=DEQUANTIZATION_STD).tolist()
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """

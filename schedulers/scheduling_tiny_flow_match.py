@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: F
 from diffusers.configuration_utils import register_to_config
 
 from .scheduling_tiny_common import TinyObjectiveMixin, mean_flat
-from .scheduling_tiny_continuous import TinyContinuousMixin
+from .scheduling_tiny_continuous import DEQUANTIZATION_STD, TinyContinuousMixin
 
 
 # The share of images of `mixed` whose timestep is logit-normal; it is uniform for the others.
@@ -123,7 +123,9 @@ class TinyFlowMatchScheduler(TinyContinuousMixin, TinyObjectiveMixin, FlowMatchE
         return self.shift * levels / (1 + (self.shift - 1) * levels)
 
     def _likelihood_levels(self, num_steps: int) -> list[float]:
-        return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64).square().tolist()  # dense at the image
+        lowest = DEQUANTIZATION_STD / (1 + DEQUANTIZATION_STD)  # t / (1 - t) is the noise of an image
+        ramp = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64).square()  # dense at the image
+        return (lowest + (1 - lowest) * ramp).tolist()
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Returns the sample: the network takes x itself."""

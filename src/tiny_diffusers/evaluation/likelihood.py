@@ -25,7 +25,9 @@ from .report import Protocol
 _KINDS = {"TinyPixelCNNPipeline": "exact", "TinyVAEPipeline": "the ELBO: an upper bound"}
 _BOUND = "the variational bound: an upper bound"
 # of rectified flow and EDM
-_ODE = "by the probability-flow ODE: an estimate, {trace}, 25 Runge-Kutta steps, uniform dequantization"
+_ODE = (
+    "by the probability-flow ODE: an estimate, {trace}, 25 Runge-Kutta steps, uniform dequantization as lowest noise"
+)
 _SCHEDULERS = {
     "betas": "TinyDDIMScheduler or TinyDDPMScheduler",
     "flow": "TinyFlowMatchScheduler",
@@ -103,7 +105,8 @@ def measure_likelihood(
     """
     num_images, batch_size = min(protocol.likelihood_images, len(real)), protocol.batch_size
     labels = None if real.labels is None else real.labels[:num_images].tolist()
-    entry = cache / digest("bits", key, real.fingerprint, num_images, labels)
+    kind = _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, real.data.images[0].numel())
+    entry = cache / digest("bits", kind, key, real.fingerprint, num_images, labels)
 
     def compute(start: int, stop: int) -> np.ndarray:
         rows = torch.from_numpy(real.order[start:stop])
@@ -113,7 +116,6 @@ def measure_likelihood(
     bits = fill(entry, (num_images,), np.float32, compute, batch_size=batch_size, state=state, desc="Bits/dim")
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
-    kind = _KINDS.get(type(pipe).__name__) or _scheduler_kind(pipe, real.data.images[0].numel())
     given = ["class"] if _takes_class(pipe, real.data) else []
     return Likelihood(bits, kind, levels, [*given, *_condition_names(pipe)])
 
