@@ -16,7 +16,13 @@ from .runs import MODEL_INDEX
 logger = logging.getLogger(__name__)
 
 IN_WHEEL = ("mnist-32", "digits-8")
-NAMES = (*IN_WHEEL, "mnist-32-conditional", "cifar10-32-conditional", "anime-faces-64")
+NAMES = (
+    *IN_WHEEL,
+    "mnist-32-conditional",
+    "fashion-mnist-32-conditional",
+    "cifar10-32-conditional",
+    "anime-faces-64",
+)
 
 
 def find_published(name: str | os.PathLike) -> str | os.PathLike:
