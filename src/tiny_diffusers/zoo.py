@@ -22,6 +22,7 @@ NAMES = (
     "fashion-mnist-32-conditional",
     "cifar10-32-conditional",
     "anime-faces-64",
+    "consistency-mnist-32",
 )
 
 
