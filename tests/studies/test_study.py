@@ -115,7 +115,7 @@ class TestWhatIsAsked:
             ("dcgan", "dcgan"),
         ]
         text = (studies.run_study(study) / "README.md").read_text()
-        assert "trained by `tiny-diffusers train vae` and `tiny-diffusers train dcgan`" in text
+        assert "trained by `tiny-diffusers train vae`, `tiny-diffusers train dcgan`" in text
         with pytest.raises(UserError, match="--cell b: it is for `tiny-diffusers train dcgan`, not for vae"):
             parse_flags("vae", second.flags)
         with pytest.raises(UserError, match="num_inference_steps means nothing to the models of train_vae.py"):

@@ -93,9 +93,8 @@ def choose_main_metric(arguments: StudyArguments, protocol: Protocol) -> str:
 
 def protocol_of(script: str, protocol: Protocol) -> Protocol:
     """Returns what is measured of the models of a script where those of others are measured as well: what they have."""
-    if script not in _WITHOUT_LIKELIHOOD or set(protocol.metrics) == set(
-        METRICS
-    ):  # of all, reports leave out what is not
+    asks_for_all = set(protocol.metrics) == set(METRICS)  # of which reports leave out what there is not
+    if script not in _WITHOUT_LIKELIHOOD or asks_for_all:
         return protocol
     return dataclasses.replace(protocol, metrics=[name for name in protocol.metrics if name != "bits_per_dim"])
 

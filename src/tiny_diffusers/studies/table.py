@@ -56,7 +56,7 @@ def _introduction(content: dict[str, Any]) -> str:
         minutes = asked["settings"].get("max_train_minutes")
     lines = [
         f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by "
-        + " and ".join(
+        + ", ".join(
             f"`tiny-diffusers train {_code(script)}`" for script in list_scripts(asked, rows) or [asked["script"]]
         )
         + (f" for {minutes:g} minutes each" if minutes else "")
