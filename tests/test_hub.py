@@ -316,7 +316,7 @@ class TestCard:
         card = write_card(tmp_path, model_name=hostile, command=command, data={hostile: hostile, "classes": names})
         shell = [line for line in card.text.splitlines() if line.startswith("tiny-diffusers sample")]
         assert len(shell) == 1 and '--class_labels "0,1,2,plain cat"' in shell[0]
-        assert "class_labels=[0, 1, 2, 'plain cat']" in card.text
+        assert 'class_labels=[0, 1, 2, "plain cat"]' in card.text
         headings = [line for line in card.text.splitlines() if line.startswith("# ")]
         assert len(headings) == 2 and headings[0].startswith(
             "# x # Heading &lt;script>"
@@ -393,7 +393,7 @@ class TestCard:
         pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(), id2label={0: "cat", 1: "frog"})
         text = write_card(hub.export(pipe, tmp_path)).text
         assert "A class-conditional diffusion model" in text
-        assert "pipe(class_labels=['cat', 'frog'], guidance_scale=3.0)" in text
+        assert 'pipe(class_labels=["cat", "frog"], guidance_scale=3.0)' in text
         assert '--class_labels "cat,frog" --guidance_scale 3 --output' in text
 
     @pytest.mark.parametrize("name", zoo.NAMES)

@@ -57,7 +57,7 @@ def test_what_a_run_leaves(train):
     assert "pipeline_tag: image-to-image" in card
     assert "takes 2 channels and gives 1. No stock pipeline of diffusers samples such a network" in card
     assert 'image = load_image("picture.png").convert("L")  # a gray image of 4x4 pixels (low_resolution:2)' in card
-    assert "images = pipe(image=image, batch_size=4, class_labels=['0']).images" in card
+    assert 'images = pipe(image=image, batch_size=4, class_labels=["0"]).images' in card
     assert 'tiny-diffusers sample path/to/this/folder --image picture.png --class_labels "0"' in card
     pipe = TinyPipeline.from_pretrained(folder)
     small = Image.new("L", (4, 4))
