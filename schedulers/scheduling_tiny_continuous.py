@@ -311,9 +311,9 @@ class TinyContinuousMixin:
         The gray levels are dequantized uniformly, and taken for images at the noise level of that standard deviation, at
         which the model's density is evaluated: networks have learned to draw gray levels, and what lies between them
         is noise to them. The ODE is then integrated from there to pure noise by the classic Runge-Kutta method, with
-        four evaluations per step. The trace of the velocity's Jacobian is exact for
-        images of up to 256 values, at one backward pass per value, and otherwise Hutchinson's estimate
-        (https://huggingface.co/papers/1810.01367), with Rademacher probes, drawn once per image and kept for all steps.
+        four evaluations per step. The trace of the velocity's Jacobian is exact for images of up to 256 values, at one
+        backward pass per value, and otherwise Hutchinson's estimate (https://huggingface.co/papers/1810.01367), with
+        Rademacher probes, drawn once per image and kept for all steps.
 
         This is an estimate, not a bound: it has the error of the steps and of the probes. Without these errors, its
         mean over the dequantization is an upper bound on the negative log-likelihood of the discrete images.

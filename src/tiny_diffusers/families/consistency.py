@@ -48,7 +48,9 @@ class ConsistencyArguments(ConditionalArguments):
         "easy consistency tuning with pairs of noise levels of the training images. If not given, ect from scratch and with "
         "conditions or a conditioning image, otherwise trajectories.",
     )
-    num_trajectories: int = flag(12288, "Trajectories to draw.", within="[64, 1000000]")
+    num_trajectories: int = flag(
+        12288, "Images of which trajectories are drawn, one for each sampling step.", within="[64, 1000000]"
+    )
     num_stages: int = flag(
         8,
         "Of ect: stages of equal length; in each the two noise levels of a pair are half as far apart as in the one "
@@ -250,12 +252,12 @@ class ConsistencyMixin:
     def _trajectory_losses(self, unet: nn.Module, batch: Batch, trajectories: Trajectories) -> torch.Tensor:
         """Computes the distance of f from where a trajectory leads, at the level where it begins, `(B,)`."""
         draws, num_steps = batch.draws, trajectories.ends.shape[1]
-        drawn = trajectories[draws.integers("trajectory", len(trajectories)).cpu()]
+        rows = draws.integers("trajectory", len(trajectories)).cpu()
         step = draws.integers("step", max(1, num_steps - 1)) + 1
         step = step.masked_fill((draws.uniform("is_first") < _FIRST_SHARE) | (num_steps == 1), 0)
-        begin, end = drawn.ends[torch.arange(len(step)), step.cpu()].to(batch.images).unbind(1)
-        if drawn.labels is not None:
-            batch = dataclasses.replace(batch, labels=drawn.labels.to(batch.labels))
+        begin, end = trajectories.ends[rows, step.cpu()].to(batch.images).unbind(1)
+        if trajectories.labels is not None:
+            batch = dataclasses.replace(batch, labels=trajectories.labels[rows].to(batch.labels))
         timesteps = (1 - step / num_steps) * self.scheduler.config.num_train_timesteps
         return _distance(self._end(unet, batch, begin, timesteps), end)
 

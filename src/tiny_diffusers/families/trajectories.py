@@ -39,7 +39,7 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, rows: slice | torch.Tensor) -> "Trajectories":
+    def __getitem__(self, rows: slice) -> "Trajectories":
         return Trajectories(self.ends[rows], None if self.labels is None else self.labels[rows])
 
 

@@ -194,7 +194,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise unknown(f"cell of {recipe}", cell, grid)
     cells = {name: grid[name] for name in asked.get("cells") or grid}
     scripts = _scripts_of(recipe, shared, grid, asked.get("script"))
-    families = dict.fromkeys(scripts[name] for name in cells)
+    families, are_mixed = dict.fromkeys(scripts[name] for name in cells), len({*scripts.values()}) > 1
 
     flags = {}
     for script in families:
@@ -214,7 +214,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             "a run, so give one of them."
         )
     if length or given.keys() & own_minutes:  # one of them replaces the other
-        asked = {name: value for name, value in asked.items() if name not in own_minutes} | dict(given)
+        asked = {name: value for name, value in asked.items() if name not in own_minutes or name in given}
     arguments, protocol = (
         c(**{field.name: asked[field.name] for field in dataclasses.fields(c) if field.name in asked})
         for c in (StudyArguments, Protocol)
@@ -222,12 +222,11 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
 
     main_metric = choose_main_metric(arguments, protocol)
     for script in families:
-        own = protocol_of(script, protocol) if len({*scripts.values()}) > 1 else protocol
-        check_family(script, arguments, own, main_metric)
+        check_family(script, arguments, protocol_of(script, protocol) if are_mixed else protocol, main_metric)
     for cell in cells:
         check_conditions(scripts[cell], shared | grid[cell] | flags, protocol, main_metric, f"the cell {cell}")
 
-    if len({*scripts.values()}) > 1:
+    if are_mixed:
         grid = {name: {**changes, "script": scripts[name]} for name, changes in grid.items()}
     values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     identity = {
