@@ -78,7 +78,7 @@ def test_a_space_starts_from_its_folder_alone(space, tmp_path):
                 time.sleep(0.1)
                 assert process.poll() is None
                 try:
-                    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/config").read().decode()
+                    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=10).read().decode()
                     break
                 except OSError:
                     pass

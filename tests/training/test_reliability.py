@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -521,6 +522,7 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     )  # slow enough to be met in the middle
     while not (folder / "train_log.jsonl").exists() or not read_log(folder):
         assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
     process.terminate()
     output = process.communicate()[0]
     stopped = RunFolder(folder).list_checkpoints()[-1]
