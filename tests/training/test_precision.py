@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training.test_reliability import _FAMILIES, _data, _torchrun
+from training.test_reliability import _FAMILIES, _data, _output, _torchrun
 
 from tiny import TINY_DIFFUSION
 from tiny_diffusers import TinyUNet2DModel, hardware
@@ -321,7 +321,7 @@ def test_two_processes_take_what_the_first_measures_and_caches(tmp_path):
     (tmp_path / "apart.py").write_text(_APART)
     flags = [*TINY_DIFFUSION, *AUTO, "--max_train_steps", "6", "--output_dir", str(tmp_path / "run")]
     process = _torchrun(tmp_path / "apart.py", str(tmp_path), *flags)
-    output = process.communicate()[0]
+    output = _output(process)
     assert process.returncode == 0, output
     assert {path.name for path in tmp_path.glob("no-*")} == {"no-1-0", "no-1-1"}, output
     assert not list(tmp_path.glob("bf16-*")) and len(list(tmp_path.glob("cache-*/speeds/*"))) == 1

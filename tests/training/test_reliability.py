@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -409,8 +410,20 @@ def _torchrun(script, *argv, environment=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     # On CPUs: a machine may have one GPU alone.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
+    environment["PYTHONFAULTHANDLER"] = "1"  # for _output
     command += [str(script), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def _output(process):
+    """Returns what was printed until the end. Where there is none, the test fails with the stacks of all processes."""
+    try:
+        return process.communicate(timeout=600)[0]
+    except subprocess.TimeoutExpired:
+        launcher = psutil.Process(process.pid)
+        for hung in (*launcher.children(recursive=True), launcher):
+            hung.send_signal(signal.SIGABRT)
+        pytest.fail(process.communicate()[0])
 
 
 def _halves(folder, *argv):
@@ -474,7 +487,7 @@ def two_processes(tmp_path_factory):
     argv = [("train_unconditional", _halves(folder / "train_unconditional"))]
     argv += [(_script(name), _settings(name, folder, 4, folder)) for name in _FAMILIES]
     process = _torchrun(folder / "runs.py", json.dumps(argv))
-    output = process.communicate()[0]
+    output = _output(process)
     assert process.returncode == 0, output
     return folder
 
@@ -524,13 +537,13 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     process.terminate()
-    output = process.communicate()[0]
+    output = _output(process)
     stopped = RunFolder(folder).list_checkpoints()[-1]
     assert f"stopped at step {stopped.name.partition('-')[2]}: --resume_from_checkpoint latest" in output
     assert find_damage(stopped) is None and stopped.name != "checkpoint-50"
 
     process = _torchrun(train_unconditional.__file__, *_halves(folder, *RESUME))
-    output = process.communicate()[0]
+    output = _output(process)
     assert process.returncode == 0, output
     _assert_equal(two_processes / "train_unconditional", folder)
 
@@ -547,9 +560,9 @@ def test_fsdp_goes_on_from_plain_data_parallelism_and_computes_the_same(two_proc
     script.write_text(SHARDED)
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     process = _torchrun(script, *_halves(folder, *RESUME, "--optimizer", "muon"), environment=sharded)
-    assert "it needs whole matrices, and FSDP shards them" in process.communicate()[0]
+    assert "it needs whole matrices, and FSDP shards them" in _output(process)
     process = _torchrun(script, *_halves(folder, *RESUME), environment=sharded)
-    output = process.communicate()[0]
+    output = _output(process)
     assert process.returncode == 0, output
     for ours, theirs in zip(read_log(folder), read_log(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
