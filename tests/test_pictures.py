@@ -1,6 +1,7 @@
 """`tiny-diffusers plot KIND`, `describe` and `compare --settings`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from tiny_diffusers.commands.shared import names_that_differ
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.network_summary import stages, summarize
 from tiny_diffusers.plots import Curve, Curves, Panel, Strip, captioned_strips
+from tiny_diffusers.plots import curves as drawing
 
 
 SCHEDULERS = {"betas": TinyDDIMScheduler, "flow": TinyFlowMatchScheduler, "edm": TinyEDMScheduler}
@@ -219,6 +221,15 @@ class TestCurves:
         curves = plots.schedule_curves({"x" * 200: levels})
         assert [len(panel.curves) for panel in curves.panels] == [1]
         assert Curves.load(curves.save(tmp_path / "a.json")) == curves
+
+    def test_many_runs_are_told_apart_beside_the_picture(self, tmp_path):
+        curves = [Curve(f"run {style}", [1, 2], [0.5, 0.2], style) for style in range(6)]
+        (axes,) = plots.new_axes()
+        drawing._draw_panel(axes, Panel("", "step", "loss", True, curves), has_legend=True)
+        axes.figure.canvas.draw()
+        assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+        looks = {(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}
+        assert len(looks) == len(curves)  # without colors
 
     def test_losses_below_0_are_on_a_linear_axis(self, tmp_path):
         (tmp_path / "a").write_text('{"step": 1, "loss": -1.0}')
@@ -632,6 +643,21 @@ class TestCompareSettings:
         assert "settings are the same in all runs" in capsys.readouterr().out
         assert run("compare", trained / "a", trained / "b", "--all_settings") == 0
         assert "train_batch_size" in capsys.readouterr().out
+
+    def test_of_a_run_with_several_reports_one_is_named(self, trained, tmp_path, capsys):
+        shutil.copytree(trained / "a", "a")
+        protocol = ("--features", "pixels", "--metrics", "frechet_distance", "--num_images", 8, "--split", "train")
+        for steps in (2, 3):
+            assert run("evaluate", "a", *protocol, "--num_inference_steps", steps, "--name", f"of-{steps}") == 0
+        line = error_line(capsys, "compare", "a", trained / "b", "--settings")
+        assert "2 reports (of-2, of-3) and none is published" in line
+        values = set()
+        for report in ("a/reports/of-2/report.json", "a/reports/of-3"):
+            assert run("compare", report, trained / "b", "--settings") == 0
+            row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {report}"))
+            values.add(row.split(" | ")[-1])
+            assert " | 0.001 | " in row
+        assert len(values) == 2
 
     def test_a_folder_of_no_run_is_refused(self, checkpoints, trained, capsys):
         line = error_line(capsys, "compare", trained / "a", checkpoints / "vae", "--settings")

@@ -106,8 +106,15 @@ def test_a_search_leaves_its_table_its_pictures_and_its_best(started, recipe, tm
     assert best["value"] == min(trial["value"] for trial in finished) == min(best["val_losses"])
     table = (folder / "README.md").read_text()
     assert all(name in table for name in ("learning_rate", "block_out_channels", "8 8", "finished", "seconds"))
-    for name in ("parallel_coordinates.png", "history.png", "importances.png"):
+    pictures = ("parallel_coordinates.png", "history.png", "importances.png")
+    for name in pictures:
         assert (folder / name).stat().st_size > 5000
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "search.json").write_bytes((folder / "search.json").read_bytes())
+    assert main(["search", str(again / "search.json")]) in (0, None)
+    for name in ("README.md", *pictures):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
     # Each trial is a run of the recipe with the flags of the trial, and the best is a recipe.
     script, flags, output_dir = started.runs[best["trial"]]
@@ -116,6 +123,14 @@ def test_a_search_leaves_its_table_its_pictures_and_its_best(started, recipe, tm
     arguments = parse_arguments(DiffusionArguments, ["--config", str(folder / "best.yaml")])
     assert {name: getattr(arguments, name) for name in best["flags"]} == best["flags"]
     assert arguments.max_train_steps is None and arguments.dataset_name == "digits"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"trials": []}', '{"trials": 3, "best": null}'])
+def test_another_file_is_no_search(tmp_path, capsys, content):
+    (tmp_path / "a.json").write_text(content)
+    assert main(["search", str(tmp_path / "a.json")]) == 2
+    assert "a.json' is not a search's file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.slow

@@ -364,6 +364,9 @@ class TestWhatIsTold:
         _, axes = pictures._losses(cells, content)
         axes.figure.canvas.draw()
         assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+        assert axes.get_yscale() == "linear"
+        cells["cell 1"][0]["val_loss"] = [[2, 0.1], [4, 0.02]]
+        assert pictures._losses(cells, content)[1].get_yscale() == "log"
         content["asked"]["grid"]["cell 1"] = {"script": "dcgan"}  # whose losses have nothing in common with the others
         assert pictures._losses(cells, content)[1] is None
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, say
 from .evaluation import SAMPLING, evaluate_parser
 from .shared import positive_number
 
@@ -25,10 +25,12 @@ def search_parser() -> argparse.ArgumentParser:
         description="Trains with settings that Optuna suggests, from the ranges in the section 'search:' of a "
         "recipe. Flags override the section; flags of the train script are accepted as well, and "
         "override the recipe. The same command resumes a search that was stopped or killed; if it is "
-        "started twice, the two processes share the trials.",
+        "started twice, the two processes share the trials. Given a search.json, it makes the table and the plots again.",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file with a section 'search:', or the name of a recipe of the package"
+        "recipe",
+        metavar="RECIPE",
+        help="YAML file with a section 'search:', the name of a recipe of the package, or a search.json",
     )
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: runs/search/RECIPE")
     parser.add_argument(
@@ -48,8 +50,14 @@ def search(args: argparse.Namespace) -> int | None:
     from ..paths import public_command
     from ..studies.search import Search
     from ..studies.search_plan import SearchArguments, check_objective, read_plan
+    from ..studies.search_report import show_again
     from ..training.recipes import find_recipe
 
+    if args.recipe.endswith(".json"):
+        if args.argv != [args.recipe]:
+            raise UserError(f"{args.recipe}: its table and plots are made again, and take no flags.")
+        say(f"written again: {show_again(Path(args.recipe))}")
+        return None
     recipe = find_recipe(args.recipe)
     names = SearchArguments.__dataclass_fields__
     given = {name: value for name, value in search_parser().given(args.argv).items() if name in names}

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, markdown
@@ -95,19 +96,20 @@ def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
     that are evaluated.
 
     Args:
-        folders (`list[str]`): Output folders of the train scripts, or names of published models.
+        folders (`list[str]`): Output folders of the train scripts, or names of published models; of a run with several
+            reports, one of these.
         all_settings (`bool`): Show the settings that are the same in all runs as well.
 
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If a folder is none of a run, or if two reports were measured differently.
     """
-    runs = {name: RunFolder(find_published(name)) for name in dict.fromkeys(folders)}
+    found = {name: _find_run(Path(find_published(name))) for name in dict.fromkeys(folders)}
+    runs = {name: run for name, (run, _) in found.items()}
     settings = {name: _settings(run) for name, run in runs.items()}
     names = list(dict.fromkeys(key for values in settings.values() for key in values if key not in _NO_SETTINGS))
     same = [key for key in names if len({repr(values.get(key)) for values in settings.values()}) == 1]
     shown = names if all_settings else [key for key in names if key not in same]
-    found = {name: run.find_report() for name, run in runs.items()}
-    reports = {name: Report.load(path) for name, path in found.items() if path.is_file()}
+    reports = {name: Report.load(path) for name, (_, path) in found.items() if path.is_file()}
     check_comparable(reports)
     figures = [key for key in FIGURES if any(key in report.figures for report in reports.values())]
 
@@ -124,6 +126,14 @@ def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
     hidden = len(names) - len(shown)
     footer = f"\n{hidden} settings are the same in all runs.\n" if hidden else ""
     return f"{caption}{table}\n{_note_on_likelihoods(reports)}{footer}"
+
+
+def _find_run(path: Path) -> tuple[RunFolder, Path]:
+    """Returns the run that a folder is, or that a report is of, and the file of its report, if there is one."""
+    run, report = RunFolder(path), path if path.suffix == ".json" else path / "report.json"
+    if not run.config.is_file() and report.parent.parent.name == "reports":
+        return RunFolder(report.parents[2]), report
+    return run, run.find_report()
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

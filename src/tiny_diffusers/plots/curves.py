@@ -24,6 +24,7 @@ from ..runs import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
 
 FORMAT = 1  # of the JSON file
 Look = Literal["line", "thin", "points", "faint"]
@@ -33,6 +34,7 @@ DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
 FAINT_COLORS = ("#a9c7e8", "#f0c3ab", "#b9dcb4")
 MARKERS_PER_CURVE = 8  # of a line with many points
+_MAX_LINES_INSIDE = 5  # of a legend
 
 # Limits on a file that may be a stranger's.
 _MAX_PANELS, _MAX_CURVES, _MAX_POINTS, _MAX_LABEL, _MAX_VALUE = 8, 200, 1_000_000, 120, 1e300
@@ -143,6 +145,13 @@ def line_style(number: int) -> dict[str, Any]:
     return {name: values[number % len(values)] for name, values in kinds.items()}
 
 
+def add_legend(axes: "Axes") -> "Legend":
+    """Adds the legend: beside the plot if it is long, where it hides no line."""
+    lines = len(axes.get_legend_handles_labels()[1])
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if lines > _MAX_LINES_INSIDE else {}
+    return axes.legend(frameon=False, handlelength=3.5, **beside)
+
+
 def _find_mistake(panels: list[Panel]) -> str | None:
     """Returns what is wrong with the panels of a file, which may be a stranger's, or None."""
     curves = [curve for panel in panels for curve in panel.curves]
@@ -176,7 +185,7 @@ def _draw_panel(axes: "Axes", panel: Panel, has_legend: bool) -> None:
     axes.grid(alpha=0.25)
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label]
     if has_legend:
-        texts += axes.legend(frameon=False, handlelength=3.5).get_texts()
+        texts += add_legend(axes).get_texts()
     for text in texts:
         text.set_parse_math(False)  # a name may hold a dollar
 
@@ -192,8 +201,8 @@ def _options(curve: Curve) -> dict[str, Any]:
         return options | {"linewidth": 0.9}
     if curve.look == "points":
         return options | marker
-    every = len(curve.x) // MARKERS_PER_CURVE
-    if curve.style == 0 or every == 0:
+    every = max(1, len(curve.x) // MARKERS_PER_CURVE)
+    if curve.style == 0:
         return options
     return options | marker | {"markevery": (curve.style * every // len(MARKERS) % every, every)}
 

@@ -17,7 +17,6 @@ from .results import Rows, Value, floor_of, group, list_samplers, list_scripts, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MAX_LINES_INSIDE = 4  # of a legend
 _MIN_LOG_RATIO = 3  # of the values on an axis, from which on it is logarithmic
 
 
@@ -64,7 +63,8 @@ def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "A
                 axes.plot(*zip(*row["val_loss"], strict=True), label=label, **plots.line_style(number), markersize=3)
                 label = None  # one line of the legend for all seeds
     _set_log(axes, "y")
-    return name, _finish(axes, len(cells))
+    plots.add_legend(axes)
+    return name, axes
 
 
 def _steps(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
@@ -85,7 +85,8 @@ def _steps(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Ax
         _plot(axes, points.items(), number, label, line=True)
     _draw_floor(axes, cells, content)
     _set_log(axes, "x", sorted({sampler.num_inference_steps for sampler in samplers}))
-    return name, _finish(axes, len(lines))
+    plots.add_legend(axes)
+    return name, axes
 
 
 def _by_fact(fact: str, title: str) -> Callable[[Mapping[str, Rows], dict[str, Any]], tuple[str, "Axes | None"]]:
@@ -102,7 +103,8 @@ def _by_fact(fact: str, title: str) -> Callable[[Mapping[str, Rows], dict[str, A
                 _plot(axes, [(facts[cell].value, value_of(rows, samplers[-1], metric))], number, cell, line=False)
         _draw_floor(axes, cells, content)
         _set_log(axes, "x")
-        return name, _finish(axes, len(cells))
+        plots.add_legend(axes)
+        return name, axes
 
     return draw_by_fact
 
@@ -140,7 +142,7 @@ def _set_log(axes: "Axes", which: str, ticks: list[int] | None = None) -> None:
     """Makes an axis logarithmic, with plain numbers beside it, if its values spread enough for more than one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = getattr(axes, f"get_{which}lim")()
+    low, high = getattr(axes.dataLim, f"interval{which}")
     if ticks is None and not 0 < _MIN_LOG_RATIO * low < high:
         return
     getattr(axes, f"set_{which}scale")("log")
@@ -172,10 +174,3 @@ def _draw_floor(axes: "Axes", cells: Mapping[str, Rows], content: dict[str, Any]
     floor = floor_of(cells, content["main_metric"])
     if floor is not None:
         axes.axhline(floor["value"], color="#8a8a8a", linewidth=1, linestyle=(0, (1, 3)), label=BASELINE_NAMES["real"])
-
-
-def _finish(axes: "Axes", lines: int) -> "Axes":
-    """Adds the legend: beside the plot if it is long, where it hides no line."""
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if lines > _MAX_LINES_INSIDE else {}
-    axes.legend(frameon=False, handlelength=3, **beside)
-    return axes

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .. import __version__
-from ..errors import code_block, markdown
-from ..files import replace_file
+from ..errors import UserError, code_block, first_line, markdown
+from ..files import load_json, read_text, replace_file
 from .search_plan import VAL_LOSS, SearchPlan, show, spell
 from .search_plots import draw_history, draw_importances, draw_parallel_coordinates
 
@@ -100,7 +100,7 @@ def _importances(plan: SearchPlan, study: "optuna.Study") -> dict[str, float]:
 def write_table(results: dict[str, Any], plan: SearchPlan, folder: Path) -> None:
     """Writes `search.json`, `README.md` and, if a trial has finished, `best.yaml`."""
     replace_file(folder / "search.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    replace_file(folder / "README.md", _markdown(results, plan))
+    replace_file(folder / "README.md", _markdown(results))
     if results["best"] is not None:
         replace_file(folder / "best.yaml", _best_recipe(results, plan))
 
@@ -112,7 +112,27 @@ def write_pictures(results: dict[str, Any], folder: Path) -> None:
             draw(results, folder / name)
 
 
-def _markdown(results: dict[str, Any], plan: SearchPlan) -> str:
+def show_again(file: Path) -> Path:
+    """
+    Writes `README.md` and the pictures of a `search.json`, which may be a stranger's, beside it, from that file alone.
+    Pictures are only of a search that has ended.
+
+    Raises:
+        UserError: If there is no such file, or if it holds anything else.
+    """
+    try:
+        results = load_json(read_text(file))
+        replace_file(file.parent / "README.md", _markdown(results))
+        if results["importances"] is not None:
+            write_pictures(results, file.parent)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file '{file}'.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"'{file}' is not a search's file ({first_line(error)}).") from error
+    return file.parent
+
+
+def _markdown(results: dict[str, Any]) -> str:
     trials = sorted(results["trials"], key=lambda trial: _rank(results, trial))
     outcomes = [trial["outcome"] for trial in trials]
     counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
@@ -127,7 +147,7 @@ def _markdown(results: dict[str, Any], plan: SearchPlan) -> str:
     if results["best"] is not None:
         parts += [
             "The best settings, in the recipe's own length:",
-            code_block(f"tiny-diffusers train {plan.script} --config best.yaml", "bash"),
+            code_block(f"tiny-diffusers train {results['script']} --config best.yaml", "bash"),
             "Each trial is one run from one seed: train settings that are close again with other seeds before you choose.",
         ]
     if results["best"] is not None and results["importances"] is not None:  # it is complete, and has its pictures

@@ -137,7 +137,7 @@ def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str,
         words = ["–" if fact is None else f"{fact.value:,.0f}" for fact in known]
         if shows_losses:
             loss = lowest_loss(rows)
-            words.append("–" if loss is None else f"{loss.value:.4g}")
+            words.append(format_figure(None if loss is None else loss.as_dict()))
         for sampler in samplers:
             value = values[sampler][name]
             text = format_figure(None if value is None else value.as_dict())
