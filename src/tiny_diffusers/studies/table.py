@@ -220,7 +220,8 @@ def _other_table(cells: Mapping[str, Rows], sampler: Sampler, metric: str, featu
         values = [value_of(rows, sampler, name) for name in names]
         words = [format_figure(None if value is None else value.as_dict()) for value in values]
         lines.append(f"| {markdown(cell_name)} | " + " | ".join(words) + " |")
-    floor = [floor_of(cells, name) for name in names]
-    if any(floor):
-        lines.append(f"| *{BASELINE_NAMES['real']}* | " + " | ".join(map(format_figure, floor)) + " |")
+    for baseline in BASELINES:
+        floor = [floor_of(cells, name, baseline) for name in names]
+        if any(floor):
+            lines.append(f"| *{BASELINE_NAMES[baseline]}* | " + " | ".join(map(format_figure, floor)) + " |")
     return "\n".join(lines)
