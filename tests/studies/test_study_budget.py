@@ -100,6 +100,26 @@ def test_the_runs_have_the_networks_and_the_minutes(plan, work):
     assert (arguments.block_out_channels, arguments.max_train_minutes) == ([32, 64], 10.0)
 
 
+def test_with_steps_the_networks_fit_and_every_run_takes_these(plan, work):
+    # 250 steps in 80% of 5 minutes are 0.96 s each
+    study = plan({"budget": 5.0}, ["--max_train_steps=250"], cells=CELLS)
+    text = (studies.run_study(study) / "README.md").read_text()
+    assert "Narrower networks" in text and "minutes each" not in text and "`max_train_steps 250`" in text
+    networks = json.loads((study.folder / "study.json").read_text())["networks"]
+    assert widths(networks) == {"wide": [32, 64], "half": [16, 32]}
+    for run in study.runs(networks):
+        arguments = parse_flags(run.script, run.flags)
+        assert (arguments.max_train_steps, arguments.max_train_minutes) == (250, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"), [({"budget": 5.0}, "--num_epochs=2"), ({"max_train_minutes": 5.0}, "--max_train_steps=250")]
+)
+def test_two_lengths_are_refused(plan, given, flag):
+    with pytest.raises(UserError, match="both are the length of a run"):
+        plan(given, [flag], cells=CELLS)
+
+
 def test_a_cell_that_joins_later_is_divided_by_the_same_factor(plan, work):
     for cells in (["wide"], ["half"]):
         study = plan({"budget": 10.0, "cells": cells}, cells=CELLS)

@@ -34,7 +34,8 @@ def fit_networks(
     study: Study, cells: Iterable[str], factor: int | None = None
 ) -> tuple[int | None, dict[str, dict[str, Any]]]:
     """
-    Narrows the networks of cells so that each trains for `MIN_STEPS` in the budget. Says in one line what is changed.
+    Narrows the networks of cells so that each trains for the study's steps, or for `MIN_STEPS`, in the budget. Says in one
+    line what is changed.
 
     Only U-Nets that are built from options become narrower: other networks stay as they are.
 
@@ -59,8 +60,9 @@ def fit_networks(
     others = [cell for cell in arguments if cell not in narrowed]
     if others:
         say(
-            f"--budget {study.arguments.budget:g}: the networks of {', '.join(others)} stay, and only their steps are fitted "
-            "to it, as only U-Nets that are built from options become narrower."
+            f"--budget {study.arguments.budget:g}: the networks of {', '.join(others)} stay"
+            f"{'' if study.num_steps else ', and only their steps are fitted to it'}, as only U-Nets that are built from "
+            "options become narrower."
         )
     if factor is None:
         factor = _choose_factor(study, narrowed, data) if narrowed else None
@@ -76,8 +78,8 @@ def fit_networks(
 
 def _choose_factor(study: Study, cells: Mapping[str, TrainingArguments], data: Mapping[str, ImageData]) -> int:
     """Returns the first factor by which all networks fit, or else the last by which those that differ still do."""
-    minutes = study.arguments.budget
-    limit, times = 60 * minutes * _STEPS_SHARE / MIN_STEPS, {}
+    minutes, num_steps = study.arguments.budget, study.num_steps or MIN_STEPS
+    limit, times = 60 * minutes * _STEPS_SHARE / num_steps, {}
     for factor in _FACTORS:
         if not _stay_different(cells, data, factor):
             break
@@ -88,7 +90,7 @@ def _choose_factor(study: Study, cells: Mapping[str, TrainingArguments], data: M
         if times[factor] <= limit:
             break
     factor, seconds = max(times), times[max(times)]
-    short = "" if seconds <= limit else f"fewer than {MIN_STEPS} steps fit"
+    short = "" if seconds <= limit else f"fewer than {num_steps} steps fit"
     if factor > 1:
         say(
             f"--budget {minutes:g}: the recipe's networks take up to {times[1]:.3g} s a step here, so all become about "

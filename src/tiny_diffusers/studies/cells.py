@@ -140,8 +140,13 @@ class Study:
 
     def _flags(self, cell: str, seed: int, network: Mapping[str, Any]) -> dict[str, Any]:
         flags = {"config": str(self.recipe), "cell": cell, **self.train_flags, **network, "seed": seed}
-        minutes = self.arguments.budget or self.arguments.max_train_minutes
+        minutes = None if self.num_steps else self.arguments.budget or self.arguments.max_train_minutes
         return flags if minutes is None else {**flags, "max_train_minutes": minutes}
+
+    @property
+    def num_steps(self) -> int | None:
+        """The steps of each run, if it was asked for these rather than for minutes or the recipe's length."""
+        return self.train_flags.get("max_train_steps")
 
     def arguments_of(self, cell: str) -> TrainingArguments:
         """Returns the arguments of a cell with the first seed, as the recipe has its network."""
@@ -208,9 +213,12 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
     own_minutes = {"max_train_minutes", "budget"}
     length = next((name for name in LENGTHS if name in flags), None)
-    if length and given.keys() & own_minutes:
+    conflicting = (
+        {"max_train_minutes"} if length == "max_train_steps" else own_minutes
+    )  # a budget is of the networks then
+    if length and given.keys() & conflicting:
         raise UserError(
-            f"--set {length}={flags[length]} --{next(name for name in given if name in own_minutes)}: both are the length of "
+            f"--set {length}={flags[length]} --{next(name for name in given if name in conflicting)}: both are the length of "
             "a run, so give one of them."
         )
     if length or given.keys() & own_minutes:  # one of them replaces the other

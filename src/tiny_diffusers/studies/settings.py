@@ -34,7 +34,10 @@ class StudyArguments(Flags):
         None, "Minutes to train each cell; as the recipe says if not given.", within="(0, inf)"
     )
     budget: float | None = flag(
-        None, "The same, and networks that are too large for these minutes become narrower.", within="(0, inf)"
+        None,
+        "The same, and networks that are too large for these minutes become narrower; with `--set max_train_steps=N`, too "
+        "large for N steps in these minutes.",
+        within="(0, inf)",
     )
     num_inference_steps: list[int] | None = flag(
         None, "Numbers of sampling steps to measure with; the pipeline's if not given.", within="[1, inf)"

@@ -51,9 +51,9 @@ def write_table(content: dict[str, Any], pictures: Mapping[str, list[Path]], fol
 def _introduction(content: dict[str, Any]) -> str:
     asked, rows = content["asked"], content["rows"]
     seeds = sorted({int(row["seed"]) for row in rows})
-    minutes = asked["budget"] or asked["max_train_minutes"]
-    if minutes is None and asked["train flags"].keys().isdisjoint(LENGTHS):
-        minutes = asked["settings"].get("max_train_minutes")
+    minutes = None
+    if asked["train flags"].keys().isdisjoint(LENGTHS):
+        minutes = asked["budget"] or asked["max_train_minutes"] or asked["settings"].get("max_train_minutes")
     lines = [
         f"{len({row['cell'] for row in rows})} of the {len(asked['grid'])} cells, trained by "
         + ", ".join(
