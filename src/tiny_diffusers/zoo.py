@@ -22,6 +22,7 @@ NAMES = (
     "fashion-mnist-32-conditional",
     "cifar10-32-conditional",
     "anime-faces-64",
+    "flowers-32",
     "consistency-mnist-32",
 )
 
