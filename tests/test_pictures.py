@@ -228,6 +228,11 @@ class TestCurves:
         drawing._draw_panel(axes, Panel("", "step", "loss", True, curves), has_legend=True)
         axes.figure.canvas.draw()
         assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+        many = [Curve(f"run {style} {'x' * 60}", [1, 2], [0.5, 0.2], style) for style in range(60)]
+        (wide,) = plots.new_axes()
+        drawing._draw_panel(wide, Panel("", "step", "loss", True, many), has_legend=True)
+        wide.figure.canvas.draw()
+        assert wide.get_window_extent().width > 600 and wide.get_window_extent().height > 400
         looks = {(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}
         assert len(looks) == len(curves)  # without colors
 

@@ -5,6 +5,7 @@ Training is replaced by a process that logs validation losses as a run does; the
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -125,9 +126,44 @@ def test_a_search_leaves_its_table_its_pictures_and_its_best(started, recipe, tm
     assert arguments.max_train_steps is None and arguments.dataset_name == "digits"
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"trials": []}', '{"trials": 3, "best": null}'])
+TRIAL = {"trial": 0, "outcome": "finished", "value": 0.5, "val_loss": 0.5, "flags": {"learning_rate": 0.1}}
+TRIAL |= {"steps": 4, "seconds": 1.0, "note": None}
+RESULTS = {
+    **{"recipe": "a.yaml", "script": "unconditional", "command": "search", "objective": "val_loss"},
+    **{
+        "lower_is_better": True,
+        "ranges": {"learning_rate": {"low": 0.01, "high": 1.0, "log": True}},
+        "trials": [TRIAL],
+    },
+    **{"best": 0, "importances": {}},
+}
+
+
+def test_a_file_alone_is_a_search(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RESULTS))
+    assert main(["search", str(tmp_path / "a.json")]) in (0, None)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            [],
+            {},
+            {"trials": []},
+            RESULTS | {"best": 1},
+            RESULTS | {"best": None},
+            RESULTS | {"lower_is_better": "no"},
+        ),
+        *(RESULTS | {"trials": [TRIAL | {"value": value}]} for value in (math.nan, "a", None)),
+        RESULTS | {"ranges": {"learning_rate": {"choices": [1, 2]}}},  # without what was tried
+        *(RESULTS | {"ranges": {"learning_rate": {"low": 0, "high": 1, "log": True}}}, RESULTS | {"importances": "a"}),
+        RESULTS | {"ranges": {str(number): {"low": 0, "high": 1, "log": False} for number in range(2000)}},
+    ],
+)
 def test_another_file_is_no_search(tmp_path, capsys, content):
-    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
     assert main(["search", str(tmp_path / "a.json")]) == 2
     assert "a.json' is not a search's file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

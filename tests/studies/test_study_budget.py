@@ -104,7 +104,7 @@ def test_with_steps_the_networks_fit_and_every_run_takes_these(plan, work):
     # 250 steps in 80% of 5 minutes are 0.96 s each
     study = plan({"budget": 5.0}, ["--max_train_steps=250"], cells=CELLS)
     text = (studies.run_study(study) / "README.md").read_text()
-    assert "Narrower networks" in text and "minutes each" not in text and "`max_train_steps 250`" in text
+    assert "for a budget of 5 minutes" in text and "minutes each" not in text and "`max_train_steps 250`" in text
     networks = json.loads((study.folder / "study.json").read_text())["networks"]
     assert widths(networks) == {"wide": [32, 64], "half": [16, 32]}
     for run in study.runs(networks):
@@ -113,11 +113,24 @@ def test_with_steps_the_networks_fit_and_every_run_takes_these(plan, work):
 
 
 @pytest.mark.parametrize(
-    ("given", "flag"), [({"budget": 5.0}, "--num_epochs=2"), ({"max_train_minutes": 5.0}, "--max_train_steps=250")]
+    ("given", "flags"),
+    [
+        ({"budget": 5.0}, ["--num_epochs=2"]),
+        ({"budget": 5.0}, ["--max_train_steps=250", "--max_train_minutes=2"]),
+        ({"max_train_minutes": 5.0}, ["--max_train_steps=250"]),
+    ],
 )
-def test_two_lengths_are_refused(plan, given, flag):
+def test_two_lengths_are_refused(plan, given, flags):
     with pytest.raises(UserError, match="both are the length of a run"):
-        plan(given, [flag], cells=CELLS)
+        plan(given, flags, cells=CELLS)
+
+
+def test_a_recipe_may_have_the_budget_of_such_networks(plan):
+    section = {"seeds": [0], "features": "pixels", "num_images": 20, "budget": 5.0}
+    study = plan({}, ["--max_train_steps=250"], cells=CELLS, study=section)
+    assert (study.arguments.budget, study.num_steps) == (5.0, 250)
+    study = plan({"max_train_minutes": 2.0}, cells=CELLS, study=section)
+    assert (study.arguments.budget, study.arguments.max_train_minutes) == (None, 2.0)
 
 
 def test_a_cell_that_joins_later_is_divided_by_the_same_factor(plan, work):

@@ -1,5 +1,6 @@
 """A run can be killed, stopped, starved of disk, damaged and multiplied, and computes what it would have computed."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -418,12 +419,17 @@ def _torchrun(script, *argv, environment=None):
 def _output(process):
     """Returns what was printed until the end. Where there is none, the test fails with the stacks of all processes."""
     try:
-        return process.communicate(timeout=600)[0]
+        return process.communicate(timeout=300)[0]
     except subprocess.TimeoutExpired:
         launcher = psutil.Process(process.pid)
         for hung in (*launcher.children(recursive=True), launcher):
-            hung.send_signal(signal.SIGABRT)
-        pytest.fail(process.communicate()[0])
+            with contextlib.suppress(psutil.NoSuchProcess):
+                hung.send_signal(signal.SIGABRT)
+    try:
+        output = process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired as error:  # a process that has lost its launcher holds it
+        output = (error.output or b"").decode(errors="replace")
+    pytest.fail(f"hung: {output}")
 
 
 def _halves(folder, *argv):

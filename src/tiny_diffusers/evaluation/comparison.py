@@ -130,8 +130,9 @@ def tabulate_runs(folders: Sequence[str], all_settings: bool = False) -> str:
 
 def _find_run(path: Path) -> tuple[RunFolder, Path]:
     """Returns the run that a folder is, or that a report is of, and the file of its report, if there is one."""
-    run, report = RunFolder(path), path if path.suffix == ".json" else path / "report.json"
-    if not run.config.is_file() and report.parent.parent.name == "reports":
+    run, place = RunFolder(path), path.resolve()
+    report = place if place.name == "report.json" else place / "report.json"
+    if not run.config.is_file() and report.is_file() and report.parents[1].name == "reports":
         return RunFolder(report.parents[2]), report
     return run, run.find_report()
 
@@ -139,7 +140,7 @@ def _find_run(path: Path) -> tuple[RunFolder, Path]:
 def _settings(run: RunFolder) -> dict[str, Any]:
     """Returns a run's settings, as its `config.yaml` has them."""
     if not run.config.is_file():
-        raise UserError(f"'{run.path}' has no config.yaml: --settings is for the folders of runs.")
+        raise UserError(f"'{run.path}' has no config.yaml: --settings takes the folders of runs, and reports in them.")
     return run.read_config()
 
 

@@ -10,6 +10,7 @@ Curves differ by color, dashes and markers, so they can be told apart in gray as
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
 FAINT_COLORS = ("#a9c7e8", "#f0c3ab", "#b9dcb4")
 MARKERS_PER_CURVE = 8  # of a line with many points
-_MAX_LINES_INSIDE = 5  # of a legend
+_MAX_LINES_INSIDE, _MAX_LINES = 5, 20  # of a legend, and of a column of one beside the plot
 
 # Limits on a file that may be a stranger's.
 _MAX_PANELS, _MAX_CURVES, _MAX_POINTS, _MAX_LABEL, _MAX_VALUE = 8, 200, 1_000_000, 120, 1e300
@@ -146,10 +147,19 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def add_legend(axes: "Axes") -> "Legend":
-    """Adds the legend: beside the plot if it is long, where it hides no line."""
+    """Adds the legend: beside the plot if it is long, where it hides no line, in a figure that is wider by as much."""
     lines = len(axes.get_legend_handles_labels()[1])
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if lines > _MAX_LINES_INSIDE else {}
-    return axes.legend(frameon=False, handlelength=3.5, **beside)
+    if lines <= _MAX_LINES_INSIDE:
+        return axes.legend(frameon=False, handlelength=3.5)
+    beside = {
+        "loc": "center left",
+        "bbox_to_anchor": (1.0, 0.5),
+        "fontsize": 8,
+        "ncols": math.ceil(lines / _MAX_LINES),
+    }
+    legend, figure = axes.legend(frameon=False, handlelength=3.5, **beside), axes.figure
+    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
+    return legend
 
 
 def _find_mistake(panels: list[Panel]) -> str | None:

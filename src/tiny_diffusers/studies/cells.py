@@ -212,16 +212,15 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         if name in flags:
             raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
     own_minutes = {"max_train_minutes", "budget"}
-    length = next((name for name in LENGTHS if name in flags), None)
-    conflicting = (
-        {"max_train_minutes"} if length == "max_train_steps" else own_minutes
-    )  # a budget is of the networks then
-    if length and given.keys() & conflicting:
+    lengths = [name for name in LENGTHS if name in flags]
+    if lengths == ["max_train_steps"]:
+        own_minutes.remove("budget")  # which is that of the networks, of which so many steps fit into it
+    conflicting = [name for name in given if name in own_minutes]
+    if lengths and conflicting:
         raise UserError(
-            f"--set {length}={flags[length]} --{next(name for name in given if name in conflicting)}: both are the length of "
-            "a run, so give one of them."
+            f"--set {lengths[0]}={flags[lengths[0]]} --{conflicting[0]}: both are the length of a run, so give one of them."
         )
-    if length or given.keys() & own_minutes:  # one of them replaces the other
+    if lengths or given.keys() & {"max_train_minutes", "budget"}:  # one of them replaces the other
         asked = {name: value for name, value in asked.items() if name not in own_minutes or name in given}
     arguments, protocol = (
         c(**{field.name: asked[field.name] for field in dataclasses.fields(c) if field.name in asked})

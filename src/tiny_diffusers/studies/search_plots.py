@@ -171,5 +171,9 @@ def _objective(results: dict[str, Any]) -> str:
 
 
 def _save(axes: "Axes", output: Path) -> Path:
+    from matplotlib.text import Text
+
+    for text in axes.figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold a dollar
     axes.figure.savefig(output)
     return output

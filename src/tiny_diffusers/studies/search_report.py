@@ -1,6 +1,8 @@
 """The results of a search: a table, the same as JSON, pictures, and the best trial as a recipe."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ import yaml
 
 from .. import __version__
 from ..errors import UserError, code_block, first_line, markdown
-from ..files import load_json, read_text, replace_file
+from ..files import load_json, read_text, replace_file, replacing
 from .search_plan import VAL_LOSS, SearchPlan, show, spell
 from .search_plots import draw_history, draw_importances, draw_parallel_coordinates
 
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 
 # Fewer trials say nothing about importances
 MIN_TRIALS_OF_IMPORTANCES = 4
+
+# Of a file that may be a stranger's
+_FORM = {
+    **dict.fromkeys(("recipe", "script", "command", "objective"), str),
+    "lower_is_better": bool,
+    "ranges": dict,
+    "trials": list,
+}
+_MAX_RANGES = 100
 
 _PICTURES = {
     "parallel_coordinates.png": (draw_parallel_coordinates, "A line a trial, through its settings to its result."),
@@ -115,21 +126,40 @@ def write_pictures(results: dict[str, Any], folder: Path) -> None:
 def show_again(file: Path) -> Path:
     """
     Writes `README.md` and the pictures of a `search.json`, which may be a stranger's, beside it, from that file alone.
-    Pictures are only of a search that has ended.
+    There are pictures only of a search that has ended.
 
     Raises:
         UserError: If there is no such file, or if it holds anything else.
     """
-    try:
-        results = load_json(read_text(file))
-        replace_file(file.parent / "README.md", _markdown(results))
-        if results["importances"] is not None:
-            write_pictures(results, file.parent)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file '{file}'.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"'{file}' is not a search's file ({first_line(error)}).") from error
+    if not file.is_file():
+        raise UserError(f"There is no file '{file}'.")
+    with tempfile.TemporaryDirectory() as drawn:
+        try:
+            results = load_json(read_text(file))
+            _check_form(results)
+            text = _markdown(results)
+            if results["importances"] is not None:
+                write_pictures(results, Path(drawn))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            raise UserError(f"'{file}' is not a search's file, or it is damaged ({first_line(error)}).") from error
+        for picture in Path(drawn).iterdir():
+            with replacing(file.parent / picture.name) as staging:
+                shutil.copyfile(picture, staging)
+    replace_file(file.parent / "README.md", text)
     return file.parent
+
+
+def _check_form(results: dict[str, Any]) -> None:
+    """Raises a ValueError if a file's content is not what [`describe`] returns, as far as table and pictures need it."""
+    json.dumps(results, allow_nan=False)
+    for name, kind in _FORM.items():
+        if not isinstance(results.get(name), kind):
+            raise ValueError(f"its {name} is no {kind.__name__}")
+    if not 0 < len(results["ranges"]) <= _MAX_RANGES or len(results["importances"] or ()) > _MAX_RANGES:
+        raise ValueError(f"its ranges must be 1 to {_MAX_RANGES}")
+    finished = [trial["trial"] for trial in results["trials"] if trial["outcome"] == "finished"]
+    if results["best"] not in (finished or [None]):
+        raise ValueError("its best is no trial that has finished")
 
 
 def _markdown(results: dict[str, Any]) -> str:

@@ -35,8 +35,8 @@ class StudyArguments(Flags):
     )
     budget: float | None = flag(
         None,
-        "The same, and networks that are too large for these minutes become narrower; with `--set max_train_steps=N`, too "
-        "large for N steps in these minutes.",
+        "The same, in narrower networks where 500 steps would take longer; with `--set max_train_steps=N`, each run takes N "
+        "steps, in networks of which N steps fit into these minutes.",
         within="(0, inf)",
     )
     num_inference_steps: list[int] | None = flag(

@@ -70,7 +70,8 @@ def _introduction(content: dict[str, Any]) -> str:
         widths = {" ".join(map(str, options["block_out_channels"])) for options in narrowed.values()}
         which = "" if len(narrowed) == len(content["networks"]) else f" of {', '.join(narrowed)}"
         lines.append(
-            f"**Narrower networks than the recipe's**{markdown(which)}, for the budget: widths "
+            f"**Narrower networks than the recipe's**{markdown(which)}, for a budget of "
+            f"{asked['budget']:g} minutes: widths "
             f"{markdown(', '.join(sorted(widths)))}."
         )
     return "\n".join(lines)
