@@ -178,6 +178,23 @@ def release_memory() -> None:
         torch.get_device_module().empty_cache()
 
 
+def last_barrier(group: "torch.distributed.ProcessGroup | None" = None) -> None:
+    """
+    Waits for all processes of a gloo group that is about to be destroyed; the default one if none is given.
+
+    Threads of gloo free the work that is done, for which they need the GIL. Whoever frees the group, such as a network in
+    data parallel, holds the GIL and waits for these threads: now and then for ever. So the last work is kept.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_backend(group) == "gloo":
+            work = torch.distributed.barrier(group, async_op=True)
+            work.wait()
+            _last_work.append(work)
+
+
+_last_work: "list[torch.distributed.Work]" = []
+
+
 def compile_failure(device: torch.device) -> str | None:
     """
     Returns why the networks are not compiled on `device`, or None if they can be.

@@ -554,6 +554,42 @@ def test_torchrun_hands_a_signal_on_and_two_processes_go_on_to_the_bit(two_proce
     _assert_equal(two_processes / "train_unconditional", folder)
 
 
+_LAST_BARRIERS = """
+import sys, time
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tiny_diffusers.hardware import last_barrier
+
+sys.setswitchinterval(100)  # a thread that waits for the GIL isn't given it for a while
+torch.distributed.init_process_group("gloo")
+
+
+def train():
+    group = torch.distributed.new_group()
+    network = DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)
+    network(torch.zeros(2, 4)).sum().backward()
+    time.sleep(0.005 * (torch.distributed.get_rank() == 0))  # the last one finds the work done at once
+    last_barrier(group)
+    torch.distributed.destroy_process_group(group)
+
+
+for _ in range(200):
+    train()
+print("ended")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
+def test_a_group_is_freed_without_a_deadlock(tmp_path):
+    """With a plain barrier, gloo's threads and whoever frees the group wait for each other within 50 times."""
+    (tmp_path / "barriers.py").write_text(_LAST_BARRIERS)
+    process = _torchrun(tmp_path / "barriers.py")
+    output = _output(process)
+    assert process.returncode == 0 and output.count("ended") == 2, output
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows has no gloo of its own")
 @pytest.mark.skipif(

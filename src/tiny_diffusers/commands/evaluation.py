@@ -121,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from ..evaluation import evaluate as measure
     from ..evaluation.evaluator import describe_images, describe_pipeline, processes
     from ..evaluation.images import read_folder, round_to_8_bits
+    from ..hardware import last_barrier
 
     # 1. The images to measure, and the real ones
     state = processes()  # before anything is put on a device: each process has its own
@@ -197,6 +198,7 @@ def evaluate(args: argparse.Namespace) -> None:
         say(report.markdown())
         say(f"report: {folder / 'report.json'}")
     state.wait_for_everyone()
+    last_barrier()
     state.destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
 
 

@@ -29,7 +29,7 @@ from ..data.augmentation import AUGMENTATIONS, GEOMETRIC
 from ..data.labeled_augmentation import LABELED_DRAWS, augment_labeled
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
-from ..hardware import compile_failure
+from ..hardware import compile_failure, last_barrier
 from ..progress import progress_bar
 from ..runs import RunFolder
 from . import checkpoints, outputs, posthoc_ema, precision
@@ -452,6 +452,7 @@ class Trainer:
                     outputs.write_effort(self)
                 if self.stop_signal:
                     self._print(f"stopped at step {self.step}: --resume_from_checkpoint latest continues from here.")
+                    last_barrier()
                     self.accelerator.end_training()
                 elif self.time_plan is not None:
                     self._compare_with_plan(self.time_plan)
@@ -969,6 +970,7 @@ class Trainer:
         if accelerator.is_main_process:
             outputs.save_results(self)
         accelerator.wait_for_everyone()
+        last_barrier()
         accelerator.end_training()
 
     def _restore_best(self, checkpoint: Path) -> None:
