@@ -25,7 +25,8 @@ def search_parser() -> argparse.ArgumentParser:
         description="Trains with settings that Optuna suggests, from the ranges in the section 'search:' of a "
         "recipe. Flags override the section; flags of the train script are accepted as well, and "
         "override the recipe. The same command resumes a search that was stopped or killed; if it is "
-        "started twice, the two processes share the trials. Given a search.json, it makes the table again and, if the search has ended, the plots.",
+        "started twice, the two processes share the trials. Given a search.json, it makes the table again and, "
+        "if the search has ended, the plots.",
     )
     parser.add_argument(
         "recipe",
