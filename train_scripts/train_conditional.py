@@ -11,6 +11,7 @@ them, for classifier-free guidance.
 import dataclasses
 import sys
 
+from tiny_diffusers.families.budget import fit_to_budget
 from tiny_diffusers.families.conditional_diffusion import (
     ConditionalArguments,
     ConditionalDiffusion,
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator, require_labels=arguments.requires_labels)
     arguments, data, vae = load_latents(arguments, accelerator, data)
+    arguments = fit_to_budget(arguments, accelerator.state, data)
     options = resolve_diffusion(arguments, accelerator.state)
     options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)

@@ -9,6 +9,7 @@ Tune a diffusion model of small images into a consistency model, which draws an 
 import dataclasses
 import sys
 
+from tiny_diffusers.families.budget import fit_to_budget
 from tiny_diffusers.families.conditional_diffusion import build_conditioning
 from tiny_diffusers.families.conditions import measure_conditions
 from tiny_diffusers.families.consistency import (
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     has_classes = getattr(pipeline, "_num_rows", 0) > 0  # from scratch there are none
     data = load_data(arguments, accelerator, require_labels=has_classes)
     arguments, data, vae = load_latents(arguments, accelerator, data)
+    arguments = fit_to_budget(arguments, accelerator.state, data)
     options = resolve_consistency(arguments, data, pipeline, accelerator.state)
     options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)

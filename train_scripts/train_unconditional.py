@@ -8,6 +8,7 @@ Train an unconditional diffusion model on small images.
 import dataclasses
 import sys
 
+from tiny_diffusers.families.budget import fit_to_budget
 from tiny_diffusers.families.diffusion import Diffusion, DiffusionArguments, build_scheduler, resolve_diffusion
 from tiny_diffusers.families.latents import load_latents
 from tiny_diffusers.families.unets import build_unet, resolve_unet
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = setup_process(arguments)
     data = load_data(arguments, accelerator)
     arguments, data, vae = load_latents(arguments, accelerator, data)
+    arguments = fit_to_budget(arguments, accelerator.state, data)
     options = resolve_diffusion(arguments, accelerator.state)
     options |= resolve_unet(dataclasses.replace(arguments, **options), data)
     settings = resolve_settings(arguments, accelerator, data, **options)

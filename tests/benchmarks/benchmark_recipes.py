@@ -18,12 +18,12 @@ from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_diffusers.data import ImageData
+from tiny_diffusers.families.budget import seconds_a_step
 from tiny_diffusers.families.dcgan import build_dcgan
 from tiny_diffusers.families.diffusion import DiffusionArguments, resolve_diffusion
 from tiny_diffusers.families.pixelcnn import build_pixelcnn
 from tiny_diffusers.families.unets import build_unet
 from tiny_diffusers.families.vae import build_vae
-from tiny_diffusers.studies.budget import seconds_a_step
 from tiny_diffusers.studies.cells import arguments_class
 from tiny_diffusers.training.arguments import TrainingArguments, load_cells, parse_arguments
 from tiny_diffusers.training.recipes import script_of, shipped_recipes

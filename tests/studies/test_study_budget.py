@@ -3,18 +3,11 @@
 import json
 
 import pytest
-import torch
 
-from tiny_diffusers import TinyUNet2DModel
-from tiny_diffusers.data import ImageData, load_images
 from tiny_diffusers.errors import UserError
-from tiny_diffusers.families.conditional_diffusion import ConditionalArguments
-from tiny_diffusers.families.diffusion import DiffusionArguments
-from tiny_diffusers.families.unets import resolve_unet
-from tiny_diffusers.models.unet_tiny import PRESETS
-from tiny_diffusers.studies import budget
+from tiny_diffusers.families import budget
 from tiny_diffusers.studies import study as studies
-from tiny_diffusers.studies.budget import seconds_a_step  # before a fixture replaces it
+from tiny_diffusers.studies.budget import fit_networks
 from tiny_diffusers.studies.cells import parse_flags
 
 
@@ -35,7 +28,7 @@ def seconds(monkeypatch):
 
 
 def fit(study):
-    return budget.fit_networks(study, study.cells)
+    return fit_networks(study, study.cells)
 
 
 def widths(networks):
@@ -46,44 +39,6 @@ def test_all_widths_are_divided_by_one_factor(plan, capsys):
     # 500 steps in 80% of 10 minutes are 0.96 s each
     assert fit(plan({"budget": 10.0}, cells=CELLS)) == (2, NARROWED)
     assert "about 2 times narrower" in capsys.readouterr().out
-
-
-def test_the_timed_network_takes_what_that_of_training_takes(monkeypatch):
-    built, build = [], budget.build_unet
-    monkeypatch.setattr(budget, "default_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(budget, "build_unet", lambda *args, **given: built.append(build(*args, **given)) or built[-1])
-    images, values = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 2)
-    data = ImageData(images, None, None, "x", "train", "", conditions=values, condition_names=["age", "hat"])
-    shared = {"block_out_channels": [8], "layers_per_block": 1, "num_threads": 1}
-    options = {**shared, "condition_columns": "age,hat", "conditioning": "low_resolution:2"}
-    assert seconds_a_step(ConditionalArguments(**options), data) > 0
-    data = ImageData(images, torch.zeros(4, dtype=torch.long), {0: "a", 1: "b"}, "x", "train", "")
-    assert seconds_a_step(ConditionalArguments(**shared), data) > 0
-    assert seconds_a_step(DiffusionArguments(**shared), data) > 0
-    taken = ("num_class_embeds", "num_conditions", "in_channels")
-    assert [tuple(unet.config[name] for name in taken) for unet in built] == [
-        (None, 2, 2),
-        (2, None, 1),
-        (None, None, 1),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("limit", "counts", "seconds"),
-    [
-        (0.5, [4], 16.0),  # the few images take longer than the limit: so does the batch
-        (20.0, [4], 16.0),  # the batch takes no longer than in proportion, which is within the limit
-        (3.0, [4, 64], 2.5),  # one second for the calls, and the batch decides
-    ],
-)
-def test_the_whole_batch_is_timed_where_a_few_images_do_not_decide(monkeypatch, limit, counts, seconds):
-    timed, times = [], {4: 1.0, 64: 2.5}
-    monkeypatch.setattr(budget, "_seconds", lambda unet, data, count: timed.append(count) or times[count])
-    monkeypatch.setattr(budget, "setup_torch", lambda num_threads: torch.device("cpu"))
-    data = ImageData(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, None, "x", "train", "")
-    arguments = DiffusionArguments(block_out_channels=[8], layers_per_block=1, train_batch_size=64)
-    assert seconds_a_step(arguments, data, limit) == seconds
-    assert timed == counts
 
 
 def test_what_fits_stays(plan):
@@ -139,31 +94,6 @@ def test_a_cell_that_joins_later_is_divided_by_the_same_factor(plan, work):
         studies.run_study(study)
     content = json.loads((study.folder / "study.json").read_text())
     assert (content["factor"], content["networks"]) == (2, NARROWED)
-
-
-def test_the_narrower_network_keeps_its_levels_with_attention():
-    data = load_images("digits", resolution=32)
-    own = DiffusionArguments()  # 64, 64 and 128 channels, with attention in the middle
-    assert resolve_unet(own, data)["attention"] == ["none", "full", "none"]
-    assert budget.narrow(own, data, 2) == {"block_out_channels": [32, 32, 64], "attention": ["none", "full", "none"]}
-    assert budget.narrow(own, data, 1) == {}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_can_be_built_at_each_factor(preset):
-    data = load_images("digits", resolution=32)
-    for factor in (2, 8, 32):
-        options = budget.narrow(DiffusionArguments(preset=preset), data, factor)
-        with torch.device("meta"):
-            TinyUNet2DModel(**{**PRESETS[preset], **options, "sample_size": 32})
-
-
-def test_widths_stay_multiples_of_the_groups_and_of_the_heads():
-    data = load_images("digits")
-    arguments = DiffusionArguments(block_out_channels=[96, 192], norm_num_groups=32, attention_head_dim=64)
-    assert budget.narrow(arguments, data, 4)["block_out_channels"] == [32, 64]  # 24 and 48
-    arguments = DiffusionArguments(block_out_channels=[128, 384], attention_head_dim=64)
-    assert budget.narrow(arguments, data, 4)["block_out_channels"] == [32, 128]  # 32 and 96
 
 
 def test_only_unets_that_are_built_from_options_become_narrower(plan, capsys):

@@ -21,7 +21,7 @@ from ..schedulers.scheduling_tiny_ddim import TinyDDIMScheduler
 from ..schedulers.scheduling_tiny_ddpm import TinyDDPMScheduler
 from ..schedulers.scheduling_tiny_edm import TinyEDMScheduler
 from ..schedulers.scheduling_tiny_flow_match import TinyFlowMatchScheduler
-from ..training.arguments import Optimizer, TrainingArguments
+from ..training.arguments import LENGTHS, Optimizer, TrainingArguments
 from ..training.family import Batch, Family, load_pretrained
 from .transformers import TransformerArguments
 from .unets import UNetArguments
@@ -136,6 +136,13 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
         within="(0, 1]",
     )
 
+    budget: float | None = flag(
+        None,
+        "As --max_train_minutes, but with a narrower U-Net if 500 steps of it, or --max_train_steps, wouldn't fit.",
+        within="(0, inf)",
+        changes_run=False,
+        replaces=LENGTHS,
+    )
     augment_prob: float = flag(
         0.0,
         "Probability of each kind of augmentation that the network is told of, so that none leaks into the samples: "
@@ -179,6 +186,12 @@ class DiffusionArguments(UNetArguments, TransformerArguments, TrainingArguments)
                     f"--{name} {getattr(self, name)} means nothing to --prediction_type {self.prediction_type}: leave "
                     "it out."
                 )
+
+        lengths = [name for name in ("max_train_minutes", "num_epochs") if name in self.given]
+        if self.budget is not None and lengths:
+            raise UserError(
+                f"--budget {self.budget:g} --{lengths[0]}: both are the length of the run, so give one of them."
+            )
 
         if self.vae is not None:
             for name in self.asked_of([name for name in _OF_PIXELS if hasattr(self, name)]):

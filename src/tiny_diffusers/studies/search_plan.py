@@ -196,6 +196,10 @@ def read_plan(recipe: Path, flags: Mapping[str, Any], train_argv: list[str]) -> 
     script = script_of(recipe, base.pop("script", None) or flags.get("script") or section.get("script"))
     train_class = arguments_class(script)
     given = FlagParser(train_class, prog="tiny-diffusers search").given(train_argv)
+    if "budget" in given:
+        raise UserError(
+            "--budget: each trial would have widths of its own: give --max_train_minutes, and --block_out_channels."
+        )
     for name in given:
         if name in OWN_FLAGS:
             raise UserError(f"--{name}: a search sets it for each run itself; leave it out.")

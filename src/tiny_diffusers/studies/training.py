@@ -17,7 +17,7 @@ from ..training.arguments import TrainingArguments, is_open
 
 # Train flags that a study or a search gives by itself, or that are of no use to it
 OWN_FLAGS = (
-    *("config", "cell", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("config", "cell", "budget", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"),
 )
 # Exit statuses of a process that was stopped from outside

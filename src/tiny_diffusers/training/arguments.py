@@ -273,6 +273,7 @@ UNSAVED = (
     "config",
     "cell",
     "smoke",
+    "budget",
     "hub_token",
     "resume_from_checkpoint",
     *_ASKED_FOR,
@@ -452,7 +453,7 @@ def _read_recipe(
 def _recipe_names(arguments_class: type[TrainingArguments]) -> list[str]:
     """Lists the flags that a recipe may set."""
     flags = [f.name for f in dataclasses.fields(arguments_class) if "help" in f.metadata]
-    return [name for name in flags if name not in ("config", "cell", "smoke")]
+    return [name for name in flags if name not in ("config", "cell", "smoke", "budget")]
 
 
 def _check_value(name: str, value: Any, path: Path) -> None:
