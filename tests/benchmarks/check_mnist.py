@@ -4,7 +4,7 @@ Checks that a model of MNIST draws digits, and a conditional one those that are 
     python tests/benchmarks/check_mnist.py model_cards/mnist-32 [--dataset_name ylecun/mnist]
     python tests/benchmarks/check_mnist.py runs/conditional-ddpm-mnist [--dataset_name ylecun/mnist]
 
-A small classifier, trained on the real digits once and then saved, must have an accuracy over 98% on the test images. Of
+A small classifier, trained on the real digits once and then saved, must have an accuracy over 99% on the test images. Of
 1,000 samples it says the share that it gives no class a probability of 0.9, beside that of the test images, and with
 classes, 100 samples of each, how often it sees the one that was asked for: at least for 98% of the samples at the guidance
 scales 1 and 3. Prints the results as JSON and exits with 1 if they fall short.
@@ -26,29 +26,36 @@ from tiny_diffusers.data import ImageData, load_images, normalize
 from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
 
 
-LEAST_ACCURACY = 0.98
+LEAST_ACCURACY = 0.99
 LEAST_AGREEMENT = {1.0: 0.98, 3.0: 0.98}
 SURE = 0.9  # the probability of a class, below which a digit is undecided
 
 
 def build_classifier() -> nn.Module:
     """Builds a classifier of images of any size: (B, C, H, W) in [-1, 1] -> logits (B, 10)."""
+
+    def convolve(width: int) -> list[nn.Module]:
+        return [nn.LazyConv2d(width, 3, padding=1, bias=False), nn.LazyBatchNorm2d(), nn.ReLU()]
+
     return nn.Sequential(
-        *(nn.LazyConv2d(32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.3), nn.LazyLinear(10)),
+        *(*convolve(32), *convolve(32), nn.MaxPool2d(2)),
+        *(*convolve(64), *convolve(64), nn.MaxPool2d(2)),
+        *(*convolve(128), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.3), nn.LazyLinear(10)),
     )
 
 
-def train_classifier(classifier: nn.Module, data: ImageData, epochs: int = 2, batch_size: int = 128) -> None:
+def train_classifier(classifier: nn.Module, data: ImageData, epochs: int = 3, batch_size: int = 128) -> None:
+    """Trains it on batches that are shifted by up to two pixels each way."""
     dtype = default_dtype(torch.device("cpu"))
     steps = epochs * len(data) // batch_size
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     classifier.train()
     for _ in tqdm(range(steps), desc="classifier"):
         rows = torch.randint(len(data), (batch_size,))
-        images = normalize(data.images[rows]).to(memory_format=torch.channels_last)
+        images = normalize(data.images[rows]).roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+        images = images.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = classifier(images)
         F.cross_entropy(logits.float(), data.labels[rows]).backward()

@@ -370,6 +370,25 @@ class TestWhatIsTold:
         content["asked"]["grid"]["cell 1"] = {"script": "dcgan"}  # whose losses have nothing in common with the others
         assert pictures._losses(cells, content)[1] is None
 
+    def test_a_metric_is_drawn_over_what_the_samplers_differ_in(self, measured):
+        rows = [measured(6, 0)]
+        figures = [{"frechet_distance": {"value": value, "error": None, "error_kind": None}} for value in range(4)]
+        sampled = [(10, 1.0), (20, 1.0), (10, 3.0), (20, 3.0)]
+        rows[0]["measured"] = [
+            {"scheduler": None, "num_inference_steps": steps, "guidance_scale": scale, "figures": each}
+            for (steps, scale), each in zip(sampled, figures, strict=True)
+        ]
+        content = {"main_metric": "frechet_distance", "asked": {"protocol": {"features": "pixels"}}}
+        lines = {}
+        for plot in ("steps", "guidance"):
+            name, axes = pictures._PLOTS[plot]({"a": rows}, content)
+            assert name == f"frechet_distance_by_{plot}"
+            drawn = [container.lines[0].get_data() for container in axes.containers]
+            names = [text.get_text() for text in axes.get_legend().get_texts()]
+            lines[plot] = {name: [*zip(*line, strict=True)] for name, line in zip(names[-2:], drawn, strict=True)}
+        assert lines["guidance"] == {"a, 10 steps": [(1, 0), (3, 2)], "a, 20 steps": [(1, 1), (3, 3)]}
+        assert lines["steps"] == {"a, guidance 1": [(10, 0), (20, 1)], "a, guidance 3": [(10, 2), (20, 3)]}
+
     def test_another_file_is_no_study(self, plan, work, tmp_path):
         study = studies.run_study(plan({"seeds": [0]})) / "study.json"
         content = json.loads(study.read_text())

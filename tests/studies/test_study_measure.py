@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from tiny_diffusers import TinyConditionalPipeline, TinyDDIMScheduler, TinyPipeline
+from tiny_diffusers.data import load_images
 from tiny_diffusers.evaluation import Report, images
 from tiny_diffusers.studies import measure as measuring
 from tiny_diffusers.studies import study as studies
@@ -94,6 +95,24 @@ def test_a_model_with_a_conditioning_image_is_drawn_too(study, run, tiny_unet):
     row = measuring.measure(run, study)
     assert all("figures" in entry for entry in row["measured"])
     assert decode(row["samples"]).shape == (10, 12 * 9 + 1)
+
+
+def test_each_guidance_scale_is_measured_with_each_number_of_steps(plan, tiny_unet):
+    study = plan(
+        {"guidance_scale": [1.0, 3.0], "num_images": 4, "baselines": [], "metrics": ["kernel_distance"]},
+        name="conditional_x.yaml",
+    )
+    run = study.runs({})[0]
+    unet = tiny_unet(num_class_embeds=10)
+    names = load_images("digits").id2label
+    pipe = TinyConditionalPipeline(unet, TinyDDIMScheduler(num_train_timesteps=10), id2label=names)
+    pipe.save_pretrained(run.folder.path)
+    run.folder.config.write_text(yaml.safe_dump({"dataset_name": "digits", "split": "train"}))
+    run.folder.log.write_text(json.dumps({"step": 4, "val_loss": 0.5}) + "\n")
+    entries = measuring.measure(run, study)["measured"]
+    samplers = [(entry["num_inference_steps"], entry["guidance_scale"]) for entry in entries]
+    assert samplers == [(2, 1.0), (2, 3.0), (4, 1.0), (4, 3.0)]
+    assert len({entry["figures"]["kernel_distance"]["value"] for entry in entries}) == 4
 
 
 def test_an_error_with_one_sampler_leaves_the_others(study, run, monkeypatch):

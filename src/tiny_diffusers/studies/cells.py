@@ -19,7 +19,15 @@ from ..runs import RunFolder
 from ..samplers import SCHEDULERS
 from ..training.arguments import LENGTHS, TrainingArguments, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import SAMPLING, StudyArguments, check_conditions, check_family, choose_main_metric, protocol_of
+from .settings import (
+    SAMPLERS,
+    SAMPLING,
+    StudyArguments,
+    check_conditions,
+    check_family,
+    choose_main_metric,
+    protocol_of,
+)
 from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
@@ -249,7 +257,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             if _is_path(name, value)
         },
         **{name: getattr(arguments, name) for name in ("max_train_minutes", "budget")},
-        **{name: getattr(arguments, name) for name in ("num_inference_steps", "schedulers", *SAMPLING)},
+        **{name: getattr(arguments, name) for name in (*SAMPLERS, *SAMPLING)},
         "protocol": {name: value for name, value in protocol.describe().items() if name != "batch_size"},
     }
     return Study(

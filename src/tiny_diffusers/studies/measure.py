@@ -23,7 +23,8 @@ from ..paths import keep_paths, public_command
 from ..runs import RunFolder, read_log
 from ..samplers import use_scheduler
 from .cells import Run, Study
-from .settings import SAMPLING, protocol_of
+from .results import Sampler
+from .settings import SAMPLERS, SAMPLING, protocol_of
 
 
 NUM_SAMPLES = 12  # of a run, in the picture of all
@@ -57,15 +58,15 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
 
     measured, reports, last = [], [], None
     scheduler = getattr(pipe, "scheduler", None)
-    for name, steps in samplers(study):
-        entry = {"scheduler": name, "num_inference_steps": steps}
+    for sampler in samplers(study):
+        entry = sampler._asdict()
         try:
             if scheduler is not None:
                 pipe.scheduler = scheduler  # each sampler takes the config of the saved one
-            if name is not None:
-                use_scheduler(pipe, name, str(run.folder.path))
+            if sampler.scheduler is not None:
+                use_scheduler(pipe, sampler.scheduler, str(run.folder.path))
             protocol = protocol_of(run.script, study.protocol)
-            protocol = dataclasses.replace(protocol, sampling=_sampling(study, steps))
+            protocol = dataclasses.replace(protocol, sampling=_sampling(study, sampler))
             source = describe_pipeline(pipe, protocol, str(run.folder.path))
             folder = run.folder.reports / f"study-{default_name(protocol, source)}"
             report = Report.load_same(folder, protocol.describe(), source, load)
@@ -79,7 +80,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
                     name=str(run.folder.path),
                     load=load,
                     notes=notes,
-                    command=_command(run, protocol, name),
+                    command=_command(run, protocol, sampler.scheduler),
                 )
                 keep_paths(folder, paths)
             reports.append(report)
@@ -110,14 +111,17 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     }
 
 
-def samplers(study: Study) -> list[tuple[str | None, int | None]]:
-    """Lists the samplers of a study: the name of a scheduler and a number of steps, None for the run's own."""
-    return list(itertools.product(study.arguments.schedulers or [None], study.arguments.num_inference_steps or [None]))
+def samplers(study: Study) -> list[Sampler]:
+    """Lists the samplers of a study: each scheduler with each number of steps and each guidance scale."""
+    return list(
+        itertools.starmap(Sampler, itertools.product(*(getattr(study.arguments, n) or [None] for n in SAMPLERS)))
+    )
 
 
-def _sampling(study: Study, steps: int | None) -> dict[str, Any]:
-    asked = {"num_inference_steps": steps, **{name: getattr(study.arguments, name) for name in SAMPLING}}
-    return {name: value for name, value in asked.items() if value is not None}
+def _sampling(study: Study, sampler: Sampler) -> dict[str, Any]:
+    """Returns the arguments of the pipeline's call."""
+    asked = {**sampler._asdict(), **{name: getattr(study.arguments, name) for name in SAMPLING}}
+    return {name: value for name, value in asked.items() if value is not None and name != "scheduler"}
 
 
 def _is_of(report: Report, source: dict[str, Any], reference: ImageData, training: ImageData | None) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from PIL import Image
 from .. import plots
 from ..evaluation.report import BASELINE_NAMES, figure_label
 from ..files import replacing
-from .results import Rows, Value, floor_of, group, list_samplers, list_scripts, mean_of, value_of
+from .results import Rows, Sampler, Value, floor_of, group, list_samplers, list_scripts, mean_of, value_of
 
 
 if TYPE_CHECKING:
@@ -67,26 +68,29 @@ def _losses(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "A
     return name, axes
 
 
-def _steps(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
-    """Draws the metric over the number of sampling steps, a line for each cell and scheduler."""
-    metric, samplers = content["main_metric"], list_samplers(row for rows in cells.values() for row in rows)
-    name, schedulers = f"{metric}_by_steps", list(dict.fromkeys(sampler.scheduler for sampler in samplers))
-    if len({sampler.num_inference_steps for sampler in samplers}) < 2:
-        return name, None
-    axes = _axes("sampling steps", _label(content))
-    lines = [(cell, scheduler) for cell in cells for scheduler in schedulers]
-    for number, (cell, scheduler) in enumerate(lines):
-        points = {
-            sampler.num_inference_steps: value_of(cells[cell], sampler, metric)
-            for sampler in samplers
-            if sampler.scheduler == scheduler
-        }
-        label = cell if len(schedulers) == 1 else f"{cell}, {scheduler or 'its own sampler'}"
-        _plot(axes, points.items(), number, label, line=True)
-    _draw_floor(axes, cells, content)
-    _set_log(axes, "x", sorted({sampler.num_inference_steps for sampler in samplers}))
-    plots.add_legend(axes)
-    return name, axes
+def _by_sampling(
+    field: str, title: str, short: str
+) -> Callable[[Mapping[str, Rows], dict[str, Any]], tuple[str, "Axes | None"]]:
+    """Returns a function that draws the metric over a number of the samplers, a line for each cell and all else of them."""
+
+    def draw_by_sampling(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, "Axes | None"]:
+        metric, samplers = content["main_metric"], list_samplers(row for rows in cells.values() for row in rows)
+        name, numbers = f"{metric}_by_{short}", sorted({getattr(each, field) for each in samplers} - {None})
+        others = list(dict.fromkeys(each._replace(**{field: None}) for each in samplers))
+        if len(numbers) < 2:
+            return name, None
+        axes = _axes(title, _label(content))
+        for number, (cell, other) in enumerate(itertools.product(cells, others)):
+            points = {x: value_of(cells[cell], other._replace(**{field: x}), metric) for x in numbers}
+            label = cell if len(others) == 1 else f"{cell}, {'its own sampler' if other == Sampler() else other}"
+            _plot(axes, points.items(), number, label, line=True)
+        _draw_floor(axes, cells, content)
+        if numbers[0] > 0:
+            _set_log(axes, "x", numbers)
+        plots.add_legend(axes)
+        return name, axes
+
+    return draw_by_sampling
 
 
 def _by_fact(fact: str, title: str) -> Callable[[Mapping[str, Rows], dict[str, Any]], tuple[str, "Axes | None"]]:
@@ -120,7 +124,8 @@ def _samples(cells: Mapping[str, Rows], content: dict[str, Any]) -> tuple[str, I
 
 _PLOTS = {
     "losses": _losses,
-    "steps": _steps,
+    "steps": _by_sampling("num_inference_steps", "sampling steps", "steps"),
+    "guidance": _by_sampling("guidance_scale", "guidance scale", "guidance"),
     "parameters": _by_fact("parameters", "parameters"),
     "seconds": _by_fact("seconds", "training time (seconds)"),
     "samples": _samples,
@@ -138,7 +143,7 @@ def _axes(x: str, y: str) -> "Axes":
     return axes
 
 
-def _set_log(axes: "Axes", which: str, ticks: list[int] | None = None) -> None:
+def _set_log(axes: "Axes", which: str, ticks: list[float] | None = None) -> None:
     """Makes an axis logarithmic, with plain numbers beside it, if its values spread enough for more than one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -149,7 +154,7 @@ def _set_log(axes: "Axes", which: str, ticks: list[int] | None = None) -> None:
     axis = getattr(axes, f"{which}axis")
     axis.set_minor_locator(NullLocator())
     if ticks is not None:
-        axis.set_ticks(ticks, labels=map(str, ticks))
+        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         return
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))

@@ -12,14 +12,21 @@ _CONFIDENCE = 0.95  # that the best cell is better than each other
 
 
 class Sampler(NamedTuple):
-    """How images were drawn: the name of a scheduler and a number of steps, None for the run's own."""
+    """How images were drawn: the name of a scheduler, a number of steps and a guidance scale, None for the run's own."""
 
-    scheduler: str | None
-    num_inference_steps: int | None
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
 
     def __str__(self) -> str:
         steps = None if self.num_inference_steps is None else f"{self.num_inference_steps} steps"
-        return ", ".join(word for word in (self.scheduler, steps) if word) or "samples"
+        guidance = None if self.guidance_scale is None else f"guidance {self.guidance_scale:g}"
+        return ", ".join(word for word in (self.scheduler, steps, guidance) if word) or "samples"
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Sampler":
+        """Returns the sampler of an entry of `measured`."""
+        return cls(*(entry.get(name) for name in cls._fields))
 
 
 class Value(NamedTuple):
@@ -67,7 +74,7 @@ def list_scripts(asked: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> li
 def list_samplers(rows: Iterable[dict[str, Any]]) -> list[Sampler]:
     """Lists the samplers that anything was measured with, in the order in which they were asked for."""
     entries = itertools.chain.from_iterable(row.get("measured", []) for row in rows)
-    return list(dict.fromkeys(Sampler(entry["scheduler"], entry["num_inference_steps"]) for entry in entries))
+    return list(dict.fromkeys(map(Sampler.of, entries)))
 
 
 def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
@@ -76,7 +83,7 @@ def value_of(rows: Rows, sampler: Sampler, figure: str) -> Value | None:
         entry["figures"][figure]
         for row in rows
         for entry in row.get("measured", [])
-        if (entry["scheduler"], entry["num_inference_steps"]) == sampler and figure in entry.get("figures", {})
+        if Sampler.of(entry) == sampler and figure in entry.get("figures", {})
     ]
     value = _combine([entry["value"] for entry in found], [_standard_error(entry) for entry in found])
     if value is None or figure != "bits_per_dim":

@@ -13,7 +13,7 @@ from ..evaluation.report import FIGURES, Protocol, metric_of
 from ..flags import FlagParser, Flags, as_flags, flag
 from ..training.arguments import LENGTHS, UNSAVED, load_cells, load_section, parse_arguments
 from ..training.recipes import script_of
-from .settings import SAMPLING, StudyArguments, check_conditions, check_family
+from .settings import SAMPLERS, SAMPLING, StudyArguments, check_conditions, check_family
 from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
@@ -352,8 +352,10 @@ def check_objective(plan: SearchPlan, flags: Mapping[str, Any]) -> None:
         if objective not in protocol.figures:
             raise UserError(f"the protocol lacks the objective: add {metric_of(objective)} to its metrics.")
         asked = {name: flags.get(name) for name in SAMPLING}
-        lists = {"num_inference_steps": "num_inference_steps", "schedulers": "scheduler"}
-        asked |= {name: [flags[flag]] for name, flag in lists.items() if flag in flags}
+        flag_of = {
+            name: "scheduler" if name == "schedulers" else name for name in SAMPLERS
+        }  # of evaluate, one of each
+        asked |= {name: [flags[flag]] for name, flag in flag_of.items() if flag in flags}
         check_family(plan.script, StudyArguments(**asked), protocol, objective)
         settings = plan.base | plan.given | dict.fromkeys(plan.ranges, True)  # what is searched, some trial has
         check_conditions(plan.script, settings, protocol, objective)

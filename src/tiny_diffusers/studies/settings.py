@@ -11,14 +11,15 @@ from ..flags import Flags, flag
 from ..samplers import check_scheduler_name
 
 
-Plot = Literal["losses", "steps", "parameters", "seconds", "samples"]
+Plot = Literal["losses", "steps", "guidance", "parameters", "seconds", "samples"]
 
 PLOTS: tuple[str, ...] = get_args(Plot)
 _DIFFUSION = ("unconditional", "conditional", "consistency")
 _WITH_OPTIONAL_CLASSES = ("pixelcnn", "vae", "dcgan")
 _WITHOUT_LIKELIHOOD = ("dcgan", "autoencoder")
 _OF_GUIDANCE = ("guidance_scale", "guidance_interval", "dynamic_thresholding")
-SAMPLING = ("eta", "clip_sample", *_OF_GUIDANCE)  # arguments of the pipeline's call, the same for all samplers
+SAMPLERS = ("schedulers", "num_inference_steps", "guidance_scale")  # a sampler is one of each
+SAMPLING = ("eta", "clip_sample", "guidance_interval", "dynamic_thresholding")  # the same for all samplers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class StudyArguments(Flags):
     )
     eta: float | None = flag(None, "Fresh noise in each sampling step.", within="[0, inf)")
     clip_sample: bool | None = flag(None, "Clip the predicted image at each step; as saved if not given.")
-    guidance_scale: float | None = flag(None, "Guidance scale, for classes.", within="[0, inf)")
+    guidance_scale: list[float] | None = flag(
+        None, "Guidance scales to measure with, for classes; the pipeline's if not given.", within="[0, inf)"
+    )
     guidance_interval: list[float] | None = flag(
         None,
         "Share of the steps that are guided: two numbers, from 0 at the noise to 1 at the image.",
@@ -109,7 +112,7 @@ def check_family(script: str, arguments: StudyArguments, protocol: Protocol, mai
     Raises:
         UserError: If a sampler's option or a metric means nothing to them.
     """
-    for name in ("num_inference_steps", "schedulers", *SAMPLING):
+    for name in (*SAMPLERS, *SAMPLING):
         known = ("conditional", "consistency") if name in _OF_GUIDANCE else _DIFFUSION
         if getattr(arguments, name) is not None and script not in known:
             raise UserError(f"--{name} means nothing to the models of train_{script}.py: leave it out.")

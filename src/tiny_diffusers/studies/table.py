@@ -160,8 +160,7 @@ def _failures(cells: Mapping[str, Rows]) -> str:
             lines.append(f"- {words}, **failed**: {markdown(row['error'])}")
         for entry in row.get("measured", []):
             if "error" in entry:
-                sampler = Sampler(entry["scheduler"], entry["num_inference_steps"])
-                words = f"{markdown(row['cell'])}, {markdown(str(sampler))}"
+                words = f"{markdown(row['cell'])}, {markdown(str(Sampler.of(entry)))}"
                 lines.append(f"- {words}, not measured: {markdown(entry['error'])}")
     return "\n".join(dict.fromkeys(lines))
 
