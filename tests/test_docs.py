@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 import yaml
 
 import tiny_diffusers
+from tiny_diffusers.studies.table import write_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +54,29 @@ def test_the_first_page_leads_to_each_other_page():
     links = re.findall(r"\]\(([^)]+\.md)\)", (DOCS / "index.md").read_text())
     pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
     assert sorted([*links, "index.md"]) == sorted(pages)
+
+
+def test_the_tables_of_studies_are_those_of_their_files(tmp_path):
+    """In a section that links to `studies/NAME.json`, each number of a table is in the study's own, in the same row."""
+
+    def rows_of(text):
+        for line in text.splitlines():
+            if line.startswith("|") and not line.startswith("| ---"):
+                yield [cell.strip("* ") for cell in line.strip("|").split("|")]
+
+    checked = []
+    for section in re.split(r"^###+ ", (DOCS / "studies.md").read_text(), flags=re.MULTILINE):
+        measured = {}
+        for name in re.findall(r"\]\((studies/\w+\.json)\)", section):
+            content = json.loads((DOCS / name).read_text())
+            entries = [entry for row in content["rows"] for entry in row["measured"]]
+            for figure in dict.fromkeys(figure for entry in entries for figure in entry["figures"]):
+                table = write_table({**content, "main_metric": figure}, {}, tmp_path).read_text()
+                for cell, *values in rows_of(table):
+                    measured.setdefault(cell, set()).update(values)
+            checked.append(name)
+        for cell, *values in rows_of(section) if measured else []:
+            known = measured.get(cell) or set().union(*measured.values())
+            numbers = [value for value in values if re.fullmatch(r"-?\d[\d.,]*( ± [\d.]+)?", value)]
+            assert [number for number in numbers if number not in known] == [], cell
+    assert sorted(checked) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("studies/*.json"))

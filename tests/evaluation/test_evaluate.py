@@ -46,6 +46,7 @@ from tiny_diffusers.evaluation import (
 )
 from tiny_diffusers.evaluation.evaluator import processes
 from tiny_diffusers.evaluation.references import is_same_dataset
+from tiny_diffusers.evaluation.report import format_figure
 from tiny_diffusers.families.diffusion import DiffusionArguments
 from tiny_diffusers.flags import FlagParser
 from tiny_diffusers.paths import keep_paths
@@ -176,6 +177,18 @@ class TestReport:
         assert report.label("frechet_distance") == "Frechet distance"
         report.protocol["features"] = "inception"
         assert (report.label("frechet_distance"), report.label("kernel_distance")) == ("FID", "KID")
+
+    @pytest.mark.parametrize(
+        ("value", "error", "text"),
+        [
+            (127.04, 1.06, "127.0 ± 1.1"),
+            (0.171756, 8.2e-5, "0.171756 ± 0.000082"),
+            (1.0, 3e-9, "1"),
+            (2.5, None, "2.5"),
+        ],
+    )
+    def test_a_figure_has_two_digits_of_its_error(self, value, error, text):
+        assert format_figure({"value": value, "error": error}) == text
 
     def test_the_same_protocol_gives_the_same_metrics(self, pipeline):
         one, two = (evaluate(pipeline(), image_data(), Protocol(**NO_BASELINES)) for _ in range(2))

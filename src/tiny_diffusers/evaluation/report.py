@@ -398,6 +398,8 @@ class Report:
         return "" if figure.startswith(("classifier_", "condition_")) else f"{self.protocol['features']}, "
 
 
+_MOST_DECIMALS = 6  # of a figure with its error
+
 # The parts of a report that are read, with their types; those after "?" may be missing.
 _FORM = {
     "protocol": {"features": str, "seed": int, "?kind": str, "?sampling": dict, "?feature_weights": (str, type(None))},
@@ -530,7 +532,7 @@ def format_figure(entry: dict | None) -> str:
     if entry is None:
         return "–"
     value, error = entry["value"], entry["error"]
-    if not error:
+    if not error or round(error, _MOST_DECIMALS) == 0:
         return f"{value:.4g}"
-    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)  # two significant digits of the error
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), _MOST_DECIMALS)  # two significant digits of the error
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
