@@ -24,6 +24,9 @@ NAMES = (
     "anime-faces-64",
     "flowers-32",
     "consistency-mnist-32",
+    "pixelcnn-mnist",
+    "vae-mnist",
+    "dcgan-mnist",
 )
 
 

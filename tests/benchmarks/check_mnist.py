@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--classifier", type=Path, help="default: runs/classifier-SIZE.safetensors")
+    parser.add_argument("--classifier", type=Path, help="default: runs/mnist-classifier-SIZE.safetensors")
     args = parser.parse_args()
     torch.set_num_threads(physical_cores())
 
@@ -114,7 +114,7 @@ def main() -> int:
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size
     classifier, accuracy = load_classifier(
-        args.classifier or Path(f"runs/classifier-{size}.safetensors"), args.dataset_name, size
+        args.classifier or Path(f"runs/mnist-classifier-{size}.safetensors"), args.dataset_name, size
     )
 
     real = load_images(args.dataset_name, split="test", resolution=size)

@@ -10,6 +10,7 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.studies import pictures
 from tiny_diffusers.studies import study as studies
 from tiny_diffusers.studies.cells import parse_flags, plan_study
+from tiny_diffusers.studies.measure import samplers
 from tiny_diffusers.studies.results import Sampler, Value, find_winner, group, value_of, why_not_compared
 from tiny_diffusers.training.arguments import load_cells
 from tiny_diffusers.training.recipes import find_recipe, shipped_recipes
@@ -276,6 +277,10 @@ class TestWhatIsTold:
             "digits": ["other"],
         }
 
+    def test_what_is_asked_for_twice_is_measured_once(self, plan):
+        study = plan({"num_inference_steps": [2, 4, 2], "schedulers": ["ddim", "ddim"]})
+        assert samplers(study) == [Sampler("ddim", 2), Sampler("ddim", 4)]
+
     def test_a_standard_deviation_is_no_error(self):
         entry = {"value": 2.0, "error": 0.5, "error_kind": "standard deviation over 10 parts"}
         rows = [{"measured": [{"scheduler": None, "num_inference_steps": 4, "figures": {"inception_score": entry}}]}]
@@ -369,6 +374,12 @@ class TestWhatIsTold:
         assert pictures._losses(cells, content)[1].get_yscale() == "log"
         content["asked"]["grid"]["cell 1"] = {"script": "dcgan"}  # whose losses have nothing in common with the others
         assert pictures._losses(cells, content)[1] is None
+
+    def test_other_metrics_of_one_cell_are_tabulated_by_sampler(self, plan, work):
+        one = (studies.run_study(plan({"cells": ["linear"]})) / "README.md").read_text()
+        assert "| linear | Recall" in one and "| 2 steps | 6.05" in one and "| 4 steps | 6.05" in one
+        two = (studies.run_study(plan()) / "README.md").read_text()
+        assert "| 4 steps | Recall" in two and "| linear | 6.05" in two and "| 2 steps |" not in two.split("Recall")[1]
 
     def test_a_metric_is_drawn_over_what_the_samplers_differ_in(self, measured):
         rows = [measured(6, 0)]

@@ -46,7 +46,7 @@ def test_the_run_has_the_network_that_fits_and_keeps_it(train, speed, capsys, sc
     speed(1.0)  # two steps in 80% of 2.5 minutes are 60 s each
     flags = ["--budget", "2.5", *WIDE, "--attention", "full", "none"]
     run = train(*flags, script=script, network=False, steps=2, name="run")
-    said = "--budget 2.5: the network takes 192 s a step here, so it becomes about 4 times narrower"
+    said = "--budget 2.5: a step takes up to 192 s here, so the network becomes about 4 times narrower (16 32)"
     assert said in capsys.readouterr().out
     settings = settings_of(run)
     narrowed = ([16, 32], ["full", "none"], 2)
@@ -84,6 +84,14 @@ def test_a_recipe_cannot_ask_for_it(tmp_path, check_mistake):
     check_mistake(["--config", str(tmp_path / "unconditional_x.yaml")], ["budget"])
 
 
+def test_a_network_that_is_narrow_already_never_widens(speed, capsys):
+    speed(1e6)
+    arguments = parse_arguments(DiffusionArguments, ["--block_out_channels", "4", "20", "--budget", "1"])
+    fitted = budget.fit_to_budget(arguments, PartialState(), load_images("digits"))
+    assert fitted.block_out_channels == [4, 8]  # by 2, and by 4 nothing changes
+    assert "about 2 times narrower (4 8)" in capsys.readouterr().out
+
+
 def test_another_network_stays(train, capsys):
     train("--budget", "5", *TRANSFORMER, network=False, steps=1)
     assert "--budget 5: the network stays" in capsys.readouterr().out
@@ -119,7 +127,7 @@ def test_the_timed_network_takes_what_that_of_training_takes(monkeypatch):
 )
 def test_the_whole_batch_is_timed_where_a_few_images_do_not_decide(monkeypatch, limit, counts, seconds):
     timed, times = [], {4: 1.0, 64: 2.5}
-    monkeypatch.setattr(budget, "_seconds", lambda unet, data, count: timed.append(count) or times[count])
+    monkeypatch.setattr(budget, "_seconds", lambda unet, data, count, dtype: timed.append(count) or times[count])
     monkeypatch.setattr(budget, "setup_torch", lambda num_threads: torch.device("cpu"))
     data = ImageData(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, None, "x", "train", "")
     arguments = DiffusionArguments(block_out_channels=[8], layers_per_block=1, train_batch_size=64)

@@ -40,12 +40,25 @@ def test_it_is_a_copy_until_it_starts():
     torch.testing.assert_close(ema.module.weight, 0.9 * before + 0.1 * module.weight)
 
 
-def test_buffers_are_copied():
+def test_the_statistics_of_a_batch_norm_are_averaged_and_its_counter_copied():
     module = nn.BatchNorm2d(2)
+    ema = EMA(module, power=0.0, max_decay=0.9)
+    for step in (1, 2):  # the first update copies
+        before = ema.module.running_mean.clone()
+        module(torch.randn(4, 2, 3, 3))
+        ema.update(module, step)
+    torch.testing.assert_close(ema.module.running_mean, 0.9 * before + 0.1 * module.running_mean)
+    assert ema.module.num_batches_tracked == 2
+
+
+def test_what_is_constant_stays_to_the_bit():
+    module = nn.Linear(2, 2)
+    module.register_buffer("frequencies", torch.rand(50))
+    module.register_buffer("mask", torch.tensor([True, False]))
     ema = EMA(module)
-    module(torch.randn(4, 2, 3, 3))
-    ema.update(module, 1)
-    assert torch.equal(ema.module.running_mean, module.running_mean)
+    for step in range(1, 20):
+        ema.update(module, step)
+    assert torch.equal(ema.module.frequencies, module.frequencies) and torch.equal(ema.module.mask, module.mask)
 
 
 def test_the_average_is_not_trained():

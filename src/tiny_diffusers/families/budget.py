@@ -84,27 +84,30 @@ def choose_factor(
     """
     num_steps = num_steps or MIN_STEPS
     limit, times = 60 * minutes * _STEPS_SHARE / num_steps, {}
+    widths: dict[int, list[list[int]]] = {}
     for factor in _FACTORS:
-        if not stay_different(networks, data, factor):
-            break
         narrowed = {
             name: dataclasses.replace(each, **narrow(each, data[name], factor)) for name, each in networks.items()
         }
-        times[factor] = _slowest(narrowed, data, limit)
+        tried = [widths_of(each, data[name]) for name, each in narrowed.items()]
+        if not stay_different(networks, data, factor) or tried in widths.values():
+            break
+        widths[factor], times[factor] = tried, _slowest(narrowed, data, limit)
         if times[factor] <= limit:
             break
     factor, seconds = max(times), times[max(times)]
-    short = "" if seconds <= limit else f"fewer than {num_steps} steps fit"
-    one = len(networks) == 1
+    short = "" if seconds <= limit else f"fewer than {num_steps} steps may fit"
     if factor > 1:
+        narrower = f"about {factor} times narrower"
+        if len(networks) == 1:
+            narrower += f" ({' '.join(map(str, widths[factor][0]))})"
         say(
-            f"--budget {minutes:g}: {'the network takes' if one else 'the networks take up to'} {times[1]:.3g} s a step "
-            f"here, so {'it becomes' if one else 'all become'} about {factor} times narrower, {seconds:.3g} s a "
-            f"step{short and f', and still {short}'}; all other settings stay."
+            f"--budget {minutes:g}: a step takes up to {times[1]:.3g} s here, so the network becomes {narrower}, with up to "
+            f"{seconds:.3g} s{short and f', and still {short}'}; all other settings stay."
         )
     elif short:
         say(
-            f"--budget {minutes:g}: {short}, at {seconds:.3g} s a step, but narrower cells would have the same network."
+            f"--budget {minutes:g}: {short}, as a step takes up to {seconds:.3g} s here, and no narrower network is tried."
         )
     return factor
 
@@ -122,7 +125,7 @@ def narrow(arguments: TrainingArguments, data: ImageData, factor: int) -> dict[s
     """
     Returns the options that divide the widths of a U-Net by about a factor; none for 1.
 
-    Widths stay multiples of 8, of the groups of the norms, and, where they are larger, of an attention head. The levels
+    Widths become multiples of 8, of the groups of the norms, and, where they are larger, of an attention head. The levels
     with attention stay those of the original.
     """
     if factor == 1:
@@ -132,7 +135,7 @@ def narrow(arguments: TrainingArguments, data: ImageData, factor: int) -> dict[s
     widths = []
     for width in widths_of(arguments, data):
         multiple = math.lcm(step, head) if head and width / factor > head else step
-        widths.append(max(multiple, round(width / factor / multiple) * multiple))
+        widths.append(min(width, max(multiple, round(width / factor / multiple) * multiple)))
     return _known({"block_out_channels": widths, "attention": resolve_unet(arguments, data)["attention"]})
 
 
@@ -173,24 +176,25 @@ def _given(arguments: TrainingArguments, data: ImageData) -> dict[str, Any]:
 
 def seconds_a_step(arguments: TrainingArguments, data: ImageData, limit: float = 0.0) -> float:
     """
-    Measures a forward and a backward pass of the network for a batch, in the dtype that the hardware has.
+    Measures a forward and a backward pass of the network for a batch, at most, in the dtype of its training.
 
     On a CPU, a few images are measured first. Their time in proportion to the batch is too long for a narrow network, which
     spends it on the calls rather than on the images: so the whole batch is measured where that decides whether a step
     takes at most `limit` seconds.
     """
     device = setup_torch(arguments.num_threads)
+    dtype = torch.float32 if arguments.mixed_precision == "no" else default_dtype(device)
     unet = build_unet(arguments, data, **_given(arguments, data)).to(device)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     if device.type != "cpu":
-        return _seconds(unet, data, batch)
+        return _seconds(unet, data, batch, dtype)
     count = min(batch, _TRIAL_IMAGES)
-    seconds = _seconds(unet, data, count)
+    seconds = _seconds(unet, data, count, dtype)
     in_proportion = seconds * batch / count
-    return _seconds(unet, data, batch) if seconds <= limit < in_proportion else in_proportion
+    return _seconds(unet, data, batch, dtype) if seconds <= limit < in_proportion else in_proportion
 
 
-def _seconds(unet: torch.nn.Module, data: ImageData, count: int) -> float:
+def _seconds(unet: torch.nn.Module, data: ImageData, count: int, dtype: torch.dtype) -> float:
     """Measures a forward and a backward pass for a number of images."""
     device = unet.device
     images = torch.zeros(count, unet.config.in_channels, *data.input_shape[1:], device=device)
@@ -198,7 +202,7 @@ def _seconds(unet: torch.nn.Module, data: ImageData, count: int) -> float:
     times = []
     for _ in range(2):  # the first fills caches
         began = time.perf_counter()
-        with torch.autocast(device.type, default_dtype(device), default_dtype(device) != torch.float32):
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
             output = unet(images, torch.zeros(count, device=device)).sample
         output.float().square().mean().backward()
         if device.type != "cpu":

@@ -101,7 +101,7 @@ def measure(run: Run, study: Study) -> dict[str, Any]:
     return {
         **_facts(run.folder),
         "measured": measured,
-        "baselines": {name: entry["figures"] for name, entry in first.baselines.items()},
+        "baselines": _baselines(reports),
         "against": f"{first.images} {first.against}",
         "images": _fingerprints(first),
         "likelihood_given": first.likelihood_given,
@@ -128,6 +128,15 @@ def _is_of(report: Report, source: dict[str, Any], reference: ImageData, trainin
     """Checks that a report is of these weights and real images: a run may have been trained again."""
     images = [reference.fingerprint, training and training.fingerprint]
     return report.source.get("weights_sha256") == source["weights_sha256"] and _fingerprints(report) == images
+
+
+def _baselines(reports: list[Report]) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each baseline. Those of classes are missing where a sampler has none, at guidance 0."""
+    figures: dict[str, dict[str, Any]] = {}
+    for report in reversed(reports):
+        for name, entry in report.baselines.items():
+            figures.setdefault(name, {}).update(entry["figures"])
+    return figures
 
 
 def _fingerprints(report: Report) -> list[str | None]:

@@ -66,6 +66,9 @@ class StudyArguments(Flags):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in SAMPLERS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, list(dict.fromkeys(getattr(self, name))))  # the dataclass is frozen
         if self.max_train_minutes is not None and self.budget is not None:
             raise UserError(
                 f"--max_train_minutes {self.max_train_minutes:g} --budget {self.budget:g}: both are the minutes of a cell, so "

@@ -107,7 +107,7 @@ def _section(content: dict[str, Any], cells: Mapping[str, Rows]) -> list[str]:
         return parts
     parts.append(_explain_errors(cells, samplers, metric))
     parts.append(_verdict(cells, samplers, metric, label))
-    parts.append(_other_table(cells, samplers[-1], metric, protocol["features"]))
+    parts.append(_other_table(cells, samplers, metric, protocol["features"]))
     return parts + _notes(cells)
 
 
@@ -205,21 +205,25 @@ def _verdict(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, la
     return "\n".join(lines)
 
 
-def _other_table(cells: Mapping[str, Rows], sampler: Sampler, metric: str, features: str) -> str:
-    """Returns the table of all other metrics with the last sampler."""
-    names = [name for name in FIGURES if name != metric and any(value_of(r, sampler, name) for r in cells.values())]
+def _other_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, features: str) -> str:
+    """Returns the table of all other metrics: of one cell with each sampler, of several with the last one."""
+    *_, last = samplers
+    measured = {cell: (rows, last) for cell, rows in cells.items()}
+    head = str(last)
+    if len(cells) == 1:
+        (head, rows), *_ = cells.items()
+        measured = {str(sampler): (rows, sampler) for sampler in samplers}
+    names = [name for name in FIGURES if name != metric and any(value_of(*m, name) for m in measured.values())]
     if not names:
         return ""
     lines = [
-        f"| {markdown(str(sampler))} | "
-        + " | ".join(figure_label(name, features) + arrow(name) for name in names)
-        + " |",
+        f"| {markdown(head)} | " + " | ".join(figure_label(name, features) + arrow(name) for name in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
-    for cell_name, rows in cells.items():
-        values = [value_of(rows, sampler, name) for name in names]
+    for label, row in measured.items():
+        values = [value_of(*row, name) for name in names]
         words = [format_figure(None if value is None else value.as_dict()) for value in values]
-        lines.append(f"| {markdown(cell_name)} | " + " | ".join(words) + " |")
+        lines.append(f"| {markdown(label)} | " + " | ".join(words) + " |")
     for baseline in BASELINES:
         floor = [floor_of(cells, name, baseline) for name in names]
         if any(floor):

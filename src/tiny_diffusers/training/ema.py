@@ -13,7 +13,10 @@ from .checkpoints import gather_full
 
 
 class WeightAverage:
-    """A copy of `module` whose weights follow the trained ones: theta_avg <- d theta_avg + (1 - d) theta."""
+    """
+    A copy of `module` whose weights follow the trained ones: theta_avg <- d theta_avg + (1 - d) theta. So do the running
+    statistics of a batch norm: those of the trained weights do not fit their average, whose features vary less.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
@@ -26,9 +29,13 @@ class WeightAverage:
     def update(self, module: nn.Module, step: int) -> None:
         """Moves the average toward the weights of `module` after optimizer step `step`."""
         averages, weights = list(self.module.parameters()), [gather_full(weight) for weight in module.parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            average.copy_(buffer)
+            if buffer.is_floating_point():
+                averages.append(average)
+                weights.append(buffer)
+            else:
+                average.copy_(buffer)
+        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
 
 
 class EMA(WeightAverage):

@@ -115,7 +115,7 @@ def rebuild(
 ) -> Iterator[tuple[float, float]]:
     """
     Rebuilds averages at the step of the last snapshot. Yields (sigma_rel, error of its profile) after it has put the
-    average's weights into the modules; buffers are those of the last snapshot.
+    average's weights into the modules, with the statistics of batch norms; counters are those of the last snapshot.
 
     Args:
         modules (`dict[str, nn.Module]`): The networks by name.
@@ -134,9 +134,8 @@ def rebuild(
 
     rebuilt = {}
     for name, module in modules.items():
-        sums = [
-            {key: torch.zeros_like(p, dtype=torch.float64) for key, p in module.named_parameters()} for _ in solved
-        ]
+        averaged = {key: value for key, value in module.state_dict().items() if value.is_floating_point()}
+        sums = [{key: torch.zeros_like(value, dtype=torch.float64) for key, value in averaged.items()} for _ in solved]
         try:
             for i, (path, sigma_rel) in enumerate(files):
                 tensors = load_file(path / _file_name(name, sigma_rel))
