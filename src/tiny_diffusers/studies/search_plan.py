@@ -352,10 +352,8 @@ def check_objective(plan: SearchPlan, flags: Mapping[str, Any]) -> None:
         if objective not in protocol.figures:
             raise UserError(f"the protocol lacks the objective: add {metric_of(objective)} to its metrics.")
         asked = {name: flags.get(name) for name in SAMPLING}
-        flag_of = {
-            name: "scheduler" if name == "schedulers" else name for name in SAMPLERS
-        }  # of evaluate, one of each
-        asked |= {name: [flags[flag]] for name, flag in flag_of.items() if flag in flags}
+        flag_of = {"schedulers": "scheduler"}  # of evaluate, whose other flags have the study's names
+        asked |= {name: [flags[flag_of.get(name, name)]] for name in SAMPLERS if flag_of.get(name, name) in flags}
         check_family(plan.script, StudyArguments(**asked), protocol, objective)
         settings = plan.base | plan.given | dict.fromkeys(plan.ranges, True)  # what is searched, some trial has
         check_conditions(plan.script, settings, protocol, objective)
