@@ -72,7 +72,6 @@ GIVEN = {  # run -> its script and flags
     "runs/vae-mnist": ["vae", *MNIST],
     "runs/vae-digits": ["vae"],
     "runs/vae-cifar10": ["vae", "--dataset_name", "uoft-cs/cifar10"],
-    "model_cards/mnist-32": ["unconditional", *MNIST],
 }
 
 
@@ -122,7 +121,10 @@ class Page:
         self.given, self.scratch, self.names = given, scratch, {}
 
     def provide(self, text: str) -> None:
-        """Copies the runs to this folder that are mentioned and not there yet."""
+        """Copies the runs and published models to this folder that are mentioned and not there yet."""
+        for name in set(re.findall(r"(?<![\w/-])model_cards/[\w-]+", text)):
+            if not Path(name).exists():
+                shutil.copytree(ROOT / name, name)
         for name, (script, *flags) in GIVEN.items():
             if re.search(rf"(?<!--output_dir )(?<![\w/-]){name}(?![\w-])", text) and not Path(name).exists():
                 if not (self.given / name).exists():
@@ -245,7 +247,6 @@ def test_the_blocks_of_a_page_run(page, given, tmp_path, monkeypatch):
     for path in (ROOT / "train_scripts", ROOT / "docs", *given.iterdir()):
         if path.name not in ("runs", "model_cards"):
             shutil.copyfile(path, path.name) if path.is_file() else Path(path.name).symlink_to(path)
-    shutil.copytree(ROOT / "model_cards/digits-8", "model_cards/digits-8")
     monkeypatch.setenv("TINY_DIFFUSERS_CACHE", str(given.parent / "cache"))
     text, here = (ROOT / page).read_text(encoding="utf-8"), Page(given, tmp_path)
     blocks = list(BLOCK.finditer(text))
