@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from check_mnist import build_classifier, load_classifier, predict, train_classifier
+from check_classes import build_classifier, load_classifier, predict, train_classifier
 from tqdm.auto import tqdm
 
 from tiny_diffusers import TinyInpaintPipeline, TinyPipeline, TinyRestorationPipeline
@@ -156,7 +156,7 @@ def main() -> None:
         train = load_images(args.dataset_name, resolution=side, require_labels=True)
         train = replace(train, images=torch.where(hidden > 0, 0, train.images))
         torch.manual_seed(0)
-        of_halves = build_classifier()
+        of_halves = build_classifier(10)
         of_halves(normalize(train.images[:1]))
         train_classifier(of_halves.to(memory_format=torch.channels_last), train)
         seen = torch.where(hidden > 0, 0.0, originals)

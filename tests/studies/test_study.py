@@ -381,6 +381,23 @@ class TestWhatIsTold:
         two = (studies.run_study(plan()) / "README.md").read_text()
         assert "| 4 steps | Recall" in two and "| linear | 6.05" in two and "| 2 steps |" not in two.split("Recall")[1]
 
+    def test_an_error_of_several_samplers_is_one_line_and_other_metrics_are_of_one_that_measured_them(
+        self, plan, work, monkeypatch, measured
+    ):
+        def measure(run, study):
+            row = measured(6, run.seed)
+            failed = row["measured"] if run.cell == "linear" else row["measured"][1:]
+            for entry in failed:
+                del entry["figures"]
+                entry["error"] = "out of range"
+            return row
+
+        monkeypatch.setattr(studies, "_measure", measure)
+        readme = (studies.run_study(plan()) / "README.md").read_text()
+        assert "- linear, seed 0, not measured: out of range\n- linear, seed 1, not measured" in readme
+        assert "- cosine, seed 0, 4 steps, not measured: out of range" in readme and readme.count("out of range") == 4
+        assert "| 2 steps | Recall" in readme and "| cosine | 6.05" in readme.split("Recall")[1]
+
     def test_a_metric_is_drawn_over_what_the_samplers_differ_in(self, measured):
         rows = [measured(6, 0)]
         figures = [{"frechet_distance": {"value": value, "error": None, "error_kind": None}} for value in range(4)]

@@ -153,16 +153,21 @@ def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str,
 
 
 def _failures(cells: Mapping[str, Rows]) -> str:
+    """Lists what went wrong: each error of a run once, with the samplers that it concerns unless it is all of them."""
     lines = []
     for row in _all(cells):
+        run = f"- {markdown(row['cell'])}, seed {int(row['seed'])}"
         if row["state"] == "failed":
-            words = f"{markdown(row['cell'])}, seed {int(row['seed'])}"
-            lines.append(f"- {words}, **failed**: {markdown(row['error'])}")
-        for entry in row.get("measured", []):
+            lines.append(f"{run}, **failed**: {markdown(row['error'])}")
+        measured = row.get("measured", [])
+        samplers: dict[str, list[str]] = {}  # error -> where it was met
+        for entry in measured:
             if "error" in entry:
-                words = f"{markdown(row['cell'])}, {markdown(str(Sampler.of(entry)))}"
-                lines.append(f"- {words}, not measured: {markdown(entry['error'])}")
-    return "\n".join(dict.fromkeys(lines))
+                samplers.setdefault(entry["error"], []).append(str(Sampler.of(entry)))
+        for error, names in samplers.items():
+            which = "" if len(names) == len(measured) else f", {markdown(', '.join(names))}"
+            lines.append(f"{run}{which}, not measured: {markdown(error)}")
+    return "\n".join(lines)
 
 
 def _explain_errors(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str) -> str:
@@ -206,16 +211,20 @@ def _verdict(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, la
 
 
 def _other_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str, features: str) -> str:
-    """Returns the table of all other metrics: of one cell with each sampler, of several with the last one."""
-    *_, last = samplers
+    """Returns the table of all other metrics: of one cell with each sampler, of several with the last that measured any."""
+    others = [name for name in FIGURES if name != metric]
+    known = [
+        each for each in samplers if any(value_of(rows, each, name) for rows in cells.values() for name in others)
+    ]
+    if not known:
+        return ""
+    last = known[-1]
     measured = {cell: (rows, last) for cell, rows in cells.items()}
     head = str(last)
     if len(cells) == 1:
         (head, rows), *_ = cells.items()
         measured = {str(sampler): (rows, sampler) for sampler in samplers}
-    names = [name for name in FIGURES if name != metric and any(value_of(*m, name) for m in measured.values())]
-    if not names:
-        return ""
+    names = [name for name in others if any(value_of(*m, name) for m in measured.values())]
     lines = [
         f"| {markdown(head)} | " + " | ".join(figure_label(name, features) + arrow(name) for name in names) + " |",
         "| --- |" + " ---: |" * len(names),
