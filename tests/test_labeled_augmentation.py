@@ -8,7 +8,7 @@ import torch
 from tiny_diffusers import TinyPipeline, TinyTransformer2DModel, TinyUNet2DModel
 from tiny_diffusers.data.labeled_augmentation import LABELED_DRAWS, NUM_LABELS, augment_labeled
 from tiny_diffusers.train_scripts import train_unconditional
-from tiny_diffusers.training.trainer import Trainer
+from tiny_diffusers.training.batches import Batches
 
 
 SCRIPT = train_unconditional
@@ -92,8 +92,8 @@ def test_the_network_is_told_and_nothing_is_the_default(network):
 
 def test_a_run_trains_with_it_resumes_and_samples_without(train, train_in_two, monkeypatch):
     seen = []
-    assemble = Trainer._assemble
-    monkeypatch.setattr(Trainer, "_assemble", lambda *args, **kw: seen.append(assemble(*args, **kw)) or seen[-1])
+    assemble = Batches._assemble
+    monkeypatch.setattr(Batches, "_assemble", lambda *args, **kw: seen.append(assemble(*args, **kw)) or seen[-1])
     folder = train("--augment_prob", "0.5", "--validation_split", "0.1", steps=2)
     told = [batch.augment_labels for batch in seen if batch.augment_labels is not None]
     assert len(told) == 2 and all((labels != 0).any() for labels in told) and len(seen) > 2  # not in validation

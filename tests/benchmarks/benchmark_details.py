@@ -132,7 +132,9 @@ def _data(settings: DetailSettings) -> Iterator[Row]:
 
 def _drawing_share(trainer: Trainer) -> float:
     batches = itertools.count(trainer.step)
-    drawing = seconds_of(lambda: [trainer.batch(next(batches), 0) for _ in range(_BATCHES_DRAWN)]) / _BATCHES_DRAWN
+    drawing = (
+        seconds_of(lambda: [trainer.batches.training(next(batches)) for _ in range(_BATCHES_DRAWN)]) / _BATCHES_DRAWN
+    )
     return 100 * drawing / seconds_of(trainer.train_step)
 
 

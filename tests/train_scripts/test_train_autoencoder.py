@@ -20,6 +20,7 @@ from tiny_diffusers.families.unets import default_network
 from tiny_diffusers.train_scripts import train_autoencoder, train_conditional, train_unconditional, train_vae
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
+from tiny_diffusers.training.batches import Batches
 from tiny_diffusers.training.trainer import Trainer
 
 
@@ -140,8 +141,8 @@ def test_a_vae_does_not_start_from_an_autoencoder(train, finished):
 def test_a_diffusion_model_is_trained_on_the_latents_of_images_and_their_mirror_images(
     train_latents, finished, monkeypatch
 ):
-    batches, batch = [], Trainer.batch
-    monkeypatch.setattr(Trainer, "batch", lambda self, *at: batches.append(batch(self, *at)) or batches[-1])
+    batches, training = [], Batches.training
+    monkeypatch.setattr(Batches, "training", lambda self, *at: batches.append(training(self, *at)) or batches[-1])
     trainers, run = [], Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
     folder = train_latents("--random_flip", steps=2)
@@ -152,7 +153,7 @@ def test_a_diffusion_model_is_trained_on_the_latents_of_images_and_their_mirror_
     images = load_images("digits", max_samples=64).images / 255
     expected = torch.stack([pipe.encode(images), pipe.encode(images.flip(3))], dim=1)
     torch.testing.assert_close(trainers[0].data.latents, expected, atol=1e-5, rtol=0)
-    indices = trainers[0].train_indices[trainers[0].order(range(8))]
+    indices = trainers[0].batches.train_indices[trainers[0].batches.order(range(8))]
     flips = Draws(0, 0, range(8)).uniform("augment", 8)[:, 0] < 0.5
     assert 0 < flips.sum() < 8
     seen = trainers[0].data.latents[indices, flips.long()]

@@ -19,7 +19,7 @@ from tiny_diffusers.families.unets import build_unet, resolve_unet
 from tiny_diffusers.models.layers_tiny import height_and_width
 from tiny_diffusers.train_scripts import train_conditional, train_unconditional
 from tiny_diffusers.training.arguments import parse_arguments
-from tiny_diffusers.training.trainer import Trainer
+from tiny_diffusers.training.batches import Batches
 
 
 SCRIPT = train_conditional
@@ -115,14 +115,14 @@ def test_the_average_starts_after_a_tenth_of_the_run(train, capsys):
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 0.35, 0.65)])
 def test_labels_are_dropped_in_training_and_never_in_validation(train, monkeypatch, share, least, most):
     seen = {True: [], False: []}
-    assemble = Trainer._assemble
+    assemble = Batches._assemble
 
-    def spy(self, indices, draws, training):
-        batch = assemble(self, indices, draws, training)
+    def spy(self, indices, draws, training, progress=1.0):
+        batch = assemble(self, indices, draws, training, progress)
         seen[training].append(batch.labels)
         return batch
 
-    monkeypatch.setattr(Trainer, "_assemble", spy)
+    monkeypatch.setattr(Batches, "_assemble", spy)
     train("--class_dropout_prob", str(share), "--train_batch_size", "48", steps=2)
     dropped = {training: (torch.cat(labels) == 10).float().mean() for training, labels in seen.items()}
     assert least <= dropped[True] <= most and dropped[False] == 0

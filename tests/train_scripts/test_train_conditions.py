@@ -22,7 +22,7 @@ from tiny_diffusers.train_scripts import (
     train_unconditional,
     train_vae,
 )
-from tiny_diffusers.training.trainer import Trainer
+from tiny_diffusers.training.batches import Batches
 
 
 SCRIPT = train_conditional
@@ -51,14 +51,14 @@ def data(tmp_path):
 def batches(monkeypatch):
     """The batches of the runs of a test: those of training, and the others."""
     seen = {True: [], False: []}
-    assemble = Trainer._assemble
+    assemble = Batches._assemble
 
-    def spy(self, indices, draws, training):
-        batch = assemble(self, indices, draws, training)
+    def spy(self, indices, draws, training, progress=1.0):
+        batch = assemble(self, indices, draws, training, progress)
         seen[training].append((self, indices, batch))
         return batch
 
-    monkeypatch.setattr(Trainer, "_assemble", spy)
+    monkeypatch.setattr(Batches, "_assemble", spy)
     return seen
 
 
@@ -128,13 +128,13 @@ def test_what_a_run_of_another_family_leaves(train, data, batches, monkeypatch, 
 def test_the_statistics_are_those_of_the_training_images(train, data, batches):
     folder = train(*data, "--condition_columns", "value", "--class_dropout_prob", "0", steps=2)
     statistics = read(folder / "model_index.json")["condition_statistics"]
-    trainer, _, _ = batches[True][0]
-    values = trainer.data.conditions[trainer.train_indices, 0].double()
+    made_by, _, _ = batches[True][0]
+    values = made_by.data.conditions[made_by.train_indices, 0].double()
     assert len(values) < COUNT and statistics["means"] == [pytest.approx(values.mean().item())]
     assert statistics["deviations"] == [pytest.approx(values.std(correction=0).item())]
     assert (statistics["lows"], statistics["highs"]) == ([values.min()], [values.max()])
     for _, indices, batch in batches[True] + batches[False]:
-        expected = (trainer.data.conditions[indices] - statistics["means"][0]) / statistics["deviations"][0]
+        expected = (made_by.data.conditions[indices] - statistics["means"][0]) / statistics["deviations"][0]
         torch.testing.assert_close(batch.conditions, expected.float())
 
 

@@ -12,7 +12,7 @@ from tiny_diffusers import TinyPipeline
 from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.train_scripts import train_conditional, train_unconditional
-from tiny_diffusers.training.trainer import Trainer
+from tiny_diffusers.training.batches import Batches
 
 
 SCRIPT = train_conditional
@@ -32,14 +32,14 @@ def pairs(tmp_path):
 def batches(monkeypatch):
     """The batches of the runs of a test: those of training, and the others."""
     seen = {True: [], False: []}
-    assemble = Trainer._assemble
+    assemble = Batches._assemble
 
-    def spy(self, indices, draws, training):
-        batch = assemble(self, indices, draws, training)
+    def spy(self, indices, draws, training, progress=1.0):
+        batch = assemble(self, indices, draws, training, progress)
         seen[training].append((self.family, batch))
         return batch
 
-    monkeypatch.setattr(Trainer, "_assemble", spy)
+    monkeypatch.setattr(Batches, "_assemble", spy)
     return seen
 
 

@@ -42,7 +42,7 @@ def write_run_files(trainer: "Trainer") -> None:
             "machine": machine_name(trainer.device),
             "processes": trainer.accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "global_batch": trainer.global_batch,
+            "global_batch": trainer.batches.global_batch,
             "versions": {
                 "tiny-diffusers": __version__,
                 "torch": torch.__version__,
@@ -64,7 +64,7 @@ def write_effort(trainer: "Trainer") -> None:
 
 def data_facts(trainer: "Trainer") -> dict[str, Any]:
     """Describes the training data for `run.json` and the card."""
-    data, held_out, statistics = trainer.data, trainer.validation_indices, trainer.family.condition_statistics
+    data, held_out, statistics = trainer.data, trainer.batches.validation_indices, trainer.family.condition_statistics
     return {
         "name": data.name,
         "split": data.split,
@@ -95,12 +95,12 @@ def print_summary(trainer: "Trainer") -> None:
     modules = trainer.family.modules.items()
     parameters = ", ".join(f"{name} {count_parameters(module) / 1e6:.2f} M" for name, module in modules)
     say(
-        f"{settings.FAMILY}: {len(trainer.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
-        f"{trainer.max_steps:,} steps of {trainer.global_batch}; {parameters} parameters"
+        f"{settings.FAMILY}: {len(trainer.batches.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
+        f"{trainer.max_steps:,} steps of {trainer.batches.global_batch}; {parameters} parameters"
     )
-    if trainer.validation_indices is not None:
+    if trainer.batches.validation_indices is not None:
         say(
-            f"held out for the validation loss: {len(trainer.validation_indices):,} further images "
+            f"held out for the validation loss: {len(trainer.batches.validation_indices):,} further images "
             f"(--validation_split {settings.validation_split:g})"
         )
     say(
@@ -125,7 +125,7 @@ def build_pipeline(trainer: "Trainer", networks: dict[str, nn.Module]) -> Any:
 def save_pipeline(trainer: "Trainer") -> None:
     """Saves the pipeline around the EMA networks, with the code that it needs."""
     networks = trainer.networks()
-    trainer.family.measure(networks, trainer.measured_batches())
+    trainer.family.measure(networks, trainer.batches.measured())
     hub.export(build_pipeline(trainer, networks), trainer.folder.path)
 
 

@@ -24,9 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import AUGMENT_DRAWS, ImageData, augment, cache_root, normalize
-from ..data.augmentation import AUGMENTATIONS, GEOMETRIC
-from ..data.labeled_augmentation import LABELED_DRAWS, augment_labeled
+from ..data import ImageData, cache_root
 from ..errors import UserError, say
 from ..files import find_damage, load_json, read_text
 from ..hardware import compile_failure, last_barrier
@@ -34,13 +32,14 @@ from ..progress import progress_bar
 from ..runs import RunFolder
 from . import checkpoints, outputs, posthoc_ema, precision
 from .arguments import TrainingArguments, is_open, read_settings
+from .batches import Batches
 from .checkpoints import RunState
-from .draws import DataOrder, Draws, make_generator
+from .draws import make_generator
 from .ema import EMA, PowerEMA
-from .family import MAX_EXAMPLES, Batch, Family, measured_rows
+from .family import MAX_EXAMPLES, Family, measured_rows
 from .lr_schedule import build_lr_scheduler
 from .muon import Muon, split_parameters
-from .settings import resolve, resolve_num_steps, split_indices, warn_of_changes
+from .settings import resolve, resolve_num_steps, warn_of_changes
 from .timing import (
     FIRST_STEP_SHARE,
     GRID_SHARE,
@@ -79,29 +78,14 @@ class Trainer:
         self.device = accelerator.device
         self.folder = RunFolder(settings.output_dir)
         self.state = RunState()
-
-        # Images: the indices to train and to validate on, and the order in which they are seen.
-        self.train_indices, self.validation_indices = split_indices(settings, data)
-        self._warn_of_absent_classes()
-        self.order = DataOrder(settings.seed, len(self.train_indices))
-        self.augmentation = {name: getattr(settings, name) for name in AUGMENTATIONS if getattr(settings, name)}
-        # Refuses what does not fit the images.
-        augment(normalize(data.images[:1], data.value_range), torch.zeros(1, AUGMENT_DRAWS), **self.augmentation)
-        micro_batches = settings.gradient_accumulation_steps
-        self.global_batch = settings.train_batch_size * accelerator.num_processes * micro_batches
-        self.steps_per_epoch = len(self.train_indices) / self.global_batch
-
+        self.batches = Batches(settings, accelerator, data, family)
         self.received_signal = 0  # by this process, at any moment
         self.stop_signal = 0  # by any process, agreed on once a step
         self.is_late = False  # `--max_train_minutes` are over
         self.max_steps: int | None = None  # until they are measured
         self.grid_seconds: list[float] = []  # of each sample grid that this process has saved
         if family.shows_examples:
-            shown = self.train_indices if self.validation_indices is None else self.validation_indices
-            rows = range(min(MAX_EXAMPLES, len(shown)))
-            family.examples = self._assemble(
-                shown[: len(rows)], Draws(settings.seed, "examples", rows), training=False
-            )
+            family.examples = self.batches.examples(MAX_EXAMPLES)
         self._build()
 
     @property
@@ -115,20 +99,6 @@ class Trainer:
         return time.perf_counter() - self.settings.started
 
     # -------------------------------------------------------------------------------------------------- set-up
-
-    def _warn_of_absent_classes(self) -> None:
-        """Warns of classes that the network has and no training image shows."""
-        data = self.data
-        if data.labels is None or self.family.null_label is None:
-            return
-        counts = torch.bincount(data.labels[self.train_indices], minlength=len(data.id2label))
-        absent = [name for class_id, name in data.id2label.items() if counts[class_id] == 0]
-        if absent:
-            held_out = " that is not held out (--validation_split)" if self.validation_indices is not None else ""
-            logger.warning(
-                f"{len(absent)} of {len(counts)} classes have no training image{held_out}, so nothing is learned of "
-                f"them: {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}."
-            )
 
     def _build(self) -> None:
         """Builds the averages and the optimizer of each network, and prepares both for this machine."""
@@ -188,7 +158,7 @@ class Trainer:
         earlier = read_settings(self.folder.config, type(settings)) if settings.resume_from_checkpoint else {}
         if earlier.get("mixed_precision") in ("bf16", "no"):
             return earlier["mixed_precision"]
-        if self.device.type != "cpu" or not precision.is_worth_measuring(settings, self.steps_per_epoch):
+        if self.device.type != "cpu" or not precision.is_worth_measuring(settings, self.batches.steps_per_epoch):
             return in_hardware
 
         file = precision.cache_file(
@@ -223,9 +193,7 @@ class Trainer:
             module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)  # as accelerate does
 
         def take_pass(dtype: str, count: int) -> None:
-            rows = range(count)
-            draws = Draws(self.settings.seed, 0, rows, self.device)
-            batch = self._assemble(self.train_indices[self.order(rows)], draws, training=True)
+            batch = self.batches.trial(count)
             for _, loss, *_ in self.family.losses(copies[dtype], batch):
                 loss.backward()
             for module in copies[dtype].values():
@@ -237,7 +205,7 @@ class Trainer:
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         settings = self.settings
         options = {
-            "lr": settings.learning_rate * (self.global_batch if settings.scale_lr else 1),
+            "lr": settings.learning_rate * (self.batches.global_batch if settings.scale_lr else 1),
             "weight_decay": settings.adam_weight_decay,
             "fused": self.fuses,
         }
@@ -277,7 +245,7 @@ class Trainer:
         self.time_plan, measured = None, None
         if self.settings.max_train_steps is None and self.settings.max_train_minutes is not None:
             measured = self._measure(checkpoints.read_step(checkpoint) if checkpoint is not None else 0)
-        self.settings = settings = resolve_num_steps(self.settings, self.steps_per_epoch, measured)
+        self.settings = settings = resolve_num_steps(self.settings, self.batches.steps_per_epoch, measured)
         self.max_steps = settings.max_train_steps
         self.validation_steps = self._validation_steps(self.max_steps)
         for ema in self.emas.values():
@@ -428,10 +396,10 @@ class Trainer:
 
         def measure() -> float:
             began = time.perf_counter()
-            self.family.measure(networks, itertools.islice(self.measured_batches(), 1))
+            self.family.measure(networks, itertools.islice(self.batches.measured(), 1))
             return time.perf_counter() - began
 
-        num_images = len(measured_rows(len(self.train_indices)))
+        num_images = len(measured_rows(len(self.batches.train_indices)))
         return min(measure(), measure()) * math.ceil(
             num_images / self.settings.train_batch_size
         )  # the first fills caches
@@ -526,13 +494,13 @@ class Trainer:
             # 2. the log
             if self._is_due(settings.logging_steps):
                 losses = self._log_training()
-                rate = (self.step - first) * self.global_batch / (time.perf_counter() - began)
+                rate = (self.step - first) * self.batches.global_batch / (time.perf_counter() - began)
                 bar.set_postfix_str(", ".join([*losses, f"{rate:.0f} images/s"]), refresh=False)
                 self.accelerator.log({"images_per_second": rate}, step=self.step)
 
             # 3. the validation loss, a sample grid, the pipeline
             improved = False
-            if self.validation_indices is not None and self._is_due(self.validation_steps):
+            if self.batches.num_held_out and self._is_due(self.validation_steps):
                 improved = self._log_validation()
             if self._is_grid_due() and is_main_process:
                 self._save_grid()
@@ -563,7 +531,7 @@ class Trainer:
 
     def _in_steps(self, epochs: int | None) -> float:
         """Returns the steps of so many epochs; infinite for none."""
-        return (epochs or math.inf) * self.steps_per_epoch
+        return (epochs or math.inf) * self.batches.steps_per_epoch
 
     @property
     def _grid_steps(self) -> float | None:
@@ -650,7 +618,7 @@ class Trainer:
         all_finite, totals = True, dict.fromkeys(self.modules, 0.0)
         for micro_batch in range(settings.gradient_accumulation_steps):
             with accelerator.accumulate(*self.modules.values()):
-                batch = self.batch(step, micro_batch)
+                batch = self.batches.training(step, micro_batch, self.max_steps)
                 for name, loss, *scalars in self.family.losses(self.modules, batch):
                     accelerator.backward(loss)
                     self.state.add(f"{prefix[name]}loss", loss.detach())
@@ -675,70 +643,6 @@ class Trainer:
             for average in (ema, *self.power_emas.get(name, {}).values()):
                 average.update(self.accelerator.unwrap_model(self.modules[name]), step)
 
-    def batch(self, step: int, micro_batch: int) -> Batch:
-        """Draws, normalizes and augments this process's images of a micro-batch."""
-        accelerator, size = self.accelerator, self.settings.train_batch_size
-        first = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
-        rows = range(first, first + size)
-        offset = step * self.global_batch
-        indices = self.train_indices[self.order(range(offset + rows.start, offset + rows.stop))]
-        return self._assemble(indices, Draws(self.settings.seed, step, rows, self.device), training=True)
-
-    def measured_batches(self) -> Iterator[Batch]:
-        """Yields training images from all of the dataset, which stand for it in a measurement."""
-        for rows in measured_rows(len(self.train_indices)).split(self.settings.train_batch_size):
-            draws = Draws(self.settings.seed, "measure", range(len(rows)), self.device)
-            yield self._assemble(self.train_indices[rows], draws, training=False)
-
-    def _assemble(self, indices: torch.Tensor, draws: Draws, training: bool) -> Batch:
-        data, family, labels = self.data, self.family, None
-        conditioning_images = conditions = None
-        if data.latents is None:
-            images = self._load(data.images, indices, data.value_range)
-        else:
-            images = self._load_latents(indices, draws, training)
-        if data.conditioning_images is not None:
-            conditioning_images = self._load(data.conditioning_images, indices)
-        if training and self.augmentation and data.latents is None:
-            uniform = draws.uniform("augment", AUGMENT_DRAWS)
-            images = augment(images, uniform, **self.augmentation)
-            if conditioning_images is not None:
-                geometric = {name: self.augmentation[name] for name in GEOMETRIC if name in self.augmentation}
-                conditioning_images = augment(conditioning_images, uniform, **geometric)
-        augment_labels = None
-        if training and family.augment_prob > 0:
-            uniform = draws.uniform("augment_labelled", LABELED_DRAWS)  # the name is part of the seed
-            images, augment_labels = augment_labeled(images, uniform, family.augment_prob)
-        if family.conditioning is not None and family.conditioning.is_made:
-            conditioning_images = family.conditioning.enlarge(family.conditioning.observe(images))
-        if data.labels is not None and family.null_label is not None:
-            labels = data.labels[indices].to(self.device, non_blocking=True)
-        if family.condition_statistics is not None:
-            conditions = family.condition_statistics.standardize(data.conditions[indices].to(self.device))
-        if training and family.label_dropout > 0:
-            dropped = draws.uniform("label_dropout") < family.label_dropout
-            if labels is not None:
-                labels = labels.masked_fill(dropped, family.null_label)
-            if conditioning_images is not None:
-                conditioning_images = conditioning_images.masked_fill(dropped[:, None, None, None], 0)
-            if conditions is not None:
-                conditions = conditions.masked_fill(dropped[:, None], math.nan)
-        progress = draws.step / self.max_steps if training and self.max_steps else 1.0
-        return Batch(images, labels, draws, conditioning_images, conditions, augment_labels, progress)
-
-    def _load(
-        self, images: torch.Tensor, indices: torch.Tensor, value_range: tuple[float, float] | None = None
-    ) -> torch.Tensor:
-        return normalize(images[indices].to(self.device, non_blocking=True), value_range)
-
-    def _load_latents(self, indices: torch.Tensor, draws: Draws, training: bool) -> torch.Tensor:
-        """Loads latents, of the mirror image where [`augment`] would flip the image."""
-        views = self.data.latents[indices].to(self.device, non_blocking=True)  # (B, V, C, h, w)
-        if not training or views.shape[1] == 1:
-            return views[:, 0]
-        flips = draws.uniform("augment", AUGMENT_DRAWS)[:, 0] < 0.5
-        return torch.where(flips[:, None, None, None], views[:, 1], views[:, 0])
-
     # --------------------------------------------------------------------------------------------- measurements
 
     def _log_training(self) -> list[str]:
@@ -747,7 +651,7 @@ class Trainer:
         means = {key: (total / count).float().to(self.device) for key, (total, count) in sums.items()}
         values = {key: float(self.accelerator.reduce(mean, "mean")) for key, mean in means.items()}
         sums.clear()
-        epoch = round(self.step / self.steps_per_epoch, 4)
+        epoch = round(self.step / self.batches.steps_per_epoch, 4)
         line = {"step": self.step, "epoch": epoch, **values, "lr": self.learning_rate}
         if self.accelerator.is_main_process:
             self.folder.append_log(line)
@@ -756,8 +660,7 @@ class Trainer:
 
     @property
     def _num_validation_images(self) -> int:
-        num_held_out = 0 if self.validation_indices is None else len(self.validation_indices)
-        return min(num_held_out, self.settings.max_validation_samples)
+        return min(self.batches.num_held_out, self.settings.max_validation_samples)
 
     @torch.no_grad()
     def _validate(self, count: int | None = None) -> float:
@@ -766,13 +669,9 @@ class Trainer:
         the same noise and timesteps.
         """
         count = self._num_validation_images if count is None else count
-        networks, size = self.networks(), self.settings.train_batch_size
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(self.accelerator.process_index * size, count, size * self.accelerator.num_processes):
-            rows = range(start, min(start + size, count))
-            draws = Draws(self.settings.seed, "validation", rows, self.device)
-            with self.accelerator.autocast():
-                batch = self._assemble(self.validation_indices[rows.start : rows.stop], draws, training=False)
+        networks, total = self.networks(), torch.zeros((), dtype=torch.float64)
+        with self.accelerator.autocast():
+            for batch in self.batches.validation(count):
                 total += self.family.validation_loss(networks, batch).cpu().double().sum()
         total = self.accelerator.reduce(total.float().to(self.device), "sum")
         return float(total) / max(1, count)
@@ -812,9 +711,9 @@ class Trainer:
         warn_of_changes(
             settings, read_settings(folder.config, type(settings)), resolved if isinstance(resolved, list) else []
         )
-        if facts.get("global_batch", self.global_batch) != self.global_batch:
+        if facts.get("global_batch", self.batches.global_batch) != self.batches.global_batch:
             logger.warning(
-                f"a step is {self.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
+                f"a step is {self.batches.global_batch} images, but was {facts['global_batch']} in the run that is resumed: "
                 "--train_batch_size is for each process."
             )
         if checkpoint is None:
