@@ -18,9 +18,9 @@ from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.autoencoder import Autoencoder, default_widths, measure_latents
 from tiny_diffusers.families.unets import default_network
 from tiny_diffusers.train_scripts import train_autoencoder, train_conditional, train_unconditional, train_vae
+from tiny_diffusers.training.batches import Batches
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
-from tiny_diffusers.training.batches import Batches
 from tiny_diffusers.training.trainer import Trainer
 
 

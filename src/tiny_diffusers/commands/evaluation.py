@@ -119,7 +119,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from ..cards import add_results
     from ..evaluation import evaluate as measure
-    from ..evaluation.evaluator import describe_images, describe_pipeline, processes
+    from ..evaluation.drawing import describe_images, describe_pipeline
+    from ..evaluation.evaluator import processes
     from ..evaluation.images import read_folder, round_to_8_bits
     from ..hardware import last_barrier
 

@@ -5,11 +5,8 @@ Images are drawn once and features are extracted once; all metrics are computed 
 by the hashes of its images: "the first thousand" or "a random half" depends on the images only, not on their order.
 """
 
-import inspect
-import json
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,8 @@ from PIL import Image
 
 from .. import hardware
 from ..data import ImageData, cache_root
-from ..data.folders import abbreviate
-from ..data.images import spell_values
 from ..errors import UserError
 from ..files import replacing
-from ..paths import public_name
 from ..plots import image_grid
 from . import classifier as classifiers
 from . import features as extractors
@@ -36,15 +30,24 @@ from . import images as image_sets
 from . import perceptual
 from . import regressor as regressors
 from .classifier import Classifier
-from .extraction import CACHE_FORMAT, FEATURE_BATCH, FeatureFiles, libraries
+from .drawing import (
+    Images,
+    as_data,
+    check_values,
+    condition_names,
+    find_far_values,
+    get_images,
+    has_conditions,
+    label_names,
+    with_labels_of,
+)
+from .extraction import FEATURE_BATCH, FeatureFiles, libraries
 from .likelihood import Likelihood, measure_likelihood, why_unavailable
 from .measurement import FeatureSets, ImageSet, Measurement, OtherFigures, are_mostly_other, score_classes
 from .metrics import Estimate
 from .regressor import Regressor
 from .report import Protocol, Report
 
-
-Images = ImageData | np.ndarray | torch.Tensor | list[Image.Image]
 
 _ENOUGH_IMAGES = 10_000  # the bias of a Frechet distance is small from here on, with any features
 _NAMES_OF_LEFT_OUT = {
@@ -53,7 +56,6 @@ _NAMES_OF_LEFT_OUT = {
     "feature_distance": "The perceptual distance was",
     "condition_agreement": "The agreement with the conditions was",
 }
-_SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported even if they have their defaults
 
 
 def evaluate(
@@ -95,78 +97,32 @@ def evaluate(
     Raises:
         [`~tiny_diffusers.errors.UserError`]: If images cannot be compared, or features are not available.
     """
-    protocol = protocol or Protocol()
-    state = processes()
-    extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
-    reference = _as_data(reference, "reference")
-    _check_values(pipe_or_images, reference)
-    reference = image_sets.as_levels(reference)
+    protocol, state, notes = protocol or Protocol(), processes(), list(notes)
+    reference, training = _check_real_images(pipe_or_images, reference, training)
     shape = tuple(reference.images.shape[1:])
-    extractor = extractor.of_images(*shape[1:])
-    if protocol.feature_channels is not None:
-        if max(protocol.feature_channels) >= shape[0]:
-            raise UserError(
-                f"feature_channels {protocol.feature_channels}: the images have the channels 0 to {shape[0] - 1}."
-            )
-        extractor = extractor.of_channels(protocol.feature_channels)
-    image_sets.check(reference.images.numpy(), shape, "The reference's images")
-    if training is not None:
-        training = image_sets.as_levels(training)
-        image_sets.check(training.images.numpy(), shape, "The training images")
-        training = _with_labels_of(reference, training)
-    left_out = {
-        "bits_per_dim": why_unavailable(pipe_or_images, reference, protocol),
-        "classifier_score": protocol.leave_out("classifier_score", classifiers.why_impossible(reference)),
-        "feature_distance": protocol.leave_out("feature_distance", perceptual.why_impossible(extractor)),
-        "condition_agreement": protocol.leave_out(
-            "condition_agreement", regressors.why_impossible(reference, _has_conditions(pipe_or_images, protocol))
-        ),
-    }
+    extractor = _load_extractor(protocol, shape, state)
+    left_out = _find_left_out(pipe_or_images, reference, protocol, extractor)
     measured_metrics = [metric for metric in protocol.metrics if left_out.get(metric) is None]
     shared = 0 if training is None else image_sets.count_shared(reference.images.numpy(), training.images.numpy())
     unseen = training if training is not None and are_mostly_other(shared, len(reference)) else None
     if "condition_agreement" in measured_metrics:
-        names = _condition_names(pipe_or_images)
-        of_regressor = regressors.split_real_images(regressors.with_conditions(reference, names), unseen)
-        constant = [name for name in names if name not in of_regressor[0].condition_names]
-        if constant:
-            notes = [
-                *notes,
-                f"The agreement with {', '.join(constant)} was not measured: the real images to train a regressor on have "
-                "one value only.",
-            ]
-    samples = cache_root() / "samples"
+        of_regressor, unread = _split_for_regressor(pipe_or_images, reference, unseen)
+        notes += unread
     files = FeatureFiles(extractor, shape, state)  # refuses channels that the features lack, before images are drawn
 
     # 1. Images
-    if isinstance(pipe_or_images, image_sets.IMAGE_TYPES):
-        data, source = _given_images(pipe_or_images, reference, protocol, name)
-    elif not isinstance(pipe_or_images, DiffusionPipeline):
-        raise UserError(
-            f"Only a pipeline or images are evaluated, not a {type(pipe_or_images).__name__}: give a tensor, an array, or "
-            "a list of PIL images."
-        )
-    else:
-        data, source = draw_images(pipe_or_images, reference, protocol, state, name)
-        notes = [*notes, *_far_values(pipe_or_images, data)]
-    image_sets.check(data.images.numpy(), shape, f"The images of '{source['name']}'")
+    data, source = get_images(pipe_or_images, reference, protocol, state, name)
+    notes += find_far_values(pipe_or_images, data)
 
     # 2. Features
-    generated = files.of_images(data, "the images", limit=protocol.num_images)
-    real = files.of_images(reference, "the reference")
-    seen = None
-    if training is not None and ("nearest_neighbor" in protocol.metrics or protocol.baselines):
-        # The distance to the training set needs all of it, the baselines only as many images as were generated.
-        limit = None if "nearest_neighbor" in protocol.metrics else len(generated)
-        seen = files.of_images(training, "the training set", limit=limit)
-    base = real if seen is None else seen
-    baselines = {kind: files.of_baseline(kind, base, len(generated)) for kind in protocol.baselines if kind != "real"}
-    sets = FeatureSets(generated, real, seen, baselines, shared)
+    sets = _extract_features(files, data, reference, training, protocol, shared)
+    generated, real = sets.generated, sets.real
 
     # 3. What is not computed from these features
     others, likelihood, classifier, regressor = [], None, None, None
     if "bits_per_dim" in measured_metrics:
-        likelihood = measure_likelihood(pipe_or_images, real, protocol, samples, source["key"], state)
+        folder = cache_root() / "samples"
+        likelihood = measure_likelihood(pipe_or_images, real, protocol, folder, source["key"], state)
         source["likelihood"] = likelihood.describe()
         others.append(OtherFigures({"bits_per_dim": likelihood.mean()}))
     if "classifier_score" in measured_metrics:
@@ -175,11 +131,11 @@ def evaluate(
         others.append(_classify(classifier, data, sets, protocol, state))
     if "condition_agreement" in measured_metrics:
         with state.main_process_first():
-            regressor = regressors.load_regressor(*of_regressor, _label_names(pipe_or_images))
+            regressor = regressors.load_regressor(*of_regressor, label_names(pipe_or_images))
         others.append(_read_conditions(regressor, generated))
     if "feature_distance" in measured_metrics:
         others.append(perceptual.measure_distances(files, generated, real))
-        notes = [*notes, *perceptual.find_gaps(generated, real)]
+        notes += perceptual.find_gaps(generated, real)
 
     # 4. Metrics and report
     report = None
@@ -218,263 +174,91 @@ def processes() -> PartialState:
     return PartialState(cpu=hardware.default_device().type == "cpu", timeout=timedelta(hours=12))
 
 
-def _as_data(images: Images, name: str) -> ImageData:
-    if isinstance(images, ImageData):
-        return images
-    pixels = torch.from_numpy(np.array(image_sets.to_uint8(images)))
-    return ImageData(pixels, None, None, name, "as given", image_sets.fingerprint(pixels.numpy()))
+# Before images are drawn
 
 
-def _check_values(given: DiffusionPipeline | Images, reference: ImageData) -> None:
-    """Refuses to compare images of one value range with those of another."""
-    if isinstance(given, ImageData | DiffusionPipeline):
-        value_range = given.value_range if isinstance(given, ImageData) else getattr(given, "_value_range", None)
-        if value_range != reference.value_range:
-            raise UserError(
-                f"The images have {spell_values(value_range)} and the reference's {spell_values(reference.value_range)}: "
-                "load the reference with the value_range of the images."
-            )
+def _check_real_images(
+    pipe_or_images: DiffusionPipeline | Images, reference: Images, training: ImageData | None
+) -> tuple[ImageData, ImageData | None]:
+    """Returns the reference and the training images, with the same classes; refuses those that cannot be compared."""
+    reference = as_data(reference, "reference")
+    check_values(pipe_or_images, reference)
+    reference = image_sets.as_levels(reference)
+    shape = tuple(reference.images.shape[1:])
+    image_sets.check(reference.images.numpy(), shape, "The reference's images")
+    if training is not None:
+        training = image_sets.as_levels(training)
+        image_sets.check(training.images.numpy(), shape, "The training images")
+        training = with_labels_of(reference, training)
+    return reference, training
 
 
-# Images
+def _load_extractor(protocol: Protocol, shape: tuple[int, int, int], state: PartialState) -> extractors.Extractor:
+    """Loads the features of a protocol for images (C, H, W)."""
+    extractor = extractors.load(protocol.features, protocol.feature_weights, protocol.feature_dtype, state.device)
+    extractor, channels = extractor.of_images(*shape[1:]), protocol.feature_channels
+    if channels is None:
+        return extractor
+    if max(channels) >= shape[0]:
+        raise UserError(f"feature_channels {channels}: the images have the channels 0 to {shape[0] - 1}.")
+    return extractor.of_channels(channels)
 
 
-def _given_images(
-    images: Images, reference: ImageData, protocol: Protocol, name: str | None
-) -> tuple[ImageData, dict[str, Any]]:
-    """Returns images that need not be drawn, and their entry in the report."""
-    if protocol.kind == "reconstructions":
-        raise UserError("Reconstructions need a pipeline with a `reconstruct` method, a VAE: images were given.")
-    data = _with_labels_of(reference, image_sets.as_levels(_as_data(images, name or "images")))
-    return data, {**describe_images(name or data.name), "fingerprint": data.fingerprint}
+def _find_left_out(
+    pipe_or_images: DiffusionPipeline | Images,
+    reference: ImageData,
+    protocol: Protocol,
+    extractor: extractors.Extractor,
+) -> dict[str, str | None]:
+    """Returns why each metric that needs more than features cannot be measured, or None."""
+    has_some = has_conditions(pipe_or_images, protocol)
+    obstacles = {
+        "classifier_score": classifiers.why_impossible(reference),
+        "feature_distance": perceptual.why_impossible(extractor),
+        "condition_agreement": regressors.why_impossible(reference, has_some),
+    }
+    left_out = {metric: protocol.leave_out(metric, obstacle) for metric, obstacle in obstacles.items()}
+    return {"bits_per_dim": why_unavailable(pipe_or_images, reference, protocol), **left_out}
 
 
-def _with_labels_of(reference: ImageData, data: ImageData) -> ImageData:
-    """Renumbers the classes of images as in the reference, by name; drops the labels if a name is unknown there."""
-    if data.labels is None or data.id2label == reference.id2label:
-        return data
-    numbers = {label: number for number, label in (reference.id2label or {}).items()}
-    if any(label not in numbers for label in data.id2label.values()):
-        return replace(data, labels=None, id2label=None)
-    table = torch.tensor([numbers[data.id2label[label]] for label in range(len(data.id2label))])
-    return replace(data, labels=table[data.labels], id2label=reference.id2label)
-
-
-def draw_images(
-    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, state: PartialState, name: str | None = None
-) -> tuple[ImageData, dict[str, Any]]:
-    """
-    Draws images from a pipeline, or reconstructs real ones; returns them with their entry in the report. The cache keeps
-    them.
-
-    Args:
-        pipe (`DiffusionPipeline`): The pipeline.
-        real ([`~tiny_diffusers.data.ImageData`]): The reference, for its classes and what images are conditioned on.
-        protocol ([`Protocol`]): How many images are drawn, and how.
-        state (`PartialState`): The processes.
-        name (`str`, *optional*): Name of the model.
-    """
-    real = image_sets.as_levels(real)
-    reconstructs = protocol.kind == "reconstructions"
-    if reconstructs and not hasattr(pipe, "reconstruct"):
-        raise UserError(
-            f"Reconstructions need a pipeline with a `reconstruct` method, a VAE: a {type(pipe).__name__} has none."
+def _split_for_regressor(
+    pipe_or_images: DiffusionPipeline | Images, reference: ImageData, unseen: ImageData | None
+) -> tuple[tuple[ImageData, ImageData], list[str]]:
+    """Returns the real images that the regressor is trained and tested on, and a note on what it can't read."""
+    names = condition_names(pipe_or_images)
+    training, held_out = regressors.split_real_images(regressors.with_conditions(reference, names), unseen)
+    constant = [name for name in names if name not in training.condition_names]
+    notes = []
+    if constant:
+        notes.append(
+            f"The agreement with {', '.join(constant)} was not measured: the real images to train a regressor on have "
+            "one value only."
         )
-    shape = tuple(real.images.shape[1:])
-    if hasattr(pipe, "_image_shape"):
-        image_sets.check_shape(tuple(pipe._image_shape), shape, "The model's images")
-    num_images = min(protocol.num_images, len(real)) if reconstructs else protocol.num_images
-    labels, id2label = _labels_to_draw(pipe, real, protocol)
-    conditioning_images = conditions = None
-    if reconstructs or pipe.config.get("conditioning") is not None or _has_conditions(pipe, protocol):
-        labels, conditioning_images, conditions = _conditions_of(pipe, real, protocol, labels, num_images)
-    source = describe_pipeline(pipe, protocol, name)
-    # The name decides no image; configs, libraries and the hardware do.
-    described = [{key: value for key, value in source.items() if key != "name"}, _configs(pipe), libraries()]
-    described += [state.device.type, protocol.seed, protocol.num_images, None if labels is None else labels.tolist()]
-    if conditioning_images is not None or conditions is not None:
-        described.append(real.fingerprint)
-    originals = None
-    if reconstructs:
-        described += [protocol.kind, real.fingerprint]
-        originals = real.images.numpy()
-        originals = originals[image_sets.order_of(originals)[:num_images]]
-    source["key"] = image_sets.digest(CACHE_FORMAT, described)
-
-    images = image_sets.sample(
-        pipe,
-        shape,
-        real.images.numpy().dtype,
-        cache_root() / "samples" / source["key"],
-        num_images=num_images,
-        seed=protocol.seed,
-        batch_size=protocol.batch_size,
-        options=protocol.sampling,
-        state=state,
-        class_labels=labels,
-        conditioning_images=conditioning_images,
-        conditions=conditions,
-        real=originals,
-    )
-    images = torch.from_numpy(images)
-    labels = None if labels is None else torch.from_numpy(labels)
-    names = None if conditions is None else source["conditions"]
-    data = ImageData(
-        images, labels, id2label, source["name"], "generated", "", conditions=conditions, condition_names=names
-    )
-    return data, source
+    return (training, held_out), notes
 
 
-def describe_images(name: str) -> dict[str, Any]:
-    """Returns the entry in the report of images that need not be drawn."""
-    return {"kind": "images", "name": public_name(name)}
+# Features and what is measured with others
 
 
-def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | None) -> dict[str, Any]:
-    """Returns a pipeline's entry in the report: its weights, and how it is sampled."""
-    scheduler = getattr(pipe, "scheduler", None)
-    parameters = inspect.signature(pipe.__call__).parameters
-    defaults = {option: parameters[option].default for option in _SAMPLER_OPTIONS if option in parameters}
-    if "eta" in defaults and defaults["eta"] is None:  # the scheduler decides both if nobody says
-        defaults |= {"eta": pipe._default_eta, "num_inference_steps": pipe._default_steps}
-    if scheduler is not None and scheduler.config.get("stochastic_sampling"):  # which draws all noise anew
-        defaults.pop("eta", None)
-    if "guidance_scale" in defaults and not pipe._can_guide:
-        del defaults["guidance_scale"]
-    source = {
-        "kind": "pipeline",
-        "name": public_name(name or pipe.config.get("_name_or_path") or type(pipe).__name__),
-        "class": type(pipe).__name__,
-        "weights_sha256": {
-            part: extractors.digest(module)
-            for part, module in sorted(pipe.components.items())
-            if isinstance(module, torch.nn.Module)
-        },
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "sampling": defaults | protocol.sampling,
-    }
-    if pipe.config.get("conditioning") is not None:
-        source["conditioning"] = pipe.config.conditioning
-    if _has_conditions(pipe, protocol):
-        source["conditions"] = list(pipe._condition_statistics.names)
-    if "clip_sample" in parameters and "guidance_scale" in defaults:  # guidance decides it if nobody says
-        sampling = source["sampling"]
-        interval = sampling.get("guidance_interval", (0.0, 1.0))
-        clips = pipe._clips(sampling.get("clip_sample"), sampling["guidance_scale"], interval)
-        source["sampling"] |= {} if clips is None else {"clip_sample": clips}
-    if scheduler is not None:
-        config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-        config = json.loads(json.dumps(config, default=str), parse_constant=str)  # JSON has no infinity
-        source["scheduler"] = {"class": type(scheduler).__name__, **config}
-    return source
-
-
-def _configs(pipe: DiffusionPipeline) -> dict[str, dict]:
-    """Returns the configs of a pipeline and its components, without the paths that they were loaded from."""
-    parts = {"pipeline": pipe, **pipe.components}
-    configs = {name: dict(getattr(part, "config", {})) for name, part in parts.items()}
-    return {
-        part: {name: value for name, value in config.items() if not name.startswith("_")}
-        for part, config in configs.items()
-    }
-
-
-def _labels_to_draw(
-    pipe: DiffusionPipeline, reference: ImageData, protocol: Protocol
-) -> tuple[np.ndarray | None, dict[int, str] | None]:
-    """Returns equally many labels of each class of a conditional pipeline, whose classes must be the reference's."""
-    classes = list(getattr(pipe, "_class_ids", []))
-    if not classes or protocol.sampling.get("guidance_scale") == 0 or "class_labels" in protocol.sampling:
-        return None, None
-    named = pipe.config.get("id2label")
-    if reference.id2label is not None:
-        ours = {int(key): label for key, label in named.items()} if named else None
-        if (ours is not None and ours != reference.id2label) or len(classes) != len(reference.id2label):
-            raise UserError(
-                f"The model's classes are {abbreviate(list(map(str, ours.values() if ours else classes)))}, and "
-                f"the reference's {abbreviate(list(reference.id2label.values()))}: give the dataset, and the classes, "
-                "that it was trained on."
-            )
-    return np.array([classes[i % len(classes)] for i in range(protocol.num_images)]), reference.id2label
-
-
-def _has_conditions(pipe_or_images: DiffusionPipeline | Images, protocol: Protocol) -> bool:
-    """Checks that images are drawn by conditions: by a pipeline that takes some, with guidance."""
-    if isinstance(pipe_or_images, ImageData):
-        return pipe_or_images.conditions is not None
-    has_some = getattr(pipe_or_images, "_condition_statistics", None) is not None
-    return has_some and protocol.sampling.get("guidance_scale") != 0
-
-
-def _condition_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str]:
-    """Returns the names of the conditions that images are drawn by."""
-    if isinstance(pipe_or_images, ImageData):
-        return pipe_or_images.condition_names
-    return pipe_or_images._condition_statistics.names
-
-
-def _label_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str] | None:
-    """Returns the names of those that are labels, or None for images, whose pipeline is unknown."""
-    if isinstance(pipe_or_images, ImageData):
-        return None
-    statistics = pipe_or_images._condition_statistics
-    return [name for name, is_label in zip(statistics.names, statistics.are_labels, strict=True) if is_label]
-
-
-def _far_values(pipe: DiffusionPipeline, drawn: ImageData) -> list[str]:
-    """Returns a note on images that were drawn by values far outside the range of the pipeline's training images."""
-    if drawn.conditions is None:
-        return []
-    statistics = pipe._condition_statistics
-    are_far = statistics.find_far_values(drawn.conditions)  # (N, D)
-    if not are_far.any():
-        return []
-    names = [name for name, is_far in zip(statistics.names, are_far.any(dim=0).tolist(), strict=True) if is_far]
-    return [
-        f"{int(are_far.any(dim=1).sum()):,} of {len(drawn):,} images were drawn by values far outside those of the "
-        f"training images, of {', '.join(names)}."
-    ]
-
-
-def _conditions_of(
-    pipe: DiffusionPipeline, real: ImageData, protocol: Protocol, labels: np.ndarray | None, num_images: int
-) -> tuple[np.ndarray | None, Callable[[int, int], torch.Tensor] | None, torch.Tensor | None]:
-    """
-    Returns the labels (N,), a function that returns the conditioning images `start` to `stop`, (B, K, h, w) in [0, 1], and
-    the conditions (N, D). They are of the reference's images in the order of their hashes, again from the first on if there
-    are fewer than N.
-    """
-    for name in ("conditions", "image"):
-        if name in protocol.sampling:
-            raise UserError(
-                f"The protocol's `sampling` gives `{name}`, and images are drawn by those of the reference: leave it out."
-            )
-    order = image_sets.order_of(real.images.numpy())
-    rows = torch.from_numpy(np.resize(order, num_images))
-    if labels is not None:
-        if real.labels is None:
-            raise UserError(
-                "The model takes the class of a real image, and the reference has no labels: name their column by "
-                "--label_column."
-            )
-        labels = real.labels[rows].numpy()
-    conditions = None
-    if _has_conditions(pipe, protocol):
-        conditions = regressors.with_conditions(real, pipe._condition_statistics.names).conditions[rows]
-    conditioning = getattr(pipe, "_conditioning", None)
-    if conditioning is None:
-        return labels, None, conditions
-    if not conditioning.is_made:
-        if real.conditioning_images is None:
-            raise UserError(
-                "The model draws images from conditioning images, and the reference has none: name their column by "
-                "--conditioning_column."
-            )
-        return labels, lambda start, stop: real.conditioning_images[rows[start:stop]] / 255, conditions
-    return labels, lambda start, stop: pipe.observe(real.images[rows[start:stop]] / 255), conditions
-
-
-# A classifier of the data's classes
+def _extract_features(
+    files: FeatureFiles,
+    data: ImageData,
+    reference: ImageData,
+    training: ImageData | None,
+    protocol: Protocol,
+    shared: int,
+) -> FeatureSets:
+    """Extracts the features of the images, the real ones, and the baselines that are made from these."""
+    generated = files.of_images(data, "the images", limit=protocol.num_images)
+    real = files.of_images(reference, "the reference")
+    seen = None
+    if training is not None and ("nearest_neighbor" in protocol.metrics or protocol.baselines):
+        # The distance to the training set needs all of it, the baselines only as many images as were generated.
+        limit = None if "nearest_neighbor" in protocol.metrics else len(generated)
+        seen = files.of_images(training, "the training set", limit=limit)
+    base = real if seen is None else seen
+    baselines = {kind: files.of_baseline(kind, base, len(generated)) for kind in protocol.baselines if kind != "real"}
+    return FeatureSets(generated, real, seen, baselines, shared)
 
 
 def _classify(

@@ -14,7 +14,8 @@ from .. import TinyPipeline, hardware, plots
 from ..data import ImageData
 from ..errors import UserError, first_line
 from ..evaluation import Protocol, Report, evaluate, references
-from ..evaluation.evaluator import describe_pipeline, draw_images, processes
+from ..evaluation.drawing import describe_pipeline, draw_images
+from ..evaluation.evaluator import processes
 from ..evaluation.images import as_pictures
 from ..evaluation.report import default_name
 from ..files import is_disk_full
