@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,75 +53,23 @@ def read_arrays(
         [`~tiny_diffusers.errors.UserError`]: If the file cannot be read, if it holds no images or is larger than
             memory, or if the split or an array does not exist.
     """
-    by_split = {}
-    for each, array in _read_file(file, name).items():
-        by_split.setdefault(next((SPLITS[word] for word in _words(each) if word in SPLITS), "train"), {})[each] = array
-    wanted = re.match(r"\w*", split).group()  # without a slice
-    wanted = SPLITS.get(wanted, wanted)
-    if wanted not in by_split:
-        raise unknown_split(name, split, by_split)
-    arrays = by_split[wanted]
-    shapes = ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
+    wanted, arrays = _choose_split(_read_file(file, name), name, split)
     image_column, label_column, conditioning_column = (
         column and _find_column(arrays, column, f"{kind}_column of '{name}'")
         for kind, column in (("image", image_column), ("label", label_column), ("conditioning", conditioning_column))
     )
+    measured = _find_conditions(arrays, condition_columns, name)
 
-    measured = {
-        _without_split(column) or column: _find_column(arrays, column, f"condition_columns of '{name}'")
-        for column in condition_columns
-    }
-    if len(measured) < len(condition_columns):
-        raise UserError(
-            f"condition_columns of '{name}': two of {', '.join(condition_columns)} have one name without their split: give "
-            "one of them."
-        )
-    image_columns = [
-        each
-        for each, array in arrays.items()
-        if _is_images(array) and image_column in (None, each) and each != conditioning_column
-    ]
-    image_columns.sort(key=lambda each: not _has_gray_or_rgb(arrays[each]))
-    if not image_columns:
-        raise UserError(
-            f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {shapes}. "
-            "Images are numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W)."
-        )
-    images = arrays[image_columns[0]]
-    paired = None if conditioning_column is None else arrays[conditioning_column]
+    image_columns = _choose_images(arrays, image_column, conditioning_column, name)
+    images, paired = arrays[image_columns[0]], arrays.get(conditioning_column)
     if paired is not None and not (_is_images(paired) and len(paired) == len(images)):
         raise UserError(
             f"conditioning_column '{conditioning_column}' of '{name}' holds no images, one for each of "
-            f"'{image_columns[0]}': its arrays are {shapes}."
+            f"'{image_columns[0]}': its arrays are {_shapes(arrays)}."
         )
+    conditions, condition_names = _read_conditions(arrays, measured, len(images), name)
+    label_columns = _choose_labels(arrays, label_column, images, measured.values(), name)
 
-    conditions, condition_names = None, None
-    if measured:
-        for column in measured.values():
-            if arrays[column].ndim not in (1, 2) or len(arrays[column]) != len(images):
-                raise UserError(
-                    f"condition column '{column}' of '{name}' holds no values, one or a row of them for each image: its "
-                    f"arrays are {shapes}."
-                )
-        values = {column: _list_values(arrays[each]) for column, each in measured.items()}
-        conditions, condition_names = parse_conditions(values, name)
-
-    label_columns = [
-        each
-        for each, array in arrays.items()
-        if _is_labels(array, images)
-        and (label_column == each or (label_column is None and each not in measured.values()))
-    ]
-    if label_column is not None and not label_columns:
-        raise UserError(
-            f"label_column '{label_column}' of '{name}' holds neither integers nor strings, one for each image: its "
-            f"arrays are {shapes}."
-        )
-    if label_column is None:
-        named = {each for each in label_columns if LABEL_NAMES & set(_words(each))}
-        distinct = {each: len(np.unique(arrays[each])) for each in label_columns}
-        label_columns = [each for each in label_columns if distinct[each] <= max_classes(len(images), each in named)]
-        label_columns.sort(key=lambda each: each not in named)
     notes = []
     for kind, columns in (("image", image_columns), ("label", label_columns)):
         if len(columns) > 1:
@@ -143,6 +91,86 @@ def read_arrays(
         conditions=None if conditions is None else conditions[rows],
         condition_names=condition_names,
     )
+
+
+def _choose_split(arrays: dict[str, np.ndarray], name: str, split: str) -> tuple[str, dict[str, np.ndarray]]:
+    """Returns the split without its slice, and the arrays that are named by it."""
+    by_split = {}
+    for each, array in arrays.items():
+        by_split.setdefault(next((SPLITS[word] for word in _words(each) if word in SPLITS), "train"), {})[each] = array
+    wanted = re.match(r"\w*", split).group()
+    wanted = SPLITS.get(wanted, wanted)
+    if wanted not in by_split:
+        raise unknown_split(name, split, by_split)
+    return wanted, by_split[wanted]
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{each} {array.shape}" for each, array in arrays.items())
+
+
+def _choose_images(
+    arrays: dict[str, np.ndarray], image_column: str | None, conditioning_column: str | None, name: str
+) -> list[str]:
+    """Returns the arrays that may be the images, best first: the one that is asked for, or all that look like some."""
+    columns = [
+        each
+        for each, array in arrays.items()
+        if _is_images(array) and image_column in (None, each) and each != conditioning_column
+    ]
+    if not columns:
+        raise UserError(
+            f"'{name}' has no image column{f' {image_column}' if image_column else ''}: its arrays are {_shapes(arrays)}. "
+            "Images are numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W)."
+        )
+    return sorted(columns, key=lambda each: not _has_gray_or_rgb(arrays[each]))
+
+
+def _choose_labels(
+    arrays: dict[str, np.ndarray], label_column: str | None, images: np.ndarray, taken: Iterable[str], name: str
+) -> list[str]:
+    """Returns the arrays that may be the labels, best first; none if no array looks like some and none is asked for."""
+    if label_column is not None:
+        if not _is_labels(arrays[label_column], images):
+            raise UserError(
+                f"label_column '{label_column}' of '{name}' holds neither integers nor strings, one for each image: its "
+                f"arrays are {_shapes(arrays)}."
+            )
+        return [label_column]
+    columns = [each for each, array in arrays.items() if _is_labels(array, images) and each not in taken]
+    named = {each for each in columns if LABEL_NAMES & set(_words(each))}
+    distinct = {each: len(np.unique(arrays[each])) for each in columns}
+    columns = [each for each in columns if distinct[each] <= max_classes(len(images), each in named)]
+    return sorted(columns, key=lambda each: each not in named)
+
+
+def _find_conditions(arrays: dict[str, np.ndarray], condition_columns: tuple[str, ...], name: str) -> dict[str, str]:
+    """Returns the array of each condition, by its name without a split."""
+    found = {
+        _without_split(column) or column: _find_column(arrays, column, f"condition_columns of '{name}'")
+        for column in condition_columns
+    }
+    if len(found) < len(condition_columns):
+        raise UserError(
+            f"condition_columns of '{name}': two of {', '.join(condition_columns)} have one name without their split: give "
+            "one of them."
+        )
+    return found
+
+
+def _read_conditions(
+    arrays: dict[str, np.ndarray], measured: dict[str, str], num_images: int, name: str
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Returns the conditions (N, D) and their names; None if none are asked for."""
+    for column in measured.values():
+        if arrays[column].ndim not in (1, 2) or len(arrays[column]) != num_images:
+            raise UserError(
+                f"condition column '{column}' of '{name}' holds no values, one or a row of them for each image: its "
+                f"arrays are {_shapes(arrays)}."
+            )
+    if not measured:
+        return None, None
+    return parse_conditions({column: _list_values(arrays[each]) for column, each in measured.items()}, name)
 
 
 def _reader(images: np.ndarray) -> Callable[[list[int]], list[dict]]:

@@ -189,52 +189,20 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
             raise UserError(
                 f"{recipe}: the cell '{name}' gives its name to a folder: use letters, digits and _.+- only."
             )
-
-    parser = FlagParser(StudyArguments, Protocol)
-    section = load_section(recipe, "study")
-    known = [field.name for c in (StudyArguments, Protocol) for field in dataclasses.fields(c)]
-    for name, value in section.items():
-        if name not in known or name == "sampling":
-            raise unknown(f"key in the section 'study' of {recipe}", name, [n for n in known if n != "sampling"])
-        if any(isinstance(item, (list, dict)) for item in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{recipe}: '{name}' in the section 'study' must be a value, or a list of values.")
-    try:
-        asked = parser.given(as_flags(section)) | dict(given)
-    except UserError as error:
-        raise UserError(f"{recipe}: study: {error}") from error
+    asked = _read_section(recipe, given)
     for cell in asked.get("cells") or []:
         if cell not in grid:
             raise unknown(f"cell of {recipe}", cell, grid)
     cells = {name: grid[name] for name in asked.get("cells") or grid}
     scripts = _scripts_of(recipe, shared, grid, asked.get("script"))
-    families, are_mixed = dict.fromkeys(scripts[name] for name in cells), len({*scripts.values()}) > 1
+    families, are_mixed = list(dict.fromkeys(scripts[name] for name in cells)), len({*scripts.values()}) > 1
 
-    flags = {}
-    for script in families:
-        try:
-            flags |= FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
-        except UserError as error:
-            where = f" (the cells are of {', '.join(families)}; --set gives what all of them take)"
-            raise UserError(f"{error}{where if len(families) > 1 else ''}") from error
-    for name in _OWN_FLAGS:
-        if name in flags:
-            raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
-    own_minutes = {"max_train_minutes", "budget"}
-    lengths = [name for name in LENGTHS if name in flags]
-    if lengths == ["max_train_steps"]:
-        own_minutes.remove("budget")  # which is that of the networks, of which so many steps fit into it
-    conflicting = [name for name in given if name in own_minutes]
-    if lengths and conflicting:
-        raise UserError(
-            f"--set {lengths[0]}={flags[lengths[0]]} --{conflicting[0]}: both are the length of a run, so give one of them."
-        )
-    if lengths or given.keys() & {"max_train_minutes", "budget"}:  # one of them replaces the other
-        asked = {name: value for name, value in asked.items() if name not in own_minutes or name in given}
+    flags = _read_train_flags(families, train_flags)
+    asked = _settle_length(asked, given, flags)
     arguments, protocol = (
         c(**{field.name: asked[field.name] for field in dataclasses.fields(c) if field.name in asked})
         for c in (StudyArguments, Protocol)
     )
-
     main_metric = choose_main_metric(arguments, protocol)
     for script in families:
         check_family(script, arguments, protocol_of(script, protocol) if are_mixed else protocol, main_metric)
@@ -243,19 +211,10 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
 
     if are_mixed:
         grid = {name: {**changes, "script": scripts[name]} for name, changes in grid.items()}
-    values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
     identity = {
         "recipe": recipe.stem,
         "script": " ".join(dict.fromkeys(scripts.values())),
-        "settings": _public(shared),
-        "grid": {name: _public(changes) for name, changes in grid.items()},
-        "train flags": _public(flags),
-        "digests of paths": {
-            f"{name} of {where}": hashlib.sha256(str(local_path(value)).encode()).hexdigest()
-            for where, values in values_of.items()
-            for name, value in values.items()
-            if _is_path(name, value)
-        },
+        **_identify_settings(shared, grid, flags),
         **{name: getattr(arguments, name) for name in ("max_train_minutes", "budget")},
         **{name: getattr(arguments, name) for name in (*SAMPLERS, *SAMPLING)},
         "protocol": {name: value for name, value in protocol.describe().items() if name != "batch_size"},
@@ -271,6 +230,72 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         cells=cells,
         asked=json.loads(json.dumps(identity, default=str)),  # as it is read back
     )
+
+
+def _read_section(recipe: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the recipe's section `study:` asks for, with what is given over it."""
+    section = load_section(recipe, "study")
+    known = [
+        field.name for c in (StudyArguments, Protocol) for field in dataclasses.fields(c) if field.name != "sampling"
+    ]
+    for name, value in section.items():
+        if name not in known:
+            raise unknown(f"key in the section 'study' of {recipe}", name, known)
+        if any(isinstance(item, (list, dict)) for item in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{recipe}: '{name}' in the section 'study' must be a value, or a list of values.")
+    try:
+        return FlagParser(StudyArguments, Protocol).given(as_flags(section)) | dict(given)
+    except UserError as error:
+        raise UserError(f"{recipe}: study: {error}") from error
+
+
+def _read_train_flags(families: list[str], train_flags: list[str]) -> dict[str, Any]:
+    """Returns the values of `--set`, which the scripts of all cells must take."""
+    flags = {}
+    for script in families:
+        try:
+            flags |= FlagParser(arguments_class(script), prog=f"tiny-diffusers train {script}").given(train_flags)
+        except UserError as error:
+            where = f" (the cells are of {', '.join(families)}; --set gives what all of them take)"
+            raise UserError(f"{error}{where if len(families) > 1 else ''}") from error
+    for name in _OWN_FLAGS:
+        if name in flags:
+            raise UserError(f"--{name} is the study's own to give: leave it out of --set.")
+    return flags
+
+
+def _settle_length(asked: dict[str, Any], given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is asked for without the minutes that another length of the runs replaces."""
+    own_minutes = {"max_train_minutes", "budget"}
+    lengths = [name for name in LENGTHS if name in flags]
+    if lengths == ["max_train_steps"]:
+        own_minutes.remove("budget")  # which is that of the networks, of which so many steps fit into it
+    conflicting = [name for name in given if name in own_minutes]
+    if lengths and conflicting:
+        raise UserError(
+            f"--set {lengths[0]}={flags[lengths[0]]} --{conflicting[0]}: both are the length of a run, so give one of them."
+        )
+    if not lengths and given.keys().isdisjoint({"max_train_minutes", "budget"}):
+        return asked
+    return {name: value for name, value in asked.items() if name not in own_minutes or name in given}
+
+
+def _identify_settings(
+    shared: Mapping[str, Any], grid: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings of all runs as anyone may read them, with digests that tell one local path from another."""
+    values_of = {"settings": shared, **{f"cell {name}": changes for name, changes in grid.items()}, "--set": flags}
+    return {
+        "settings": _public(shared),
+        "grid": {name: _public(changes) for name, changes in grid.items()},
+        "train flags": _public(flags),
+        "digests of paths": {
+            f"{name} of {where}": hashlib.sha256(str(local_path(value)).encode()).hexdigest()
+            for where, values in values_of.items()
+            for name, value in values.items()
+            if _is_path(name, value)
+        },
+    }
 
 
 def _scripts_of(
