@@ -147,9 +147,7 @@ def main() -> None:
 
     if args.digits:
         truth = test.labels[rows]
-        classifier, accuracy = load_classifier(
-            Path(f"runs/mnist-classifier-{side}.safetensors"), args.dataset_name, side
-        )
+        classifier, accuracy = load_classifier(args.dataset_name, side)
         print(f"\n| whole images: {accuracy:.1%} | true digit seen |\n| --- | ---: |")
         for method, images in halves.items():
             print(f"| {method} | {(predict(classifier, 2 * images - 1) == truth).double().mean():.1%} |")

@@ -5,8 +5,8 @@ Checks that the published models are as good as their cards say: measures each a
 
 Each published report is repeated by `tiny-diffusers evaluate --from_report`, which draws the same number of images from
 the same seeds and needs the same real images. Prints both values of each figure, and exits with 1 if one is further from
-the published one than three of its standard errors, or than 1% where it has none. The data set is what the report names:
-a folder of that name in the working directory, or else a Hub id.
+the published one than three of its standard errors, or than 1% where it has none. The dataset is what the report names:
+digits, a folder of that name in the working directory, or else a Hub id.
 """
 
 import argparse

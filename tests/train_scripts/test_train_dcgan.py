@@ -15,6 +15,7 @@ from tiny_diffusers.data import load_images
 from tiny_diffusers.errors import UserError
 from tiny_diffusers.families.dcgan import DCGAN, DCGANArguments
 from tiny_diffusers.train_scripts import train_dcgan
+from tiny_diffusers.training.batches import Batches
 from tiny_diffusers.training.draws import Draws
 from tiny_diffusers.training.family import Batch
 from tiny_diffusers.training.process import setup_process
@@ -196,13 +197,13 @@ def test_a_skipped_step_leaves_the_statistics_as_they_were(train, read_log, monk
         seen.append([buffer.clone() for buffer in self.buffers])
         return optimize(self, step)
 
-    def batch(self, step, micro_batch, draw=Trainer.batch):
-        drawn = draw(self, step, micro_batch)
+    def training(self, step, *rest, draw=Batches.training):
+        drawn = draw(self, step, *rest)
         drawn.images.fill_(torch.nan if step == 1 else 0.5)
         return drawn
 
     monkeypatch.setattr(Trainer, "_optimize", broken_once)
-    monkeypatch.setattr(Trainer, "batch", batch)
+    monkeypatch.setattr(Batches, "training", training)
     folder = train(steps=4)
     assert [line["step"] for line in read_log(folder) if "skipped" in line] == [2]
     before, after = seen[1:3]

@@ -255,9 +255,7 @@ class TestRun:
     def test_nothing_is_measured_on_an_accelerator(self, device, measured):
         settings = DiffusionArguments(max_train_steps=1000)
         accelerator = SimpleNamespace(mixed_precision="bf16")
-        trainer = SimpleNamespace(
-            settings=settings, accelerator=accelerator, device=torch.device(device), steps_per_epoch=10.0
-        )
+        trainer = SimpleNamespace(settings=settings, accelerator=accelerator, device=torch.device(device))
         assert Trainer._choose_precision(trainer, sharded=False) == "bf16" and not measured
 
     @pytest.mark.parametrize("name", [name for name in _FAMILIES if name != "latents"])  # whose network is no other

@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def read_arrays(
     """
     wanted, arrays = _choose_split(_read_file(file, name), name, split)
     image_column, label_column, conditioning_column = (
-        column and _find_column(arrays, column, f"{kind}_column of '{name}'")
+        None if column is None else _find_column(arrays, column, f"{kind}_column of '{name}'")
         for kind, column in (("image", image_column), ("label", label_column), ("conditioning", conditioning_column))
     )
     measured = _find_conditions(arrays, condition_columns, name)
@@ -127,7 +127,7 @@ def _choose_images(
 
 
 def _choose_labels(
-    arrays: dict[str, np.ndarray], label_column: str | None, images: np.ndarray, taken: Iterable[str], name: str
+    arrays: dict[str, np.ndarray], label_column: str | None, images: np.ndarray, taken: Collection[str], name: str
 ) -> list[str]:
     """Returns the arrays that may be the labels, best first; none if no array looks like some and none is asked for."""
     if label_column is not None:

@@ -1,5 +1,5 @@
 """
-The images of an evaluation: given, drawn from a pipeline, or reconstructed by one, each with their entry in the report.
+The images of an evaluation: given, drawn from a pipeline, or reconstructed by one, with their entry in the report.
 """
 
 import inspect
@@ -32,7 +32,7 @@ _SAMPLER_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")  # reported 
 
 
 def as_data(images: Images, name: str) -> ImageData:
-    """Returns images as a dataset of this name, if they are none."""
+    """Wraps images as a dataset of this name, unless they are one already."""
     if isinstance(images, ImageData):
         return images
     pixels = torch.from_numpy(np.array(image_sets.to_uint8(images)))
@@ -259,7 +259,7 @@ def condition_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str]:
 
 
 def label_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str] | None:
-    """Returns the names of those that are labels, or None for images, whose pipeline is unknown."""
+    """Returns the names of the conditions that are labels, or None for images, whose pipeline is unknown."""
     if isinstance(pipe_or_images, ImageData):
         return None
     statistics = pipe_or_images._condition_statistics

@@ -211,14 +211,14 @@ def _find_left_out(
     extractor: extractors.Extractor,
 ) -> dict[str, str | None]:
     """Returns why each metric that needs more than features cannot be measured, or None."""
+    left_out = {"bits_per_dim": why_unavailable(pipe_or_images, reference, protocol)}
     has_some = has_conditions(pipe_or_images, protocol)
     obstacles = {
         "classifier_score": classifiers.why_impossible(reference),
         "feature_distance": perceptual.why_impossible(extractor),
         "condition_agreement": regressors.why_impossible(reference, has_some),
     }
-    left_out = {metric: protocol.leave_out(metric, obstacle) for metric, obstacle in obstacles.items()}
-    return {"bits_per_dim": why_unavailable(pipe_or_images, reference, protocol), **left_out}
+    return left_out | {metric: protocol.leave_out(metric, obstacle) for metric, obstacle in obstacles.items()}
 
 
 def _split_for_regressor(
@@ -237,7 +237,7 @@ def _split_for_regressor(
     return (training, held_out), notes
 
 
-# Features and what is measured with others
+# Features, and figures that need other networks
 
 
 def _extract_features(

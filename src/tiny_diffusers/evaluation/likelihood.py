@@ -117,7 +117,7 @@ def measure_likelihood(
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
     given = ["class"] if _takes_class(pipe, real.data) else []
-    return Likelihood(bits, kind, levels, [*given, *_condition_names(pipe)])
+    return Likelihood(bits, kind, levels, [*given, *_names_of_conditions(pipe)])
 
 
 def _scheduler_kind(pipe: DiffusionPipeline, dimensions: int) -> str:
@@ -131,7 +131,7 @@ def _takes_class(pipe: DiffusionPipeline, data: ImageData) -> bool:
     return bool(getattr(pipe, "_class_ids", [])) and data.labels is not None
 
 
-def _condition_names(pipe: DiffusionPipeline) -> list[str]:
+def _names_of_conditions(pipe: DiffusionPipeline) -> list[str]:
     statistics = getattr(pipe, "_condition_statistics", None)
     return [] if statistics is None else list(statistics.names)
 
@@ -146,7 +146,7 @@ def _bits(
         "generator": generator,
     }
     if hasattr(pipe, "bits_per_dim"):
-        names = _condition_names(pipe)
+        names = _names_of_conditions(pipe)
         if names:
             options["conditions"] = with_conditions(data, names).conditions[rows]
         with warnings.catch_warnings():

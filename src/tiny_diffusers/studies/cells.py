@@ -32,6 +32,7 @@ from .training import OWN_FLAGS, arguments_class, fix_validation
 
 
 _OWN_FLAGS = (*OWN_FLAGS, "seed")
+_MINUTES = ("max_train_minutes", "budget")  # of a run, of which one replaces the other
 DONE = ("measured", "failed")  # states of a run that stays as it is
 _OF_DATA = ("dataset_name", "dataset_config_name", "classes", "resolution", "split")
 
@@ -215,7 +216,7 @@ def plan_study(recipe: Path, given: Mapping[str, Any], train_flags: list[str], o
         "recipe": recipe.stem,
         "script": " ".join(dict.fromkeys(scripts.values())),
         **_identify_settings(shared, grid, flags),
-        **{name: getattr(arguments, name) for name in ("max_train_minutes", "budget")},
+        **{name: getattr(arguments, name) for name in _MINUTES},
         **{name: getattr(arguments, name) for name in (*SAMPLERS, *SAMPLING)},
         "protocol": {name: value for name, value in protocol.describe().items() if name != "batch_size"},
     }
@@ -266,7 +267,7 @@ def _read_train_flags(families: list[str], train_flags: list[str]) -> dict[str, 
 
 def _settle_length(asked: dict[str, Any], given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is asked for without the minutes that another length of the runs replaces."""
-    own_minutes = {"max_train_minutes", "budget"}
+    own_minutes = {*_MINUTES}
     lengths = [name for name in LENGTHS if name in flags]
     if lengths == ["max_train_steps"]:
         own_minutes.remove("budget")  # which is that of the networks, of which so many steps fit into it
@@ -275,7 +276,7 @@ def _settle_length(asked: dict[str, Any], given: Mapping[str, Any], flags: Mappi
         raise UserError(
             f"--set {lengths[0]}={flags[lengths[0]]} --{conflicting[0]}: both are the length of a run, so give one of them."
         )
-    if not lengths and given.keys().isdisjoint({"max_train_minutes", "budget"}):
+    if not lengths and given.keys().isdisjoint(_MINUTES):
         return asked
     return {name: value for name, value in asked.items() if name not in own_minutes or name in given}
 

@@ -153,18 +153,18 @@ def _main_table(cells: Mapping[str, Rows], samplers: list[Sampler], metric: str,
 
 
 def _failures(cells: Mapping[str, Rows]) -> str:
-    """Lists what went wrong: each error of a run once, with the samplers that it concerns unless it is all of them."""
+    """Lists what went wrong: each error of a run once, with the samplers that it concerns unless it concerns all of them."""
     lines = []
     for row in _all(cells):
         run = f"- {markdown(row['cell'])}, seed {int(row['seed'])}"
         if row["state"] == "failed":
             lines.append(f"{run}, **failed**: {markdown(row['error'])}")
         measured = row.get("measured", [])
-        samplers: dict[str, list[str]] = {}  # error -> where it was met
+        met_with: dict[str, list[str]] = {}  # error -> samplers
         for entry in measured:
             if "error" in entry:
-                samplers.setdefault(entry["error"], []).append(str(Sampler.of(entry)))
-        for error, names in samplers.items():
+                met_with.setdefault(entry["error"], []).append(str(Sampler.of(entry)))
+        for error, names in met_with.items():
             which = "" if len(names) == len(measured) else f", {markdown(', '.join(names))}"
             lines.append(f"{run}{which}, not measured: {markdown(error)}")
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 """
-The way of the images from the dataset into a step: which of them, in which order, augmented how, and with which classes and
+How images get from the dataset into a step: which ones, in which order, how augmented, and with which classes and
 conditions.
 """
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 class Batches:
     """
-    Makes the batches of one process: the images of a step are shared among the processes, and each row of them depends on
-    the seed, the step and its number alone.
+    Makes the batches of one process. The processes share the images of a step, each of which depends on the seed, the step
+    and its index in the global batch alone.
 
     Args:
         settings ([`TrainingArguments`]): From [`~tiny_diffusers.training.settings.resolve_settings`].
@@ -43,7 +43,7 @@ class Batches:
     def __init__(self, settings: TrainingArguments, accelerator: Accelerator, data: ImageData, family: Family):
         self.data, self.family, self.device = data, family, accelerator.device
         self.seed, self.size = settings.seed, settings.train_batch_size
-        self.process, self.num_processes = accelerator.process_index, accelerator.num_processes
+        self.process_index, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.train_indices, self.validation_indices = split_indices(settings, data)
         self._warn_of_absent_classes()
         self.order = DataOrder(self.seed, len(self.train_indices))
@@ -71,7 +71,7 @@ class Batches:
 
     def training(self, step: int, micro_batch: int = 0, max_steps: int | None = None) -> Batch:
         """Makes this process's share of a micro-batch of a step, of `max_steps` in the run."""
-        first = (micro_batch * self.num_processes + self.process) * self.size
+        first = (micro_batch * self.num_processes + self.process_index) * self.size
         rows = range(first, first + self.size)
         offset = step * self.global_batch
         indices = self.train_indices[self.order(range(offset + rows.start, offset + rows.stop))]
@@ -95,7 +95,7 @@ class Batches:
 
     def validation(self, count: int) -> Iterator[Batch]:
         """Yields this process's share of the first `count` held-out images, always with the same noise and timesteps."""
-        for start in range(self.process * self.size, count, self.size * self.num_processes):
+        for start in range(self.process_index * self.size, count, self.size * self.num_processes):
             rows = range(start, min(start + self.size, count))
             indices = self.validation_indices[rows.start : rows.stop]
             yield self._assemble(indices, self._draws("validation", rows), training=False)

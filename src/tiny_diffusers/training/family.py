@@ -65,8 +65,8 @@ class Family:
         condition_statistics ([`ConditionStatistics`], *optional*): Names and standardization of the conditions that the
             network is given.
         shows_examples (`bool`): Whether sample grids show held-out images.
-        examples ([`Batch`], *optional*): Those images, from the loop.
-        label_dropout (`float`): Share of the labels that the loop replaces by `null_label`, and of the conditioning
+        examples ([`Batch`], *optional*): Those images, from [`Batches`].
+        label_dropout (`float`): Share of the labels that [`Batches`] replaces by `null_label`, and of the conditioning
             images and conditions that it replaces by zeros and NaN with them.
         augment_prob (`float`): Probability of each kind of augmentation that the network is told of.
         phases (`dict[str, int]`): Flags that count the steps of a phase: the loop warns if the run ends within it.
