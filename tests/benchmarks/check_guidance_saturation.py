@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tiny_diffusers import TinyPipeline, plots
+from tiny_diffusers.commands.shared import place
 from tiny_diffusers.data import load_images
 from tiny_diffusers.hardware import default_device, default_dtype, physical_cores
 
@@ -43,8 +44,7 @@ def main() -> int:
     torch.set_num_threads(physical_cores())
 
     device = default_device()
-    pipe = TinyPipeline.from_pretrained(args.checkpoint).to(device, default_dtype(device))
-    pipe.unet.to(memory_format=torch.channels_last)
+    pipe = place(TinyPipeline.from_pretrained(args.checkpoint), device, default_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     # a checkpoint may have been saved with thresholding, which would make the static mode dynamic
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=False)

@@ -201,7 +201,7 @@ def describe_pipeline(pipe: DiffusionPipeline, protocol: Protocol, name: str | N
     if pipe.config.get("conditioning") is not None:
         source["conditioning"] = pipe.config.conditioning
     if has_conditions(pipe, protocol):
-        source["conditions"] = list(pipe._condition_statistics.names)
+        source["conditions"] = condition_names(pipe)
     if "clip_sample" in parameters and "guidance_scale" in defaults:  # guidance decides it if nobody says
         sampling = source["sampling"]
         interval = sampling.get("guidance_interval", (0.0, 1.0))
@@ -252,10 +252,11 @@ def has_conditions(pipe_or_images: DiffusionPipeline | Images, protocol: Protoco
 
 
 def condition_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str]:
-    """Returns the names of the conditions that images are drawn by."""
+    """Returns the names of the conditions that images are drawn by; none for a pipeline that takes none."""
     if isinstance(pipe_or_images, ImageData):
         return pipe_or_images.condition_names
-    return pipe_or_images._condition_statistics.names
+    statistics = getattr(pipe_or_images, "_condition_statistics", None)
+    return [] if statistics is None else list(statistics.names)
 
 
 def label_names(pipe_or_images: DiffusionPipeline | ImageData) -> list[str] | None:
@@ -305,7 +306,7 @@ def _conditions_of(
         labels = real.labels[rows].numpy()
     conditions = None
     if has_conditions(pipe, protocol):
-        conditions = regressors.with_conditions(real, pipe._condition_statistics.names).conditions[rows]
+        conditions = regressors.with_conditions(real, condition_names(pipe)).conditions[rows]
     conditioning = getattr(pipe, "_conditioning", None)
     if conditioning is None:
         return labels, None, conditions

@@ -14,6 +14,7 @@ from ..data import ImageData, normalize
 from ..pipelines.pipeline_tiny import image_generators, objective_of
 from ..pipelines.pipeline_tiny_conditions import FarValueWarning
 from ..schedulers.scheduling_tiny_continuous import MAX_EXACT_DIMENSIONS
+from .drawing import condition_names
 from .images import IMAGE_TYPES, digest, fill
 from .measurement import ImageSet
 from .metrics import Estimate
@@ -117,7 +118,7 @@ def measure_likelihood(
     configs = [getattr(part, "config", {}) for part in pipe.components.values()]
     levels = next((config["num_levels"] for config in configs if "num_levels" in config), 256)
     given = ["class"] if _takes_class(pipe, real.data) else []
-    return Likelihood(bits, kind, levels, [*given, *_names_of_conditions(pipe)])
+    return Likelihood(bits, kind, levels, [*given, *condition_names(pipe)])
 
 
 def _scheduler_kind(pipe: DiffusionPipeline, dimensions: int) -> str:
@@ -131,11 +132,6 @@ def _takes_class(pipe: DiffusionPipeline, data: ImageData) -> bool:
     return bool(getattr(pipe, "_class_ids", [])) and data.labels is not None
 
 
-def _names_of_conditions(pipe: DiffusionPipeline) -> list[str]:
-    statistics = getattr(pipe, "_condition_statistics", None)
-    return [] if statistics is None else list(statistics.names)
-
-
 def _bits(
     pipe: DiffusionPipeline, data: ImageData, rows: torch.Tensor, generator: list[torch.Generator]
 ) -> torch.Tensor:
@@ -146,7 +142,7 @@ def _bits(
         "generator": generator,
     }
     if hasattr(pipe, "bits_per_dim"):
-        names = _names_of_conditions(pipe)
+        names = condition_names(pipe)
         if names:
             options["conditions"] = with_conditions(data, names).conditions[rows]
         with warnings.catch_warnings():

@@ -64,12 +64,12 @@ def write_effort(trainer: "Trainer") -> None:
 
 def data_facts(trainer: "Trainer") -> dict[str, Any]:
     """Describes the training data for `run.json` and the card."""
-    data, held_out, statistics = trainer.data, trainer.batches.validation_indices, trainer.family.condition_statistics
+    data, statistics = trainer.data, trainer.family.condition_statistics
     return {
         "name": data.name,
         "split": data.split,
         "images": len(data),
-        "held_out": len(held_out) if held_out is not None else 0,
+        "held_out": trainer.batches.num_held_out,
         "shape": list(data.images.shape[1:]),
         "classes": list(data.id2label.values()) if data.id2label else None,
         **({} if statistics is None else {"conditions": statistics.ranges}),
@@ -98,9 +98,9 @@ def print_summary(trainer: "Trainer") -> None:
         f"{settings.FAMILY}: {len(trainer.batches.train_indices):,} images {tuple(data.images.shape[1:])} of {data.name}, "
         f"{trainer.max_steps:,} steps of {trainer.batches.global_batch}; {parameters} parameters"
     )
-    if trainer.batches.validation_indices is not None:
+    if trainer.batches.num_held_out:
         say(
-            f"held out for the validation loss: {len(trainer.batches.validation_indices):,} further images "
+            f"held out for the validation loss: {trainer.batches.num_held_out:,} further images "
             f"(--validation_split {settings.validation_split:g})"
         )
     say(
